@@ -1,0 +1,38 @@
+# `make demo` and `make test` do all the set-up they need; nothing has to be installed by hand.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test check bench lock clean
+
+setup: $(READY)
+
+# Exact versions and hashes from the lock file; the package itself is installed editable.
+$(READY): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
+	$(BIN)/uv pip install --python $(BIN)/python --require-hashes --requirement requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: $(READY)
+	$(BIN)/pretrain demo
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m tests.benchmarks
+
+# After a change of pyproject.toml's ranges.
+lock: $(READY)
+	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --extra dev pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,174 @@
+"""One sample out of a data set -> its views, label and mask, in a row of the batch to be."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import Batch, BatchSpec, Sample
+from data_pipeline.decode import decode_image
+from data_pipeline.errors import FieldError, SampleError
+from data_pipeline.read import IMAGE_FIELDS, LABEL_FIELD, Dataset
+from data_pipeline.views import (
+    Image,
+    ViewSpec,
+    evaluation_size,
+    evaluation_view,
+    patch_mask,
+    training_view,
+)
+
+
+def check(dataset: Dataset, spec: BatchSpec) -> None:
+    """Hold a data set against what an objective needs, before anything starts.
+
+    Raises:
+        FieldError: samples have no image, lack labels, or have labels out of range.
+    """
+    found = f"the fields {', '.join(dataset.fields) or '(none)'}"
+    if not set(IMAGE_FIELDS) & set(dataset.fields):
+        raise FieldError(
+            where="image field",
+            expected=f"one of {', '.join(IMAGE_FIELDS)}",
+            found=found,
+            fix="Give shards that hold images under one of these extensions.",
+        )
+    if spec.num_classes is None:
+        return
+    counts = dataset.label_counts
+    if counts is None:
+        raise FieldError(
+            where=f"label field `{LABEL_FIELD}`",
+            expected="a class number with every image",
+            found=found,
+            fix="Train an objective without labels, or convert an image folder whose folders are classes.",
+        )
+    if unlabelled := dataset.num_samples - int(counts.sum()):
+        raise FieldError(
+            where=f"label field `{LABEL_FIELD}`",
+            expected="a class number with every image",
+            found=f"{unlabelled} of {dataset.num_samples} samples without one",
+            fix="Run `pretrain data stats` on the shards, and write those samples again.",
+        )
+    highest = int(np.flatnonzero(counts).max(initial=-1))
+    if highest >= spec.num_classes:
+        raise FieldError(
+            where=f"label field `{LABEL_FIELD}`",
+            expected=f"labels in [0, {spec.num_classes}) (num_classes)",
+            found=f"label {highest}",
+            fix=f"Set num_classes to {highest + 1}.",
+        )
+
+
+class Canvas:
+    """Room for B samples, filled row by row, then cut into batches that share its memory."""
+
+    def __init__(self, num_samples: int, spec: BatchSpec) -> None:
+        shape = (num_samples, 3, spec.image_size, spec.image_size)
+        self.keys = [""] * num_samples
+        self.views = tuple(torch.empty(shape, dtype=torch.uint8) for _ in range(spec.num_views))
+        self.labels: Tensor | None = None
+        self.masks: Tensor | None = None
+        if spec.num_classes is not None:
+            self.labels = torch.empty(num_samples, dtype=torch.int64)
+        if spec.mask is not None:
+            self.masks = torch.empty(num_samples, spec.mask.num_patches, dtype=torch.bool)
+        self.seconds = {"read": 0.0, "decode": 0.0, "transform": 0.0}
+
+    def batch(self, start: int, stop: int) -> Batch:
+        return Batch(
+            keys=tuple(self.keys[start:stop]),
+            views=tuple(view[start:stop] for view in self.views),
+            labels=None if self.labels is None else self.labels[start:stop],
+            masks=None if self.masks is None else self.masks[start:stop],
+        )
+
+
+class Assembler:
+    """Fills rows of a canvas. What is random depends on (seed, epoch, key) and the number of the view.
+
+    Args:
+        dataset: where samples come from.
+        spec: what a row holds.
+        views: geometry of the views.
+        seed: of the views and the masks.
+        max_pixels: an image of more cannot be used.
+    """
+
+    def __init__(
+        self, dataset: Dataset, spec: BatchSpec, views: ViewSpec, *, seed: int, max_pixels: int
+    ) -> None:
+        self.dataset, self.spec, self.views = dataset, spec, views
+        self.seed, self.max_pixels = seed, max_pixels
+
+    def fill(self, canvas: Canvas, row: int, i: int, epoch: int | None) -> None:
+        """Write sample i as it looks in this epoch; None: as it is evaluated, with no chance in its views.
+
+        Raises:
+            SampleError: the sample cannot be used; the row may be filled with another.
+        """
+        start = perf_counter()
+        sample = self.dataset.read(i)
+        read = perf_counter()
+        image = self._image(sample)
+        decoded = perf_counter()
+        canvas.keys[row] = sample.key
+        if canvas.labels is not None:
+            canvas.labels[row] = self._label(sample)
+        if epoch is None:
+            self._evaluation_views(canvas, row, image)
+        else:
+            self._training_views(canvas, row, image, epoch)
+        if canvas.masks is not None:
+            canvas.masks[row] = self._mask(sample.key, epoch or 0)
+        canvas.seconds["read"] += read - start
+        canvas.seconds["decode"] += decoded - read
+        canvas.seconds["transform"] += perf_counter() - decoded
+
+    def _image(self, sample: Sample) -> Image:
+        for name in IMAGE_FIELDS:
+            if name in sample.fields:
+                where = f"{sample.key}.{name}"
+                return decode_image(sample.fields[name], max_pixels=self.max_pixels, where=where)
+        found = f"the fields {', '.join(sample.fields) or '(none)'}"
+        raise SampleError(where=sample.key, expected="an image", found=found)
+
+    def _label(self, sample: Sample) -> int:
+        text, num_classes = sample.fields.get(LABEL_FIELD), self.spec.num_classes or 0
+        try:
+            label = int(text or b"")
+        except ValueError:
+            label = -1
+        if not 0 <= label < num_classes:
+            raise SampleError(
+                where=f"{sample.key}.{LABEL_FIELD}",
+                expected=f"a class number in [0, {num_classes})",
+                found="no such member" if text is None else repr(text[:40]),
+            )
+        return label
+
+    def _training_views(self, canvas: Canvas, row: int, image: Image, epoch: int) -> None:
+        size, key = self.spec.image_size, canvas.keys[row]
+        for number, view in enumerate(canvas.views):
+            view[row] = training_view(
+                image, size, self.views, seed=self.seed, epoch=epoch, key=key, view=number
+            )
+
+    def _evaluation_views(self, canvas: Canvas, row: int, image: Image) -> None:
+        size = self.spec.image_size
+        height, width = evaluation_size(image.shape[0], image.shape[1], size, self.views)
+        if height * width > self.max_pixels:  # a very narrow image grows without bound
+            raise SampleError(
+                where=canvas.keys[row],
+                expected=f"at most {self.max_pixels} pixels (data.max_pixels) after its resize",
+                found=f"{image.shape[1]} x {image.shape[0]}, resized {width} x {height}",
+            )
+        for view in canvas.views:
+            view[row] = evaluation_view(image, size, self.views)
+
+    def _mask(self, key: str, epoch: int) -> Tensor:
+        assert self.spec.mask is not None
+        return patch_mask(self.spec.mask, seed=self.seed, epoch=epoch, key=key)

@@ -1,0 +1,82 @@
+"""What travels: a Sample out of a shard, a Batch into an objective, and the BatchSpec between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as it lies in a shard: the member's bytes by field name (`jpg`, `cls`, `txt`, ...)."""
+
+    key: str
+    fields: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Random patch masks, drawn on the host per sample: exactly `num_hidden` of `num_patches` are hidden."""
+
+    num_patches: int
+    num_hidden: int
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """What an objective needs of a batch; checked against the data before anything starts.
+
+    Attributes:
+        image_size: side of each square view, pixels.
+        num_views: views per sample.
+        num_classes: labels are needed, each in [0, num_classes); None: no labels.
+        mask: patch masks are needed; None: no masks.
+    """
+
+    image_size: int
+    num_views: int = 1
+    num_classes: int | None = None
+    mask: MaskSpec | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples on one rank. Shapes: B samples, N patches, L tokens, K classes."""
+
+    keys: tuple[str, ...]  # for tracing a bad loss to a sample
+    views: tuple[Tensor, ...]  # each [B, 3, H, W], uint8 until augmented on the device
+    labels: Tensor | None = None  # [B] int64, or [B, K] soft
+    weights: Tensor | None = None  # [B] fp32, of each sample in the loss
+    tokens: Tensor | None = None  # [B, L] int64
+    masks: Tensor | None = None  # [B, N] bool, True = hidden
+    augment: dict[str, Tensor] = field(default_factory=dict)  # per-sample parameters the host drew, [B, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; copies do not block where the memory is pinned."""
+        moved: dict[str, object] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                moved[f.name] = value.to(device, non_blocking=True)
+            elif f.name == "views":
+                moved[f.name] = tuple(view.to(device, non_blocking=True) for view in value)
+            elif f.name == "augment":
+                moved[f.name] = {name: t.to(device, non_blocking=True) for name, t in value.items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's DataLoader in its pinning thread."""
+        pinned: dict[str, object] = {
+            f.name: getattr(self, f.name).pin_memory()
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        pinned["views"] = tuple(view.pin_memory() for view in self.views)
+        pinned["augment"] = {name: t.pin_memory() for name, t in self.augment.items()}
+        return replace(self, **pinned)  # type: ignore[arg-type]

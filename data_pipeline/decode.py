@@ -1,0 +1,94 @@
+"""Bytes of an image -> uint8 RGB, [H, W, 3]; JPEG by libjpeg-turbo, the rest by Pillow.
+
+- The size is read from the header and held against the limit before a pixel is decoded.
+- A damaged or truncated image is a SampleError, never half a picture. What libjpeg-turbo doubts (stray bytes
+  between markers, for one) is given to Pillow, which refuses truncation and takes what is whole.
+- EXIF orientation is not applied: pixels as they are stored, as torchvision, timm and open_clip read them.
+- Transparency is laid over white; 16-bit grey is scaled to 8 bits; palettes, grey and CMYK become RGB.
+- Of an animation, the first frame.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_pipeline.errors import SampleError
+
+FORMATS = (
+    "JPEG",
+    "MPO",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "PPM",
+    "TIFF",
+)  # what Pillow may try; no format that runs code
+
+
+def decode_image(data: bytes, *, max_pixels: int, where: str) -> NDArray[np.uint8]:
+    """Decode one image to RGB, [H, W, 3] uint8, C-contiguous.
+
+    Args:
+        data: the encoded file.
+        max_pixels: greatest height * width that is decoded.
+        where: name of the sample, for the error.
+
+    Raises:
+        SampleError: no image, damaged, truncated, or of more than `max_pixels`.
+    """
+    if data[:2] == b"\xff\xd8":
+        image = _decode_jpeg(data, max_pixels, where)
+        if image is not None:
+            return image
+    return _decode_any(data, max_pixels, where)
+
+
+def _decode_jpeg(data: bytes, max_pixels: int, where: str) -> NDArray[np.uint8] | None:
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size(width, height, max_pixels, where)
+        if colorspace in ("CMYK", "YCCK"):  # inks, often inverted: Pillow knows Adobe's marker
+            return None
+        image: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError:
+        return None
+    return image
+
+
+def _decode_any(data: bytes, max_pixels: int, where: str) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.width, image.height, max_pixels, where)
+            return np.asarray(_to_rgb(image))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SampleError(
+            where=where, expected="a whole image", found=f"{len(data)} bytes that do not decode ({error})"
+        ) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _check_size(width: int, height: int, max_pixels: int, where: str) -> None:
+    if width * height > max_pixels:
+        raise SampleError(
+            where=where,
+            expected=f"an image of at most {max_pixels} pixels (data.max_pixels)",
+            found=f"{width} x {height} = {width * height}",
+        )

@@ -1,0 +1,151 @@
+"""The index beside each shard: where every member of every sample lies, and its checksum."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from data_pipeline.durable import durable_file
+from data_pipeline.errors import ManifestError
+
+FORMAT = "pretrain shard index 1"
+SUFFIX = ".idx"
+NO_LABEL = -1
+MISSING = -1  # the offset of a member that a sample lacks
+
+
+class Keys(Sequence[str]):
+    """Strings as one block of UTF-8, so that the keys of many shards stay small in memory."""
+
+    def __init__(self, text: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64]) -> None:
+        self.text, self.ends = text, ends
+
+    @classmethod
+    def of(cls, keys: Iterable[str]) -> Keys:
+        encoded = [key.encode() for key in keys]
+        text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        return cls(text, np.cumsum([len(key) for key in encoded], dtype=np.int64))
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        j = range(len(self))[i]
+        return self.text[self.ends[j - 1] if j else 0 : self.ends[j]].tobytes().decode()
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """What lies where in one shard of S samples with F different fields.
+
+    Attributes:
+        keys: of the samples, in the order of the tar, [S].
+        fields: the members' extensions, sorted, e.g. ("cls", "jpg"), [F].
+        offsets: of each member's first byte in the tar, [S, F]; -1 where a sample lacks the member.
+        sizes: bytes of each member, [S, F]; 0 where a sample lacks it.
+        crc32: of each member's bytes, [S, F].
+        labels: the integer in `cls`, [S]; -1 where there is none.
+        shard_sha256: of the tar this is the index of.
+        shard_bytes: size of that tar.
+    """
+
+    keys: Keys
+    fields: tuple[str, ...]
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    crc32: npt.NDArray[np.uint32]
+    labels: npt.NDArray[np.int64]
+    shard_sha256: str
+    shard_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def save(self, path: Path) -> None:
+        """Write atomically, as safetensors; equal indexes give equal bytes."""
+        header = {
+            "format": FORMAT,
+            "fields": self.fields,
+            "shard_sha256": self.shard_sha256,
+            "shard_bytes": self.shard_bytes,
+        }
+        tensors = {
+            "keys": self.keys.text,
+            "key_ends": self.keys.ends,
+            "offsets": self.offsets,
+            "sizes": self.sizes,
+            "crc32": self.crc32,
+            "labels": self.labels,
+        }
+        with durable_file(path) as file:
+            # One metadata entry, because safetensors writes several in no particular order.
+            file.write(save(tensors, metadata={"index": json.dumps(header)}))
+
+    @classmethod
+    def load(cls, path: Path) -> ShardIndex:
+        """Read and check; raises ManifestError where the file is missing, damaged, or not an index."""
+        try:
+            with safe_open(path, framework="np") as file:
+                header = json.loads((file.metadata() or {})["index"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if header["format"] != FORMAT:
+                raise ValueError(f"format {header['format']!r}")
+            index = cls(
+                keys=Keys(tensors["keys"], tensors["key_ends"]),
+                fields=tuple(header["fields"]),
+                offsets=tensors["offsets"],
+                sizes=tensors["sizes"],
+                crc32=tensors["crc32"],
+                labels=tensors["labels"],
+                shard_sha256=header["shard_sha256"],
+                shard_bytes=header["shard_bytes"],
+            )
+            index.check()
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ManifestError(
+                where=str(path),
+                expected="the index of a shard",
+                found="no such file" if isinstance(error, FileNotFoundError) else f"{error!r}",
+                fix="Make it again with `pretrain data index`, or copy it again with its shard.",
+            ) from error
+        return index
+
+    def check(self) -> None:
+        """Raises ValueError where shapes, types or ranges cannot be those of an index."""
+        table = (len(self.labels), len(self.fields))
+        for name, array, dtype, shape in (
+            ("keys", self.keys.text, np.uint8, self.keys.text.shape[:1]),
+            ("key_ends", self.keys.ends, np.int64, table[:1]),
+            ("labels", self.labels, np.int64, table[:1]),
+            ("offsets", self.offsets, np.int64, table),
+            ("sizes", self.sizes, np.int64, table),
+            ("crc32", self.crc32, np.uint32, table),
+        ):
+            if array.dtype != dtype or array.shape != shape:
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}")
+        ends = self.keys.ends
+        if (np.diff(ends, prepend=0) < 0).any() or (ends[-1] if len(ends) else 0) != len(self.keys.text):
+            raise ValueError("key_ends do not divide keys")
+        self.keys.text.tobytes().decode()
+        if not all(isinstance(field, str) for field in self.fields):
+            raise ValueError("fields are not strings")
+        if not (isinstance(self.shard_bytes, int) and isinstance(self.shard_sha256, str)):
+            raise ValueError("the shard's size or hash has another type")
+        present = self.offsets != MISSING
+        last_start = self.shard_bytes - self.sizes  # sizes are checked first, so this cannot overflow
+        if (self.sizes < 0).any() or (present & ((self.offsets < 0) | (self.offsets > last_start))).any():
+            raise ValueError("members lie outside the shard")

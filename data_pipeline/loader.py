@@ -1,0 +1,204 @@
+"""A cursor in, the batches of one step and the next cursor out; and every sample once, for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+
+import numpy as np
+
+from data_pipeline.assemble import Assembler, Canvas, check
+from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.errors import DataError, RunError, SampleError
+from data_pipeline.order import Order
+from data_pipeline.read import Dataset
+from data_pipeline.views import ViewSpec
+from data_pipeline.workers import entries
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be used, and the one of its window that stands in for it: a reported repeat."""
+
+    position: int
+    key: str
+    shard: str
+    reason: str
+    replacement_key: str
+
+
+@dataclass(frozen=True)
+class StepData:
+    """One rank's share of one step.
+
+    Attributes:
+        micro_batches: its samples in the order of rule 4 (order.py), cut into equal parts.
+        cursor: the next position, where the following step starts.
+        bad: this rank's samples that were replaced; whoever runs the loop counts them.
+        seconds: that this step took for "read", "decode" and "transform", in the process that made it.
+    """
+
+    micro_batches: tuple[Batch, ...]
+    cursor: int
+    bad: tuple[BadSample, ...]
+    seconds: dict[str, float]
+
+    def pin_memory(self) -> StepData:
+        """Called by torch's DataLoader in its pinning thread."""
+        return replace(self, micro_batches=tuple(batch.pin_memory() for batch in self.micro_batches))
+
+
+class TrainLoader:
+    """The endless training stream of one rank. Its only state is the cursor, and that is the caller's.
+
+    Neither the number of workers nor that of ranks changes a pixel: a worker makes whole steps, each from its
+    cursor alone.
+
+    Args:
+        dataset: where samples come from.
+        spec: what a batch holds.
+        views: geometry of the views.
+        seed: of the order, the views and the masks.
+        lanes, window: of the order (order.py).
+        global_size: B, samples of a step over all ranks and micro-batches.
+        micro_size: samples of one micro-batch on this rank; `world_size * micro_size` divides `global_size`.
+        rank, world_size: which piece of each step is this one's.
+        num_workers: processes of one thread each that make steps ahead; 0: in this process.
+        max_pixels: an image of more is a bad sample.
+
+    Raises:
+        DataError: `global_size` does not divide, or the data set is empty.
+        FieldError: the data set lacks what `spec` needs (see `check`).
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        spec: BatchSpec,
+        views: ViewSpec,
+        *,
+        seed: int,
+        lanes: int,
+        window: int,
+        global_size: int,
+        micro_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        max_pixels: int,
+    ) -> None:
+        if global_size % (world_size * micro_size):
+            raise DataError(
+                where="batch.global_size",
+                expected=f"a multiple of {world_size} ranks x {micro_size} samples",
+                found=str(global_size),
+            )
+        check(dataset, spec)
+        order = Order(dataset.shard_sizes, seed=seed, lanes=lanes, window=window)
+        assembler = Assembler(dataset, spec, views, seed=seed, max_pixels=max_pixels)
+        self._steps = _Steps(order, assembler, global_size, micro_size, rank, world_size)
+        self._num_workers = num_workers
+
+    def steps(self, cursor: int) -> Iterator[StepData]:
+        """Step after step from position `cursor` on, without end.
+
+        Worker processes end when the iterator is closed or dropped.
+
+        Raises:
+            RunError: no sample of a whole window can be used, or a worker died.
+            DataError: a shard cannot be read at all.
+        """
+        return entries(self._steps, count(cursor, self._steps.global_size), self._num_workers)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Cursor -> the step that starts there."""
+
+    order: Order
+    assembler: Assembler
+    global_size: int
+    micro_size: int
+    rank: int
+    world_size: int
+
+    def __getitem__(self, cursor: int) -> StepData:
+        positions = self.order.step_positions(cursor, self.global_size, self.rank, self.world_size)
+        indices = self.order.locate(positions)
+        canvas = Canvas(len(positions), self.assembler.spec)
+        bad = []
+        for row, (position, i) in enumerate(zip(positions.tolist(), indices.tolist(), strict=True)):
+            try:
+                self.assembler.fill(canvas, row, i, position // self.order.num_samples)
+            except SampleError as error:
+                replacement_key = self._replace(canvas, row, position, error)
+                key, shard = self.assembler.dataset.origin(i)
+                bad.append(BadSample(position, key, shard, str(error), replacement_key))
+        starts = range(0, len(positions), self.micro_size)
+        micro_batches = tuple(canvas.batch(start, start + self.micro_size) for start in starts)
+        return StepData(micro_batches, cursor + self.global_size, tuple(bad), canvas.seconds)
+
+    def _replace(self, canvas: Canvas, row: int, position: int, error: SampleError) -> str:
+        """Fill the row from the next usable position of its window, and return that sample's key."""
+        epoch = position // self.order.num_samples
+        for other in self.order.replacements(position):
+            i = int(self.order.locate(np.array([other]))[0])
+            try:
+                self.assembler.fill(canvas, row, i, epoch)
+            except SampleError:
+                continue  # reported when its own position comes
+            return canvas.keys[row]
+        raise RunError(
+            where=error.where,
+            expected="a usable sample, or another in its window to stand in for it",
+            found=f"none; of this one: {error}",
+            fix="Run `pretrain data verify` on the shards.",
+        )
+
+
+def evaluation_batches(
+    dataset: Dataset,
+    spec: BatchSpec,
+    views: ViewSpec,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    max_pixels: int,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """Every sample exactly once over the ranks, in the order of the data set, resized and centre cropped.
+
+    Rank r has the contiguous piece r of `world_size`; pieces differ by at most one sample, and the last batch
+    is short. Nothing is random: a mask, where `spec` asks for one, depends on the key alone.
+
+    Args:
+        limit: the first samples only; None: all.
+
+    Raises:
+        FieldError: the data set lacks what `spec` needs (see `check`); before anything is read.
+        SampleError: a sample cannot be used: an evaluation leaves none out.
+    """
+    check(dataset, spec)
+    total = dataset.num_samples if limit is None else min(limit, dataset.num_samples)
+    first, end = total * rank // world_size, total * (rank + 1) // world_size
+    assembler = Assembler(dataset, spec, views, seed=0, max_pixels=max_pixels)
+    return entries(_Pieces(assembler, batch_size, end), range(first, end, batch_size), num_workers)
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Number of a first sample -> the batch that starts there."""
+
+    assembler: Assembler
+    batch_size: int
+    end: int
+
+    def __getitem__(self, first: int) -> Batch:
+        indices = range(first, min(first + self.batch_size, self.end))
+        canvas = Canvas(len(indices), self.assembler.spec)
+        for row, i in enumerate(indices):
+            self.assembler.fill(canvas, row, i, epoch=None)
+        return canvas.batch(0, len(indices))

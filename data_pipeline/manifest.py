@@ -1,0 +1,338 @@
+"""The manifest of a dataset: its shards, their counts, sizes and hashes. It is written last: where it stands,
+the dataset is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+from braceexpand import braceexpand
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from data_pipeline.durable import durable_file
+from data_pipeline.errors import DataError, ManifestError, ShardError
+from data_pipeline.index import SUFFIX, ShardIndex
+
+FILE_NAME = "manifest.json"
+PLAN_NAME = (
+    "plan.json"  # written first by what makes shards; without a manifest beside it they are unfinished
+)
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _File(BaseModel):
+    """The JSON on disk: by column, so that a hundred thousand shards stay small."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: Literal["pretrain shards 1"] = "pretrain shards 1"
+    fields: list[str]
+    classes: list[str] | None
+    label_counts: list[Count] | None
+    names: list[str]
+    num_samples: list[Count]
+    num_bytes: list[Count]
+    sha256: list[Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]]
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What a manifest says of one shard; `label_counts` is [K] for labels 0..K-1 as far as they occur."""
+
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    fields: tuple[str, ...]
+    label_counts: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, index: ShardIndex) -> ShardSummary:
+        counts = np.bincount(index.labels[index.labels >= 0]).astype(np.int64)
+        return cls(len(index), index.shard_bytes, index.shard_sha256, index.fields, counts)
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """S shards that make up one dataset.
+
+    Attributes:
+        root: the folder that `names` are relative to.
+        names: the shards' files, [S].
+        num_samples: per shard, [S].
+        num_bytes: size of each tar, [S].
+        sha256: of each tar, in hex, [S].
+        fields: every extension that occurs, sorted, e.g. ("cls", "jpg", "txt").
+        classes: their names, by label; None: not known.
+        label_counts: histogram of the labels, [K]; None: no sample has one.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    num_samples: npt.NDArray[np.int64]
+    num_bytes: npt.NDArray[np.int64]
+    sha256: tuple[str, ...]
+    fields: tuple[str, ...]
+    classes: tuple[str, ...] | None
+    label_counts: npt.NDArray[np.int64] | None
+
+    @classmethod
+    def of(
+        cls, root: Path, names: Sequence[str], shards: Iterable[ShardSummary], classes: Sequence[str] | None
+    ) -> Manifest:
+        """The manifest of `shards`, one per name; raises ManifestError where a label has no class name."""
+        shards = tuple(shards)
+        counts = _sum_counts([shard.label_counts for shard in shards])
+        if classes is not None and len(counts) > len(classes):
+            raise ManifestError(
+                where=str(root),
+                expected=f"labels below {len(classes)}, the number of class names",
+                found=f"label {len(counts) - 1}",
+                fix="Give a class name for every label.",
+            )
+        if classes is not None and len(counts):
+            counts = np.pad(counts, (0, len(classes) - len(counts)))
+        return cls(
+            root=root,
+            names=tuple(names),
+            num_samples=np.array([shard.num_samples for shard in shards], dtype=np.int64),
+            num_bytes=np.array([shard.num_bytes for shard in shards], dtype=np.int64),
+            sha256=tuple(shard.sha256 for shard in shards),
+            fields=tuple(sorted({field for shard in shards for field in shard.fields})),
+            classes=None if classes is None else tuple(classes),
+            label_counts=counts if len(counts) else None,
+        )
+
+    @property
+    def total(self) -> int:
+        """Samples in all shards together."""
+        return int(self.num_samples.sum())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over names, counts and hashes of the shards: the identity of the data."""
+        columns = [self.names, self.num_samples.tolist(), self.sha256]
+        return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
+
+    def path(self, i: int) -> Path:
+        return self.root / self.names[i]
+
+    def index_path(self, i: int) -> Path:
+        return self.path(i).with_suffix(SUFFIX)
+
+    def index(self, i: int) -> ShardIndex:
+        """The index of shard i; raises ManifestError where it is damaged or of another tar."""
+        index = ShardIndex.load(self.index_path(i))
+        if index.shard_sha256 != self.sha256[i] or len(index) != self.num_samples[i]:
+            raise ManifestError(
+                where=str(self.index_path(i)),
+                expected=f"the index of {self.num_samples[i]} samples, sha256 {self.sha256[i][:12]}...",
+                found=f"that of {len(index)} samples, sha256 {index.shard_sha256[:12]}...",
+                fix="Copy the shard, its index and the manifest again, all three from one place.",
+            )
+        return index
+
+    def save(self) -> None:
+        """Write `manifest.json` into the root, atomically."""
+        file = _File(
+            fields=list(self.fields),
+            classes=None if self.classes is None else list(self.classes),
+            label_counts=None if self.label_counts is None else self.label_counts.tolist(),
+            names=list(self.names),
+            num_samples=self.num_samples.tolist(),
+            num_bytes=self.num_bytes.tolist(),
+            sha256=list(self.sha256),
+        )
+        with durable_file(self.root / FILE_NAME) as out:
+            out.write(file.model_dump_json(indent=1).encode() + b"\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """The manifest in the file `path`; its shards are not looked at. Raises ManifestError."""
+        try:
+            file = _File.model_validate_json(path.read_bytes())
+            lengths = {len(column) for column in (file.names, file.num_samples, file.num_bytes, file.sha256)}
+            if len(lengths) != 1 or len(set(file.names)) != len(file.names):
+                raise ValueError("the columns differ in length, or a shard is named twice")
+            if bad := [name for name in file.names if not _is_inside(name)]:
+                raise ValueError(f"the shard {bad[0]!r} is not a .tar inside this folder")
+        except (OSError, ValidationError, ValueError) as error:
+            raise ManifestError(
+                where=str(path),
+                expected="the manifest of a dataset",
+                found=_reason(error),
+                fix="Copy it again, or remove it and make it again with `pretrain data index`.",
+            ) from error
+        return cls(
+            root=path.parent,
+            names=tuple(file.names),
+            num_samples=np.array(file.num_samples, dtype=np.int64),
+            num_bytes=np.array(file.num_bytes, dtype=np.int64),
+            sha256=tuple(file.sha256),
+            fields=tuple(file.fields),
+            classes=None if file.classes is None else tuple(file.classes),
+            label_counts=None if file.label_counts is None else np.array(file.label_counts, dtype=np.int64),
+        )
+
+    def select(self, wanted: Sequence[str]) -> Manifest:
+        """The same dataset with the shards `wanted` only, in the manifest's order."""
+        known = {name: i for i, name in enumerate(self.names)}
+        if unknown := [name for name in wanted if name not in known]:
+            raise ManifestError(
+                where=str(self.root / FILE_NAME),
+                expected="every shard of the pattern in the manifest",
+                found=f"no {unknown[0]} among its {len(self.names)} shards",
+                fix="Correct the pattern, or index the shards again.",
+            )
+        chosen = sorted({known[name] for name in wanted})
+        if len(chosen) == len(self.names):
+            return self
+        part = replace(
+            self,
+            names=tuple(self.names[i] for i in chosen),
+            num_samples=self.num_samples[chosen],
+            num_bytes=self.num_bytes[chosen],
+            sha256=tuple(self.sha256[i] for i in chosen),
+        )
+        summaries = (ShardSummary.of(part.index(i)) for i in range(len(chosen)))
+        return Manifest.of(self.root, part.names, summaries, self.classes)
+
+
+def load_manifest(spec: str) -> Manifest:
+    """The dataset that `spec` names, its shards and indexes seen to be there at their right sizes.
+
+    Args:
+        spec: a folder with a `manifest.json`, that file, or a tar or brace pattern of tars
+            (`data/shard-{000000..000009}.tar`) in such a folder: then those shards only.
+
+    Raises:
+        DataError: `spec` is a URL; only local files are read.
+        ManifestError: no manifest, or a damaged one, or a shard's index is missing.
+        ShardError: a shard is missing or has another size.
+    """
+    path = local_path(spec)
+    if path.is_dir():
+        manifest = Manifest.read(_existing(path / FILE_NAME))
+    elif path.name.endswith(".json"):
+        manifest = Manifest.read(_existing(path))
+    else:
+        root, names = find_tars(spec)
+        manifest = Manifest.read(_existing(root / FILE_NAME)).select(names)
+    for i in range(len(manifest.names)):
+        _check_files(manifest, i)
+    return manifest
+
+
+def local_path(spec: str) -> Path:
+    """`spec` as a path; raises DataError for URLs: some readers would run a `pipe:` as a shell command."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", spec):
+        raise DataError(
+            where=spec,
+            expected="a local folder, file or brace pattern",
+            found=f"a {spec.split(':')[0]}: URL",
+            fix="Copy the data to a local or mounted folder and give its path.",
+        )
+    return Path(spec)
+
+
+def find_tars(spec: str) -> tuple[Path, list[str]]:
+    """(folder, names in it) of the tars in a folder, or of a tar or a brace pattern; ShardError if none."""
+    path = local_path(spec)
+    if path.is_dir():
+        root, names = (
+            path,
+            sorted(entry.name for entry in path.glob("*.tar") if not entry.name.startswith(".")),
+        )
+    else:
+        tars = [Path(name) for name in _expand(spec)]
+        root = Path(os.path.commonpath([tar.parent for tar in tars]))
+        names = [tar.relative_to(root).as_posix() for tar in tars]
+    missing = [root / name for name in names if not (root / name).is_file()]
+    wrong = [name for name in names if not _is_inside(name)]
+    if missing or wrong or not names:
+        raise ShardError(
+            where=spec,
+            expected="a folder of tars, a tar, or a brace pattern of tars",
+            found=f"no file {missing[0]}" if missing else f"{wrong[0]}, not a tar" if wrong else "no tar",
+            fix="Correct the path or pattern.",
+        )
+    return root, names
+
+
+def _expand(pattern: str, limit: int = 10_000_000) -> Iterator[str]:
+    try:
+        for i, name in enumerate(braceexpand(pattern)):
+            if i == limit:
+                raise ValueError(f"more than {limit:,} names")
+            yield name
+    except ValueError as error:
+        raise DataError(
+            where=pattern,
+            expected="a brace pattern such as shard-{000000..000009}.tar",
+            found=str(error),
+        ) from error
+
+
+def _existing(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if (path.parent / PLAN_NAME).is_file():
+        found, fix = (
+            "an unfinished dataset",
+            "Give the command that makes it again; it goes on where it stopped.",
+        )
+    elif path.parent.is_dir():
+        found = f"no {path.name} there"
+        fix = f"If tars lie there, index them: pretrain data index {path.parent}"
+    else:
+        found, fix = "no such folder", "Correct the path."
+    raise ManifestError(
+        where=str(path.parent), expected="a dataset: shards and their manifest", found=found, fix=fix
+    )
+
+
+def _check_files(manifest: Manifest, i: int) -> None:
+    path = manifest.path(i)
+    size = path.stat().st_size if path.is_file() else None
+    if size != manifest.num_bytes[i]:
+        raise ShardError(
+            where=str(path),
+            expected=f"a shard of {manifest.num_bytes[i]:,} bytes, as the manifest says",
+            found="no such file" if size is None else f"{size:,} bytes",
+            fix="Copy the shard again.",
+        )
+    if not manifest.index_path(i).is_file():
+        raise ManifestError(
+            where=str(manifest.index_path(i)),
+            expected="the index of a shard beside it",
+            found="no such file",
+            fix="Copy it again, or remove manifest.json and run `pretrain data index` on the shards.",
+        )
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name and path.suffix == ".tar"
+
+
+def _sum_counts(counts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    total = np.zeros(max((len(count) for count in counts), default=0), dtype=np.int64)
+    for count in counts:
+        total[: len(count)] += count
+    return total
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(str(part) for part in first['loc']) or 'the file'}: {first['msg']}"
+    return str(error)

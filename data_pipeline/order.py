@@ -1,0 +1,104 @@
+"""Which sample stands at global position p of a run: a pure function of (shard sizes, seed, p).
+
+No shuffle buffer and no per-sample table; nothing dropped, nothing padded: epochs are laid end to end.
+With N samples, L lanes, windows of w:
+
+1. `epoch, q = divmod(p, N)`. The shards, in a permutation keyed by (seed, epoch), laid end to end are the
+   slots 0..N-1.
+2. Lane `l = q % L`, its own position `j = q // L`. With `m, r = divmod(N, L)`, lane l owns the `m + (l < r)`
+   slots from `l*m + min(l, r)` on: a contiguous stretch, so a lane reads few shards at a time.
+3. j goes through a keyed permutation inside windows of w slots: the shuffle.
+4. A step takes the B positions from its cursor on, sorted by (p % L, p), cut into W equal pieces, one a rank.
+
+The cursor is any p, so a run may go on with another batch size or world size, or stop anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline import keyed
+from data_pipeline.errors import DataError
+
+Integers = NDArray[np.int64]
+
+_SHARDS, _WINDOW = 1, 2  # what a key is for
+_LAYOUTS_KEPT = 4
+
+
+class Order:
+    """The order of one data set under one seed.
+
+    Args:
+        shard_sizes: samples per shard, [S]; shards may be empty.
+        seed: of the shuffle.
+        lanes: L, contiguous stretches that are read side by side; may exceed N.
+        window: w, samples of a lane that are shuffled among each other.
+
+    Raises:
+        DataError: there is no sample at all.
+    """
+
+    def __init__(self, shard_sizes: Integers, *, seed: int, lanes: int, window: int) -> None:
+        self.shard_sizes = np.asarray(shard_sizes, np.int64)
+        self.num_samples = int(self.shard_sizes.sum())
+        self.seed, self.lanes, self.window = seed, lanes, window
+        if self.num_samples == 0:
+            raise DataError(where="data set", expected="at least one sample", found="none")
+        self._first = np.cumsum(self.shard_sizes) - self.shard_sizes  # index of each shard's first sample
+        self._layouts: dict[int, tuple[Integers, Integers]] = {}
+
+    def step_positions(self, cursor: int, global_size: int, rank: int = 0, world_size: int = 1) -> Integers:
+        """This rank's positions of the step that starts at `cursor`, [B / W], in the order of rule 4."""
+        positions = cursor + np.arange(global_size, dtype=np.int64)
+        positions = positions[np.argsort(positions % self.lanes, kind="stable")]
+        local_size = global_size // world_size
+        return positions[rank * local_size : (rank + 1) * local_size]
+
+    def locate(self, positions: Integers) -> Integers:
+        """Index of the sample at each position, [n], counted through the shards as the manifest has them."""
+        epochs, q = np.divmod(positions, self.num_samples)
+        slots = self._slots(epochs, q)
+        indices = np.empty_like(slots)
+        for epoch in np.unique(epochs):
+            shards, ends = self._layout(int(epoch))
+            rows = epochs == epoch
+            at = np.searchsorted(ends, slots[rows], side="right")
+            shard = shards[at]
+            indices[rows] = self._first[shard] + slots[rows] - (ends[at] - self.shard_sizes[shard])
+        return indices
+
+    def replacements(self, position: int) -> Iterator[int]:
+        """The other positions of the same window of the same lane, from the next one on and around."""
+        epoch, q = divmod(position, self.num_samples)
+        j, lane = divmod(q, self.lanes)
+        shortest, longer = divmod(self.num_samples, self.lanes)
+        start = j - j % self.window
+        size = min(self.window, shortest + (lane < longer) - start)
+        for step in range(1, size):
+            other = start + (j - start + step) % size
+            yield epoch * self.num_samples + other * self.lanes + lane
+
+    def _slots(self, epochs: Integers, q: Integers) -> Integers:
+        j, lane = np.divmod(q, self.lanes)
+        shortest, longer = divmod(self.num_samples, self.lanes)
+        window = j // self.window
+        start = window * self.window
+        size = np.minimum(self.window, shortest + (lane < longer) - start)
+        key = keyed.key_of(_WINDOW, self.seed, epochs, lane, window)
+        slots: Integers = lane * shortest + np.minimum(lane, longer) + start
+        return slots + keyed.permute(j - start, size, key)
+
+    def _layout(self, epoch: int) -> tuple[Integers, Integers]:
+        """Shards in the order of the epoch, and the slot at which each of them ends, both [S]."""
+        if epoch not in self._layouts:
+            if len(self._layouts) == _LAYOUTS_KEPT:
+                self._layouts.clear()
+            num_shards = len(self.shard_sizes)
+            key = keyed.key_of(_SHARDS, self.seed, epoch)
+            shards = keyed.permute(np.arange(num_shards), np.array([num_shards]), key)
+            self._layouts[epoch] = shards, np.cumsum(self.shard_sizes[shards])
+        return self._layouts[epoch]

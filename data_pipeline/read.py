@@ -1,0 +1,247 @@
+"""A data set to read from by sample number: shards by their byte index, or an image folder as it lies.
+
+Only local files. A scheme such as `pipe:` (webdataset runs a shell for it) and pickles in shards (reading one
+can run code) are refused; nothing here ever unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.batch import Sample
+from data_pipeline.errors import DataError, SampleError, ShardError
+from data_pipeline.manifest import FILE_NAME, PLAN_NAME, Manifest, load_manifest, local_path
+from data_pipeline.scan import PICKLE_FIELDS
+
+IMAGE_FIELDS = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "bmp",
+    "gif",
+    "ppm",
+    "tif",
+    "tiff",
+)  # the first one present is the image
+LABEL_FIELD = "cls"
+
+_OPEN_SHARDS = 128  # per process; a step reads one shard per lane, mostly
+
+
+class Dataset(Protocol):
+    """What a loader needs of a data set. Samples are numbered from 0 on, through the shards in their order.
+
+    Attributes:
+        shard_sizes: samples per shard, [S] int64: what the order shuffles as a whole.
+        fields: member extensions that occur.
+        classes: names of the labels, where they are known.
+        label_counts: samples of each label, [K] int64, where there are labels.
+        fingerprint: identity of the data, hex.
+    """
+
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def shard_sizes(self) -> NDArray[np.int64]: ...
+    @property
+    def fields(self) -> tuple[str, ...]: ...
+    @property
+    def classes(self) -> tuple[str, ...] | None: ...
+    @property
+    def label_counts(self) -> NDArray[np.int64] | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+    def read(self, i: int) -> Sample:
+        """Sample i.
+
+        Raises:
+            SampleError: its bytes are not those of the index.
+            ShardError: its file cannot be read at all.
+        """
+        ...
+
+    def origin(self, i: int) -> tuple[str, str]:
+        """(key, file) of sample i, for messages."""
+        ...
+
+
+class ShardDataset:
+    """WebDataset tars, read at the offsets of their index; every member's crc32 is checked each time.
+
+    Open files are shared safely with forked workers: reading moves no file position.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        pickles = [name for name in manifest.fields if name.rsplit(".", 1)[-1] in PICKLE_FIELDS]
+        if pickles:
+            raise ShardError(
+                where=str(manifest.root),
+                expected="shards without pickles, which can run code when they are read",
+                found=f"members .{', .'.join(pickles)}",
+                fix="Write the shards again without them.",
+            )
+        self.manifest = manifest
+        self.num_samples = manifest.total
+        self.shard_sizes = np.asarray(manifest.num_samples, np.int64)
+        self.fields = manifest.fields
+        self.classes = manifest.classes
+        self.label_counts = manifest.label_counts
+        self.fingerprint = manifest.fingerprint
+        self._ends = np.cumsum(self.shard_sizes)
+        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardDataset, (self.manifest,)  # a spawned process opens its own files
+
+    def read(self, i: int) -> Sample:
+        shard, row = self._find(i)
+        opened = self._open(shard)
+        index = opened.index
+        key = index.keys[row]
+        members = {}
+        for column, name in enumerate(index.fields):
+            offset, size = int(index.offsets[row, column]), int(index.sizes[row, column])
+            if offset < 0:
+                continue
+            data = opened.read(offset, size)
+            if len(data) != size or zlib.crc32(data) != int(index.crc32[row, column]):
+                raise SampleError(
+                    where=f"{opened.path}: {key}.{name}",
+                    expected=f"{size} bytes with the crc32 of the index",
+                    found="other bytes" if len(data) == size else f"{len(data)} bytes",
+                    fix=f"Run `pretrain data verify {self.manifest.root}`.",
+                )
+            members[name] = data
+        return Sample(key, members)
+
+    def origin(self, i: int) -> tuple[str, str]:
+        shard, row = self._find(i)
+        return self._open(shard).index.keys[row], self.manifest.names[shard]
+
+    def _find(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < self.num_samples:
+            raise IndexError(f"sample {i} of {self.num_samples}")
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        return shard, i - int(self._ends[shard] - self.shard_sizes[shard])
+
+    def _open_shard(self, shard: int) -> _OpenShard:
+        return _OpenShard(self.manifest, shard)
+
+
+class _OpenShard:
+    """A file descriptor and the shard's index; closed when the cache lets go of it."""
+
+    def __init__(self, manifest: Manifest, shard: int) -> None:
+        self.path = manifest.path(shard)
+        self.index = manifest.index(shard)
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardError(
+                where=str(self.path), expected="a readable shard", found=error.strerror or str(error)
+            ) from error
+
+    def read(self, offset: int, size: int) -> bytes:
+        try:
+            return os.pread(self._fd, size, offset)
+        except OSError as error:
+            raise ShardError(
+                where=str(self.path), expected="a readable shard", found=error.strerror or str(error)
+            ) from error
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+
+class FolderDataset:
+    """An image folder: one folder per class, labels in the order of their names; or images without labels.
+
+    Each file counts as a shard of its own, so the order shuffles all of them.
+
+    Raises:
+        DataError: no folder, or no image in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise DataError(where=str(path), expected="a folder of images", found="no folder")
+        suffixes = {f".{name}" for name in IMAGE_FIELDS}
+        files = sorted(
+            Path(folder, name).relative_to(path)
+            for folder, _, names in os.walk(path, followlinks=True)
+            for name in names
+            if os.path.splitext(name)[1].lower() in suffixes
+        )
+        if not files:
+            raise DataError(
+                where=str(path),
+                expected=f"images ({', '.join(sorted(suffixes))}) or shards with a manifest",
+                found="none",
+                fix="Give a folder of class folders, or of shards with a manifest (`pretrain data index`).",
+            )
+        labelled = all(len(file.parts) > 1 for file in files)
+        names = sorted({file.parts[0] for file in files}) if labelled else []
+        numbers = {name: number for number, name in enumerate(names)}
+        self._files = files
+        self._labels = [numbers[file.parts[0]] if labelled else -1 for file in files]
+        self.num_samples = len(files)
+        self.shard_sizes = np.ones(len(files), np.int64)
+        images = tuple(name for name in IMAGE_FIELDS if any(_extension(file) == name for file in files))
+        self.fields = (LABEL_FIELD, *images) if labelled else images
+        self.classes = tuple(names) if labelled else None
+        self.label_counts = np.bincount(self._labels) if labelled else None
+        self.fingerprint = self._fingerprint()
+
+    def read(self, i: int) -> Sample:
+        file = self._files[i]
+        try:
+            members = {_extension(file): (self.path / file).read_bytes()}
+        except OSError as error:
+            raise SampleError(
+                where=str(self.path / file), expected="a readable file", found=error.strerror or str(error)
+            ) from error
+        if self._labels[i] >= 0:
+            members[LABEL_FIELD] = str(self._labels[i]).encode()
+        return Sample(self.origin(i)[0], members)
+
+    def origin(self, i: int) -> tuple[str, str]:
+        file = self._files[i]
+        return file.with_suffix("").as_posix(), file.as_posix()
+
+    def _fingerprint(self) -> str:
+        """Over names and sizes: to hash every image would be to read the data set before its first use."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            digest.update(
+                f"{file.as_posix()}\0{(self.path / file).stat().st_size}\n".encode(errors="surrogateescape")
+            )
+        return digest.hexdigest()
+
+
+def _extension(file: Path) -> str:
+    return file.suffix[1:].lower()
+
+
+def open_dataset(spec: str) -> Dataset:
+    """A folder with a manifest, a `manifest.json`, a brace pattern of tars beside one; or an image folder.
+
+    Raises:
+        DataError: a scheme (`pipe:`, `http:`), or nothing there that can be read.
+    """
+    path = local_path(spec)
+    of_shards = not path.is_dir() or any((path / name).exists() for name in (FILE_NAME, PLAN_NAME))
+    if of_shards or any(path.glob("*.tar")):
+        return ShardDataset(load_manifest(spec))
+    return FolderDataset(path)

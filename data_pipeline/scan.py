@@ -1,0 +1,146 @@
+"""A tar, read from front to back into its index: the samples that webdataset's reader finds, or an error.
+
+webdataset's reader ends silently at a damaged header or a missing end; here both are told with their offset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline import strict_tar
+from data_pipeline.errors import DataError, ManifestError, ShardError
+from data_pipeline.index import MISSING, NO_LABEL, SUFFIX, Keys, ShardIndex
+from data_pipeline.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardSummary, find_tars
+from data_pipeline.parallel import run_parallel
+from data_pipeline.progress import track
+
+MAX_LABEL = 10_000_000  # a larger "label" is some other number; a histogram of it would fill the memory
+PICKLE_FIELDS = frozenset({"pyd", "pickle", "pkl", "pth", "pt"})
+
+# webdataset's rules: the extension begins at the first dot of the base name; __names__ are its own.
+_SAMPLE_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
+_META_NAME = re.compile(r"__[^/]*__($|/)")
+
+Member = tuple[int, int, int]  # offset, size, crc32
+
+
+def scan_shard(path: Path) -> ShardIndex:
+    """The index of the tar `path`, all of it read.
+
+    Raises:
+        ShardError: missing, damaged, truncated; or members that are refused: links, pickles, names that leave
+            the folder, two samples of one key, a `cls` that is no label. Names shard, offset and member.
+    """
+    if not path.is_file() or path.stat().st_size == 0:
+        found = "an empty file" if path.is_file() else "no such file"
+        raise ShardError(where=str(path), expected="a tar", found=found, fix="Copy or make it again.")
+    content = memoryview(np.memmap(path, dtype=np.uint8, mode="r"))  # type: ignore[arg-type]
+    keys: list[str] = []
+    samples: list[dict[str, Member]] = []
+    seen: set[str] = set()
+    for member in _members(path):
+        parts = _SAMPLE_NAME.match(member.name)
+        if parts is None or _META_NAME.match(member.name):
+            continue
+        key, field = parts[1], parts[2].lower()
+        if not keys or key != keys[-1]:
+            if key in seen:
+                raise _refused(path, member, "the members of a sample side by side", "its key a second time")
+            seen.add(key)
+            keys.append(key)
+            samples.append({})
+        if field in samples[-1]:
+            raise _refused(path, member, "one member of a name", "a second one")
+        if field.rsplit(".")[-1] in PICKLE_FIELDS:
+            raise _refused(path, member, "members that are data", "a pickle, which is a program")
+        data = content[member.offset_data : member.offset_data + member.size]
+        samples[-1][field] = (member.offset_data, member.size, zlib.crc32(data))
+    return _index(path, content, keys, samples)
+
+
+def index_shards(spec: str, *, classes: Sequence[str] | None = None, workers: int = 1) -> Manifest:
+    """Write an index beside each tar of `spec` (folder, tar, brace pattern) and a manifest into their folder.
+
+    Args:
+        classes: names of labels 0..K-1; None: not known.
+        workers: processes that scan.
+
+    Raises:
+        ShardError: a tar cannot be read whole, or holds what is refused.
+        ManifestError: a manifest is there already, or the folder is an unfinished output of ours.
+    """
+    root, names = find_tars(spec)
+    for name, found, fix in (
+        (FILE_NAME, "one that is there already", "Remove it to index the shards again."),
+        (
+            PLAN_NAME,
+            "an unfinished dataset",
+            "Give the command that makes it again; it goes on where it stopped.",
+        ),
+    ):
+        if (root / name).exists():
+            where = str(root / FILE_NAME)
+            raise ManifestError(where=where, expected="no manifest yet", found=found, fix=fix)
+    results = run_parallel(index_shard, [root / name for name in names], workers=workers)
+    summaries = dict(track(results, label="indexing shards", total=len(names)))
+    manifest = Manifest.of(root, names, [summaries[root / name] for name in names], classes)
+    manifest.save()
+    return manifest
+
+
+def index_shard(path: Path) -> ShardSummary:
+    """Scan one tar and write its index beside it."""
+    index = scan_shard(path)
+    index.save(path.with_suffix(SUFFIX))
+    return ShardSummary.of(index)
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    with path.open("rb") as file:
+        yield from strict_tar.members(file, str(path), error=ShardError)
+
+
+def _refused(path: Path, member: tarfile.TarInfo, expected: str, found: str) -> DataError:
+    return strict_tar.refused(member, str(path), expected, found, ShardError)
+
+
+def _index(path: Path, content: memoryview, keys: list[str], samples: list[dict[str, Member]]) -> ShardIndex:
+    fields = tuple(sorted({field for sample in samples for field in sample}))
+    missing = (MISSING, 0, 0)
+    rows = [sample.get(field, missing) for sample in samples for field in fields]
+    table = np.array(rows, dtype=np.int64).reshape(len(samples), len(fields), 3)
+    labels = [
+        _label(path, key, content, sample["cls"]) if "cls" in sample else NO_LABEL
+        for key, sample in zip(keys, samples, strict=True)
+    ]
+    return ShardIndex(
+        keys=Keys.of(keys),
+        fields=fields,
+        offsets=np.ascontiguousarray(table[..., 0]),
+        sizes=np.ascontiguousarray(table[..., 1]),
+        crc32=table[..., 2].astype(np.uint32),
+        labels=np.array(labels, dtype=np.int64),
+        shard_sha256=hashlib.sha256(content).hexdigest(),
+        shard_bytes=len(content),
+    )
+
+
+def _label(path: Path, key: str, content: memoryview, member: Member) -> int:
+    offset, size, _ = member
+    text = content[offset : offset + min(size, 32)].tobytes()
+    label = int(text) if re.fullmatch(rb"\s*\d{1,20}\s*", text) else MAX_LABEL
+    if label < MAX_LABEL:
+        return label
+    raise ShardError(
+        where=f"{path}, member {key + '.cls'!r}",
+        expected=f"a label: digits of an integer below {MAX_LABEL:,}",
+        found=repr(text),
+        fix="Write the shard again with integer labels.",
+    )

@@ -1,0 +1,271 @@
+"""The images of a folder, or of a zip, tar or tar.gz of one, which stays packed: listed once, read at will.
+
+Names in an archive are never used as paths. A tar.gz can only be read from its beginning, so on the one
+pass over it its images go end to end into one temporary file without a name, which is then read in any
+order; the system frees it when this process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import stat
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple, Protocol, cast
+
+from data_pipeline import strict_tar
+from data_pipeline.errors import SampleError, SourceError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"})
+MAX_IMAGE_BYTES = 1 << 28  # of one file; a larger one is no photograph but an attack or a mistake
+MAX_RATIO = (
+    200  # unpacked over packed: pictures hardly shrink, archives made to fill a disk shrink a thousandfold
+)
+FREE_BYTES = 1 << 26  # the ratio counts only beyond this
+
+
+class Entry(NamedTuple):
+    """A file in a source."""
+
+    name: str  # relative, with `/`
+    at: int  # where it begins (tar, spool) or its number among the members (zip)
+    size: int  # bytes
+
+
+class Reader(Protocol):
+    """Reads entries in any order; travels to worker processes."""
+
+    def read(self, entry: Entry) -> bytes:
+        """The bytes of a file; raises SampleError where they cannot be had."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was found.
+
+    Attributes:
+        images: sorted by name.
+        num_others: files that are no images.
+        identity: SHA-256 in hex over the images' names, sizes and checksums or times of change.
+        reader: of the images; good as long as this object lives.
+        spool: the temporary file behind it, if there is one.
+    """
+
+    images: list[Entry]
+    num_others: int
+    identity: str
+    reader: Reader
+    spool: BinaryIO | None
+
+
+def open_source(path: Path, spool_folder: Path) -> Source:
+    """List the images in `path`.
+
+    Args:
+        path: a folder, zip, tar or tar.gz.
+        spool_folder: where a temporary file, as large as the images, may lie if the source is a tar.gz.
+
+    Raises:
+        SourceError: nothing there, or no image; damaged or unreadable; two files of one name; an archive with
+            links, devices, names that leave its folder, or sizes that only an attack has.
+    """
+    spool: BinaryIO | None = None
+    reader: Reader
+    if path.is_dir():
+        files, reader = _list_folder(path), FolderReader(path)
+    elif not path.is_file():
+        raise _error(path, "an image folder, or a zip, tar or tar.gz of one", "nothing there")
+    elif zipfile.is_zipfile(path):
+        files, reader = _list_zip(path), ZipReader(path)
+    elif _is_gzip(path):
+        spool = cast(BinaryIO, tempfile.TemporaryFile(dir=spool_folder))  # noqa: SIM115
+        files, reader = _list_tar_gz(path, spool), FileReader(_path_of(spool))
+    else:
+        files, reader = _list_tar(path), FileReader(path)
+    try:
+        images, num_others, identity = _sort_out(path, files)
+    except OSError as error:
+        raise _error(path, "files that can be read, and room to do it", str(error)) from error
+    return Source(images, num_others, identity, reader, spool)
+
+
+class FolderReader:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, entry: Entry) -> bytes:
+        try:
+            return (self.path / entry.name).read_bytes()
+        except OSError as error:
+            raise _unreadable(entry, error) from error
+
+
+class FileReader:
+    """Out of one file that holds the images' bytes as they are: a tar, or a spool."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+
+    def __reduce__(self) -> tuple[type[FileReader], tuple[Path]]:
+        return FileReader, (self.path,)  # another process opens it for itself
+
+    def read(self, entry: Entry) -> bytes:
+        self._file = self._file or self.path.open("rb")
+        self._file.seek(entry.at)
+        return self._file.read(entry.size)
+
+
+class ZipReader:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._archive: zipfile.ZipFile | None = None
+        self._members: list[zipfile.ZipInfo] = []
+
+    def __reduce__(self) -> tuple[type[ZipReader], tuple[Path]]:
+        return ZipReader, (self.path,)
+
+    def read(self, entry: Entry) -> bytes:
+        if self._archive is None:
+            self._archive = zipfile.ZipFile(self.path)
+            self._members = self._archive.infolist()
+        try:
+            return self._archive.read(self._members[entry.at])
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
+            raise _unreadable(entry, error) from error
+
+
+File = tuple[Entry, int]  # and something that changes with its content: checksum or time of change
+
+
+def _list_folder(root: Path) -> Iterator[File]:
+    pending, visited = [""], set()
+    while pending:
+        folder = pending.pop()
+        status = os.stat(root / folder)
+        if (status.st_dev, status.st_ino) in visited:
+            raise _error(root / folder, "every folder once", "a link that leads to a folder met before")
+        visited.add((status.st_dev, status.st_ino))
+        with os.scandir(root / folder) as found:
+            for file in found:
+                name = f"{folder}/{file.name}" if folder else file.name
+                if file.is_dir():
+                    pending.append(name)
+                elif file.is_file():
+                    yield Entry(name, 0, file.stat().st_size), file.stat().st_mtime_ns
+                else:
+                    raise _error(root / name, "files and folders", "a link that leads nowhere, or a device")
+
+
+def _list_zip(path: Path) -> Iterator[File]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise _error(path, "a whole zip", str(error)) from error
+    _check_ratio(path, sum(member.file_size for member in members))
+    for i, member in enumerate(members):
+        where = Path(f"{path}, member {member.filename!r}")
+        kind = stat.S_IFMT(member.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise _error(where, "files and folders only", "a link or device")
+        if member.flag_bits & 1:
+            raise _error(where, "members without a password", "an encrypted one")
+        name = member.filename
+        if name.startswith("/") or ".." in name.split("/") or "\\" in name or ":" in name.split("/")[0]:
+            raise _error(where, "a name inside the archive's folder, with `/`", "another")
+        if not member.is_dir():
+            yield Entry(_plain(name), i, member.file_size), member.CRC
+
+
+def _list_tar(path: Path) -> Iterator[File]:
+    with path.open("rb") as file:
+        if not tarfile.is_tarfile(file):
+            raise _error(path, "an image folder, or a zip, tar or tar.gz of one", "another kind of file")
+        file.seek(0)
+        for member in strict_tar.members(file, str(path), error=SourceError):
+            yield Entry(_plain(member.name), member.offset_data, member.size), int(member.mtime)
+
+
+def _list_tar_gz(path: Path, spool: BinaryIO) -> Iterator[File]:
+    """One pass over the archive, the images' bytes put into `spool` end to end."""
+    max_bytes = FREE_BYTES + MAX_RATIO * path.stat().st_size
+    with gzip.open(path) as unpacked:
+        file = cast(BinaryIO, unpacked)
+        for member in strict_tar.members(file, str(path), error=SourceError, max_bytes=max_bytes):
+            entry = Entry(_plain(member.name), spool.tell(), member.size)
+            if _is_image(entry.name):
+                _check_bytes(path, entry)
+                spool.write(file.read(member.size))  # short only at a premature end, which is found next
+            yield entry, int(member.mtime)
+    spool.flush()
+
+
+def _path_of(file: BinaryIO) -> Path:
+    """Where other processes can open a file that has no name, as long as this one lives (Linux)."""
+    return Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
+
+
+def _sort_out(path: Path, files: Iterator[File]) -> tuple[list[Entry], int, str]:
+    images: list[Entry] = []
+    digest, num_others = hashlib.sha256(), 0
+    for entry, stamp in sorted(files):
+        if not _is_image(entry.name):
+            num_others += 1
+            continue
+        if not strict_tar.is_utf8(entry.name):
+            raise _error(path, "names in UTF-8", repr(entry.name))
+        _check_bytes(path, entry)
+        if images and images[-1].name == entry.name:
+            raise _error(path, "one file of a name", f"two of {entry.name!r}")
+        images.append(entry)
+        digest.update(f"{entry.name}\0{entry.size}\0{stamp}\n".encode())
+    if not images:
+        kinds = " ".join(sorted(IMAGE_SUFFIXES))
+        raise _error(path, f"images ({kinds})", f"none among {num_others} files")
+    return images, num_others, digest.hexdigest()
+
+
+def _plain(name: str) -> str:
+    """Without `./` and `//`, so that one file has one name."""
+    return PurePosixPath(name).as_posix()
+
+
+def _is_image(name: str) -> bool:
+    """By its extension; what a file manager left beside the images (.DS_Store, __MACOSX/) is none."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+
+
+def _is_gzip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def _check_bytes(path: Path, entry: Entry) -> None:
+    if entry.size > MAX_IMAGE_BYTES:
+        where = Path(f"{path}, member {entry.name!r}")
+        raise _error(where, f"an image of at most {MAX_IMAGE_BYTES:,} bytes", f"{entry.size:,}")
+
+
+def _check_ratio(path: Path, unpacked: int) -> None:
+    limit = FREE_BYTES + MAX_RATIO * path.stat().st_size
+    if unpacked > limit:
+        raise _error(path, f"at most {limit:,} bytes when unpacked, for its size", f"{unpacked:,}")
+
+
+def _error(where: Path, expected: str, found: str) -> SourceError:
+    return SourceError(where=str(where), expected=expected, found=found)
+
+
+def _unreadable(entry: Entry, error: Exception) -> SampleError:
+    return SampleError(where=entry.name, expected="a readable file", found=str(error))

@@ -1,0 +1,172 @@
+"""The console script `pretrain`. Whatever a command needs is imported inside it, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_pipeline.errors import PretrainError
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+app = typer.Typer(
+    help="Pretrain vision encoders: WebDataset tars in, judged encoders out.",
+    epilog=_examples(
+        "pretrain demo",
+        "pretrain data convert images.tar.gz data/images --split-by-folder",
+        "pretrain train configs/recipes/cpu/mae_cifar10.yaml --nproc 2",
+        "pretrain eval knn runs/mae_cifar10 --train data/cifar10/train --test data/cifar10/test",
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe, such as configs/recipes/*.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the recipe; may be repeated."),
+]
+NumRanks = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine.")]
+
+
+def main() -> int:
+    """The entry point, and the one place where an error becomes a message and an exit status."""
+    try:
+        app(prog_name="pretrain")
+    except PretrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("pretrain"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Prints the version and exits."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog=_examples(
+        "pretrain show configs/recipes/mae_vit_b16.yaml --nproc 8",
+        "pretrain show configs/recipes/mae_vit_b16.yaml --set batch.global_size=512",
+    )
+)
+def show(recipe_path: RecipePath, overrides: Overrides = None, num_ranks: NumRanks = 1) -> None:
+    """Prints a recipe with every value written out, and what follows from it at a number of processes."""
+    from pretrain.recipe_io import dump, load_recipe, resolved_yaml
+    from pretrain.resolve import resolve, split_batch
+
+    recipe = load_recipe(recipe_path, overrides)
+    split_batch(recipe, num_ranks)
+    from data_pipeline.errors import DataError
+    from data_pipeline.read import open_dataset
+
+    try:
+        num_samples = open_dataset(recipe.data.train).num_samples
+    except DataError as error:
+        print(dump(recipe), end="")
+        print(f"Without the data, no number of steps: {error}", file=sys.stderr)
+    else:
+        print(resolved_yaml(recipe, resolve(recipe, num_ranks, num_samples)), end="")
+
+
+@app.command(
+    epilog=_examples(
+        "pretrain train configs/recipes/cpu/mae_cifar10.yaml --nproc 2",
+        "pretrain train configs/recipes/cpu/mae_cifar10.yaml --set optim.base_lr=3e-4 --out runs/lr3",
+        "pretrain train configs/recipes/cpu/mae_cifar10.yaml --max-steps 20 --overfit-batch",
+    )
+)
+def train(
+    recipe_path: RecipePath,
+    num_ranks: NumRanks = 1,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Folder of the run [runs/<name of the recipe>].")
+    ] = None,
+    overrides: Overrides = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stops after so many steps, to debug.")] = None,
+    overfit_batch: Annotated[
+        bool, typer.Option("--overfit-batch", help="Trains on the first batch only, to debug.")
+    ] = False,
+) -> None:
+    """Trains a recipe on this machine, or goes on with a run that was interrupted."""
+    from pretrain import __main__ as rank
+    from pretrain.recipe_io import load_recipe
+
+    recipe = load_recipe(recipe_path, overrides)
+    out = out or rank.default_out(recipe)
+    arguments = [str(recipe_path), "--out", str(out)]
+    arguments += [f"--set={override}" for override in overrides or []]
+    arguments += ["--max-steps", str(max_steps)] if max_steps else []
+    arguments += ["--overfit-batch"] if overfit_batch else []
+    if num_ranks == 1:
+        raise typer.Exit(rank.main(arguments))
+    from pretrain.run import preflight
+
+    from launch.local import launch
+
+    folder = out.with_name(f"{out.name}-overfit") if overfit_batch else out
+    preflight(recipe, num_ranks, folder)  # one message, before anything is started
+    raise typer.Exit(launch(arguments, num_ranks, threads=recipe.runtime.threads))
+
+
+@app.command(epilog=_examples("pretrain demo", "pretrain demo --out /tmp/demo"))
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where all of it is written.")] = Path("runs/demo"),
+) -> None:
+    """Makes images and shards, trains MAE on two processes, judges it, writes a report: a few minutes."""
+    from launch.demo import main as run_demo
+
+    run_demo(out)
+
+
+def _mount(name: str, module: str, text: str, example: str) -> None:
+    """A command that hands all its words to the app of another module, which is imported only then."""
+
+    @app.command(
+        name,
+        help=text,
+        epilog=_examples(example),
+        add_help_option=False,
+        context_settings={
+            "allow_extra_args": True,
+            "ignore_unknown_options": True,
+            "allow_interspersed_args": False,
+            "help_option_names": [],
+        },
+    )
+    def hand_over(context: typer.Context) -> None:
+        import_module(module).app(context.args or ["--help"], prog_name=f"pretrain {name}")
+
+
+_mount(
+    "data", "launch.data_commands", "Makes, converts, checks and describes shards.", "pretrain data --help"
+)
+_mount("eval", "launch.eval_commands", "Judges an encoder: kNN, linear probe.", "pretrain eval knn --help")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""`pretrain eval ...`: judge a frozen encoder, and compare what was found."""
+
+from __future__ import annotations
+
+from enum import Enum, StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from data_pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from pretrain.evals.base import EvalReport
+    from pretrain.evals.encoder import Encoder
+    from pretrain.evals.features import Extraction
+    from pretrain.evals.timm_sources import Architecture
+
+app = typer.Typer(
+    no_args_is_help=True, help="Judge a frozen encoder; every number comes with its whole protocol."
+)
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="ENCODER",
+        help="A run's folder, a checkpoint in one, an encoder folder, a weights file, or a timm name.",
+    ),
+]
+Train = Annotated[str, typer.Option("--train", help="Labelled training set: shards or an image folder.")]
+Test = Annotated[
+    str, typer.Option("--test", help="Test set with the same classes: shards or an image folder.")
+]
+RandomInit = Annotated[
+    bool, typer.Option("--random-init", help="The same architecture with fresh weights; of a run, its first.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Report to write (.json). Default: RUN/evals/, where there is a run."),
+]
+DeviceOption = Annotated[Device, typer.Option("--device", help="auto: CUDA where present.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images of one forward pass.")]
+Workers = Annotated[int, typer.Option("--num-workers", min=0, help="Loader processes; 0: in this one.")]
+PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Of the forward pass.")]
+LimitTrain = Annotated[
+    int | None, typer.Option("--limit-train", min=1, help="The first N training samples only.")
+]
+LimitTest = Annotated[int | None, typer.Option("--limit-test", min=1, help="The first N test samples only.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", min=0, help="Of fresh weights and of the probe. Default: the run's for weights, else 0."
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", metavar="NAME", help="timm's name of the architecture of a weights file."),
+]
+ImageSize = Annotated[
+    int | None, typer.Option("--image-size", min=1, help="Pixels, for a weights file or a timm model.")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="KEY=VALUE", help="Further argument of timm's constructor; repeatable."),
+]
+
+
+@app.command(
+    epilog="Examples:  pretrain eval knn runs/mae --train shards/train --test shards/test   |   "
+    "pretrain eval knn weights.pth --model vit_small_patch16_224 --train images/train --test images/test"
+)
+def knn(
+    context: typer.Context,
+    encoder: Source,
+    train: Train,
+    test: Test,
+    k: Annotated[
+        list[int], typer.Option("--k", min=1, help="Neighbours; repeatable, the first is the reported one.")
+    ] = [20, 10, 100, 200],  # noqa: B006
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Of the weights exp(cosine / T).")
+    ] = 0.07,
+    random_init: RandomInit = False,
+    out: Out = None,
+    device: DeviceOption = Device.auto,
+    batch_size: BatchSize = 256,
+    num_workers: Workers = 0,
+    precision: PrecisionOption = Precision.fp32,
+    limit_train: LimitTrain = None,
+    limit_test: LimitTest = None,
+    seed: Seed = None,
+    model: ModelName = None,
+    image_size: ImageSize = None,
+    option: Options = None,
+) -> None:
+    """Exact weighted k nearest neighbours on L2-normalised features (1805.01978)."""
+    from data_pipeline.read import open_dataset
+    from pretrain.evals.knn import Knn
+    from pretrain.recipe import InlineKnn
+
+    if temperature <= 0:
+        raise InputError(where="--temperature", expected="a number above 0", found=str(temperature))
+    _check_out(out)
+    evaluator = Knn(
+        open_dataset(train),
+        open_dataset(test),
+        InlineKnn(
+            kind="knn",
+            train=train,
+            test=test,
+            k=k[0],
+            temperature=temperature,
+            max_train=limit_train,
+            max_test=limit_test,
+        ),
+        sweep=k[1:],
+        extraction=_extraction(batch_size, num_workers, precision),
+    )
+    judged = _load(encoder, random_init, seed, _architecture(encoder, model, image_size, option), device)
+    _keep(evaluator.run(judged), judged, out, context)
+
+
+@app.command(
+    epilog="Examples:  pretrain eval linear runs/mae --train shards/train --test shards/test   |   "
+    "pretrain eval linear runs/mae --random-init --train shards/train --test shards/test"
+)
+def linear(
+    context: typer.Context,
+    encoder: Source,
+    train: Train,
+    test: Test,
+    learning_rate: Annotated[
+        list[float] | None, typer.Option("--lr", help="For a batch of 256; repeatable. Default: DINOv2's 13.")
+    ] = None,
+    weight_decay: Annotated[
+        list[float], typer.Option("--weight-decay", help="Repeatable; each goes with each learning rate.")
+    ] = [0.0],  # noqa: B006
+    min_steps: Annotated[
+        int, typer.Option("--min-steps", min=1, help="Or 10 epochs, where that is more.")
+    ] = 5000,
+    random_init: RandomInit = False,
+    out: Out = None,
+    device: DeviceOption = Device.auto,
+    batch_size: BatchSize = 256,
+    num_workers: Workers = 0,
+    precision: PrecisionOption = Precision.fp32,
+    limit_train: LimitTrain = None,
+    limit_test: LimitTest = None,
+    seed: Seed = None,
+    model: ModelName = None,
+    image_size: ImageSize = None,
+    option: Options = None,
+) -> None:
+    """Linear probe on cached features: a grid trained side by side, chosen on a split of the training set."""
+    from data_pipeline.read import open_dataset
+    from pretrain.evals.linear import DINOV2_LEARNING_RATES, Linear, LinearConfig
+
+    _check_out(out)
+    evaluator = Linear(
+        open_dataset(train),
+        open_dataset(test),
+        LinearConfig(
+            learning_rates=tuple(learning_rate or DINOV2_LEARNING_RATES),
+            weight_decays=tuple(weight_decay),
+            min_steps=min_steps,
+            seed=seed or 0,
+            max_train=limit_train,
+            max_test=limit_test,
+        ),
+        extraction=_extraction(batch_size, num_workers, precision),
+    )
+    judged = _load(encoder, random_init, seed, _architecture(encoder, model, image_size, option), device)
+    _keep(evaluator.run(judged), judged, out, context)
+
+
+@app.command(
+    epilog="Example:  pretrain eval compare runs/a/evals/knn-encoder-1.json runs/a/evals/knn-random-2.json"
+)
+def compare(
+    a: Annotated[Path, typer.Argument(help="A report of `pretrain eval`.")],
+    b: Annotated[Path, typer.Argument(help="Another, on the same test samples.")],
+) -> None:
+    """The difference A - B with its 95 % interval, paired sample by sample."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pretrain.evals.base import EvalReport
+    from pretrain.evals.base import compare as compared
+
+    first, second = EvalReport.load(a), EvalReport.load(b)
+    interval = compared(first, second)
+    table = Table("", "encoder", "protocol", "top-1 %", "n")
+    for letter, report in (("A", first), ("B", second)):
+        table.add_row(letter, _called(report), report.evaluator, f"{report.value:.2f}", str(report.n))
+    console = Console(soft_wrap=True)
+    console.print(table)
+    verdict = "excludes zero" if interval.excludes_zero else "includes zero"
+    console.print(
+        f"A - B: {interval.difference:+.2f} points, 95 % interval "
+        f"{interval.low:+.2f} to {interval.high:+.2f}: {verdict}"
+    )
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None and out.suffix != ".json":
+        raise InputError(where="--out", expected="a name that ends in .json", found=str(out))
+
+
+def _architecture(
+    encoder: str, model: str | None, image_size: int | None, option: list[str] | None
+) -> Architecture | None:
+    """None where nothing about it was given."""
+    from pretrain.evals.timm_sources import Architecture
+    from pretrain.strict_yaml import StrictYamlError, read_yaml
+
+    if model is None and image_size is None and not option:
+        return None
+    options: dict[str, Any] = {}
+    for pair in option or []:
+        key, equals, text = pair.partition("=")
+        try:
+            value, _ = read_yaml(text)
+        except StrictYamlError as error:
+            raise InputError(where=f"--option {pair}", expected="KEY=VALUE", found=str(error)) from None
+        if not equals or not key.isidentifier():
+            raise InputError(where="--option", expected="KEY=VALUE", found=pair)
+        options[key] = value
+    return Architecture(model or encoder, image_size, options)
+
+
+def _extraction(batch_size: int, num_workers: int, precision: Precision) -> Extraction:
+    from pretrain.evals.features import Extraction
+
+    return Extraction(batch_size=batch_size, num_workers=num_workers, precision=precision.value)
+
+
+def _load(
+    source: str, random_init: bool, seed: int | None, architecture: Architecture | None, device: Device
+) -> Encoder:
+    """The encoder on its device."""
+    import torch
+
+    from pretrain.evals.sources import load_source
+
+    present = torch.cuda.is_available()
+    if device is Device.cuda and not present:
+        raise InputError(where="--device", expected="auto or cpu, as there is no CUDA device", found="cuda")
+    encoder = load_source(source, random_init=random_init, seed=seed, architecture=architecture)
+    encoder.module.to("cuda" if present and device is not Device.cpu else "cpu")
+    return encoder
+
+
+def _keep(report: EvalReport, encoder: Encoder, out: Path | None, context: typer.Context) -> None:
+    """Writes the report where it belongs, and prints what it says."""
+    from dataclasses import replace
+
+    from rich.console import Console
+    from rich.table import Table
+
+    plain = {name: str(v) if isinstance(v, (Path, Enum)) else v for name, v in context.params.items()}
+    report = replace(report, arguments={"command": f"eval {report.evaluator}", **plain})
+    path = out or (encoder.run / "evals" / report.file_name if encoder.run else None)
+    if path is not None:
+        report.save(path)
+    console = Console(soft_wrap=True)
+    table = Table("encoder", "protocol", "metric", "%", "n")
+    for name, value in report.metrics.items():
+        reported = "bold" if name == report.metric else None
+        table.add_row(_called(report), report.evaluator, name, f"{value:.2f}", str(report.n), style=reported)
+    console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}")
+    console.print(f"report: {path}" if path else "not kept: name a file with --out FILE.json")
+
+
+def _called(report: EvalReport) -> str:
+    return f"{report.encoder['source']} ({report.encoder['tag']})"

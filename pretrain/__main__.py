@@ -1,0 +1,91 @@
+"""One rank of a run: `torchrun --nproc-per-node 2 -m pretrain RECIPE`. `pretrain train` ends here too."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from data_pipeline.errors import InputError, PretrainError
+from pretrain.recipe import Recipe
+from pretrain.recipe_io import load_recipe
+
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+# All ranks of a machine find the same wrong input. The first says so and ends, upon which the launcher ends the
+# others; were they to end before it, it would be ended unheard.
+SECONDS_FOR_THE_FIRST_RANK = 20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs this process's part. Returns the exit status: 0 done, 1 the run failed, 2 the input was wrong."""
+    given = _parse(arguments)
+    try:
+        recipe = load_recipe(given.recipe, given.set)
+        from pretrain import run  # after the recipe: loading torch takes seconds
+
+        out = given.out or default_out(recipe)
+        run.run(recipe, out, max_steps=given.max_steps, overfit_batch=given.overfit_batch)
+    except InputError as error:
+        if LOCAL_RANK:
+            time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except PretrainError as error:
+        _tell(f"error: {error}")
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        _tell(traceback.format_exc())
+        return 1
+    return 0
+
+
+def default_out(recipe: Recipe) -> Path:
+    return Path("runs") / recipe.name
+
+
+def _tell(text: str) -> None:
+    """To stderr, each line with the number of the rank where there are several."""
+    prefix = f"[rank {os.environ.get('RANK', 0)}] " if WORLD_SIZE > 1 else ""
+    for line in text.splitlines():
+        print(prefix + line, file=sys.stderr)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if LOCAL_RANK == 0:
+            super().error(message)
+        sys.exit(2)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="python -m pretrain", description=__doc__, allow_abbrev=False)
+    parser.add_argument("recipe", type=Path, metavar="RECIPE")
+    parser.add_argument(
+        "--out", type=Path, metavar="RUN", help="folder of the run [runs/<name of the recipe>]"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a recipe key"
+    )
+    parser.add_argument("--max-steps", type=_count, metavar="N", help="stops after N steps, to debug")
+    parser.add_argument(
+        "--overfit-batch", action="store_true", help="trains on the first batch only, to debug"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

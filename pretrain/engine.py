@@ -1,0 +1,300 @@
+"""DeepSpeed behind a handful of methods: one optimizer step, whole weights, and the state as logical fragments."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.batch import Batch
+from pretrain.collectives import World, sum_over_ranks
+from pretrain.objectives.base import LossOutput, Objective
+from pretrain.optim import build_optimizer, empty_state
+from pretrain.recipe import AdamW, EngineConfig
+from pretrain.state import Progress
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave.
+
+    Attributes:
+        metrics: `loss` and the objective's own, local means over this rank's micro-batches, fp32 scalars.
+        grad_norm: L2 norm of the averaged gradient before clipping, over all parameters and ranks.
+        applied: False where a loss or gradient was not finite; then no rank changed anything.
+    """
+
+    metrics: dict[str, Tensor]
+    grad_norm: float
+    applied: bool
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous stretch of a logical tensor that this rank keeps; writing into `data` changes the state.
+
+    Attributes:
+        name: `param/<name>`, `buffer/<name>` or `optim/<key>/<name>`.
+        shape: of the whole logical tensor.
+        start: index of the first element in the flattened logical tensor.
+        data: the elements, flat, a live view.
+        replicated: every rank keeps the same.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    data: Tensor
+    replicated: bool
+
+
+class Engine:
+    """Trains an objective under ZeRO 0-3; the only place that knows there is DeepSpeed.
+
+    Args:
+        objective: the whole model, on the CPU, equal on all ranks; the engine moves it to `device`.
+        optim: optimizer and clipping.
+        config: ZeRO stage and precision.
+        world: this process among the ranks; the process group is initialised already.
+        device: where this rank computes.
+        micro_size: samples of a micro-batch on one rank.
+        accumulation: micro-batches of a step on one rank.
+        seed: of the run; dropout and drop path are keyed by (seed, step, rank).
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optim: AdamW,
+        config: EngineConfig,
+        *,
+        world: World,
+        device: torch.device,
+        micro_size: int,
+        accumulation: int,
+        seed: int,
+    ) -> None:
+        deepspeed = _import_deepspeed(device)
+        self.objective, self.stage, self.world, self.device, self.seed = (
+            objective, config.zero_stage, world, device, seed,
+        )  # fmt: skip
+        self.clip_norm = optim.clip_norm
+        objective.to(device)
+        self.names = {p: name for name, p in objective.named_parameters()}
+        self.shapes = {name: tuple(p.shape) for p, name in self.names.items()}
+        self.optimizer = build_optimizer(objective, optim)
+        self.group_names = [str(group["name"]) for group in self.optimizer.param_groups]
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=objective,
+            optimizer=self.optimizer,
+            dist_init_required=False,
+            config=_deepspeed_config(config, optim, world, micro_size, accumulation),
+        )
+        self._batch_norms = [m for m in objective.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for group in self.optimizer.param_groups:
+            for kept in self._kept_by(group):
+                self.optimizer.state[kept] = empty_state(kept)
+
+    def step(self, micro_batches: Sequence[Batch], progress: Progress, lr: float) -> StepResult:
+        """Forward and backward of every micro-batch, then one optimizer step with learning rate `lr`."""
+        self._seed(progress.step)
+        self.objective.train()
+        self._set_lr(lr)
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(micro_batches):
+            self._deepspeed.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            output: LossOutput = self._deepspeed(batch, progress)
+            self._deepspeed.backward(_poisoned(output.loss))
+            for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        grad_norm, applied = self._apply()
+        if applied:
+            self._average_batch_norms()
+        metrics = {name: value / len(micro_batches) for name, value in sums.items()}
+        return StepResult(metrics, grad_norm, applied)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, progress: Progress) -> LossOutput:
+        """The loss in evaluation mode. At ZeRO 3 weights are gathered on the way: every rank must call it."""
+        self.objective.eval()
+        output: LossOutput = self._deepspeed(batch, progress)
+        self.objective.train()
+        return output
+
+    def materialize(self, module: nn.Module) -> dict[str, Tensor]:
+        """Whole fp32 weights and buffers of a submodule, on the CPU, on every rank; every rank must call it."""
+        state = {}
+        for name, value in module.state_dict(keep_vars=True).items():
+            if isinstance(value, nn.Parameter) and self.stage == 3:
+                import deepspeed
+
+                with deepspeed.zero.GatheredParameters([value]):
+                    state[name] = value.detach().to("cpu", copy=True)
+            else:
+                state[name] = value.detach().to("cpu", copy=True)
+        return state
+
+    def fragments(self) -> list[Fragment]:
+        """The whole training state that this rank keeps: parameters, optimizer state, buffers, as live views.
+
+        Together the ranks' fragments cover every logical tensor; at ZeRO 0, and for buffers, every rank has all.
+        """
+        found = []
+        for p, name in self.names.items():
+            for kind, data, start in self._parameter_fragments(p):
+                found.append(Fragment(f"{kind}/{name}", self.shapes[name], start, data, self.stage == 0))
+        for name, buffer in self._persistent_buffers():
+            found.append(Fragment(f"buffer/{name}", tuple(buffer.shape), 0, buffer.view(-1), True))
+        return found
+
+    def group_values(self) -> list[dict[str, Any]]:
+        """Name, hyperparameters and step count of each parameter group: the optimizer's state that is no tensor."""
+        values = []
+        for name, group in zip(self.group_names, self.optimizer.param_groups, strict=True):
+            steps = {float(self.optimizer.state[kept]["step"]) for kept in self._kept_by(group)}
+            hyper = {
+                k: v
+                for k, v in group.items()
+                if isinstance(v, int | float | bool | tuple | list) and k != "params"
+            }
+            values.append({**hyper, "name": name, "step": max(steps, default=0.0)})
+        return values
+
+    def after_load(self, groups: list[dict[str, Any]]) -> None:
+        """Call once the fragments are written: takes the groups' step counts and refreshes the working weights."""
+        steps = {group["name"]: float(group["step"]) for group in groups}
+        for name, group in zip(self.group_names, self.optimizer.param_groups, strict=True):
+            for kept in self._kept_by(group):
+                self.optimizer.state[kept]["step"].fill_(steps[name])
+        zero = self._deepspeed.optimizer
+        if self.stage in (1, 2):
+            zero.update_lp_params()
+        elif self.stage == 3:
+            zero.checkpoint_event_prologue()
+            for sub_group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+            zero.checkpoint_event_epilogue()
+
+    def _apply(self) -> tuple[float, bool]:
+        """ZeRO 1-3 find a non-finite gradient themselves and skip the step; stage 0 would apply it."""
+        if self.stage == 0:
+            grads = [p.grad for p in self.names if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+            if not torch.isfinite(norm):
+                self.objective.zero_grad(set_to_none=True)
+                return float(norm), False
+            if self.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(list(self.names), self.clip_norm, norm)
+            self._deepspeed.step()
+            return float(norm), True
+        self._deepspeed.step()
+        applied = not self._deepspeed.optimizer.overflow
+        return (float(self._deepspeed.get_global_grad_norm()) if applied else float("nan")), applied
+
+    def _kept_by(self, group: dict[str, Any]) -> list[Tensor]:
+        """The tensors that the base optimizer steps for a group: parameters at stage 0, else flat partitions."""
+        if self.stage < 3:
+            return list(group["params"])
+        zero = self._deepspeed.optimizer
+        index = next(i for i, g in enumerate(self.optimizer.param_groups) if g is group)
+        return [
+            flat
+            for sub_group, flat in enumerate(zero.fp32_partitioned_groups_flat)
+            if zero.sub_group_to_group_id[sub_group] == index
+        ]
+
+    def _parameter_fragments(self, p: nn.Parameter) -> Iterator[tuple[str, Tensor, int]]:
+        """(kind, live flat view, start) of the parameter itself and of each of its optimizer states."""
+        if self.stage == 0:
+            kept, offset, start, numel = p, 0, 0, p.numel()
+        elif self.stage < 3:
+            mapping = p._hp_mapping
+            if mapping is None:  # no element of it lies in this rank's partition
+                return
+            kept = self._deepspeed.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            address = mapping.get_hp_fragment_address()
+            offset, start, numel = address.start, mapping.lp_fragment_address.start, address.numel
+        else:
+            zero = self._deepspeed.optimizer
+            sub_group, offset, padded = zero.grad_position[zero.get_param_id(p)]
+            kept = zero.fp32_partitioned_groups_flat[sub_group]
+            start = padded * zero._get_param_partition_rank(p)
+            numel = max(0, min(padded, p.ds_numel - start))  # the rest is padding
+        if numel == 0:
+            return
+        yield "param", kept.data.view(-1).narrow(0, offset, numel), start
+        for key, value in self.optimizer.state[kept].items():
+            if isinstance(value, Tensor) and value.shape == kept.shape:
+                yield f"optim/{key}", value.view(-1).narrow(0, offset, numel), start
+
+    def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        parameters = set(self.shapes)
+        for name, value in self.objective.state_dict(keep_vars=True).items():
+            if name not in parameters:
+                yield name, value
+
+    @torch.no_grad()
+    def _average_batch_norms(self) -> None:
+        """DeepSpeed never synchronises buffers; running statistics that drift would depend on who saves them."""
+        if not self._batch_norms or self.world.size == 1:
+            return
+        tensors = [t for m in self._batch_norms for t in (m.running_mean, m.running_var) if t is not None]
+        flat = sum_over_ranks(torch.cat([t.view(-1) for t in tensors])) / self.world.size
+        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+    def _seed(self, step: int) -> None:
+        torch.manual_seed((self.seed * 1_000_003 + step) * 65_537 + self.world.rank)
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+
+def _poisoned(loss: Tensor) -> Tensor:
+    """A loss that is not finite gets gradients that are not, so that the one check on gradients finds both."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
+
+
+def _deepspeed_config(
+    config: EngineConfig, optim: AdamW, world: World, micro_size: int, accumulation: int
+) -> dict[str, Any]:
+    clip = 0.0 if config.zero_stage == 0 or optim.clip_norm is None else optim.clip_norm
+    settings: dict[str, Any] = {
+        "train_batch_size": micro_size * accumulation * world.size,
+        "train_micro_batch_size_per_gpu": micro_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,  # DeepSpeed clips to 1.0 where nothing is said
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**12,
+    }
+    if config.precision == "bf16":
+        # No lower-precision modules: parameters, gradients and their reduction stay fp32.
+        settings["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        }
+    return settings
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """Its accelerator is chosen at import; its logger would write over the progress line."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # Its shared-memory kernel serves inference only, and a process killed while compiling it leaves a lock behind
+    # on which every later run would wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.init_distributed(
+        dist_backend="gloo" if device.type == "cpu" else "nccl", auto_mpi_discovery=False
+    )
+    return deepspeed

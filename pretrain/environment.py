@@ -1,0 +1,92 @@
+"""What a run runs on: chosen, pinned, and written down."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from data_pipeline.errors import InputError
+from pretrain.collectives import World
+from pretrain.recipe import Runtime
+
+_PACKAGES = ("pretrain", "torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy", "simplejpeg", "pillow")
+
+
+def choose_device(runtime: Runtime, world: World) -> torch.device:
+    """This rank's device: CUDA where it is present unless the recipe says otherwise.
+
+    Raises:
+        InputError: the recipe asks for CUDA and there is none, or fewer GPUs than ranks on this machine.
+    """
+    present = torch.cuda.is_available()
+    if runtime.device == "cpu" or (runtime.device == "auto" and not present):
+        return torch.device("cpu")
+    if not present or torch.cuda.device_count() < world.local_size:
+        raise InputError(
+            where="runtime.device", expected=f"{world.local_size} GPU(s), one for each process on this machine",
+            found=f"{torch.cuda.device_count()}", fix="Start fewer processes, or set runtime.device=cpu.",
+        )  # fmt: skip
+    return torch.device("cuda", world.local_rank)
+
+
+def pin_threads(runtime: Runtime, world: World) -> int:
+    """Sets and returns the threads of this rank: bit-equality on CPU holds for one number of them."""
+    threads = runtime.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def describe(world: World, device: torch.device, threads: int) -> str:
+    """Versions, commit, hardware and arguments as JSON; no environment variables, which may hold secrets."""
+    return json.dumps(
+        {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "arguments": sys.argv[1:],
+            "python": platform.python_version(),
+            "packages": {name: _version(name) for name in _PACKAGES},
+            "commit": _commit(),
+            "platform": platform.platform(),
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "threads_per_rank": threads,
+            "world_size": world.size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        },
+        indent=1,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the code that runs, with `+` where the tree differs from it; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        head, changed = (
+            subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout else "") if head.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

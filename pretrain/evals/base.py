@@ -1,0 +1,232 @@
+"""What every evaluation gives back, how it is kept, and how two of them are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch import Tensor
+
+from data_pipeline.durable import durable_file
+from data_pipeline.errors import InputError
+from pretrain.evals.encoder import Encoder
+from pretrain.evals.task import Splits, Task
+
+FORMAT = 1
+NORMAL_95 = 1.959964  # two-sided 95 % quantile of the standard normal distribution
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of each test sample, sorted by key, so that reports can be compared sample by sample."""
+
+    keys: tuple[str, ...]
+    labels: NDArray[np.int32]  # [n]
+    predicted: NDArray[np.int32]  # [n]
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        return np.equal(self.labels, self.predicted)
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """A number, and all that is needed to get it again.
+
+    Attributes:
+        evaluator: knn, linear, ...
+        metric: the reported one of `metrics`.
+        value: its value, percent.
+        n: test samples that it is a mean over.
+        metrics: all that was measured, percent.
+        encoder: where the encoder comes from; its `tag` stands in file names.
+        protocol: everything that was chosen, preprocessing included.
+        data: identity and size of the data sets, and their classes.
+        seeds: by what they were for.
+        weights_sha256: of the encoder (`Encoder.weights_sha256`).
+        versions: of what computed it.
+        seconds: by part.
+        notes: what a reader should know; empty where all is as it should be.
+        outcomes: of each test sample.
+        arguments: those of the command, where one was given; they say how to ask, not what was asked.
+    """
+
+    evaluator: str
+    metric: str
+    value: float
+    n: int
+    metrics: Mapping[str, float]
+    encoder: Mapping[str, object]
+    protocol: Mapping[str, object]
+    data: Mapping[str, object]
+    seeds: Mapping[str, int]
+    weights_sha256: str
+    versions: Mapping[str, str]
+    seconds: Mapping[str, float]
+    notes: Sequence[str]
+    outcomes: Outcomes
+    arguments: Mapping[str, object] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the outcomes."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "outcomes"}
+
+    @property
+    def file_name(self) -> str:
+        """The same for the same question, so that asking again replaces the answer and nothing else."""
+        question = [self.protocol, self.data, self.seeds, self.weights_sha256]
+        digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+        return f"{self.evaluator}-{self.encoder['tag']}-{digest[:8]}.json"
+
+    def save(self, path: Path) -> None:
+        """Writes `path` (JSON) and, beside it under .safetensors, the outcomes."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keys = np.frombuffer("\0".join(self.outcomes.keys).encode(), np.uint8)
+        tensors = {"keys": keys, "labels": self.outcomes.labels, "predicted": self.outcomes.predicted}
+        with durable_file(path.with_suffix(".safetensors")) as file:
+            file.write(save(tensors))
+        with durable_file(path) as file:
+            file.write(json.dumps({"format": FORMAT, **self.to_json()}, indent=2).encode() + b"\n")
+
+    @classmethod
+    def load(cls, path: Path) -> EvalReport:
+        """
+        Raises:
+            InputError: no report, one of another format, or its outcomes are missing.
+        """
+        try:
+            described = json.loads(path.read_text("utf-8"))
+            if described.pop("format") != FORMAT:
+                raise ValueError(f"another format than {FORMAT}")
+            tensors = load(path.with_suffix(".safetensors").read_bytes())
+            keys = tuple(tensors["keys"].tobytes().decode().split("\0"))
+            outcomes = Outcomes(keys, tensors["labels"], tensors["predicted"])
+            return cls(**described, outcomes=outcomes)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise InputError(
+                where=str(path),
+                expected="a report of `pretrain eval`, with its .safetensors beside it",
+                found=f"{type(error).__name__}: {error}",
+            ) from error
+
+
+class Evaluator(ABC):
+    """One protocol. It never sees an objective or the engine."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def run(self, encoder: Encoder) -> EvalReport:
+        """Judges a frozen encoder on the device where it is; neither it nor any random state is changed."""
+
+
+def classification_report(
+    evaluator: str,
+    encoder: Encoder,
+    task: Task,
+    splits: Splits,
+    *,
+    predicted: Tensor,
+    metrics: Mapping[str, float],
+    protocol: Mapping[str, object],
+    seconds: Mapping[str, float],
+    seeds: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
+) -> EvalReport:
+    """The report of the top-1 accuracy of `predicted` labels, [n] int64, of the test set in its order."""
+    order = sorted(range(len(splits.test)), key=splits.test.keys.__getitem__)
+    outcomes = Outcomes(
+        keys=tuple(splits.test.keys[i] for i in order),
+        labels=splits.test.labels.numpy()[order].astype(np.int32),
+        predicted=predicted.numpy()[order].astype(np.int32),
+    )
+    top1 = 100 * float(outcomes.correct.mean())
+    described = dict(encoder.description)
+    init_seed = {"init": described["init_seed"]} if "init_seed" in described else {}
+    return EvalReport(
+        evaluator=evaluator,
+        metric="top1",
+        value=top1,
+        n=len(splits.test),
+        metrics={"top1": top1, **metrics},
+        encoder={"tag": encoder.tag, **described},
+        protocol={
+            **protocol,
+            "preprocessing": encoder.preprocessing(),
+            "features": splits.protocol,
+        },
+        data=task.describe(),
+        seeds={**init_seed, **(seeds or {})},  # type: ignore[dict-item]
+        weights_sha256=encoder.weights_sha256(),
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "timm", "torchvision", "numpy")},
+        },
+        seconds={**splits.seconds, **seconds},
+        notes=[*splits.notes, *notes],
+        outcomes=outcomes,
+    )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference of accuracies and its 95 % interval, in points of percent."""
+
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def paired_interval(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> Interval:
+    """95 % interval of accuracy(a) - accuracy(b) on the same samples.
+
+    Bonett & Price 2012 (J. Educ. Behav. Stat. 37, 479-488): Wald's interval after adding one sample that only
+    a gets right and one that only b does, which holds its level with few samples and few differences.
+
+    Args:
+        correct_a: [n], whether a was right on each sample.
+        correct_b: [n], the same samples in the same order.
+
+    Raises:
+        ValueError: the shapes differ, or there is no sample.
+    """
+    if correct_a.shape != correct_b.shape or correct_a.ndim != 1 or not len(correct_a):
+        raise ValueError(f"expected two equal shapes [n], found {correct_a.shape} and {correct_b.shape}")
+    n = len(correct_a)
+    only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
+    a, b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+    half = NORMAL_95 * math.sqrt((a + b - (a - b) ** 2) / (n + 2))
+    return Interval(100 * (only_a - only_b) / n, 100 * max(-1.0, a - b - half), 100 * min(1.0, a - b + half))
+
+
+def compare(a: EvalReport, b: EvalReport) -> Interval:
+    """`paired_interval` of two reports.
+
+    Raises:
+        InputError: they are not of the same test samples.
+    """
+    if a.outcomes.keys != b.outcomes.keys or not np.array_equal(a.outcomes.labels, b.outcomes.labels):
+        shared = len(set(a.outcomes.keys) & set(b.outcomes.keys))
+        raise InputError(
+            where="the two reports",
+            expected="the same test samples with the same labels",
+            found=f"{a.n} and {b.n} samples, {shared} keys of which are in both",
+            fix="Judge both on the same test set, with the same --limit-test.",
+        )
+    return paired_interval(a.outcomes.correct, b.outcomes.correct)

@@ -1,0 +1,84 @@
+"""The encoder that an evaluator receives: a module, and the preprocessing that belongs to it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data_pipeline.views import ViewSpec
+from pretrain.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen encoder and the preprocessing that belongs to it.
+
+    Attributes:
+        module: from normalised images [B, 3, S, S] to features [B, D].
+        image_size: S, pixels.
+        mean: per channel, of images scaled to [0, 1].
+        std: per channel, likewise.
+        views: geometry of evaluation views (`interpolation`, `eval_crop`).
+        tag: short name among the encoders of one run, for file names: encoder, step_00001000, random.
+        description: where it comes from, for the report.
+        run: the run's folder, where there is one; results are kept there.
+    """
+
+    module: nn.Module
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    views: ViewSpec
+    tag: str
+    description: Mapping[str, object] = field(default_factory=dict)
+    run: Path | None = None
+
+    @classmethod
+    def of_recipe(
+        cls,
+        module: nn.Module,
+        recipe: Recipe,
+        *,
+        tag: str,
+        run: Path | None,
+        description: Mapping[str, object],
+    ) -> Encoder:
+        """An encoder that the recipe's trainer made, with the recipe's preprocessing."""
+        views = recipe.data.views
+        return cls(
+            module,
+            image_size=recipe.model.image_size,
+            mean=recipe.data.mean,
+            std=recipe.data.std,
+            views=ViewSpec(interpolation=views.interpolation, eval_crop=views.eval_crop),
+            tag=tag,
+            description={"architecture": recipe.model.name, **description},
+            run=run,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def preprocessing(self) -> dict[str, object]:
+        return {
+            "image_size": self.image_size,
+            "resize": "antialiased, of the shorter side, then a centre crop",
+            "interpolation": self.views.interpolation,
+            "eval_crop": self.views.eval_crop,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    def weights_sha256(self) -> str:
+        """Over names, types, shapes and bytes of parameters and buffers, sorted; no file layout enters it."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,141 @@
+"""A labelled training and test set that belong together: what kNN and the linear probe are run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+from data_pipeline.errors import FieldError, InputError
+from data_pipeline.read import Dataset
+from pretrain.evals.encoder import Encoder
+from pretrain.evals.features import Extraction, Features
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Features of the training and the test set.
+
+    Attributes:
+        train, test: each sample once.
+        seconds: that each took.
+        notes: what a reader of the report should know of them.
+        protocol: how they were computed.
+    """
+
+    train: Features
+    test: Features
+    seconds: dict[str, float]
+    notes: tuple[str, ...]
+    protocol: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Classification of `test` by what is learned on `train`.
+
+    Attributes:
+        train, test: data sets with labels of the same classes.
+        max_train, max_test: the first samples only; None: all.
+
+    Raises:
+        InputError: no labels, or classes that differ.
+    """
+
+    train: Dataset
+    test: Dataset
+    max_train: int | None = None
+    max_test: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, dataset in (("training", self.train), ("test", self.test)):
+            if dataset.label_counts is None or not dataset.label_counts.any():
+                raise FieldError(
+                    where=f"{name} set",
+                    expected="labels",
+                    found="none",
+                    fix="Give class folders, or shards with `cls` members.",
+                )
+        ours, theirs = self.train.classes, self.test.classes
+        if ours is not None and theirs is not None and ours != theirs:
+            only = [
+                f"{name} only: {', '.join(_some(rest))}"
+                for name, rest in (("train", set(ours) - set(theirs)), ("test", set(theirs) - set(ours)))
+                if rest
+            ]
+            raise InputError(
+                where="classes of the training and the test set",
+                expected="the same, in the same order",
+                found=f"{len(ours)} and {len(theirs)}; {'; '.join(only) or 'the same in another order'}",
+            )
+
+    @property
+    def num_train(self) -> int:
+        return min(self.train.num_samples, self.max_train or self.train.num_samples)
+
+    @property
+    def num_test(self) -> int:
+        return min(self.test.num_samples, self.max_test or self.test.num_samples)
+
+    @property
+    def num_classes(self) -> int:
+        sizes = [len(d.label_counts) for d in (self.train, self.test) if d.label_counts is not None]
+        return max(*sizes, len(self.train.classes or ()), len(self.test.classes or ()))
+
+    def extract(self, encoder: Encoder, extraction: Extraction) -> Splits:
+        """Features of both sets.
+
+        Raises:
+            InputError: the training samples are all of one class.
+        """
+        start = perf_counter()
+        train = extraction.extract(
+            encoder, self.train, num_classes=self.num_classes, limit=self.max_train, label="features of train"
+        )
+        between = perf_counter()
+        test = extraction.extract(
+            encoder, self.test, num_classes=self.num_classes, limit=self.max_test, label="features of test"
+        )
+        seconds = {"features_train": between - start, "features_test": perf_counter() - between}
+        protocol: dict[str, object] = {
+            "pooling": str(getattr(encoder.module, "global_pool", "the module's own")),
+            "width": train.values.shape[1],
+            "precision": extraction.precision,
+            "device": encoder.device.type,
+        }
+        return Splits(train, test, seconds, self._notes(train, test), protocol)
+
+    def _notes(self, train: Features, test: Features) -> tuple[str, ...]:
+        known, asked = set(train.labels.tolist()), set(test.labels.tolist())
+        if len(known) < 2:
+            raise InputError(
+                where="training set",
+                expected="samples of several classes",
+                found=f"{len(train)} samples of class {known.pop()}",
+                fix="Take more of it (--limit-train takes the first), or shards with classes mixed.",
+            )
+        unknown = asked - known
+        if not unknown:
+            return ()
+        num_lost = sum(label in unknown for label in test.labels.tolist())
+        return (
+            f"{len(unknown)} of {len(asked)} classes have no training sample: "
+            f"{num_lost} of {len(test)} test samples cannot be right",
+        )
+
+    def describe(self) -> dict[str, object]:
+        """Identity and size of both sets, for the report."""
+        classes = self.train.classes or self.test.classes
+        return {
+            "train": {
+                "fingerprint": self.train.fingerprint,
+                "n": self.num_train,
+                "of": self.train.num_samples,
+            },
+            "test": {"fingerprint": self.test.fingerprint, "n": self.num_test, "of": self.test.num_samples},
+            "num_classes": self.num_classes,
+            "classes": list(classes) if classes is not None else None,
+        }
+
+
+def _some(names: set[str], shown: int = 5) -> list[str]:
+    return [*sorted(names)[:shown], *(["..."] if len(names) > shown else [])]

@@ -1,0 +1,194 @@
+"""Encoders out of timm: an architecture by name, with published weights, those of a file, or fresh ones."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from data_pipeline.errors import CheckpointError, InputError
+from data_pipeline.views import ViewSpec
+from pretrain.evals.encoder import Encoder
+from pretrain.models.encoders import load_strictly
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A timm model as it is to be built.
+
+    Attributes:
+        name: timm's, with or without a tag of published weights.
+        image_size: pixels; None: what it was made for.
+        options: further arguments of its constructor (patch_size, depth, global_pool, ...).
+    """
+
+    name: str
+    image_size: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, **arguments: Any) -> nn.Module:
+        """
+        Raises:
+            InputError: timm has no such name (the nearest are given), or refuses the options.
+        """
+        if not timm.is_model(self.name):
+            raise InputError(
+                where="--model", expected="the name of a timm model", found=self.name, fix=nearest(self.name)
+            )
+        if self.image_size is not None and timm.models.get_pretrained_cfg_value(
+            self.name, "fixed_input_size"
+        ):
+            arguments["img_size"] = self.image_size
+        try:
+            module: nn.Module = timm.create_model(self.name, **self.options, **arguments)
+        except Exception as error:  # whatever a constructor, the hub or the network raises
+            wanted = (
+                "published weights that can be had and fit"
+                if arguments.get("pretrained")
+                else "options it takes"
+            )
+            raise InputError(
+                where=self.name, expected=wanted, found=f"{type(error).__name__}: {error}"
+            ) from error
+        return module
+
+
+def from_timm(architecture: Architecture, *, random_init: bool, seed: int) -> Encoder:
+    """Published weights, downloaded by timm unless its cache has them; or fresh ones.
+
+    Raises:
+        InputError: there are none, they cannot be had, or do not fit the options.
+    """
+    description: dict[str, object] = {"source": architecture.name, "kind": "timm"}
+    if random_init:
+        return _fresh(architecture, seed, description)
+    # With its own classifier timm loads strictly; told to leave the classifier out, it would not.
+    module = architecture.build(pretrained=True)
+    module.reset_classifier(0)  # type: ignore[operator]
+    own_size = _config(module)["input_size"][-1]
+    if architecture.image_size not in (None, own_size):
+        description["position_embedding"] = f"as timm resizes it from {own_size} px"
+    return _encoder(module, architecture, "encoder", description)
+
+
+def from_file(path: Path, architecture: Architecture, *, random_init: bool, seed: int) -> Encoder:
+    """The weights of a file, all of them but a classifier's; or fresh ones.
+
+    Raises:
+        InputError: the architecture cannot be built.
+        CheckpointError: no file of tensors, or not exactly those of the architecture.
+    """
+    description: dict[str, object] = {"source": str(path), "kind": "weights file"}
+    if random_init:
+        return _fresh(architecture, seed, description)
+    module = seeded(seed, lambda: architecture.build(num_classes=0))
+    heads = _config(module).get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    state = read_tensors(path)
+    left_out = sorted(name for name in state if name.rpartition(".")[0] in heads)
+    load_strictly(module, {name: state[name] for name in state if name not in left_out}, where=str(path))
+    return _encoder(module, architecture, "encoder", {**description, "classifier_left_out": left_out})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file by name; a PyTorch file may hold other plain data beside them.
+
+    Raises:
+        CheckpointError: damaged, a pickle of more than plain data, or not exactly one dictionary of tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            tensors: dict[str, Tensor] = load_file(path)
+            return tensors
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(
+            where=str(path),
+            expected="safetensors, or a PyTorch file without objects that could run code",
+            found=f"{type(error).__name__}: {(str(error).splitlines() or ['an empty file'])[0]}",
+            fix="Save the tensors alone.",
+        ) from error
+    members = [content, *content.values()] if isinstance(content, dict) else []
+    states = [member for member in members if _is_state(member)]
+    if len(states) != 1:
+        members_found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(
+            where=str(path),
+            expected="one dictionary of tensors",
+            found=f"{len(states)} among {members_found}",
+            fix="Save the one to be judged as safetensors.",
+        )
+    state = states[0]
+    wrapped = all(name.startswith("module.") for name in state)  # by DistributedDataParallel
+    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}
+
+
+def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` makes from this seed; the global random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    return f"Nearest timm models: {', '.join(near)}." if near else ""
+
+
+def checked_views(interpolation: str, eval_crop: float, *, where: str) -> ViewSpec:
+    """
+    Raises:
+        InputError: an interpolation that evaluation views do not have.
+    """
+    if interpolation not in ("bilinear", "bicubic"):
+        raise InputError(where=where, expected="bilinear or bicubic interpolation", found=str(interpolation))
+    return ViewSpec(interpolation=interpolation, eval_crop=eval_crop)  # type: ignore[arg-type]
+
+
+def _fresh(architecture: Architecture, seed: int, description: Mapping[str, object]) -> Encoder:
+    module = seeded(seed, lambda: architecture.build(num_classes=0))
+    return _encoder(module, architecture, "random", {**description, "init_seed": seed})
+
+
+def _encoder(
+    module: nn.Module, architecture: Architecture, tag: str, description: Mapping[str, object]
+) -> Encoder:
+    """With the preprocessing that timm has for the name."""
+    config = _config(module)
+    if config.get("crop_mode", "center") != "center":
+        raise InputError(
+            where=architecture.name,
+            expected="a model for centre crops",
+            found=f"crop_mode {config['crop_mode']}",
+        )
+    return Encoder(
+        module,
+        image_size=architecture.image_size or config["input_size"][-1],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        views=checked_views(config["interpolation"], config["crop_pct"], where=architecture.name),
+        tag=tag,
+        description={"architecture": architecture.name, "options": dict(architecture.options), **description},
+    )
+
+
+def _config(module: nn.Module) -> dict[str, Any]:
+    config: dict[str, Any] = module.pretrained_cfg  # type: ignore[assignment]
+    return config
+
+
+def _is_state(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(tensor, Tensor) for tensor in value.values())
+    )

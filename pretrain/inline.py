@@ -1,0 +1,137 @@
+"""What is judged while a run trains: the validation set, and kNN on the encoder. Neither touches its random state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.errors import InputError
+from data_pipeline.loader import evaluation_batches
+from data_pipeline.read import Dataset, open_dataset
+from data_pipeline.views import ViewSpec
+from pretrain.collectives import World, barrier, from_main, sum_over_ranks
+from pretrain.engine import Engine
+from pretrain.evals.encoder import Encoder
+from pretrain.evals.knn import Knn
+from pretrain.loop import Periodic
+from pretrain.models.encoders import build_encoder, load_strictly
+from pretrain.objectives.base import Objective
+from pretrain.recipe import InlineKnn, Recipe
+from pretrain.state import RunState
+
+
+def knn_evaluators(recipe: Recipe) -> list[Knn]:
+    """One for each entry of `evals`; opening its data sets checks them.
+
+    Raises:
+        InputError: of whichever is wrong.
+    """
+    return [
+        Knn(open_dataset(config.train), open_dataset(config.test), config)
+        for config in recipe.evals
+    ]
+
+
+class Inline:
+    """Evaluations of a run, each a function that all ranks call together.
+
+    Args:
+        recipe: of the run.
+        val: validation set; None: no validation.
+        engine: holds the weights.
+        objective: whose loss is validated and whose encoder is judged.
+        prepare: a host batch -> the normalised batch on the device.
+        world: this process among the ranks.
+        out: the run's folder; reports go to `evals/`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        val: Dataset | None,
+        engine: Engine,
+        objective: Objective,
+        prepare: Callable[[Batch], Batch],
+        world: World,
+        out: Path,
+    ) -> None:
+        self._recipe, self._val, self._engine, self._objective = recipe, val, engine, objective
+        self._prepare, self._world, self._out = prepare, world, out
+        self._views = ViewSpec(**recipe.data.views.model_dump())
+
+    def periodic(self, steps_per_epoch: float) -> tuple[Periodic, ...]:
+        def every(epochs: float) -> int:
+            return max(1, round(epochs * steps_per_epoch))
+
+        found = []
+        if self._val is not None:
+            val = self._val
+            found.append(Periodic(every(self._recipe.validation.every_epochs), lambda state: self._validate(val, state)))
+        for config, knn in zip(self._recipe.evals, knn_evaluators(self._recipe), strict=True):
+            found.append(Periodic(every(config.every_epochs), self._judge(config, knn)))
+        return tuple(found)
+
+    def _validate(self, val: Dataset, state: RunState) -> dict[str, float]:
+        """Means over every sample of the validation set, once each, whatever the number of ranks."""
+        world = self._world
+        batch_size = max(1, min(self._recipe.batch.micro_size or 256, 256))
+        batches = evaluation_batches(
+            val,
+            self._objective.needs,
+            self._views,
+            batch_size=batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            max_pixels=self._recipe.data.max_pixels,
+        )
+        sums: dict[str, Tensor] = {}
+        # At ZeRO 3 each forward is a collective: ranks whose share is a batch shorter repeat their last, unweighted.
+        rounds = -(-(-(-val.num_samples // world.size)) // batch_size)
+        batch: Batch | None = None
+        for _ in range(rounds):
+            following = next(batches, None)
+            batch = self._prepare(following) if following is not None else batch
+            if batch is None:
+                raise InputError(
+                    where="data.val", expected=f"at least {world.size} samples, one for each rank",
+                    found=str(val.num_samples),
+                )  # fmt: skip
+            weight = len(batch) if following is not None else 0
+            output = self._engine.evaluate(batch, state.progress)
+            for name, value in {"loss": output.loss, **output.metrics, "n": torch.ones(())}.items():
+                term = value.detach().double().cpu() * weight
+                sums[name] = sums[name] + term if name in sums else term
+        names = sorted(sums)
+        totals = dict(zip(names, sum_over_ranks(torch.stack([sums[n] for n in names]).to(self._engine.device)).tolist(), strict=True))
+        return {f"val/{name}": total / totals["n"] for name, total in totals.items() if name != "n"}
+
+    def _judge(self, config: InlineKnn, knn: Knn) -> Callable[[RunState], dict[str, float]]:
+        def judge(state: RunState) -> dict[str, float]:
+            weights = self._engine.materialize(self._objective.encoder)
+            values: dict[str, float] = {}
+            if self._world.is_main:
+                step = state.progress.step
+                report = knn.run(self._encoder(weights, step))
+                report.save(self._out / "evals" / f"knn_step_{step:08d}.json")
+                values = {f"knn/top1_k{config.k}": report.value}
+            barrier()
+            return from_main(values)  # type: ignore[return-value]
+
+        return judge
+
+    def _encoder(self, weights: dict[str, Tensor], step: int) -> Encoder:
+        """A copy apart, so that hooks, training flags and sharded weights of the training stay as they are."""
+        with torch.random.fork_rng(devices=[]):
+            module = build_encoder(self._recipe.model)
+        load_strictly(module, weights, where=f"the encoder at step {step}")
+        return Encoder.of_recipe(
+            module.to(self._engine.device),
+            self._recipe,
+            tag=f"step_{step:08d}",
+            run=self._out,
+            description={"source": str(self._out), "kind": "run", "recipe": self._recipe.name, "step": step},
+        )

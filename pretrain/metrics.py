@@ -1,0 +1,172 @@
+"""Where a run's numbers go, and what they are measured against: FLOPs, the device's peak, memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_pipeline.batch import Batch, BatchSpec
+from pretrain.objectives.base import Objective
+from pretrain.state import Progress
+
+
+class MetricLog:
+    """Appends to `metrics.jsonl` and TensorBoard, and tells a person; on every rank but 0 it does nothing.
+
+    Args:
+        folder: of the run. Lines of steps after `step`, which a resumed run takes again, are dropped.
+        step: steps applied so far.
+        total_steps: for the progress line.
+        active: whether this rank writes.
+        tensorboard: whether to write event files as well.
+    """
+
+    def __init__(self, folder: Path, *, step: int, total_steps: int, active: bool, tensorboard: bool) -> None:
+        self._active, self._total_steps, self._started_at, self._first_step = active, total_steps, time.monotonic(), step
+        self._live = active and sys.stdout.isatty()
+        self._tensorboard: Any = None
+        if not active:
+            return
+        path = folder / "metrics.jsonl"
+        _drop_after(path, step)
+        self._file = path.open("a")
+        self._text = (folder / "log-rank0.txt").open("a")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line of `metrics.jsonl`; `values` by name, in the units their names say."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def progress(self, step: int, values: dict[str, float]) -> None:
+        """The live line on a terminal; a plain line elsewhere."""
+        done = step - self._first_step
+        left = (time.monotonic() - self._started_at) / max(1, done) * (self._total_steps - step)
+        shown = "  ".join(f"{name} {_shown(name, value)}" for name, value in values.items() if name in _SHOWN)
+        line = f"step {step}/{self._total_steps}  {shown}  left {_duration(left)}"
+        if self._live:
+            width = os.get_terminal_size().columns
+            sys.stdout.write("\r\x1b[2K" + line[: width - 1])
+            sys.stdout.flush()
+            self._log(line)
+        else:
+            self.say(line)
+
+    def say(self, text: str) -> None:
+        """A line of its own, for what happens once: a checkpoint, an evaluation, a warning."""
+        if not self._active:
+            return
+        print(("\r\x1b[2K" if self._live else "") + text, flush=True)
+        self._log(text)
+
+    def close(self) -> None:
+        if not self._active:
+            return
+        if self._live:
+            print(flush=True)
+        self._file.close()
+        self._text.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _log(self, line: str) -> None:
+        if self._active:
+            self._text.write(line + "\n")
+            self._text.flush()
+
+
+_SHOWN = {"loss": ".4f", "top1": ".3f", "lr": ".2e", "grad_norm": ".3f", "images_per_second": ".0f",
+          "data_wait": ".1%", "mfu": ".1%"}  # fmt: skip
+
+
+def _shown(name: str, value: float) -> str:
+    return format(value, _SHOWN[name])
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """A run that was killed has logged steps that its checkpoint does not know, the last line perhaps in part."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept))
+    part.replace(path)
+
+
+def flops_per_sample(objective: Objective) -> float:
+    """Floating point operations of one forward and backward pass for one sample, counted by running it.
+
+    Matrix products, convolutions and attention count, two operations a multiply-add; elementwise work does not.
+    Leaves weights, buffers and the random state as they were.
+    """
+    device = next(objective.parameters()).device
+    batch = _blank_batch(objective.needs, 2).to(device)
+    devices = [device] if device.type == "cuda" else []
+    was_training = objective.training
+    objective.eval()  # running statistics stay untouched
+    with torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
+        objective(batch, Progress(0, 1, 0)).loss.backward()
+    objective.zero_grad(set_to_none=True)
+    objective.train(was_training)
+    return counter.get_total_flops() / len(batch)
+
+
+def _blank_batch(spec: BatchSpec, size: int) -> Batch:
+    masks = None
+    if spec.mask is not None:
+        masks = (torch.arange(spec.mask.num_patches) < spec.mask.num_hidden).expand(size, -1)
+    return Batch(
+        keys=tuple(map(str, range(size))),
+        views=tuple(torch.zeros(size, 3, spec.image_size, spec.image_size) for _ in range(spec.num_views)),
+        labels=torch.zeros(size, dtype=torch.int64) if spec.num_classes is not None else None,
+        masks=masks,
+    )
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of the best of repeated square matrix products on this device, with the threads this rank has."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = torch.ones(side, side, device=device, dtype=dtype), torch.ones(side, side, device=device, dtype=dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: on the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

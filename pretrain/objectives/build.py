@@ -1,0 +1,27 @@
+"""From the groups of a recipe to an objective: the one `match` over the union."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from pretrain import recipe
+from pretrain.models.encoders import build_encoder
+from pretrain.objectives.base import Objective
+from pretrain.objectives.mae import Mae
+from pretrain.objectives.supervised import Supervised
+
+
+def build_objective(model: recipe.Model, config: recipe.ObjectiveConfig) -> Objective:
+    """An encoder and its objective on the CPU, initialised from torch's global seed.
+
+    Raises:
+        InputError: a model that cannot be built, or that the objective cannot train.
+    """
+    encoder = build_encoder(model)
+    match config:
+        case recipe.Mae():
+            return Mae(encoder, config)
+        case recipe.Supervised():
+            return Supervised(encoder, model.image_size, config)
+        case _:
+            assert_never(config)

@@ -1,0 +1,216 @@
+"""Masked autoencoder: hide most patches, encode the rest, predict the pixels of the hidden ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from timm.layers import PatchEmbed, build_sincos2d_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data_pipeline.batch import Batch, BatchSpec, MaskSpec
+from data_pipeline.errors import InputError
+from pretrain import recipe
+from pretrain.models.mae_decoder import MaeDecoder
+from pretrain.objectives.base import LossOutput, Objective
+from pretrain.state import Progress
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Images for a report, each [B, 3, H, W] and normalised as the views are.
+
+    Attributes:
+        original: the views.
+        masked: hidden patches are zero, the mean colour.
+        filled: hidden patches are predicted; with normalised targets a prediction has no brightness or
+            contrast of its own, and takes the hidden patch's.
+    """
+
+    original: Tensor
+    masked: Tensor
+    filled: Tensor
+
+
+class Mae(Objective):
+    """He et al. 2021 (arXiv:2111.06377).
+
+    The encoder is an unmodified timm ViT, driven from outside: its patch and position embedding, then its
+    blocks and its norm over prefix tokens (class, registers) and visible patches. Weights start as in the
+    paper (Xavier-uniform, sine-cosine positions). One departure: positions remain the learned parameter that
+    they are in timm, where the paper fixes them, so that an encoder has no frozen parameters.
+
+    Raises:
+        InputError: the encoder is no ViT with plain patches, or has parameters that only its pooling uses; a
+            width, a number of heads or the mask ratio cannot be.
+    """
+
+    def __init__(self, encoder: nn.Module, config: recipe.Mae) -> None:
+        super().__init__()
+        vit = _checked_vit(encoder)
+        num_patches: int = vit.patch_embed.num_patches
+        num_hidden = round(config.mask_ratio * num_patches)
+        _check_sizes(vit.embed_dim, num_patches, num_hidden, config)
+        self.encoder = encoder
+        self.patch_size: int = vit.patch_embed.patch_size[0]
+        self.normalize_target = config.normalize_target
+        self.needs = BatchSpec(vit.patch_embed.img_size[0], mask=MaskSpec(num_patches, num_hidden))
+        self.decoder = MaeDecoder(
+            in_width=vit.embed_dim,
+            width=config.decoder_width,
+            depth=config.decoder_depth,
+            heads=config.decoder_heads,
+            grid=vit.patch_embed.grid_size,
+            patch_values=3 * self.patch_size**2,
+        )
+        self._initialize(vit)
+
+    def forward(self, batch: Batch, progress: Progress) -> LossOutput:
+        """Mean squared error over the values of the hidden patches.
+
+        Every sample hides the same number of patches, so that this mean over the local B can be averaged
+        over micro-batches and ranks.
+        """
+        images = batch.views[0]
+        visible, hidden = self._split(batch)
+        prediction = self.decoder(self.encode(images, visible), visible, hidden)
+        target = _take(patchify(images, self.patch_size), hidden)
+        if self.normalize_target:
+            mean, std = _moments(target)
+            target = (target - mean) / std
+        return LossOutput((prediction.to(target.dtype) - target).square().mean())
+
+    def encode(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Encodes some patches of each image as if there were no others.
+
+        Args:
+            images: normalised, [B, 3, S, S].
+            visible: index of the patches to encode, [B, V] int64.
+
+        Returns:
+            Normed tokens, the encoder's P prefix tokens first, [B, P + V, D].
+        """
+        vit: VisionTransformer = self.encoder
+        tokens = vit._pos_embed(vit.patch_embed(images))  # [B, P + N, D]
+        prefix, patches = tokens.tensor_split([vit.num_prefix_tokens], dim=1)
+        tokens = vit.norm_pre(torch.cat([prefix, _take(patches, visible)], dim=1))
+        encoded: Tensor = vit.norm(vit.blocks(tokens))
+        return encoded
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch) -> Reconstruction:
+        """The views with hidden patches blanked, and with them predicted; training mode is the caller's."""
+        images = batch.views[0]
+        visible, hidden = self._split(batch)
+        prediction = self.decoder(self.encode(images, visible), visible, hidden).to(images.dtype)
+        patches = patchify(images, self.patch_size)
+        if self.normalize_target:
+            mean, std = _moments(_take(patches, hidden))
+            prediction = prediction * std + mean
+        at = hidden.unsqueeze(-1).expand_as(prediction)
+        masked = unpatchify(patches.scatter(1, at, 0.0), self.patch_size)
+        filled = unpatchify(patches.scatter(1, at, prediction), self.patch_size)
+        return Reconstruction(images, masked, filled)
+
+    def _split(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Indices of visible and of hidden patches, [B, V] and [B, H], both ascending."""
+        spec, masks = self.needs.mask, batch.masks
+        assert spec is not None
+        if masks is None or masks.shape != (len(batch), spec.num_patches):
+            found = "none" if masks is None else str(tuple(masks.shape))
+            raise ValueError(f"batch.masks: expected [{len(batch)}, {spec.num_patches}], found {found}")
+        # Asserted on the device: reading the count here would make the host wait for it at every step.
+        torch._assert_async(
+            (masks.sum(1) == spec.num_hidden).all(), f"each sample must hide {spec.num_hidden} patches"
+        )
+        order = masks.to(torch.uint8).argsort(dim=1, stable=True)
+        visible, hidden = order.tensor_split([spec.num_patches - spec.num_hidden], dim=1)
+        return visible, hidden
+
+    @torch.no_grad()
+    def _initialize(self, vit: VisionTransformer) -> None:
+        """As the authors' code does: without it small and large widths start at very different scales."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(vit.patch_embed.proj.weight.flatten(1))
+        for name, parameter in self.named_parameters():
+            if name.endswith("_token"):
+                nn.init.normal_(parameter, std=0.02)
+        if vit.pos_embed is not None:
+            positions = build_sincos2d_pos_embed(list(vit.patch_embed.grid_size), vit.embed_dim)
+            vit.pos_embed.zero_()  # of prefix tokens, where they have any
+            vit.pos_embed[0, -len(positions) :] = positions
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[B, 3, H, W] -> [B, N, 3 * patch * patch]; patches row by row, values of one by (channel, y, x)."""
+    return F.pixel_unshuffle(images, patch_size).flatten(2).transpose(1, 2)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """The inverse of `patchify` for square images."""
+    side = round(patches.shape[1] ** 0.5)
+    return F.pixel_shuffle(patches.transpose(1, 2).reshape(len(patches), -1, side, side), patch_size)
+
+
+def _take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Row `index[b, i]` of `tokens[b]`: [B, N, D], [B, M] -> [B, M, D]."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sqrt(var + 1e-6) of each patch, [B, N, 1]; unbiased variance, as in the authors' code."""
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (var + 1e-6).sqrt()
+
+
+def _checked_vit(encoder: nn.Module) -> VisionTransformer:
+    if not isinstance(encoder, VisionTransformer) or not isinstance(encoder.patch_embed, PatchEmbed):
+        raise InputError(
+            where="model.name",
+            expected="a plain timm ViT, as MAE hides patches",
+            found=type(encoder).__name__,
+        )
+    unused = [n for n, _ in encoder.named_parameters() if n.startswith(("fc_norm.", "attn_pool.", "head"))]
+    if unused:
+        raise InputError(
+            where="model.options",
+            expected="an encoder that MAE trains as a whole",
+            found=f"parameters after the last norm, which would stay random: {', '.join(unused)}",
+            fix="Set model.options.global_pool to avg or token, and model.options.fc_norm to false.",
+        )
+    if not isinstance(encoder.patch_drop, nn.Identity):
+        raise InputError(
+            where="model.options.patch_drop_rate",
+            expected="0, as MAE itself drops patches",
+            found=str(encoder.patch_drop.prob),
+        )
+    return encoder
+
+
+def _check_sizes(width: int, num_patches: int, num_hidden: int, config: recipe.Mae) -> None:
+    if not 0 < num_hidden < num_patches:
+        raise InputError(
+            where="objective.mask_ratio",
+            expected=f"to hide some and show some of {num_patches} patches",
+            found=f"{config.mask_ratio}, which hides {num_hidden}",
+        )
+    if config.decoder_width % config.decoder_heads:
+        raise InputError(
+            where="objective.decoder_heads",
+            expected=f"a divisor of decoder_width {config.decoder_width}",
+            found=str(config.decoder_heads),
+        )
+    for where, value in (
+        ("model.options.embed_dim", width),
+        ("objective.decoder_width", config.decoder_width),
+    ):
+        if value % 4:
+            raise InputError(
+                where, "a multiple of 4, for sine-cosine positions in two dimensions", str(value)
+            )

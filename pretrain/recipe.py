@@ -1,0 +1,193 @@
+"""The typed recipe. Imports no torch, so that wrong input is answered at once.
+
+How a recipe is read from YAML and written back: recipe_io.py. What follows from it: resolve.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+class Group(BaseModel):
+    """Base of every group: frozen; an unknown key and a number that is not finite are errors.
+
+    A validator says "expected ..., found ..."; the loader puts the path before it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
+    if interval[0] > interval[1]:
+        raise ValueError(f"expected [smallest, largest], found {list(interval)}.")
+    return interval
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Views(Group):
+    """Geometry of a training view (random resized crop, flip) and an evaluation view (resize, centre)."""
+
+    scale: Annotated[tuple[Share, Share], AfterValidator(_ordered)] = (0.2, 1.0)  # of the image's area
+    ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ordered)] = (0.75, 4 / 3)  # width / height
+    flip: float = Field(0.5, ge=0, le=1)  # probability
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    eval_crop: Share = 1.0  # side of the centre crop, as a share of the resized shorter side
+
+
+class Data(Group):
+    train: str  # a folder with a manifest, or a brace pattern of tars that has one beside it
+    val: str | None = None
+    lanes: int = Field(16, ge=1)  # contiguous stretches that are read side by side
+    window: int = Field(1024, ge=1)  # samples of a lane that are shuffled among each other
+    views: Views = Views()
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    max_pixels: int = Field(50_000_000, ge=1)  # an image of more pixels is refused before it is decoded
+    max_bad_samples: int = Field(100, ge=0)  # replaced samples before the run stops
+
+
+class Model(Group):
+    """A timm ViT or ResNet. `options` go to its constructor (embed_dim, depth, num_heads, ...)."""
+
+    name: str
+    image_size: int = Field(224, ge=1)
+    patch_size: int | None = Field(None, ge=1)  # ViT only; None: the model's own
+    options: dict[str, int | float | bool | str | None] = {}
+
+    @model_validator(mode="after")
+    def _patches(self) -> Model:
+        if self.patch_size is not None and self.image_size % self.patch_size:
+            below = self.image_size // self.patch_size * self.patch_size
+            raise ValueError(
+                f"expected an image_size that patch_size {self.patch_size} divides, found {self.image_size}. "
+                f"Nearest: {below + self.patch_size}{f' or {below}' * (below > 0)}."
+            )
+        return self
+
+
+class Supervised(Group):
+    kind: Literal["supervised"]
+    num_classes: int = Field(ge=2)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class Mae(Group):
+    kind: Literal["mae"]
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    decoder_width: int = Field(512, ge=1)
+    decoder_depth: int = Field(8, ge=1)
+    decoder_heads: int = Field(16, ge=1)
+    normalize_target: bool = True
+
+    @model_validator(mode="after")
+    def _heads(self) -> Mae:
+        if self.decoder_width % self.decoder_heads:
+            raise ValueError(
+                f"expected a decoder_width that decoder_heads {self.decoder_heads} divides, "
+                f"found {self.decoder_width}."
+            )
+        return self
+
+
+ObjectiveConfig = Annotated[Supervised | Mae, Field(discriminator="kind")]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AdamW(Group):
+    kind: Literal["adamw"] = "adamw"
+    base_lr: float = Field(gt=0)  # peak_lr = base_lr * global_size / lr_batch
+    lr_batch: int | None = Field(256, ge=1)  # None: base_lr is the peak_lr
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)  # never on biases, norms, tokens and position embeddings
+    clip_norm: float | None = Field(None, gt=0)  # of the global gradient; None: no clipping
+
+
+class Schedule(Group):
+    """Linear warmup, then half a cosine. Exactly one of epochs, steps, samples says how long."""
+
+    kind: Literal["cosine"] = "cosine"
+    epochs: float | None = Field(None, gt=0, le=1e6)
+    steps: int | None = Field(None, ge=1)
+    samples: int | None = Field(None, ge=1)
+    warmup: float = Field(0.05, ge=0, lt=1)  # share of the run
+    final_lr: float = Field(0.0, ge=0, le=1)  # as a share of peak_lr
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Schedule:
+        given = [key for key in ("epochs", "steps", "samples") if getattr(self, key) is not None]
+        if len(given) != 1:
+            fix = " Set those you do not want to null." if given else ""
+            raise ValueError(
+                f"expected exactly one of epochs, steps, samples, found {' and '.join(given) or 'none'}.{fix}"
+            )
+        return self
+
+
+class BatchSize(Group):
+    global_size: int = Field(ge=1, lt=2**31)  # over all ranks and micro-batches
+    micro_size: int | None = Field(None, ge=1)  # of one forward pass on one rank; None: no accumulation
+
+
+class EngineConfig(Group):
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16"] = "bf16"  # bf16 is autocast: parameters and optimizer state stay fp32
+
+
+class Runtime(Group):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_workers: int = Field(0, ge=0)  # loader processes per rank; 0: in the training process
+    threads: int | None = Field(None, ge=1)  # per rank; None: cores / ranks on this machine
+    peak_tflops: float | None = Field(None, gt=0)  # of the device, for MFU; None: measured
+    max_skipped_steps: int = Field(10, ge=0)  # non-finite steps before the run stops
+
+
+class Logging(Group):
+    every_steps: int = Field(10, ge=1)
+    tensorboard: bool = True
+
+
+class CheckpointConfig(Group):
+    every_steps: int | None = Field(None, ge=1)
+    every_minutes: float | None = Field(10, gt=0)
+    keep_last: int = Field(2, ge=1)
+
+
+class Validation(Group):
+    every_epochs: float = Field(1, gt=0)
+
+
+class InlineKnn(Group):
+    kind: Literal["knn"]
+    train: str
+    test: str
+    every_epochs: float = Field(1, gt=0)
+    k: int = Field(20, ge=1)
+    temperature: float = Field(0.07, gt=0)
+    max_train: int | None = Field(None, ge=1)  # the first samples only
+    max_test: int | None = Field(None, ge=1)
+
+
+class Recipe(Group):
+    """One run. Groups above the line change results and make up its identity; those below must not."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # also the name of the run's folder
+    seed: int = Field(0, ge=0, lt=2**63)
+    data: Data
+    model: Model
+    objective: ObjectiveConfig
+    optim: AdamW
+    schedule: Schedule
+    batch: BatchSize
+
+    engine: EngineConfig = EngineConfig()
+    runtime: Runtime = Runtime()
+    logging: Logging = Logging()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: Validation = Validation()
+    evals: tuple[InlineKnn, ...] = ()

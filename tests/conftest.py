@@ -1,0 +1,18 @@
+"""Shared by all tests: where real data lies, and one thread per process so that two cores serve two processes."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with `cifar10.tar.gz` and `photos.tar`; PRETRAIN_TEST_DATA overrides where it is looked for."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("PRETRAIN_TEST_DATA", default))
+    if not (folder / "cifar10.tar.gz").is_file():
+        pytest.skip(f"real images not found in {folder}; set PRETRAIN_TEST_DATA")
+    return folder

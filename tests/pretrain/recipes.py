@@ -1,0 +1,100 @@
+"""A small recipe, ways to vary it, and strategies over whole recipes, for tests."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from pretrain.recipe import Recipe
+from pretrain.recipe_io import load_recipe
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "data": {"train": "shards"},
+    "model": {"name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 4},
+    "objective": {"kind": "mae"},
+    "optim": {"base_lr": 1.5e-4},
+    "schedule": {"epochs": 3},
+    "batch": {"global_size": 256},
+    "evals": [{"kind": "knn", "train": "a", "test": "b"}],
+}
+
+bounded = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def write(folder: Path, tree: Any, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(tree if isinstance(tree, str) else json.dumps(tree), "utf-8")
+    return path
+
+
+def load(folder: Path, tree: Any, overrides: list[str] | None = None) -> Recipe:
+    return load_recipe(write(folder, tree), overrides)
+
+
+def changed(path: str, value: Any, tree: dict[str, Any] = SMALL) -> dict[str, Any]:
+    tree = copy.deepcopy(tree)
+    *parents, last = path.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+    node[last] = value
+    return tree
+
+
+shares = st.floats(0.001, 1)
+sizes = st.integers(1, 10**6)
+words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
+scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), words)
+intervals = st.tuples(shares, shares).map(lambda pair: sorted(pair))
+objectives = st.one_of(
+    st.fixed_dictionaries(
+        {"kind": st.just("supervised"), "num_classes": st.integers(2, 999)},
+        optional={"label_smoothing": st.floats(0, 0.99)},
+    ),
+    st.fixed_dictionaries(
+        {"kind": st.just("mae")},
+        optional={"mask_ratio": st.floats(0.01, 0.99), "normalize_target": st.booleans()},
+    ),
+)
+trees = st.fixed_dictionaries(
+    {
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
+        "data": st.fixed_dictionaries(
+            {"train": words},
+            optional={
+                "val": st.none() | words,
+                "views": st.fixed_dictionaries({}, optional={"scale": intervals, "flip": st.floats(0, 1)}),
+            },
+        ),
+        "model": st.fixed_dictionaries(
+            {"name": words},
+            optional={
+                "options": st.dictionaries(
+                    words, st.one_of(scalars.filter(lambda v: v not in (math.inf, -math.inf)))
+                )
+            },
+        ),
+        "objective": objectives,
+        "optim": st.fixed_dictionaries({"base_lr": st.floats(1e-12, 1e3)}),
+        "schedule": st.sampled_from(["epochs", "steps", "samples"]).flatmap(
+            lambda key: st.fixed_dictionaries({key: sizes}, optional={"warmup": st.floats(0, 0.9)})
+        ),
+        "batch": st.fixed_dictionaries({"global_size": sizes}, optional={"micro_size": st.none() | sizes}),
+    },
+    optional={
+        "seed": st.integers(0, 2**63 - 1),
+        "evals": st.lists(
+            st.fixed_dictionaries({"kind": st.just("knn"), "train": words, "test": words}), max_size=2
+        ),
+        "checkpoint": st.fixed_dictionaries({}, optional={"every_minutes": st.none() | st.floats(0.1, 99)}),
+    },
+)

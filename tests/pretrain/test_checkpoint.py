@@ -1,0 +1,162 @@
+"""Checkpoints are elastic, exact, and never taken for whole when they are not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.errors import CheckpointError, RunError
+from pretrain import checkpoint
+from pretrain.collectives import World
+from pretrain.state import Progress, RunState
+from tests.pretrain.test_engine import make_engine, whole_state
+from tests.ranks import run_ranks
+from tests.toy import split, toy_batch
+
+
+def steps(engine: Any, world: World, first: int, last: int) -> list[float]:
+    return [
+        float(
+            engine.step(split(toy_batch(s), world.rank, world.size, 1), Progress(s, 99, 0), 1e-2).metrics[
+                "loss"
+            ]
+        )
+        for s in range(first, last)
+    ]
+
+
+def train_and_save(world: World, folder: Path, stage: int, more: int) -> list[float]:
+    engine = make_engine(world, stage)
+    steps(engine, world, 0, 3)
+    state = RunState(Progress(3, 99, 24), cursor=24)
+    checkpoint.save(folder, engine, state, world=world, keep_last=5)
+    return steps(engine, world, 3, 3 + more)
+
+
+def load_and_save(world: World, source: Path, folder: Path, stage: int, more: int) -> list[float]:
+    engine = make_engine(world, stage, seed=7)  # other weights, to be replaced entirely
+    steps(engine, world, 50, 51)
+    state = checkpoint.load(source, engine, world=world)
+    assert state == RunState(Progress(3, 99, 24), cursor=24)
+    checkpoint.save(folder, engine, state, world=world, keep_last=5)
+    return steps(engine, world, 3, 3 + more)
+
+
+def test_any_world_size_and_stage_loads_it_exactly(tmp_path: Path) -> None:
+    """Saved at (1, ZeRO 1), then handed on through (2, 2), (2, 3), (1, 0) and back: equal by hash at every stop."""
+    expected = torch.tensor(run_ranks(train_and_save, 1, tmp_path / "start", 1, 10)[0])
+    source = tmp_path / "start" / "step_00000003"
+    original = checkpoint.digests(source)
+    assert {"param", "optim", "groups"} <= {name.split("/")[0] for name in original}
+    for stop, (world_size, stage) in enumerate([(2, 2), (2, 3), (1, 0), (1, 1)]):
+        losses = run_ranks(load_and_save, world_size, source, tmp_path / str(stop), stage, 10)
+        source = tmp_path / str(stop) / "step_00000003"
+        assert checkpoint.digests(source) == original, f"world {world_size}, ZeRO {stage}"
+        torch.testing.assert_close(torch.tensor(losses).mean(0), expected, rtol=1e-5, atol=0)
+
+
+def save_batch_norm(world: World, folder: Path, stage: int) -> dict[str, Any]:
+    engine = make_engine(world, stage, batch_norm=True)
+    steps(engine, world, 0, 2)
+    checkpoint.save(folder, engine, RunState(Progress(2, 99, 16)), world=world, keep_last=5)
+    return {name: t for name, t in whole_state(engine).items() if name.startswith("buffer/")}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_running_statistics_are_one_state_on_all_ranks(tmp_path: Path, stage: int) -> None:
+    first, second = run_ranks(save_batch_norm, 2, tmp_path, stage)
+    assert (
+        first.keys()
+        == second.keys()
+        == {f"buffer/body.4.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
+    )
+    stored = checkpoint.load_tensors(tmp_path / "step_00000002", "buffer/")
+    for name, value in first.items():
+        assert torch.equal(value, second[name])
+        assert torch.equal(value, stored[name.removeprefix("buffer/")])
+    assert first["buffer/body.4.running_mean"].abs().sum() > 0
+
+
+def save_many(world: World, folder: Path) -> None:
+    engine = make_engine(world, 1)
+    for step in (1, 2, 3):
+        checkpoint.save(folder, engine, RunState(Progress(step, 9, 0)), world=world, keep_last=2)
+        if step == 2:
+            (folder / "step_00000002" / "COMPLETE").unlink()
+            (folder / "step_00000009").mkdir()  # torn
+
+
+def refuse_to_write(world: World, folder: Path) -> str:
+    engine = make_engine(world, 1)
+    if world.rank == 1:
+        checkpoint.save_file = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    with pytest.raises(RunError) as caught:
+        checkpoint.save(folder, engine, RunState(Progress(5, 9, 0)), world=world, keep_last=2)
+    return str(caught.value)
+
+
+def test_retention_counts_complete_ones_only(tmp_path: Path) -> None:
+    run_ranks(save_many, 1, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
+
+
+def test_one_rank_that_cannot_write_leaves_nothing_complete(tmp_path: Path) -> None:
+    messages = run_ranks(refuse_to_write, 2, tmp_path)
+    assert all("No space left" in message for message in messages)
+    assert checkpoint.complete_checkpoints(tmp_path) == []
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    run_ranks(train_and_save, 2, folder, 2, 0)
+    return folder / "step_00000003"
+
+
+def copied(saved: Path, to: Path) -> Path:
+    target = to / saved.name
+    target.mkdir()
+    for path in saved.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["COMPLETE", "state.json", "tensors-00000-of-00002.safetensors", "tensors-00001-of-00002.safetensors"],
+)
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damage_is_named(saved: Path, tmp_path: Path, name: str, damage: str) -> None:
+    target = copied(saved, tmp_path)
+    data = bytearray((target / name).read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+    (target / name).write_bytes(data if damage == "flip" else data[: len(data) // 2])
+    if damage == "remove":
+        (target / name).unlink()
+    with pytest.raises(CheckpointError, match=r"tensors-|state\.json|COMPLETE"):
+        checkpoint.load_tensors(target, "param/")
+
+
+def load_other_model(world: World, source: Path) -> str:
+    engine = make_engine(world, 1, batch_norm=True)
+    before = whole_state(engine)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(source, engine, world=world)
+    after = whole_state(engine)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    return str(caught.value)
+
+
+def test_partial_load_is_refused(saved: Path) -> None:
+    (message,) = run_ranks(load_other_model, 1, saved)
+    assert "buffer/body.4.running_mean" in message
+
+
+def test_complete_lists_every_file(saved: Path) -> None:
+    listed = json.loads((saved / "COMPLETE").read_text())
+    assert {p.name for p in saved.iterdir()} - {"COMPLETE"} == set(listed)
