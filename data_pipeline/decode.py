@@ -2,7 +2,7 @@
 
 - The size is read from the header and held against the limit before a pixel is decoded.
 - A damaged or truncated image is a SampleError, never half a picture. What libjpeg-turbo doubts (stray bytes
-  between markers, for one) is given to Pillow, which refuses truncation and takes what is whole.
+  before a marker, for one) is left to Pillow, which takes it where no data is missing.
 - EXIF orientation is not applied: pixels as they are stored, as torchvision, timm and open_clip read them.
 - Transparency is laid over white; 16-bit grey is scaled to 8 bits; palettes, grey and CMYK become RGB.
 - Of an animation, the first frame.
@@ -15,20 +15,11 @@ import io
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.errors import SampleError
 
-FORMATS = (
-    "JPEG",
-    "MPO",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "PPM",
-    "TIFF",
-)  # what Pillow may try; no format that runs code
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # Pillow tries no others: some run programs
 
 
 def decode_image(data: bytes, *, max_pixels: int, where: str) -> NDArray[np.uint8]:
@@ -65,10 +56,12 @@ def _decode_any(data: bytes, max_pixels: int, where: str) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.width, image.height, max_pixels, where)
-            return np.asarray(_to_rgb(image))
+            return np.array(_to_rgb(image))  # a copy, so that it can be written to
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        unknown = isinstance(error, UnidentifiedImageError)  # its own words are an address in memory
+        reason = "no known format" if unknown else str(error)
         raise SampleError(
-            where=where, expected="a whole image", found=f"{len(data)} bytes that do not decode ({error})"
+            where=where, expected="a whole image", found=f"{len(data)} bytes that do not decode: {reason}"
         ) from error
 
 

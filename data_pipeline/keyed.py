@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import struct
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,20 +71,24 @@ def _feistel(x: Words, bits: Words, key: Words) -> Words:
     return image
 
 
-def seed_of(purpose: str, seed: int, epoch: int, view: int, key: str) -> int:
-    """64-bit seed of what is drawn for one view of one sample; `purpose` keeps unlike draws apart."""
-    text = f"{purpose}\n{seed}\n{epoch}\n{view}\n{key}".encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+def uniforms(purpose: str, seed: int, epoch: int, view: int, key: str) -> Iterator[float]:
+    """Endless numbers in [0, 1), of 53 bits each, for one view of one sample; cheap where few are taken.
+
+    `purpose` keeps unlike draws apart.
+    """
+    text = _text(purpose, seed, epoch, view, key)
+    for block in itertools.count():
+        digest = hashlib.blake2b(text, digest_size=64, salt=block.to_bytes(16, "little")).digest()
+        for word in struct.unpack("<8Q", digest):
+            yield (word >> 11) * 2.0**-53
 
 
-def words(seed: int, count: int) -> Words:
-    """The first `count` words of the SplitMix64 stream of `seed`, [count]."""
+def words(purpose: str, seed: int, epoch: int, view: int, key: str, *, count: int) -> Words:
+    """`count` words for one view of one sample, [count]: a SplitMix64 stream, cheap where many are taken."""
+    digest = hashlib.blake2b(_text(purpose, seed, epoch, view, key), digest_size=8).digest()
     steps: Words = np.arange(count, dtype=np.uint64)
-    return mix(steps * np.uint64(_GOLDEN) + np.uint64(seed))
+    return mix(steps * np.uint64(_GOLDEN) + np.frombuffer(digest, "<u8"))
 
 
-def uniforms(seed: int, count: int) -> list[float]:
-    """The same stream as numbers in [0, 1), with 53 bits each."""
-    top = words(seed, count) >> np.uint64(11)
-    numbers: list[float] = (top.astype(np.float64) * 2.0**-53).tolist()
-    return numbers
+def _text(purpose: str, seed: int, epoch: int, view: int, key: str) -> bytes:
+    return f"{purpose}\n{seed}\n{epoch}\n{view}\n{key}".encode("utf-8", "surrogateescape")

@@ -106,7 +106,7 @@ class TrainLoader:
         Worker processes end when the iterator is closed or dropped.
 
         Raises:
-            RunError: no sample of a whole window can be used, or a worker died.
+            RunError: a sample and all that might stand in for it cannot be used, or a worker died.
             DataError: a shard cannot be read at all.
         """
         return entries(self._steps, count(cursor, self._steps.global_size), self._num_workers)
@@ -132,27 +132,28 @@ class _Steps:
             try:
                 self.assembler.fill(canvas, row, i, position // self.order.num_samples)
             except SampleError as error:
-                replacement_key = self._replace(canvas, row, position, error)
                 key, shard = self.assembler.dataset.origin(i)
+                replacement_key = self._replace(canvas, row, position, f"{shard}: {key}", error)
                 bad.append(BadSample(position, key, shard, str(error), replacement_key))
         starts = range(0, len(positions), self.micro_size)
         micro_batches = tuple(canvas.batch(start, start + self.micro_size) for start in starts)
         return StepData(micro_batches, cursor + self.global_size, tuple(bad), canvas.seconds)
 
-    def _replace(self, canvas: Canvas, row: int, position: int, error: SampleError) -> str:
+    def _replace(self, canvas: Canvas, row: int, position: int, where: str, error: SampleError) -> str:
         """Fill the row from the next usable position of its window, and return that sample's key."""
-        epoch = position // self.order.num_samples
+        epoch, tried = position // self.order.num_samples, 0
         for other in self.order.replacements(position):
             i = int(self.order.locate(np.array([other]))[0])
             try:
                 self.assembler.fill(canvas, row, i, epoch)
             except SampleError:
-                continue  # reported when its own position comes
-            return canvas.keys[row]
+                tried += 1  # reported when its own position comes
+            else:
+                return canvas.keys[row]
         raise RunError(
-            where=error.where,
-            expected="a usable sample, or another in its window to stand in for it",
-            found=f"none; of this one: {error}",
+            where=where,
+            expected=f"{error.expected}, or a sample near it to stand in",
+            found=f"{error.found}; nor can any of the next {tried} be used",
             fix="Run `pretrain data verify` on the shards.",
         )
 

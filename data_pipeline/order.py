@@ -16,6 +16,7 @@ The cursor is any p, so a run may go on with another batch size or world size, o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ Integers = NDArray[np.int64]
 
 _SHARDS, _WINDOW = 1, 2  # what a key is for
 _LAYOUTS_KEPT = 4
+_LEAST_WINDOW = 64  # samples among which a stand-in is looked for
 
 
 class Order:
@@ -72,15 +74,22 @@ class Order:
         return indices
 
     def replacements(self, position: int) -> Iterator[int]:
-        """The other positions of the same window of the same lane, from the next one on and around."""
+        """Where to look for a stand-in: the rest of the window, from the next position on and around.
+
+        A window may be short, as a lane's last. Then the epoch's next positions follow, around its end if
+        need be, until as many were given as a whole window has, and 63 at least.
+        """
         epoch, q = divmod(position, self.num_samples)
         j, lane = divmod(q, self.lanes)
         shortest, longer = divmod(self.num_samples, self.lanes)
         start = j - j % self.window
         size = min(self.window, shortest + (lane < longer) - start)
-        for step in range(1, size):
-            other = start + (j - start + step) % size
-            yield epoch * self.num_samples + other * self.lanes + lane
+        window = [start + (j - start + step) % size for step in range(1, size)]
+        others = [other * self.lanes + lane for other in window]
+        following = ((q + step) % self.num_samples for step in range(1, self.num_samples))
+        beyond = (other for other in following if other not in others)
+        for other in islice(chain(others, beyond), max(self.window, _LEAST_WINDOW) - 1):
+            yield epoch * self.num_samples + other
 
     def _slots(self, epochs: Integers, q: Integers) -> Integers:
         j, lane = np.divmod(q, self.lanes)

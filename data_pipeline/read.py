@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.batch import Sample
 from data_pipeline.errors import DataError, SampleError, ShardError
+from data_pipeline.index import MISSING
 from data_pipeline.manifest import FILE_NAME, PLAN_NAME, Manifest, load_manifest, local_path
 from data_pipeline.scan import PICKLE_FIELDS
 
@@ -98,7 +99,7 @@ class ShardDataset:
         self.label_counts = manifest.label_counts
         self.fingerprint = manifest.fingerprint
         self._ends = np.cumsum(self.shard_sizes)
-        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+        self._open = lru_cache(maxsize=_OPEN_SHARDS)(partial(_OpenShard, manifest))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardDataset, (self.manifest,)  # a spawned process opens its own files
@@ -109,12 +110,14 @@ class ShardDataset:
         index = opened.index
         key = index.keys[row]
         members = {}
-        for column, name in enumerate(index.fields):
-            offset, size = int(index.offsets[row, column]), int(index.sizes[row, column])
-            if offset < 0:
+        places = zip(
+            index.offsets[row].tolist(), index.sizes[row].tolist(), index.crc32[row].tolist(), strict=True
+        )
+        for name, (offset, size, crc32) in zip(index.fields, places, strict=True):
+            if offset == MISSING:
                 continue
             data = opened.read(offset, size)
-            if len(data) != size or zlib.crc32(data) != int(index.crc32[row, column]):
+            if len(data) != size or zlib.crc32(data) != crc32:
                 raise SampleError(
                     where=f"{opened.path}: {key}.{name}",
                     expected=f"{size} bytes with the crc32 of the index",
@@ -131,11 +134,8 @@ class ShardDataset:
     def _find(self, i: int) -> tuple[int, int]:
         if not 0 <= i < self.num_samples:
             raise IndexError(f"sample {i} of {self.num_samples}")
-        shard = int(np.searchsorted(self._ends, i, side="right"))
+        shard = int(self._ends.searchsorted(i, side="right"))
         return shard, i - int(self._ends[shard] - self.shard_sizes[shard])
-
-    def _open_shard(self, shard: int) -> _OpenShard:
-        return _OpenShard(self.manifest, shard)
 
 
 class _OpenShard:

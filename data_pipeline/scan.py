@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipeline import strict_tar
 from data_pipeline.errors import DataError, ManifestError, ShardError
-from data_pipeline.index import MISSING, NO_LABEL, SUFFIX, Keys, ShardIndex
+from data_pipeline.index import LABEL_FIELD, MISSING, NO_LABEL, SUFFIX, Keys, ShardIndex
 from data_pipeline.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardSummary, find_tars
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
@@ -38,10 +38,11 @@ def scan_shard(path: Path) -> ShardIndex:
         ShardError: missing, damaged, truncated; or members that are refused: links, pickles, names that leave
             the folder, two samples of one key, a `cls` that is no label. Names shard, offset and member.
     """
-    if not path.is_file() or path.stat().st_size == 0:
-        found = "an empty file" if path.is_file() else "no such file"
-        raise ShardError(where=str(path), expected="a tar", found=found, fix="Copy or make it again.")
-    content = memoryview(np.memmap(path, dtype=np.uint8, mode="r"))  # type: ignore[arg-type]
+    if not path.is_file():
+        raise ShardError(
+            where=str(path), expected="a tar", found="no such file", fix="Copy or make it again."
+        )
+    content = mapped(path)
     keys: list[str] = []
     samples: list[dict[str, Member]] = []
     seen: set[str] = set()
@@ -58,11 +59,18 @@ def scan_shard(path: Path) -> ShardIndex:
             samples.append({})
         if field in samples[-1]:
             raise _refused(path, member, "one member of a name", "a second one")
-        if field.rsplit(".")[-1] in PICKLE_FIELDS:
+        if field.rpartition(".")[2] in PICKLE_FIELDS:
             raise _refused(path, member, "members that are data", "a pickle, which is a program")
         data = content[member.offset_data : member.offset_data + member.size]
         samples[-1][field] = (member.offset_data, member.size, zlib.crc32(data))
     return _index(path, content, keys, samples)
+
+
+def mapped(path: Path) -> memoryview:
+    """The bytes of a file, read as they are looked at."""
+    if path.stat().st_size == 0:
+        return memoryview(b"")  # which cannot be mapped
+    return memoryview(np.memmap(path, dtype=np.uint8, mode="r"))  # type: ignore[arg-type]
 
 
 def index_shards(spec: str, *, classes: Sequence[str] | None = None, workers: int = 1) -> Manifest:
@@ -117,7 +125,7 @@ def _index(path: Path, content: memoryview, keys: list[str], samples: list[dict[
     rows = [sample.get(field, missing) for sample in samples for field in fields]
     table = np.array(rows, dtype=np.int64).reshape(len(samples), len(fields), 3)
     labels = [
-        _label(path, key, content, sample["cls"]) if "cls" in sample else NO_LABEL
+        _label(path, key, content, sample[LABEL_FIELD]) if LABEL_FIELD in sample else NO_LABEL
         for key, sample in zip(keys, samples, strict=True)
     ]
     return ShardIndex(
@@ -139,7 +147,7 @@ def _label(path: Path, key: str, content: memoryview, member: Member) -> int:
     if label < MAX_LABEL:
         return label
     raise ShardError(
-        where=f"{path}, member {key + '.cls'!r}",
+        where=f"{path}, member {f'{key}.{LABEL_FIELD}'!r}",
         expected=f"a label: digits of an integer below {MAX_LABEL:,}",
         found=repr(text),
         fix="Write the shard again with integer labels.",

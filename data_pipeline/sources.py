@@ -22,8 +22,9 @@ from typing import BinaryIO, NamedTuple, Protocol, cast
 
 from data_pipeline import strict_tar
 from data_pipeline.errors import SampleError, SourceError
+from data_pipeline.index import IMAGE_FIELDS
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset(f".{field}" for field in IMAGE_FIELDS)
 MAX_IMAGE_BYTES = 1 << 28  # of one file; a larger one is no photograph but an attack or a mistake
 MAX_RATIO = (
     200  # unpacked over packed: pictures hardly shrink, archives made to fill a disk shrink a thousandfold
@@ -92,8 +93,8 @@ def open_source(path: Path, spool_folder: Path) -> Source:
         files, reader = _list_tar(path), FileReader(path)
     try:
         images, num_others, identity = _sort_out(path, files)
-    except OSError as error:
-        raise _error(path, "files that can be read, and room to do it", str(error)) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise _error(path, "files that are whole, and room to read them", str(error)) from error
     return Source(images, num_others, identity, reader, spool)
 
 

@@ -7,6 +7,7 @@ uint8 tensors [3, size, size]. Resizing is antialiased in uint8, equal to torchv
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,13 +49,14 @@ def training_view(
     image: Image, size: int, spec: ViewSpec, *, seed: int, epoch: int, key: str, view: int
 ) -> Tensor:
     """One random resized crop, perhaps flipped, [3, size, size] uint8."""
-    draws = keyed.uniforms(keyed.seed_of("view", seed, epoch, view, key), 3 + 2 * _TRIES)
-    top, left, height, width = crop_box(image.shape[0], image.shape[1], spec, draws[1:])
+    draws = keyed.uniforms("view", seed, epoch, view, key)
+    flip = next(draws) < spec.flip
+    top, left, height, width = crop_box(image.shape[0], image.shape[1], spec, draws)
     resized = resize(image[top : top + height, left : left + width], (size, size), spec.interpolation)
-    return resized.flip(-1) if draws[0] < spec.flip else resized
+    return resized.flip(-1) if flip else resized
 
 
-def crop_box(height: int, width: int, spec: ViewSpec, draws: list[float]) -> Box:
+def crop_box(height: int, width: int, spec: ViewSpec, draws: Iterator[float]) -> Box:
     """Box of a random resized crop (Szegedy et al. 2015, sec. 6), as in torchvision's `RandomResizedCrop`.
 
     Ten tries at an area uniform in `scale` and a ratio log-uniform in `ratio`; where none fits in the image,
@@ -62,15 +64,15 @@ def crop_box(height: int, width: int, spec: ViewSpec, draws: list[float]) -> Box
 
     Args:
         height, width: of the image, pixels.
-        draws: 22 numbers in [0, 1): place of the crop (2), then area and ratio of each try.
+        draws: numbers in [0, 1): area and ratio of each try, then top and left of the one that fits.
     """
     low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
-    for area_draw, ratio_draw in zip(draws[2::2], draws[3::2], strict=True):
-        area = height * width * (spec.scale[0] + (spec.scale[1] - spec.scale[0]) * area_draw)
-        ratio = math.exp(low + (high - low) * ratio_draw)
+    for _ in range(_TRIES):
+        area = height * width * (spec.scale[0] + (spec.scale[1] - spec.scale[0]) * next(draws))
+        ratio = math.exp(low + (high - low) * next(draws))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return int(draws[0] * (height - h + 1)), int(draws[1] * (width - w + 1)), h, w
+            return int(next(draws) * (height - h + 1)), int(next(draws) * (width - w + 1)), h, w
     w = min(width, max(1, round(height * spec.ratio[1])))
     h = min(height, max(1, round(width / spec.ratio[0])))
     return (height - h) // 2, (width - w) // 2, h, w
@@ -100,7 +102,7 @@ def resize(image: Image, size: tuple[int, int], interpolation: str) -> Tensor:
 
 def patch_mask(spec: MaskSpec, *, seed: int, epoch: int, key: str, view: int = 0) -> Tensor:
     """Uniformly random patches, exactly `num_hidden` of them True (hidden), [num_patches] bool."""
-    words = keyed.words(keyed.seed_of("mask", seed, epoch, view, key), spec.num_patches)
+    words = keyed.words("mask", seed, epoch, view, key, count=spec.num_patches)
     mask = np.zeros(spec.num_patches, np.bool_)
     mask[np.argsort(words, kind="stable")[: spec.num_hidden]] = True
     return torch.from_numpy(mask)

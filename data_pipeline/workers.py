@@ -55,7 +55,7 @@ def entries(table: Table[Entry], indices: Iterable[int], num_workers: int) -> It
     atexit.register(release)  # torch leaves this to a SIGTERM, which they outlive
     try:
         while True:
-            entry = _next(held[0])
+            entry = _next(held[0], num_workers)
             if entry is None:
                 return
             if isinstance(entry, PretrainError):
@@ -93,16 +93,17 @@ def _start(loader: DataLoader[Entry | PretrainError]) -> Iterator[Entry | Pretra
         signal.signal(signal.SIGCHLD, handler)
 
 
-def _next(iterator: Iterator[Entry | PretrainError]) -> Entry | PretrainError | None:
+def _next(iterator: Iterator[Entry | PretrainError], num_workers: int) -> Entry | PretrainError | None:
     try:
         return next(iterator, None)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+    except (RuntimeError, OSError, EOFError) as error:  # torch's word, or that of a broken connection
+        raised_by_table = num_workers == 0 or "in DataLoader worker process" in str(error)
+        if raised_by_table:
             raise
         raise RunError(
             where="loader worker",
-            expected="a running process",
-            found=str(error),
+            expected="a process that runs to the end",
+            found=f"one that was killed ({error or type(error).__name__})",
             fix="Look for out-of-memory messages and a full /dev/shm, or lower runtime.num_workers.",
         ) from error
 

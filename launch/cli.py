@@ -30,9 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A recipe, such as configs/recipes/*.yaml.")
-]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as configs/recipes/*.yaml.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the recipe; may be repeated."),
@@ -124,12 +122,10 @@ def train(
     arguments += ["--overfit-batch"] if overfit_batch else []
     if num_ranks == 1:
         raise typer.Exit(rank.main(arguments))
-    from pretrain.run import preflight
-
     from launch.local import launch
+    from pretrain.run import folder_of, preflight
 
-    folder = out.with_name(f"{out.name}-overfit") if overfit_batch else out
-    preflight(recipe, num_ranks, folder)  # one message, before anything is started
+    preflight(recipe, num_ranks, folder_of(out, overfit_batch))  # one message, before anything is started
     raise typer.Exit(launch(arguments, num_ranks, threads=recipe.runtime.threads))
 
 
@@ -162,9 +158,7 @@ def _mount(name: str, module: str, text: str, example: str) -> None:
         import_module(module).app(context.args or ["--help"], prog_name=f"pretrain {name}")
 
 
-_mount(
-    "data", "launch.data_commands", "Makes, converts, checks and describes shards.", "pretrain data --help"
-)
+_mount("data", "launch.data_commands", "Makes, converts, checks and describes shards.", "pretrain data --help")
 _mount("eval", "launch.eval_commands", "Judges an encoder: kNN, linear probe.", "pretrain eval knn --help")
 
 

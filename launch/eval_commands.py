@@ -16,8 +16,17 @@ if TYPE_CHECKING:
     from pretrain.evals.features import Extraction
     from pretrain.evals.timm_sources import Architecture
 
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
 app = typer.Typer(
-    no_args_is_help=True, help="Judge a frozen encoder; every number comes with its whole protocol."
+    help="Judge a frozen encoder; every number comes with its whole protocol.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 
@@ -78,8 +87,11 @@ Options = Annotated[
 
 
 @app.command(
-    epilog="Examples:  pretrain eval knn runs/mae --train shards/train --test shards/test   |   "
-    "pretrain eval knn weights.pth --model vit_small_patch16_224 --train images/train --test images/test"
+    epilog=_examples(
+        "pretrain eval knn runs/mae --train shards/train --test shards/test",
+        "pretrain eval knn runs/mae --random-init --train shards/train --test shards/test",
+        "pretrain eval knn mae.pth --model vit_base_patch16_224 --train images/train --test images/val",
+    )
 )
 def knn(
     context: typer.Context,
@@ -133,8 +145,10 @@ def knn(
 
 
 @app.command(
-    epilog="Examples:  pretrain eval linear runs/mae --train shards/train --test shards/test   |   "
-    "pretrain eval linear runs/mae --random-init --train shards/train --test shards/test"
+    epilog=_examples(
+        "pretrain eval linear runs/mae --train shards/train --test shards/test",
+        "pretrain eval linear runs/mae/checkpoints/step_00001000 --train shards/train --test shards/test",
+    )
 )
 def linear(
     context: typer.Context,
@@ -186,7 +200,9 @@ def linear(
 
 
 @app.command(
-    epilog="Example:  pretrain eval compare runs/a/evals/knn-encoder-1.json runs/a/evals/knn-random-2.json"
+    epilog=_examples(
+        "pretrain eval compare runs/a/evals/knn-encoder-1f.json runs/b/evals/knn-encoder-3c.json"
+    )
 )
 def compare(
     a: Annotated[Path, typer.Argument(help="A report of `pretrain eval`.")],

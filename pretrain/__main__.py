@@ -17,8 +17,8 @@ from pretrain.recipe_io import load_recipe
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-# All ranks of a machine find the same wrong input. The first says so and ends, upon which the launcher ends the
-# others; were they to end before it, it would be ended unheard.
+# All ranks of a machine find the same wrong input. The first says so and ends, and the launcher then ends the
+# others; if one of those ended before, the first would be ended unheard.
 SECONDS_FOR_THE_FIRST_RANK = 20
 
 

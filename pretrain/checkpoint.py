@@ -51,15 +51,15 @@ def save(folder: Path, engine: Engine, state: RunState, *, world: World, keep_la
         target.mkdir(parents=True)
     barrier()
     shares = gather_objects(_write_share(target, engine, world))
-    failed = {share["file"]: share["error"] for share in shares if "error" in share}  # type: ignore[index,operator]
+    failed = {share["file"]: share["error"] for share in shares if "error" in share}
     if failed:
         raise RunError(
             where=str(target), expected="every rank to write its share", found=f"failures: {failed}",
             fix="The newest complete checkpoint is untouched; free space or mend the disk, then start the run again.",
         )  # fmt: skip
     if world.is_main:
-        digests = {share["file"]: share["sha256"] for share in shares}  # type: ignore[index]
-        shapes = {name: shape for share in shares for name, shape in share["shapes"].items()}  # type: ignore[index]
+        digests = {share["file"]: share["sha256"] for share in shares}
+        shapes = {name: shape for share in shares for name, shape in share["shapes"].items()}
         _write_state(target, engine, state, shapes, digests, world)
         _retain(folder, target, keep_last)
     barrier()
@@ -85,7 +85,7 @@ def load(checkpoint: Path, engine: Engine, *, world: World) -> RunState:
     Raises:
         CheckpointError: damaged, or its tensors are not exactly those of this engine; told alike on every rank.
     """
-    problem = None
+    problem: CheckpointError | None = None
     try:
         _verify(checkpoint, world)
         stored = _Tensors(checkpoint)
@@ -93,7 +93,7 @@ def load(checkpoint: Path, engine: Engine, *, world: World) -> RunState:
         problem = error
     for found in gather_objects(problem):
         if found is not None:
-            raise found  # type: ignore[misc]
+            raise found
     described = _state_json(checkpoint)
     fragments = engine.fragments()
     _refuse_partial(checkpoint, stored, {fragment.name: fragment.shape for fragment in fragments}, world)
@@ -147,7 +147,7 @@ class _Tensors:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise _damaged(path, str(error)) from None
-            for key in file.keys():  # noqa: SIM118
+            for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
                 name, _, start = key.rpartition("@")
                 self._stretches[name].append((int(start), file, key))
         for stretches in self._stretches.values():
@@ -182,9 +182,7 @@ def _write_share(target: Path, engine: Engine, world: World) -> dict[str, Any]:
         tensors, shapes = {}, {}
         for i, fragment in enumerate(engine.fragments()):
             if not fragment.replicated or i % world.size == world.rank:
-                tensors[f"{fragment.name}@{fragment.start}"] = (
-                    fragment.data.detach().to("cpu").contiguous().clone()
-                )
+                tensors[f"{fragment.name}@{fragment.start}"] = fragment.data.detach().to("cpu").contiguous().clone()
                 shapes[fragment.name] = fragment.shape
         save_file(tensors, path)
         _fsync(path)
@@ -249,13 +247,11 @@ def _verify(checkpoint: Path, world: World) -> None:
             raise _damaged(path, "other bytes than were written (SHA-256 differs)")
 
 
-def _refuse_partial(
-    checkpoint: Path, stored: _Tensors, wanted: dict[str, tuple[int, ...]], world: World
-) -> None:
+def _refuse_partial(checkpoint: Path, stored: _Tensors, wanted: dict[str, tuple[int, ...]], world: World) -> None:
     """Every rank names its own fragments; a stored tensor that no rank asks for is as wrong as a missing one."""
     everything: dict[str, tuple[int, ...]] = {}
     for names in gather_objects(wanted):
-        everything |= names  # type: ignore[operator]
+        everything |= names
     missing = sorted(everything.keys() - stored.shapes.keys())
     unknown = sorted(stored.shapes.keys() - everything.keys())
     other = sorted(n for n in everything.keys() & stored.shapes.keys() if everything[n] != stored.shapes[n])

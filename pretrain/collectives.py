@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,8 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = dist.HashStore() if world.size == 1 else None
-    dist.init_process_group(
-        backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=30)
-    )
+    store = torch._C._distributed_c10d.HashStore() if world.size == 1 else None
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=30))
     try:
         yield
     finally:
@@ -74,16 +75,16 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def gather_objects(value: object) -> list[object]:
+def gather_objects(value: T) -> list[T]:
     """What every rank passed, in the order of ranks, on every rank. Plain data only; it travels pickled."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
-    values: list[object] = [None] * dist.get_world_size()
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def from_main(value: object) -> object:
+def from_main(value: T) -> T:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value

@@ -158,9 +158,7 @@ class Engine:
         for name, group in zip(self.group_names, self.optimizer.param_groups, strict=True):
             steps = {float(self.optimizer.state[kept]["step"]) for kept in self._kept_by(group)}
             hyper = {
-                k: v
-                for k, v in group.items()
-                if isinstance(v, int | float | bool | tuple | list) and k != "params"
+                k: v for k, v in group.items() if isinstance(v, int | float | bool | tuple | list) and k != "params"
             }
             values.append({**hyper, "name": name, "step": max(steps, default=0.0)})
         return values
@@ -208,7 +206,7 @@ class Engine:
             if zero.sub_group_to_group_id[sub_group] == index
         ]
 
-    def _parameter_fragments(self, p: nn.Parameter) -> Iterator[tuple[str, Tensor, int]]:
+    def _parameter_fragments(self, p: Any) -> Iterator[tuple[str, Tensor, int]]:
         """(kind, live flat view, start) of the parameter itself and of each of its optimizer states."""
         if self.stage == 0:
             kept, offset, start, numel = p, 0, 0, p.numel()
@@ -245,7 +243,7 @@ class Engine:
             return
         tensors = [t for m in self._batch_norms for t in (m.running_mean, m.running_var) if t is not None]
         flat = sum_over_ranks(torch.cat([t.view(-1) for t in tensors])) / self.world.size
-        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        for tensor, mean in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
     def _seed(self, step: int) -> None:
@@ -288,13 +286,12 @@ def _import_deepspeed(device: torch.device) -> Any:
     """Its accelerator is chosen at import; its logger would write over the progress line."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")  # it refuses a process that no launcher started
     import deepspeed
 
     # Its shared-memory kernel serves inference only, and a process killed while compiling it leaves a lock behind
     # on which every later run would wait for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    deepspeed.init_distributed(
-        dist_backend="gloo" if device.type == "cpu" else "nccl", auto_mpi_discovery=False
-    )
+    deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", auto_mpi_discovery=False)
     return deepspeed

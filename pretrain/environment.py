@@ -17,7 +17,17 @@ from data_pipeline.errors import InputError
 from pretrain.collectives import World
 from pretrain.recipe import Runtime
 
-_PACKAGES = ("pretrain", "torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy", "simplejpeg", "pillow")
+_PACKAGES = (
+    "pretrain",
+    "torch",
+    "torchvision",
+    "deepspeed",
+    "timm",
+    "webdataset",
+    "numpy",
+    "simplejpeg",
+    "pillow",
+)
 
 
 def choose_device(runtime: Runtime, world: World) -> torch.device:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.read import Dataset, open_dataset
@@ -19,7 +21,6 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import Knn
 from pretrain.loop import Periodic
 from pretrain.models.encoders import build_encoder, load_strictly
-from pretrain.objectives.base import Objective
 from pretrain.recipe import InlineKnn, Recipe
 from pretrain.state import RunState
 
@@ -30,10 +31,7 @@ def knn_evaluators(recipe: Recipe) -> list[Knn]:
     Raises:
         InputError: of whichever is wrong.
     """
-    return [
-        Knn(open_dataset(config.train), open_dataset(config.test), config)
-        for config in recipe.evals
-    ]
+    return [Knn(open_dataset(config.train), open_dataset(config.test), config) for config in recipe.evals]
 
 
 class Inline:
@@ -42,8 +40,7 @@ class Inline:
     Args:
         recipe: of the run.
         val: validation set; None: no validation.
-        engine: holds the weights.
-        objective: whose loss is validated and whose encoder is judged.
+        engine: holds the objective, whose loss is validated and whose encoder is judged.
         prepare: a host batch -> the normalised batch on the device.
         world: this process among the ranks.
         out: the run's folder; reports go to `evals/`.
@@ -54,12 +51,11 @@ class Inline:
         recipe: Recipe,
         val: Dataset | None,
         engine: Engine,
-        objective: Objective,
         prepare: Callable[[Batch], Batch],
         world: World,
         out: Path,
     ) -> None:
-        self._recipe, self._val, self._engine, self._objective = recipe, val, engine, objective
+        self._recipe, self._val, self._engine, self._objective = recipe, val, engine, engine.objective
         self._prepare, self._world, self._out = prepare, world, out
         self._views = ViewSpec(**recipe.data.views.model_dump())
 
@@ -70,7 +66,9 @@ class Inline:
         found = []
         if self._val is not None:
             val = self._val
-            found.append(Periodic(every(self._recipe.validation.every_epochs), lambda state: self._validate(val, state)))
+            found.append(
+                Periodic(every(self._recipe.validation.every_epochs), lambda state: self._validate(val, state))
+            )
         for config, knn in zip(self._recipe.evals, knn_evaluators(self._recipe), strict=True):
             found.append(Periodic(every(config.every_epochs), self._judge(config, knn)))
         return tuple(found)
@@ -90,7 +88,7 @@ class Inline:
         )
         sums: dict[str, Tensor] = {}
         # At ZeRO 3 each forward is a collective: ranks whose share is a batch shorter repeat their last, unweighted.
-        rounds = -(-(-(-val.num_samples // world.size)) // batch_size)
+        rounds = math.ceil(math.ceil(val.num_samples / world.size) / batch_size)
         batch: Batch | None = None
         for _ in range(rounds):
             following = next(batches, None)
@@ -106,7 +104,13 @@ class Inline:
                 term = value.detach().double().cpu() * weight
                 sums[name] = sums[name] + term if name in sums else term
         names = sorted(sums)
-        totals = dict(zip(names, sum_over_ranks(torch.stack([sums[n] for n in names]).to(self._engine.device)).tolist(), strict=True))
+        totals = dict(
+            zip(
+                names,
+                sum_over_ranks(torch.stack([sums[n] for n in names]).to(self._engine.device)).tolist(),
+                strict=True,
+            )
+        )
         return {f"val/{name}": total / totals["n"] for name, total in totals.items() if name != "n"}
 
     def _judge(self, config: InlineKnn, knn: Knn) -> Callable[[RunState], dict[str, float]]:
@@ -119,7 +123,7 @@ class Inline:
                 report.save(self._out / "evals" / f"knn_step_{step:08d}.json")
                 values = {f"knn/top1_k{config.k}": report.value}
             barrier()
-            return from_main(values)  # type: ignore[return-value]
+            return from_main(values)
 
         return judge
 

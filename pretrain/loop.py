@@ -121,9 +121,9 @@ def _tell_skipped(state: RunState, data: StepData, result: StepResult, parts: Pa
     """Names the samples; those of a rank whose own loss was finite are innocent unless all losses were."""
     keys = [key for batch in data.micro_batches for key in batch.keys]
     found = gather_objects((bool(torch.isfinite(result.metrics["loss"])), keys))
-    blamed = [key for finite, ks in found if not finite for key in ks]  # type: ignore[misc]
-    blamed = blamed or [key for _, ks in found for key in ks]  # type: ignore[misc]
-    what = "loss" if any(not finite for finite, _ in found) else "gradient"  # type: ignore[misc]
+    blamed = [key for finite, ks in found if not finite for key in ks]
+    blamed = blamed or [key for _, ks in found for key in ks]
+    what = "loss" if any(not finite for finite, _ in found) else "gradient"
     shown = ", ".join(blamed[:64]) + (f" and {len(blamed) - 64} more" if len(blamed) > 64 else "")
     step = state.progress.step + 1
     parts.log.say(f"step {step} skipped: the {what} is not finite ({state.skipped_steps} so far); samples: {shown}")
@@ -131,12 +131,12 @@ def _tell_skipped(state: RunState, data: StepData, result: StepResult, parts: Pa
         raise RunError(
             where=f"step {step}", expected=f"at most {parts.limits.skipped_steps} steps without a finite {what}",
             found=f"{state.skipped_steps}; samples of the last: {shown}",
-            fix="Lower optim.base_lr or set optim.clip_norm; look at these samples; runtime.max_skipped_steps is the budget.",
+            fix="Lower optim.base_lr or set optim.clip_norm; look at these samples. Budget: runtime.max_skipped_steps.",
         )  # fmt: skip
 
 
 def _count_bad_samples(state: RunState, meter: _Meter, parts: Parts) -> RunState:
-    found = [bad for rank in gather_objects(meter.take_bad()) for bad in rank]  # type: ignore[attr-defined]
+    found = [bad for rank in gather_objects(meter.take_bad()) for bad in rank]
     for bad in found:
         parts.log.say(f"bad sample {bad.key} in {bad.shard}: {bad.reason} In its place: {bad.replacement_key}")
     state = replace(state, bad_samples=state.bad_samples + len(found))
@@ -192,7 +192,10 @@ class _Meter:
     def shares(self) -> dict[str, torch.Tensor]:
         """Of the time since: how much was waited for data; and what making that data took, per second, by part."""
         seconds = self.seconds
-        values = {"data_wait": self.waited / seconds, **{f"data_{k}": v / seconds for k, v in self.host.items()}}
+        values = {
+            "data_wait": self.waited / seconds,
+            **{f"data_{k}": v / seconds for k, v in self.host.items()},
+        }
         return {name: torch.tensor(value) for name, value in values.items()}
 
     def take_bad(self) -> list[BadSample]:

@@ -30,7 +30,12 @@ class MetricLog:
     """
 
     def __init__(self, folder: Path, *, step: int, total_steps: int, active: bool, tensorboard: bool) -> None:
-        self._active, self._total_steps, self._started_at, self._first_step = active, total_steps, time.monotonic(), step
+        self._active, self._total_steps, self._started_at, self._first_step = (
+            active,
+            total_steps,
+            time.monotonic(),
+            step,
+        )
         self._live = active and sys.stdout.isatty()
         self._tensorboard: Any = None
         if not active:
@@ -136,7 +141,7 @@ def flops_per_sample(objective: Objective) -> float:
         objective(batch, Progress(0, 1, 0)).loss.backward()
     objective.zero_grad(set_to_none=True)
     objective.train(was_training)
-    return counter.get_total_flops() / len(batch)
+    return float(counter.get_total_flops()) / len(batch)
 
 
 def _blank_batch(spec: BatchSpec, size: int) -> Batch:
@@ -154,7 +159,10 @@ def _blank_batch(spec: BatchSpec, size: int) -> Batch:
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
     """FLOP/s of the best of repeated square matrix products on this device, with the threads this rank has."""
     side = 8192 if device.type == "cuda" else 1024
-    a, b = torch.ones(side, side, device=device, dtype=dtype), torch.ones(side, side, device=device, dtype=dtype)
+    a, b = (
+        torch.ones(side, side, device=device, dtype=dtype),
+        torch.ones(side, side, device=device, dtype=dtype),
+    )
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()

@@ -15,7 +15,7 @@ import torch
 
 from data_pipeline.assemble import check
 from data_pipeline.batch import Batch, BatchSpec
-from data_pipeline.errors import RecipeError
+from data_pipeline.errors import DataError, RecipeError, RunError
 from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.views import ViewSpec
@@ -57,7 +57,9 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     train_data = open_dataset(recipe.data.train)
     resolved = resolve(recipe, world_size, train_data.num_samples)
     with torch.device("meta"):  # the shapes alone
-        needs = build_objective(recipe.model, recipe.objective).needs
+        objective = build_objective(recipe.model, recipe.objective)
+    needs = objective.needs
+    _refuse_split_batch_norm(recipe, objective, resolved)
     check(train_data, needs)
     val = open_dataset(recipe.data.val) if recipe.data.val else None
     if val is not None:
@@ -67,6 +69,11 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     return Plan(train_data, val, needs, resolved)
 
 
+def folder_of(out: Path, overfit_batch: bool) -> Path:
+    """Where a run is kept: a trial on one batch lies beside the run that it is a trial of."""
+    return out.with_name(f"{out.name}-overfit") if overfit_batch else out
+
+
 def run(recipe: Recipe, out: Path, *, max_steps: int | None = None, overfit_batch: bool = False) -> None:
     """Trains, or goes on with the run in `out`; every rank calls it with the same arguments.
 
@@ -74,7 +81,7 @@ def run(recipe: Recipe, out: Path, *, max_steps: int | None = None, overfit_batc
         recipe: of the run.
         out: the run's folder.
         max_steps: stop after so many applied steps; started again without it, the run goes on.
-        overfit_batch: train on the first batch only, from scratch, in a folder beside `out`.
+        overfit_batch: train on the first batch only, from scratch, in `folder_of(out, True)`.
 
     Raises:
         InputError: something given is wrong; nothing was changed.
@@ -83,9 +90,9 @@ def run(recipe: Recipe, out: Path, *, max_steps: int | None = None, overfit_batc
     world = World.from_environment()
     device = choose_device(recipe.runtime, world)
     threads = pin_threads(recipe.runtime, world)
-    if overfit_batch:
-        out = out.with_name(out.name + "-overfit")
+    out = folder_of(out, overfit_batch)
     plan = preflight(recipe, world.size, out)
+    job = _Job(recipe, plan, world, device, out, overfit_batch)
     with process_group(world, device):
         torch.manual_seed(recipe.seed)
         objective = build_objective(recipe.model, recipe.objective)
@@ -100,14 +107,9 @@ def run(recipe: Recipe, out: Path, *, max_steps: int | None = None, overfit_batc
             accumulation=plan.resolved.accumulation,
             seed=recipe.seed,
         )
-        checkpoints = out / "checkpoints"
-        latest = None if overfit_batch else next(reversed(checkpoint.complete_checkpoints(checkpoints)), None)
-        barrier()  # all have looked before anyone writes
-        state = RunState(Progress(0, plan.resolved.total_steps, 0))
-        if latest is not None:
-            state = checkpoint.load(latest, engine, world=world)
+        state, source = _first_state(job, engine)
         if world.is_main:
-            _describe_run(out, recipe, plan, describe(world, device, threads))
+            _describe_run(job, describe(world, device, threads))
         log = MetricLog(
             out,
             step=state.progress.step,
@@ -115,64 +117,105 @@ def run(recipe: Recipe, out: Path, *, max_steps: int | None = None, overfit_batc
             active=world.is_main,
             tensorboard=recipe.logging.tensorboard,
         )
-        log.say(_opening(recipe, plan, state, world, device, latest))
-
-        def write(state: RunState) -> None:
-            encoder = engine.materialize(objective.encoder)
-            if world.is_main:
-                data = recipe.data
-                save_encoder(out / "encoder", encoder, recipe.model, data.mean, data.std, data.views)
-            if not overfit_batch:
-                keep_last = recipe.checkpoint.keep_last
-                log.say(f"saved {checkpoint.save(checkpoints, engine, state, world=world, keep_last=keep_last)}")
-
-        def prepare(batch: Batch) -> Batch:
-            return normalize(batch.to(device), recipe.data.mean, recipe.data.std)
-
-        inline = Inline(recipe, plan.val, engine, objective, prepare, world, out)
-        parts = Parts(
-            engine=engine,
-            steps=_steps(recipe, plan, world, state.cursor, overfit_batch),
-            prepare=prepare,
-            learning_rate=lambda progress: learning_rate(
-                progress, recipe.schedule, peak_lr=plan.resolved.peak_lr, warmup_steps=plan.resolved.warmup_steps
-            ),
-            log=log,
-            rates=rates,
-            evaluations=inline.periodic(plan.resolved.steps_per_epoch),
-            checkpoints=TimedCheckpoints(
-                write,
-                every_steps=recipe.checkpoint.every_steps,
-                every_minutes=recipe.checkpoint.every_minutes,
-                log_every=recipe.logging.every_steps,
-            ),
-            limits=Limits(recipe.data.max_bad_samples, recipe.runtime.max_skipped_steps),
-            log_every=recipe.logging.every_steps,
+        log.say(_opening(job, state, source))
+        try:
+            state = train(state, _parts(job, engine, state, log, rates), stop_at=_last_step(job, max_steps))
+        except DataError as error:  # what was given was right when it was looked at
+            raise RunError(error.where, error.expected, error.found, error.fix) from error
+        done = "finished" if state.progress.step == plan.resolved.total_steps else "stopped"
+        log.say(
+            f"{done} at step {state.progress.step} of {plan.resolved.total_steps}; the encoder is in {out / 'encoder'}"
         )
-        total_steps = plan.resolved.total_steps
-        state = train(state, parts, stop_at=min(total_steps, max_steps or total_steps))
-        done = "finished" if state.progress.step == total_steps else "stopped"
-        log.say(f"{done} at step {state.progress.step} of {total_steps}; the encoder is in {out / 'encoder'}")
         log.close()
 
 
-def _steps(recipe: Recipe, plan: Plan, world: World, cursor: int, overfit_batch: bool) -> Iterator[StepData]:
-    data, views = recipe.data, recipe.data.views
+@dataclass(frozen=True)
+class _Job:
+    """What stays as it is for as long as this process runs."""
+
+    recipe: Recipe
+    plan: Plan
+    world: World
+    device: torch.device
+    out: Path
+    overfit_batch: bool
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+
+def _last_step(job: _Job, max_steps: int | None) -> int:
+    total_steps = job.plan.resolved.total_steps
+    return min(total_steps, max_steps or total_steps)
+
+
+def _first_state(job: _Job, engine: Engine) -> tuple[RunState, Path | None]:
+    """Of the run's own latest complete checkpoint, loaded into the engine, or of a new run."""
+    found = [] if job.overfit_batch else checkpoint.complete_checkpoints(job.checkpoints)
+    barrier()  # all have looked before anyone writes
+    if found:
+        return checkpoint.load(found[-1], engine, world=job.world), found[-1]
+    return RunState(Progress(0, job.plan.resolved.total_steps, 0)), None
+
+
+def _parts(job: _Job, engine: Engine, state: RunState, log: MetricLog, rates: _Rates) -> Parts:
+    recipe, resolved = job.recipe, job.plan.resolved
+
+    def prepare(batch: Batch) -> Batch:
+        return normalize(batch.to(job.device), recipe.data.mean, recipe.data.std)
+
+    def rate(progress: Progress) -> float:
+        warmup_steps = resolved.warmup_steps
+        return learning_rate(progress, recipe.schedule, peak_lr=resolved.peak_lr, warmup_steps=warmup_steps)
+
+    def save(state: RunState) -> None:
+        weights = engine.materialize(engine.objective.encoder())
+        if job.world.is_main:
+            data = recipe.data
+            save_encoder(job.out / "encoder", weights, recipe.model, data.mean, data.std, data.views)
+        if not job.overfit_batch:
+            keep_last = recipe.checkpoint.keep_last
+            saved = checkpoint.save(job.checkpoints, engine, state, world=job.world, keep_last=keep_last)
+            log.say(f"saved {saved}")
+
+    inline = Inline(recipe, job.plan.val, engine, prepare, job.world, job.out)
+    return Parts(
+        engine=engine,
+        steps=_steps(job, state.cursor),
+        prepare=prepare,
+        learning_rate=rate,
+        log=log,
+        rates=rates,
+        evaluations=inline.periodic(resolved.steps_per_epoch),
+        checkpoints=TimedCheckpoints(
+            save,
+            every_steps=recipe.checkpoint.every_steps,
+            every_minutes=recipe.checkpoint.every_minutes,
+            log_every=recipe.logging.every_steps,
+        ),
+        limits=Limits(recipe.data.max_bad_samples, recipe.runtime.max_skipped_steps),
+        log_every=recipe.logging.every_steps,
+    )
+
+
+def _steps(job: _Job, cursor: int) -> Iterator[StepData]:
+    data = job.recipe.data
     loader = TrainLoader(
-        plan.train,
-        plan.needs,
-        ViewSpec(**views.model_dump()),
-        seed=recipe.seed,
+        job.plan.train,
+        job.plan.needs,
+        ViewSpec(**data.views.model_dump()),
+        seed=job.recipe.seed,
         lanes=data.lanes,
         window=data.window,
-        global_size=recipe.batch.global_size,
-        micro_size=plan.resolved.micro_size,
-        rank=world.rank,
-        world_size=world.size,
-        num_workers=recipe.runtime.num_workers,
+        global_size=job.recipe.batch.global_size,
+        micro_size=job.plan.resolved.micro_size,
+        rank=job.world.rank,
+        world_size=job.world.size,
+        num_workers=job.recipe.runtime.num_workers,
         max_pixels=data.max_pixels,
     )
-    if not overfit_batch:
+    if not job.overfit_batch:
         return loader.steps(cursor)
     first = next(loader.steps(0))
     return (replace(first, cursor=first.cursor * step) for step in count(1))
@@ -194,6 +237,18 @@ class _Rates:
         }
 
 
+def _refuse_split_batch_norm(recipe: Recipe, objective: Objective, resolved: Resolved) -> None:
+    """Statistics of a micro-batch are not those of the batch: accumulating would train by another algorithm."""
+    if resolved.accumulation > 1 and any(
+        isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in objective.modules()
+    ):
+        problem = (
+            f"batch.micro_size: expected {resolved.local_size} or nothing, as {recipe.model.name} has batch norm, "
+            f"whose statistics do not add up over micro-batches, found {resolved.micro_size}."
+        )
+        raise RecipeError(recipe.name, [problem])
+
+
 def _refuse_other_run(recipe: Recipe, train_data: Dataset, out: Path) -> None:
     """A folder goes on with its own run only: what changes results must be what it was, the data included."""
     given, resolved = out / "recipe.yaml", out / "resolved.yaml"
@@ -209,23 +264,22 @@ def _refuse_other_run(recipe: Recipe, train_data: Dataset, out: Path) -> None:
         raise RecipeError(f"{out} holds another run", problems)
 
 
-def _describe_run(out: Path, recipe: Recipe, plan: Plan, environment: str) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    resolved = f"{resolved_yaml(recipe, plan.resolved)}data_fingerprint: {plan.train.fingerprint}\n"
+def _describe_run(job: _Job, environment: str) -> None:
+    job.out.mkdir(parents=True, exist_ok=True)
+    resolved = f"{resolved_yaml(job.recipe, job.plan.resolved)}data_fingerprint: {job.plan.train.fingerprint}\n"
     # The recipe last: it is what makes the folder this run's.
-    for name, text in (("environment.json", environment), ("resolved.yaml", resolved), ("recipe.yaml", dump(recipe))):
-        part = out / f".{name}.{os.getpid()}"
+    texts = {"environment.json": environment, "resolved.yaml": resolved, "recipe.yaml": dump(job.recipe)}
+    for name, text in texts.items():
+        part = job.out / f".{name}.{os.getpid()}"
         part.write_text(text)
-        part.replace(out / name)
+        part.replace(job.out / name)
 
 
-def _opening(
-    recipe: Recipe, plan: Plan, state: RunState, world: World, device: torch.device, latest: Path | None
-) -> str:
-    size = f"{plan.resolved.global_size} = {world.size} x {plan.resolved.accumulation} x {plan.resolved.micro_size}"
-    start = f"from {latest}" if latest else "from scratch"
+def _opening(job: _Job, state: RunState, source: Path | None) -> str:
+    recipe, resolved, world = job.recipe, job.plan.resolved, job.world
+    size = f"{resolved.global_size} = {world.size} x {resolved.accumulation} x {resolved.micro_size}"
     return (
-        f"{recipe.name}: {recipe.objective.kind} {recipe.model.name}, {plan.train.num_samples} samples, "
-        f"batch {size}, ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}, {world.size} x {device.type}; "
-        f"steps {state.progress.step} to {plan.resolved.total_steps}, {start}"
+        f"{recipe.name}: {recipe.objective.kind} {recipe.model.name}, {job.plan.train.num_samples} samples, "
+        f"batch {size}, ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}, {world.size} x {job.device.type}; "
+        f"steps {state.progress.step} to {resolved.total_steps}, {f'from {source}' if source else 'from scratch'}"
     )

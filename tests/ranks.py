@@ -43,9 +43,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     return [results[rank] for rank in range(world_size)]
 
 
-def _rank(
-    queue: Any, function: Callable[..., Any], rank: int, size: int, port: int, args: tuple[Any, ...]
-) -> None:
+def _rank(queue: Any, function: Callable[..., Any], rank: int, size: int, port: int, args: tuple[Any, ...]) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -1,4 +1,4 @@
-"""A small objective with what makes engines stumble: two parameter groups, odd sizes, dropout or batch norm if asked."""
+"""A small objective with what makes engines stumble: two parameter groups, odd sizes, dropout, batch norm."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Knn(Evaluator):
             self.task,
             splits,
             predicted=predicted[self.config.k],
-            metrics={f"top1_k{k}": value for k, value in top1.items()},
+            metrics={f"top1_k{k}": value for k, value in top1.items() if k != self.config.k},
             protocol={
                 "k": self.config.k,
                 "sweep": sorted(self.ks),

@@ -70,7 +70,7 @@ def fit(
     std = torch.where(std > 1e-5 * std.max(), std, 1.0)
     standard = (values - mean) / std
     batch_size = min(batch_size, len(values))
-    rates, decays = torch.tensor(settings, device=values.device).T  # each [S]
+    rates, decays = torch.tensor(settings, dtype=values.dtype, device=values.device).T  # each [S]
     rates = (rates * batch_size / LR_BATCH).repeat(num_classes)  # [K * S], a column's own
     decays = decays.repeat(num_classes)
     weight = values.new_zeros(values.shape[1], num_classes * len(settings))

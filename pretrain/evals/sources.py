@@ -84,14 +84,6 @@ def _from_run(run: Path, random_init: bool, seed: int | None) -> Encoder:
     description: dict[str, object] = {"source": str(run), "kind": "run", "recipe": recipe.name}
     if random_init:
         return _start_of_run(run, recipe, description, seed)
-    if not (run / "encoder").is_dir():
-        complete = sorted((run / "checkpoints").glob("step_*/COMPLETE"))
-        raise CheckpointError(
-            where=str(run / "encoder"),
-            expected="the encoder, which a run writes at its end",
-            found="no such folder",
-            fix=f"Judge its newest checkpoint: {complete[-1].parent}." if complete else "",
-        )
     module, _ = load_encoder(run / "encoder")
     return Encoder.of_recipe(module, recipe, tag="encoder", run=run, description=description)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,9 +11,8 @@ from data_pipeline.batch import Batch, BatchSpec
 from pretrain.state import Progress
 
 
-@dataclass(frozen=True)
-class LossOutput:
-    """What a forward pass gives back.
+class LossOutput(NamedTuple):
+    """What a forward pass gives back; a tuple, as an engine finds the tensors in tuples to hook their backward.
 
     Attributes:
         loss: fp32 scalar, the mean over the local B; the engine averages over micro-batches and ranks.
@@ -21,7 +20,7 @@ class LossOutput:
     """
 
     loss: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = {}
 
 
 class Objective(nn.Module, ABC):

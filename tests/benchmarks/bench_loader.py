@@ -1,11 +1,12 @@
-"""Images per second of the training loader, one process and one thread, against two others on the same photographs.
+"""Images per second of the training loader, in one process and thread, against two others on the same photos.
 
-1. open_clip's own training transform over webdataset's reader with its Pillow decode, at that transform's crop scale.
-   It hands out normalised floats, ours uint8: normalising on the CPU is counted in a row of its own.
-2. A plain loop over bytes in memory of the fastest calls known (simplejpeg, slice, torch's antialiased uint8 resize),
-   with the crops the loader draws. Ours reads, checks crc32, draws, flips and fills batches on top.
+1. open_clip's own training transform over webdataset's reader with its Pillow decode, at its own crop scale.
+   It hands out normalised floats, ours uint8 for the device to normalise: a row of its own counts that work
+   too, on the CPU.
+2. A plain loop over bytes in memory of the fastest calls known (simplejpeg, slice, torch's antialiased uint8
+   resize), with the crops the loader draws. Ours reads, checks crc32, draws, flips and fills batches on top.
 
-Each row is timed in pairs, side after side in turn, so that a slow spell of the machine hits both.
+The two sides of a row make one batch each in turn, so that a slow spell of the machine hits both.
 
     python tests/benchmarks/bench_loader.py [--samples 2048]
 """
@@ -18,8 +19,7 @@ import statistics
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -27,133 +27,153 @@ from typing import NamedTuple
 if __name__ == "__main__":  # from a checkout, without installing
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
+import open_clip
 import simplejpeg
 import torch
 import webdataset
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from data_pipeline import keyed
 from data_pipeline.batch import BatchSpec
 from data_pipeline.loader import TrainLoader
 from data_pipeline.order import Order
-from data_pipeline.read import IMAGE_FIELDS, Dataset, open_dataset
+from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.scan import index_shards
-from data_pipeline.views import ViewSpec, crop_box
+from data_pipeline.views import Box, ViewSpec, crop_box
 
-SIZE, BATCH, SHARD = 224, 64, 256
+SIZE, BATCH, SHARD, LANES, WINDOW = 224, 64, 256, 16, 128
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 MAE = ViewSpec(scale=(0.2, 1.0))
 OPEN_CLIP = ViewSpec(scale=(0.9, 1.0), flip=0.0)  # open_clip.image_transform(is_train=True)
 
-Contender = Iterator[object]  # one item per batch
+Batches = Iterator[object]
 
 
 class Row(NamedTuple):
-    """Rates in images/s, medians over the pairs; `ratio` is ours / other, with its least and greatest pair."""
+    """Medians over the pairs: images/s of both sides, and the ratio ours / other with its quartiles."""
 
     name: str
     ours: float
     other: float
     ratio: float
-    ratio_low: float
-    ratio_high: float
+    lower: float
+    upper: float
     goal: float | None
 
 
 def write_shards(photos: Path, folder: Path, samples: int) -> None:
     """The photographs over and over, `samples` in all, as shards with their index and manifest."""
     with tarfile.open(photos) as tar:
-        images = [tar.extractfile(member).read() for member in tar if member.isfile()]  # type: ignore[union-attr]
-    for shard in range(0, samples, SHARD):
-        with webdataset.TarWriter(str(folder / f"photos-{shard // SHARD:04d}.tar")) as writer:
-            for i in range(shard, min(shard + SHARD, samples)):
+        images = [file.read() for member in tar if member.isfile() and (file := tar.extractfile(member))]
+    for first in range(0, samples, SHARD):
+        with webdataset.TarWriter(str(folder / f"photos-{first // SHARD:04d}.tar")) as writer:
+            for i in range(first, min(first + SHARD, samples)):
                 writer.write({"__key__": f"{i:06d}", "jpg": images[i % len(images)]})
     index_shards(str(folder))
 
 
-def ours(dataset: Dataset, views: ViewSpec, *, normalize: bool = False) -> Contender:
+def ours(dataset: Dataset, views: ViewSpec, *, normalize: bool = False) -> Batches:
     loader = TrainLoader(
-        dataset, BatchSpec(SIZE), views, seed=0, lanes=16, window=128, global_size=BATCH, micro_size=BATCH,
+        dataset,
+        BatchSpec(SIZE),
+        views,
+        seed=0,
+        lanes=LANES,
+        window=WINDOW,
+        global_size=BATCH,
+        micro_size=BATCH,
         max_pixels=50_000_000,
-    )  # fmt: skip
+    )
     for step in loader.steps(0):
         view = step.micro_batches[0].views[0]
-        yield ((view.float() / 255) - MEAN) / STD if normalize else view
+        yield (view.float() / 255 - MEAN) / STD if normalize else view
 
 
-def open_clip_over_webdataset(folder: Path) -> Contender:
-    import open_clip
-
-    transform = open_clip.image_transform(SIZE, is_train=True)
+def open_clip_over_webdataset(folder: Path) -> Batches:
     urls = sorted(str(path) for path in folder.glob("*.tar"))
-    reader = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).repeat()
-    return iter(
-        reader.decode("pilrgb").rename(image="jpg").map_dict(image=transform).to_tuple("image").batched(BATCH)
-    )
+    samples = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).repeat().decode("pilrgb")
+    transform = open_clip.image_transform(SIZE, is_train=True)
+    return iter(samples.rename(image="jpg").map_dict(image=transform).to_tuple("image").batched(BATCH))
 
 
-def plain_loop(dataset: Dataset, views: ViewSpec) -> Contender:
-    """The samples and crops of `ours`, both known before the clock runs."""
-    order = Order(dataset.shard_sizes, seed=0, lanes=16, window=128)
-    work = []
-    for i in order.locate(order.step_positions(0, dataset.num_samples)).tolist():
-        sample = dataset.read(i)
-        data = next(sample.fields[name] for name in IMAGE_FIELDS if name in sample.fields)
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        draws = keyed.uniforms(keyed.seed_of("view", 0, 0, 0, sample.key), 23)
-        work.append((data, crop_box(height, width, views, draws[1:])))
+def plain_loop(dataset: Dataset, views: ViewSpec) -> Batches:
+    """The batches of `ours` in the first epoch, over and over; samples and crops are known beforehand."""
+    order = Order(dataset.shard_sizes, seed=0, lanes=LANES, window=WINDOW)
+    batches = []
+    for cursor in range(0, dataset.num_samples - BATCH + 1, BATCH):
+        samples = [dataset.read(i) for i in order.locate(order.step_positions(cursor, BATCH)).tolist()]
+        batches.append([(s.fields["jpg"], drawn_box(s.key, s.fields["jpg"], views)) for s in samples])
     while True:
-        for start in range(0, len(work) - BATCH + 1, BATCH):
-            views_of_batch = []
-            for data, (top, left, height, width) in work[start : start + BATCH]:
-                crop = simplejpeg.decode_jpeg(data)[top : top + height, left : left + width]
-                pixels = torch.from_numpy(crop).permute(2, 0, 1)[None]
-                views_of_batch.append(interpolate(pixels, (SIZE, SIZE), mode="bicubic", antialias=True))
-            yield views_of_batch
+        for batch in batches:
+            yield [view_of(data, box) for data, box in batch]
 
 
-def compare(
-    name: str, left: Contender, right: Contender, *, samples: int, pairs: int, goal: float | None
-) -> Row:
-    batches = max(1, samples // pairs // BATCH)
+def drawn_box(key: str, data: bytes, views: ViewSpec) -> Box:
+    draws = keyed.uniforms("view", 0, 0, 0, key)
+    next(draws)  # the flip
+    height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    return crop_box(height, width, views, draws)
 
-    def rate(contender: Contender) -> float:
+
+def view_of(data: bytes, box: Box) -> Tensor:
+    top, left, height, width = box
+    crop = simplejpeg.decode_jpeg(data)[top : top + height, left : left + width]
+    pixels = torch.from_numpy(crop).permute(2, 0, 1)[None]
+    return interpolate(pixels, (SIZE, SIZE), mode="bicubic", antialias=True)
+
+
+def compare(name: str, left: Batches, right: Batches, *, pairs: int, goal: float | None = None) -> Row:
+    def seconds(side: Batches) -> float:
         start = perf_counter()
-        for _ in islice(contender, batches):
-            pass
-        return batches * BATCH / (perf_counter() - start)
+        next(side)
+        return perf_counter() - start
 
-    next(left), next(right)  # first calls open files and import codecs
-    rates = []
+    seconds(left), seconds(right)  # the first batches open files and start codecs
+    times = []
     for pair in range(pairs):
-        sides = [rate(side) for side in ((left, right) if pair % 2 else (right, left))]
-        rates.append(sides if pair % 2 else sides[::-1])
-    ratios = [a / b for a, b in rates]
-    medians = [statistics.median(side) for side in zip(*rates, strict=True)]
-    return Row(name, *medians, statistics.median(ratios), min(ratios), max(ratios), goal)
+        if pair % 2:
+            times.append((seconds(left), seconds(right)))
+        else:
+            times.append((seconds(right), seconds(left))[::-1])
+    rates = [BATCH / statistics.median(side) for side in zip(*times, strict=True)]
+    lower, ratio, upper = statistics.quantiles((b / a for a, b in times), n=4)
+    return Row(name, rates[0], rates[1], ratio, lower, upper, goal)
 
 
-def run(photos: Path, *, samples: int = 2048, pairs: int = 7) -> list[Row]:
-    """Every comparison, with one thread; `photos` is a tar of JPEG photographs."""
+def run(photos: Path, *, samples: int = 2048) -> list[Row]:
+    """Every comparison over `samples` samples a side, with one thread; `photos` is a tar of JPEGs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    pairs = samples // BATCH
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_shards(photos, folder, samples)
-            dataset = open_dataset(str(folder))
-            other: list[tuple[str, Contender, Callable[[], Contender], float | None]] = [
-                ("open_clip transform over webdataset", ours(dataset, OPEN_CLIP),
-                 lambda: open_clip_over_webdataset(folder), 1.8),
-                ("the same, ours normalised on the CPU too", ours(dataset, OPEN_CLIP, normalize=True),
-                 lambda: open_clip_over_webdataset(folder), None),
-                ("plain loop, MAE crops", ours(dataset, MAE), lambda: plain_loop(dataset, MAE), 0.9),
-            ]  # fmt: skip
+            dataset = open_dataset(name)
+            theirs = open_clip_over_webdataset(folder)
             return [
-                compare(label, left, right(), samples=samples, pairs=pairs, goal=goal)
-                for label, left, right, goal in other
+                compare(
+                    "open_clip transform over webdataset",
+                    ours(dataset, OPEN_CLIP),
+                    theirs,
+                    pairs=pairs,
+                    goal=1.8,
+                ),
+                compare(
+                    "the same, ours normalised on the CPU",
+                    ours(dataset, OPEN_CLIP, normalize=True),
+                    theirs,
+                    pairs=pairs,
+                ),
+                compare(
+                    "plain loop, MAE crops",
+                    ours(dataset, MAE),
+                    plain_loop(dataset, MAE),
+                    pairs=pairs,
+                    goal=0.9,
+                ),
             ]
     finally:
         torch.set_num_threads(threads)
@@ -163,20 +183,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--samples", type=int, default=2048)
-    parser.add_argument("--pairs", type=int, default=7)
-    default = Path(
-        os.environ.get("PRETRAIN_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
-    )
-    parser.add_argument("--photos", type=Path, default=default / "photos.tar")
+    data = Path(os.environ.get("PRETRAIN_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+    parser.add_argument("--samples", type=int, default=2048, help=f"a side and row, from {2 * BATCH} on")
+    parser.add_argument("--photos", type=Path, default=data / "photos.tar", help="a tar of JPEGs")
     arguments = parser.parse_args()
     if not arguments.photos.is_file():
         parser.error(f"no photographs at {arguments.photos}; give --photos, or set PRETRAIN_TEST_DATA")
-    print(f"{'ours against':42} {'ours/s':>8} {'other/s':>8} {'ratio':>6}  {'spread':13} goal")
-    for row in run(arguments.photos, samples=arguments.samples, pairs=arguments.pairs):
-        spread = f"{row.ratio_low:.2f} .. {row.ratio_high:.2f}"
+    print(f"{'ours against':38} {'ours/s':>8} {'other/s':>8} {'ratio':>6}  {'quartiles':13} goal")
+    for row in run(arguments.photos, samples=arguments.samples):
         goal = f">= {row.goal}" if row.goal else ""
-        print(f"{row.name:42} {row.ours:8.0f} {row.other:8.0f} {row.ratio:6.2f}  {spread:13} {goal}")
+        spread = f"{row.lower:.2f} .. {row.upper:.2f}"
+        print(f"{row.name:38} {row.ours:8.0f} {row.other:8.0f} {row.ratio:6.2f}  {spread:13} {goal}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,23 @@ def changed(path: str, value: Any, tree: dict[str, Any] = SMALL) -> dict[str, An
 
 shares = st.floats(0.001, 1)
 sizes = st.integers(1, 10**6)
-words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
+numberlike = [
+    "3e-4",
+    "1e5",
+    "1_000",
+    "010",
+    "1:30",
+    ".5",
+    "no",
+    "true",
+    "null",
+    "~",
+    "",
+    "<<",
+    "=",
+    "2026-01-01",
+]
+words = st.sampled_from(numberlike) | st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), words)
 intervals = st.tuples(shares, shares).map(lambda pair: sorted(pair))
 objectives = st.one_of(

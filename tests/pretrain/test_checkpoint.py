@@ -20,11 +20,7 @@ from tests.toy import split, toy_batch
 
 def steps(engine: Any, world: World, first: int, last: int) -> list[float]:
     return [
-        float(
-            engine.step(split(toy_batch(s), world.rank, world.size, 1), Progress(s, 99, 0), 1e-2).metrics[
-                "loss"
-            ]
-        )
+        float(engine.step(split(toy_batch(s), world.rank, world.size, 1), Progress(s, 99, 0), 1e-2).metrics["loss"])
         for s in range(first, last)
     ]
 

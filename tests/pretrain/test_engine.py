@@ -50,9 +50,7 @@ def train(world: World, stage: int, accumulation: int, steps: int, toy: dict[str
     engine = make_engine(world, stage, accumulation, **toy)
     losses, norms = [], []
     for step in range(steps):
-        result = engine.step(
-            split(toy_batch(step), world.rank, world.size, accumulation), Progress(step, 10, 0), 1e-2
-        )
+        result = engine.step(split(toy_batch(step), world.rank, world.size, accumulation), Progress(step, 10, 0), 1e-2)
         losses.append(float(result.metrics["loss"]))
         norms.append(result.grad_norm)
     return {"losses": losses, "norms": norms, "state": whole_state(engine), "groups": engine.group_values()}
@@ -85,13 +83,9 @@ def test_equals_one_plain_process(stage: int, world_size: int, accumulation: int
     reference = plain(4)
     losses = torch.tensor([rank["losses"] for rank in ranks]).mean(0)
     torch.testing.assert_close(losses, torch.tensor(reference["losses"]), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(
-        torch.tensor(ranks[0]["norms"]), torch.tensor(reference["norms"]), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(torch.tensor(ranks[0]["norms"]), torch.tensor(reference["norms"]), rtol=1e-5, atol=0)
     for name, expected in reference["state"].items():
-        torch.testing.assert_close(
-            ranks[0]["state"][f"param/{name}"], expected.detach(), rtol=1e-4, atol=1e-6
-        )
+        torch.testing.assert_close(ranks[0]["state"][f"param/{name}"], expected.detach(), rtol=1e-4, atol=1e-6)
     assert [group["step"] for group in ranks[0]["groups"]] == [4, 4]
 
 

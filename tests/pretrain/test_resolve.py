@@ -25,7 +25,8 @@ def test_sizes_multiply_up_and_the_schedule_is_covered(
 ) -> None:
     size = world * micro * accumulation
     length = data.draw(st.sampled_from([{"epochs": 3}, {"epochs": 0.1}, {"samples": 12345}, {"steps": 17}]))
-    tree = {**SMALL, "batch": {"global_size": size, "micro_size": micro}, "schedule": length}
+    schedule = {**length, "warmup": data.draw(st.sampled_from([0, 0.05, 0.99]))}
+    tree = {**SMALL, "batch": {"global_size": size, "micro_size": micro}, "schedule": schedule}
     resolved = resolve(load(tmp_path, tree), world, num_samples)
     assert (resolved.local_size, resolved.micro_size, resolved.accumulation) == (
         micro * accumulation,
@@ -39,7 +40,8 @@ def test_sizes_multiply_up_and_the_schedule_is_covered(
     else:
         assert resolved.total_steps * size >= to_see * (1 - 1e-8)
         assert resolved.total_steps == 1 or (resolved.total_steps - 1) * size < to_see
-    assert 0 <= resolved.warmup_steps < resolved.total_steps
+    assert resolved.warmup_steps < resolved.total_steps
+    assert resolved.warmup_steps == pytest.approx(schedule["warmup"] * resolved.total_steps, abs=1)
     assert resolved.peak_lr == pytest.approx(1.5e-4 * size / 256)
 
 

@@ -1,0 +1,112 @@
+"""What is in a dataset: counts, sizes, classes, and a contact sheet to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from data_pipeline.decode import decode_image
+from data_pipeline.durable import durable_file
+from data_pipeline.errors import FieldError
+from data_pipeline.index import IMAGE_FIELDS, LABEL_FIELD
+from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.progress import track
+from data_pipeline.read import ShardDataset
+
+SHEET_COLUMNS, SHEET_ROWS = 10, 8
+THUMBNAIL, CAPTION = 96, 14  # pixels
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What was found.
+
+    Attributes:
+        manifest: of the dataset.
+        image_bytes: bytes of each image, [N].
+        pixels: (width, height) of those on the contact sheet, [n, 2].
+    """
+
+    manifest: Manifest
+    image_bytes: NDArray[np.int64]
+    pixels: NDArray[np.int64]
+
+
+def stats(spec: str, sheet: Path, *, max_pixels: int = 50_000_000) -> Stats:
+    """Look through the indexes of `spec` and write a contact sheet of images spread evenly over it.
+
+    Args:
+        spec: as `load_manifest` takes it.
+        sheet: the PNG to write.
+        max_pixels: an image of more is not decoded.
+
+    Raises:
+        DataError: no dataset there, or a damaged one; SampleError where an image of the sheet is damaged.
+        FieldError: it has no images.
+    """
+    manifest = load_manifest(spec)
+    if not set(IMAGE_FIELDS) & set(manifest.fields) or not manifest.total:
+        raise FieldError(
+            where=str(manifest.root),
+            expected=f"samples with an image ({', '.join(IMAGE_FIELDS)})",
+            found=f"{manifest.total:,} samples with {', '.join(manifest.fields) or 'nothing'}",
+        )
+    num_shards = len(manifest.names)
+    sizes = [
+        _image_sizes(manifest, i) for i in track(range(num_shards), label="reading indexes", total=num_shards)
+    ]
+    thumbnails, pixels = _thumbnails(manifest, max_pixels)
+    with durable_file(sheet) as file:
+        _sheet(thumbnails).save(file, format="PNG")
+    return Stats(manifest, np.concatenate(sizes), np.array(pixels, dtype=np.int64))
+
+
+def _image_sizes(manifest: Manifest, i: int) -> NDArray[np.int64]:
+    index = manifest.index(i)
+    columns = [column for column, field in enumerate(index.fields) if field in IMAGE_FIELDS]
+    sizes = index.sizes[:, columns]
+    return sizes[sizes > 0]
+
+
+def _thumbnails(
+    manifest: Manifest, max_pixels: int
+) -> tuple[list[tuple[Image.Image, str]], list[tuple[int, int]]]:
+    """Images spread evenly over the dataset, each with its caption, and their sizes."""
+    dataset = ShardDataset(manifest)
+    count = min(SHEET_COLUMNS * SHEET_ROWS, manifest.total)
+    thumbnails, pixels = [], []
+    for k in range(count):
+        sample = dataset.read(k * manifest.total // count)
+        field = next((field for field in IMAGE_FIELDS if field in sample.fields), None)
+        if field is None:
+            continue
+        image = Image.fromarray(decode_image(sample.fields[field], max_pixels=max_pixels, where=sample.key))
+        pixels.append(image.size)
+        scale = THUMBNAIL / max(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        thumbnails.append((image.resize(size), _caption(manifest, sample.fields.get(LABEL_FIELD))))
+    return thumbnails, pixels
+
+
+def _caption(manifest: Manifest, label: bytes | None) -> str:
+    if label is None:
+        return ""
+    number = int(label)
+    known = manifest.classes is not None and number < len(manifest.classes)
+    return manifest.classes[number] if known and manifest.classes else str(number)
+
+
+def _sheet(thumbnails: list[tuple[Image.Image, str]]) -> Image.Image:
+    num_rows = -(-len(thumbnails) // SHEET_COLUMNS)
+    sheet = Image.new("RGB", (SHEET_COLUMNS * THUMBNAIL, num_rows * (THUMBNAIL + CAPTION)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (image, caption) in enumerate(thumbnails):
+        row, column = divmod(k, SHEET_COLUMNS)
+        x, y = column * THUMBNAIL, row * (THUMBNAIL + CAPTION)
+        sheet.paste(image, (x + (THUMBNAIL - image.width) // 2, y + (THUMBNAIL - image.height) // 2))
+        draw.text((x + 2, y + THUMBNAIL), caption[:16], fill="black")
+    return sheet

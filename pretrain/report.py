@@ -1,0 +1,182 @@
+"""One page about a run: what came of it, how it went, what it sees. Self-contained, for a screen or a phone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+
+from data_pipeline.durable import durable_file
+from data_pipeline.errors import CheckpointError, InputError
+from data_pipeline.read import open_dataset
+from pretrain.checkpoint import complete_checkpoints, load_tensors, read_state
+from pretrain.evals.base import EvalReport, Interval, compare
+from pretrain.evals.encoder import Encoder
+from pretrain.evals.sources import load_source
+from pretrain.models.encoders import load_strictly
+from pretrain.objectives.build import build_objective
+from pretrain.objectives.mae import Mae
+from pretrain.recipe import Mae as MaeConfig
+from pretrain.recipe import Recipe
+from pretrain.recipe_io import load_recipe
+from pretrain.report_figures import Neighbours, Picture, Series, curve, neighbours, reconstructions
+
+FILE_NAME = "report.html"
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+NUM_RECONSTRUCTIONS, NUM_QUERIES, NUM_NEIGHBOURS, BANK_SIZE = 12, 6, 8, 2000
+# What an evaluation found out for itself; all else in its protocol was asked of it.
+_FOUND = {"learning_rate", "weight_decay", "val_top1"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one protocol says of the trained encoder, and of the same one before training, where it was asked."""
+
+    protocol: str
+    trained: EvalReport
+    random: EvalReport | None
+    interval: Interval | None
+
+
+def write_report(run: Path, *, notes: Sequence[str] = ()) -> Path:
+    """Writes `report.html` into a run's folder, from what lies in it and from the run's data sets.
+
+    Args:
+        run: its folder; a complete checkpoint is needed.
+        notes: how it went, a sentence each.
+
+    Raises:
+        InputError: no run, or a part of it or of its data is missing or damaged.
+    """
+    recipe = load_recipe(run / "recipe.yaml")
+    checkpoint = next(reversed(complete_checkpoints(run / "checkpoints")), None)
+    if checkpoint is None:
+        raise CheckpointError(
+            where=str(run / "checkpoints"),
+            expected="a complete checkpoint",
+            found="none",
+            fix="Train the run, at least for a few steps.",
+        )
+    progress = read_state(checkpoint).progress
+    trained = load_source(str(checkpoint))
+    comparisons = find_comparisons(run / "evals", trained.weights_sha256())
+    page = {
+        "name": recipe.name,
+        "summary": f"{recipe.objective.kind} on {recipe.model.name}, {progress.samples_seen:,} samples seen in "
+        f"{progress.step:,} of {progress.total_steps:,} steps of {recipe.batch.global_size:,}; the checkpoint is "
+        f"{checkpoint.name}.",
+        "comparisons": comparisons,
+        "num_classes": comparisons[0].trained.data["num_classes"] if comparisons else None,
+        "notes": notes,
+        "curves": _curves(_metrics(run / "metrics.jsonl")),
+        "triples": _reconstructions(recipe, checkpoint),
+        "mask_ratio": recipe.objective.mask_ratio if isinstance(recipe.objective, MaeConfig) else 0.0,
+        "normalized": isinstance(recipe.objective, MaeConfig) and recipe.objective.normalize_target,
+        "neighbours": _neighbours(run, recipe, trained),
+        "environment": _environment(run / "environment.json"),
+        "recipe": (run / "recipe.yaml").read_text("utf-8"),
+    }
+    with durable_file(run / FILE_NAME) as file:
+        file.write(render(page).encode())
+    return run / FILE_NAME
+
+
+def render(page: dict[str, Any]) -> str:
+    """The page as HTML; every value is escaped, a missing one is an error."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(TEMPLATE.read_text("utf-8")).render(page)
+
+
+def find_comparisons(evals: Path, weights_sha256: str) -> list[Comparison]:
+    """Reports on these very weights, each beside the one that asked the same of fresh weights, where there is one."""
+    reports = [EvalReport.load(path) for path in sorted(evals.glob("*.json"))]
+    found = []
+    for trained in reports:
+        if trained.weights_sha256 != weights_sha256:
+            continue
+        fresh = (r for r in reports if r.encoder["tag"] == "random" and _question(r) == _question(trained))
+        random = next(fresh, None)
+        interval = compare(trained, random) if random is not None else None
+        found.append(Comparison(_protocol_name(trained), trained, random, interval))
+    return found
+
+
+def _question(report: EvalReport) -> tuple[object, ...]:
+    asked = {name: value for name, value in report.protocol.items() if name not in _FOUND}
+    return report.evaluator, asked, report.data
+
+
+def _protocol_name(report: EvalReport) -> str:
+    if report.evaluator == "knn":
+        return f"kNN, k = {report.protocol['k']}"
+    return "linear probe" if report.evaluator == "linear" else report.evaluator
+
+
+def _metrics(path: Path) -> list[dict[str, float]]:
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            where=str(path), expected="the numbers of a run, a JSON object a line", found=str(error)
+        ) from None
+
+
+def _curves(metrics: Sequence[dict[str, float]]) -> list[Picture]:
+    def series(key: str, name: str) -> Series:
+        rows = [row for row in metrics if key in row]
+        return name, [row["step"] for row in rows], [row[key] for row in rows]
+
+    losses = [s for s in (series("loss", "training"), series("val/loss", "validation")) if s[1]]
+    return [
+        curve("loss", losses, from_zero=False),
+        curve("learning rate", [series("lr", "lr")]),
+        curve("images per second", [series("images_per_second", "images/s")]),
+    ]
+
+
+def _reconstructions(recipe: Recipe, checkpoint: Path) -> list[list[Picture]]:
+    """Nothing where the objective does not paint."""
+    with torch.random.fork_rng(devices=[]):
+        objective = build_objective(recipe.model, recipe.objective)
+    if not isinstance(objective, Mae):
+        return []
+    load_strictly(objective, load_tensors(checkpoint, "param/"), where=str(checkpoint))
+    dataset = open_dataset(recipe.data.val or recipe.data.train)
+    return reconstructions(objective, dataset, recipe, NUM_RECONSTRUCTIONS)
+
+
+def _neighbours(run: Path, recipe: Recipe, trained: Encoder) -> list[Neighbours]:
+    """Nothing where no data is kept apart from training."""
+    if recipe.data.val is None:
+        return []
+    return neighbours(
+        {"trained": trained, "random start": load_source(str(run), random_init=True)},
+        open_dataset(recipe.data.train),
+        open_dataset(recipe.data.val),
+        num_queries=NUM_QUERIES,
+        bank_size=BANK_SIZE,
+        k=NUM_NEIGHBOURS,
+        max_pixels=recipe.data.max_pixels,
+    )
+
+
+def _environment(path: Path) -> dict[str, str]:
+    """`environment.json` as rows of a table."""
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        rows = {key: value for key, value in told.items() if not isinstance(value, dict)}
+        rows["packages"] = ", ".join(f"{name} {v}" for name, v in told["packages"].items() if v)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            where=str(path), expected="what the run ran on", found=f"{type(error).__name__}: {error}"
+        ) from None
+    rows["arguments"] = " ".join(rows.get("arguments", []))
+    return {key.replace("_", " "): str(value) for key, value in rows.items() if value is not None}

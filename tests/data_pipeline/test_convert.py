@@ -1,0 +1,323 @@
+"""Conversion: one result whatever the packing, the processes, or how often it was killed on the way."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from data_pipeline.convert import Conversion, ConvertOptions, convert
+from data_pipeline.durable import durable_file
+from data_pipeline.errors import DataError, RunError, SourceError
+from data_pipeline.manifest import load_manifest
+from data_pipeline.write import split_evenly
+from tests.data_pipeline.archives import PACKINGS, as_folder, as_tar_gz, class_folders, contents, jpeg
+
+SMALL = ConvertOptions(shard_size=5)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def samples(folder: Path) -> list[dict[str, Any]]:
+    """As webdataset reads them."""
+    tars = [str(path) for path in sorted(folder.glob("*.tar"))]
+    return list(webdataset.WebDataset(tars, shardshuffle=False))
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if not name.endswith("plan.json")}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_bytes_and_labels_arrive_from_every_packing(tmp_path: Path, packing: str) -> None:
+    files = class_folders(13)
+    source = PACKINGS[packing](tmp_path / "source", files)
+    done = convert(source, tmp_path / "out", SMALL)
+    read = {sample["__key__"]: sample for sample in samples(tmp_path / "out")}
+    assert {f"{key}.jpg": sample["jpg"] for key, sample in read.items()} == files
+    for key, sample in read.items():
+        assert sample["cls"] == str(["cat", "dog", "eel"].index(key.split("/")[0])).encode()
+    manifest = done.manifests[tmp_path / "out"]
+    assert manifest.num_samples.tolist() == [4, 4, 5]
+    assert manifest.classes == ("cat", "dog", "eel")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_result_depends_on_neither_packing_nor_processes(tmp_path: Path) -> None:
+    found = []
+    for packing, workers in (("folder", 0), ("zip", 0), ("tar.gz", 2)):
+        source = PACKINGS[packing](tmp_path / f"source-{packing}", class_folders(13))
+        convert(source, tmp_path / f"out-{packing}", SMALL, workers=workers)
+        found.append(shards(tmp_path / f"out-{packing}"))
+    assert found[0] == found[1] == found[2]
+
+
+def test_shuffle_mixes_the_classes_and_may_be_left_out(tmp_path: Path) -> None:
+    source = as_folder(tmp_path / "source", class_folders(60))
+    convert(source, tmp_path / "named", ConvertOptions(shard_size=20, shuffle=False))
+    keys = [sample["__key__"] for sample in samples(tmp_path / "named")]
+    assert keys == sorted(keys)
+    convert(source, tmp_path / "mixed", ConvertOptions(shard_size=20))
+    for shard in range(3):
+        index = load_manifest(str(tmp_path / "mixed")).index(shard)
+        assert len(Counter(index.labels.tolist())) == 3
+    convert(source, tmp_path / "other", ConvertOptions(shard_size=20, seed=1))
+    mixed, other = ([s["__key__"] for s in samples(tmp_path / name)] for name in ("mixed", "other"))
+    assert mixed != other
+    assert sorted(mixed) == sorted(other) == keys
+
+
+def test_splits_become_datasets_with_the_same_classes(tmp_path: Path) -> None:
+    files = class_folders(9, top="set/train/") | {"set/test/dog/1.jpg": jpeg(50)}
+    done = convert(
+        as_tar_gz(tmp_path / "s.tar.gz", files), tmp_path / "out", ConvertOptions(split_by_folder=True)
+    )
+    assert {path.name: manifest.total for path, manifest in done.manifests.items()} == {"test": 1, "train": 9}
+    test = load_manifest(str(tmp_path / "out/test"))
+    assert test.classes == ("cat", "dog", "eel")
+    assert test.label_counts is not None
+    assert test.label_counts.tolist() == [0, 1, 0]
+
+
+def test_no_class_folders_no_labels(tmp_path: Path) -> None:
+    done = convert(as_folder(tmp_path / "s", {"a.jpg": jpeg(0), "b.png": png(4, 4)}), tmp_path / "out", SMALL)
+    manifest = done.manifests[tmp_path / "out"]
+    assert manifest.fields == ("jpg", "png")
+    assert manifest.classes is None
+    assert manifest.label_counts is None
+
+
+def png(height: int, width: int) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (width, height)).save(data, "PNG")
+    return data.getvalue()
+
+
+def test_extension_is_that_of_the_content(tmp_path: Path) -> None:
+    convert(as_folder(tmp_path / "s", {"a.JPEG": jpeg(0), "b.jpg": png(4, 4)}), tmp_path / "out", SMALL)
+    read = {sample["__key__"]: sample for sample in samples(tmp_path / "out")}
+    assert read["a"]["jpg"] == jpeg(0)
+    assert read["b"]["png"] == png(4, 4)
+
+
+def test_short_side_makes_larger_images_small_and_leaves_others(tmp_path: Path) -> None:
+    files = {"wide.jpg": jpeg(0, 40, 81), "tall.png": png(90, 30), "small.jpg": jpeg(2, 20, 99)}
+    convert(as_folder(tmp_path / "s", files), tmp_path / "out", ConvertOptions(short_side=20))
+    read = {sample["__key__"]: sample["jpg"] for sample in samples(tmp_path / "out")}
+    sizes = {key: Image.open(io.BytesIO(data)).size for key, data in read.items()}
+    assert sizes == {"wide": (40, 20), "tall": (20, 60), "small": (99, 20)}
+    assert read["small"] == files["small.jpg"]
+
+
+def test_bad_images_are_told_all_at_once_and_may_be_skipped(tmp_path: Path) -> None:
+    bad = {"cat/x.jpg": b"no image", "dog/y.png": b"", "eel/z.jpg": png(60, 60)}
+    source = as_folder(tmp_path / "s", class_folders(12) | bad)
+    options = ConvertOptions(shard_size=3, max_pixels=3000)
+    with pytest.raises(SourceError, match=r"3 that cannot") as caught:
+        convert(source, tmp_path / "out", options)
+    assert all(name in str(caught.value) for name in bad)
+    assert "60 x 60" in str(caught.value)
+    assert not (tmp_path / "out/manifest.json").exists()
+    done = convert(source, tmp_path / "out", options, skip_bad=True)  # goes on with the same folder
+    assert [error.where for error in done.bad] != []
+    assert done.manifests[tmp_path / "out"].total == 12
+    convert(source, tmp_path / "fresh", options, skip_bad=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_skipped_images_do_not_pass_as_whole_later(tmp_path: Path) -> None:
+    source = as_folder(tmp_path / "s", class_folders(6) | {"cat/x.jpg": b"no image"})
+    convert(source, tmp_path / "out", SMALL, skip_bad=True)
+    (tmp_path / "out/manifest.json").unlink()
+    with pytest.raises(SourceError, match="1 that cannot"):
+        convert(source, tmp_path / "out", SMALL)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_folder_of_another_plan_is_refused_and_not_changed(tmp_path: Path, finished: bool) -> None:
+    source = as_folder(tmp_path / "s", class_folders(12))
+    out = tmp_path / "out"
+    convert(source, out, SMALL)
+    if not finished:
+        (out / "manifest.json").unlink()
+        (out / "shard-000001.idx").unlink()
+    before = contents(out)
+    with pytest.raises(DataError, match=r"shard_size = 4, found one with shard_size = 5"):
+        convert(source, out, ConvertOptions(shard_size=4))
+    with pytest.raises(DataError, match=r"source = "):
+        convert(as_folder(tmp_path / "t", class_folders(11)), out, SMALL)
+    assert contents(out) == before
+
+
+def test_folder_with_other_files_is_refused_and_not_changed(tmp_path: Path) -> None:
+    source = as_folder(tmp_path / "s", class_folders(3))
+    out = as_folder(tmp_path / "out", {"thesis.tex": b"years of work"})
+    with pytest.raises(DataError, match="other files"):
+        convert(source, out, SMALL)
+    with pytest.raises(DataError, match="a file"):
+        convert(source, out / "thesis.tex", SMALL)
+    assert contents(out) == {"thesis.tex": b"years of work"}
+
+
+def test_finished_dataset_is_left_as_it_is(tmp_path: Path) -> None:
+    source = as_folder(tmp_path / "s", class_folders(12))
+    convert(source, tmp_path / "out", SMALL)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert convert(source, tmp_path / "out", SMALL).manifests[tmp_path / "out"].total == 12
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_stopped_at_any_write_it_looks_unfinished_and_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = as_folder(tmp_path / "s", class_folders(12))
+    convert(source, tmp_path / "whole", SMALL)
+    whole = contents(tmp_path / "whole")
+    replace = os.replace
+    for stop in range(len(whole)):
+        out = tmp_path / f"stopped-{stop}"
+        left = stop
+
+        def replace_until(a: Any, b: Any) -> None:
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            replace(a, b)
+
+        monkeypatch.setattr("os.replace", replace_until)
+        with pytest.raises(Killed):
+            convert(source, out, SMALL)
+        monkeypatch.setattr("os.replace", replace)
+        assert len(contents(out)) == stop
+        with pytest.raises(DataError):
+            load_manifest(str(out))
+        convert(source, out, SMALL)
+        assert contents(out) == whole
+
+
+def test_what_a_kill_left_half_written_is_cleared(tmp_path: Path) -> None:
+    source = as_folder(tmp_path / "s", class_folders(12))
+    out = tmp_path / "out"
+    convert(source, out, SMALL)
+    whole = contents(out)
+    (out / "manifest.json").unlink()
+    (out / ".shard-000001.tar.4711.tmp").write_bytes(b"half a sh")
+    convert(source, out, SMALL)
+    assert contents(out) == whole
+
+
+def test_durable_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for old, new in ((None, b"first"), (b"first", b"second")):
+        with durable_file(path) as file:
+            file.write(new)
+            file.flush()
+            assert (path.read_bytes() if path.exists() else None) == old
+        assert path.read_bytes() == new
+    with pytest.raises(Killed), durable_file(path) as file:
+        file.write(b"third")
+        raise Killed
+    assert contents(tmp_path) == {"file": b"second"}
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"x" + data[1:], lambda data: b""])
+@pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000001.idx"])
+def test_damaged_shard_is_made_again(tmp_path: Path, name: str, damage: Callable[[bytes], bytes]) -> None:
+    source = as_folder(tmp_path / "s", class_folders(12))
+    out = tmp_path / "out"
+    convert(source, out, SMALL)
+    whole = contents(out)
+    (out / "manifest.json").unlink()
+    (out / name).write_bytes(damage((out / name).read_bytes()))
+    convert(source, out, SMALL)
+    assert contents(out) == whole
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+from data_pipeline.convert import ConvertOptions, convert
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]), ConvertOptions(shard_size=20), workers=2)
+"""
+
+
+def test_killed_with_its_workers_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    source = as_tar_gz(tmp_path / "s.tar.gz", class_folders(1500))
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(CONVERT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, str(script), str(source), str(out)], env=environment)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("*.idx")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    workers = [
+        int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert workers
+    while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(is_alive(pid) for pid in workers)
+    assert list(out.glob("*.idx"))
+    with pytest.raises(DataError, match="unfinished"):
+        load_manifest(str(out))
+    options = ConvertOptions(shard_size=20)
+    resumed = convert(source, out, options)
+    convert(source, tmp_path / "whole", options)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert resumed.manifests[out].total == 1500
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_two_processes_cannot_make_one_dataset(tmp_path: Path) -> None:
+    source = as_folder(tmp_path / "s", class_folders(12))
+    out = tmp_path / "out"
+    convert(source, out, SMALL)
+    (out / "manifest.json").unlink()
+    with (out / "plan.json").open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another at work"):
+            convert(source, out, SMALL)
+    convert(source, out, SMALL)
+
+
+def test_photographs_keep_their_bytes(shared_data: Path, tmp_path: Path) -> None:
+    done: Conversion = convert(shared_data / "photos.tar", tmp_path / "out", ConvertOptions(shard_size=20))
+    manifest = done.manifests[tmp_path / "out"]
+    assert (manifest.total, manifest.fields) == (64, ("jpg",))
+    assert manifest.num_samples.tolist() == [16] * 4
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 5), (5, 5), (6, 5), (11, 5), (1000, 7)])
+def test_split_evenly(count: int, size: int) -> None:
+    pieces = split_evenly(range(count), size)
+    assert [i for piece in pieces for i in piece] == list(range(count))
+    lengths = [len(piece) for piece in pieces]
+    assert max(lengths) <= size
+    assert max(lengths) - min(lengths) <= 1
+    assert len(pieces) == int(np.ceil(count / size))

@@ -1,0 +1,461 @@
+"""The loader: each epoch's keys once, the same pixels for any ranks and workers, resumed at any position."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_pipeline.batch import Batch, BatchSpec, MaskSpec
+from data_pipeline.errors import DataError, FieldError, RunError, SampleError, ShardError
+from data_pipeline.loader import BadSample, StepData, TrainLoader, evaluation_batches
+from data_pipeline.order import Order
+from data_pipeline.read import Dataset, ShardDataset, open_dataset
+from data_pipeline.scan import index_shards
+from data_pipeline.views import ViewSpec, training_view
+from tests.data_pipeline.tiny import photo, write_shards
+
+SPEC = BatchSpec(8, num_views=2, num_classes=3, mask=MaskSpec(9, 6))
+FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+Row = tuple[str, str]  # key, hash of everything else in the sample's row
+
+
+def loader(dataset: Dataset, spec: BatchSpec = SPEC, **options: Any) -> TrainLoader:
+    defaults = {"seed": 5, "lanes": 3, "window": 4, "global_size": 4, "max_pixels": 10**6}
+    defaults["micro_size"] = options.get("global_size", 4) // options.get("world_size", 1)
+    return TrainLoader(dataset, spec, ViewSpec(), **(defaults | options))
+
+
+def steps(source: TrainLoader, cursor: int, count: int) -> list[StepData]:
+    with closing(source.steps(cursor)) as stream:  # type: ignore[type-var]
+        return list(islice(stream, count))
+
+
+def rows(batches: list[Batch]) -> list[Row]:
+    found = []
+    for batch in batches:
+        for row, key in enumerate(batch.keys):
+            digest = hashlib.sha256()
+            for tensor in (*batch.views, batch.labels, batch.masks):
+                digest.update(b"" if tensor is None else tensor[row].numpy().tobytes())
+            found.append((key, digest.hexdigest()))
+    return found
+
+
+def rows_of(step: StepData) -> list[Row]:
+    return rows(list(step.micro_batches))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
+    return write_shards(tmp_path_factory.mktemp("shards"), [5, 0, 7, 1, 10])
+
+
+@pytest.fixture(scope="module")
+def bad_dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
+    """Sample 2 is no image, 3 is cut short, 7 has no image at all, 9 a label that is none."""
+    bad = {
+        2: {"jpg": b"not an image", "cls": b"2"},
+        3: {"jpg": photo(3)[:-40], "cls": b"0"},
+        7: {"cls": b"1"},
+        9: {"jpg": photo(9), "cls": b"0"},
+    }
+    found = write_shards(tmp_path_factory.mktemp("bad"), [6, 8], replaced=bad)
+    index = found.manifest.index(1)
+    data = bytearray((found.manifest.path(1)).read_bytes())
+    data[int(index.offsets[9 - 6, index.fields.index("cls")])] ^= 1
+    found.manifest.path(1).write_bytes(data)
+    return found
+
+
+BAD = {"0002", "0003", "0007", "0009"}
+
+
+@FEW
+@given(
+    sizes=st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any),
+    lanes=st.integers(1, 40),
+    window=st.integers(1, 9),
+    local=st.integers(1, 4),
+    world=st.integers(1, 8),
+    seed=st.integers(0, 2**40),
+)
+def test_each_epoch_has_each_key_once_at_any_number_of_ranks(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    lanes: int,
+    window: int,
+    local: int,
+    world: int,
+    seed: int,
+) -> None:
+    """Every rank's loader over two epochs: together, position by position, what one rank alone has."""
+    dataset = write_shards(tmp_path_factory.mktemp("any"), sizes)
+    size, total = world * local, 2 * sum(sizes)
+    options: dict[str, Any] = {"lanes": lanes, "window": window, "global_size": size, "seed": seed}
+    alone = steps(loader(dataset, **options), 0, -(-total // size))
+    ranks = [
+        steps(loader(dataset, rank=rank, world_size=world, **options), 0, len(alone)) for rank in range(world)
+    ]
+    by_position: dict[int, Row] = {}
+    for number, step in enumerate(alone):
+        together = [row for rank in ranks for row in rows_of(rank[number])]
+        assert together == rows_of(step)
+        positions = range(number * size, (number + 1) * size)
+        by_position |= zip(sorted(positions, key=lambda p: (p % lanes, p)), together, strict=True)
+    keys = [by_position[position][0] for position in range(total)]
+    for epoch in (0, 1):
+        epoch_keys = keys[epoch * sum(sizes) : (epoch + 1) * sum(sizes)]
+        assert sorted(epoch_keys) == [f"{i:04d}" for i in range(sum(sizes))]
+
+
+@FEW
+@given(
+    cursor=st.integers(0, 100),
+    size=st.integers(1, 60),
+    micro_divides=st.integers(1, 60),
+    other_size=st.integers(1, 30),
+)
+def test_a_run_goes_on_at_any_position_with_any_batch_size(
+    dataset: ShardDataset, cursor: int, size: int, micro_divides: int, other_size: int
+) -> None:
+    """A position's row is the same whichever step it falls in, whatever came before, however it is cut."""
+    micro_size = size // micro_divides if size % micro_divides == 0 and micro_divides <= size else size
+    first, second = steps(loader(dataset, global_size=size, micro_size=micro_size), cursor, 2)
+    assert (first.cursor, second.cursor) == (cursor + size, cursor + 2 * size)
+    assert {len(batch) for batch in first.micro_batches} == {micro_size}
+
+    def by_position(found: list[StepData], start: int, each: int) -> dict[int, Row]:
+        placed: dict[int, Row] = {}
+        for number, step in enumerate(found):
+            positions = range(start + number * each, start + (number + 1) * each)
+            placed |= zip(sorted(positions, key=lambda p: (p % 3, p)), rows_of(step), strict=True)
+        return placed
+
+    again = steps(loader(dataset, global_size=other_size), cursor, -(-2 * size // other_size))
+    one, other = by_position([first, second], cursor, size), by_position(again, cursor, other_size)
+    assert one == {position: other[position] for position in one}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_workers_change_nothing(dataset: ShardDataset, num_workers: int) -> None:
+    alone = steps(loader(dataset, global_size=6), 0, 12)
+    assert [
+        rows_of(step) for step in steps(loader(dataset, global_size=6, num_workers=num_workers), 0, 12)
+    ] == [rows_of(step) for step in alone]
+    tail = steps(loader(dataset, global_size=6, num_workers=num_workers), 7 * 6, 5)
+    assert [rows_of(step) for step in tail] == [rows_of(step) for step in alone[7:]]
+    assert [step.cursor for step in tail] == [step.cursor for step in alone[7:]]
+
+
+def test_a_row_is_what_the_parts_make_of_its_sample(dataset: ShardDataset) -> None:
+    """Order, reading, decoding and views put together by hand."""
+    (step,) = steps(loader(dataset, global_size=6, micro_size=2), 23 * 4, 1)
+    order = Order(dataset.shard_sizes, seed=5, lanes=3, window=4)
+    indices = order.locate(order.step_positions(23 * 4, 6)).tolist()
+    batch = step.micro_batches[1]
+    for row, i in enumerate(indices[2:4]):
+        assert batch.keys[row] == f"{i:04d}"
+        assert batch.labels is not None
+        assert batch.labels[row] == i % 3
+        pixels = np.array(Image.open(io.BytesIO(dataset.read(i).fields["jpg"])))
+        for view in (0, 1):
+            expected = training_view(pixels, 8, ViewSpec(), seed=5, epoch=4, key=f"{i:04d}", view=view)
+            assert torch.equal(batch.views[view][row], expected)
+    assert batch.masks is not None
+    assert batch.masks.sum(1).tolist() == [6, 6]
+    assert batch.views[0].shape == (2, 3, 8, 8)
+    assert batch.views[0].dtype == torch.uint8
+
+
+def test_a_batch_without_labels_and_masks_has_none(dataset: ShardDataset) -> None:
+    (step,) = steps(loader(dataset, BatchSpec(8)), 0, 1)
+    assert step.micro_batches[0].labels is None
+    assert step.micro_batches[0].masks is None
+    assert len(step.micro_batches[0].views) == 1
+
+
+def test_every_step_says_what_it_spent_its_time_on(dataset: ShardDataset) -> None:
+    (step,) = steps(loader(dataset, num_workers=1), 0, 1)
+    assert set(step.seconds) == {"read", "decode", "transform"}
+    assert all(0 < seconds < 10 for seconds in step.seconds.values())
+
+
+def test_the_generators_of_the_training_are_left_alone(dataset: ShardDataset) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    for num_workers in (0, 1):
+        steps(loader(dataset, num_workers=num_workers), 0, 2)
+    assert torch.equal(torch.rand(4), expected)
+
+
+# Bad samples
+
+
+def test_one_usable_sample_is_found_however_far_it_is(tmp_path: Path) -> None:
+    """Lanes of one sample each: no window has anything to offer, and the rest of the epoch has one."""
+    bad = {i: {"jpg": b"no image", "cls": b"0"} for i in range(12) if i != 7}
+    dataset = write_shards(tmp_path, [12], replaced=bad)
+    (step,) = steps(loader(dataset, lanes=12, window=1, global_size=12), 0, 1)
+    assert {key for key, _ in rows_of(step)} == {"0007"}
+    assert len(step.bad) == 11
+
+
+def test_a_bad_sample_is_replaced_within_its_window_and_reported(bad_dataset: ShardDataset) -> None:
+    order = Order(bad_dataset.shard_sizes, seed=5, lanes=3, window=4)
+    found = steps(loader(bad_dataset, global_size=7), 0, 4)  # two epochs of 14
+    reported = [bad for step in found for bad in step.bad]
+    assert sorted(bad.key for bad in reported) == sorted([*BAD, *BAD])
+    for bad in reported:
+        walk = order.locate(np.fromiter(order.replacements(bad.position), np.int64)).tolist()
+        assert bad.replacement_key == next(key for i in walk if (key := f"{i:04d}") not in BAD)
+        assert int(order.locate(np.array([bad.position]))[0]) == int(bad.key)
+        assert bad.shard == ("part-000.tar" if int(bad.key) < 6 else "part-001.tar")
+        assert bad.key in bad.reason
+    keys = [key for step in found for key, _ in rows_of(step)]
+    expected = [f"{i:04d}" for n in range(4) for i in order.locate(order.step_positions(7 * n, 7)).tolist()]
+    stand_ins = {bad.position: bad.replacement_key for bad in reported}
+    positions = [p for n in range(4) for p in order.step_positions(7 * n, 7).tolist()]
+    assert keys == [stand_ins.get(p, key) for p, key in zip(positions, expected, strict=True)]
+
+
+def test_bad_samples_do_not_depend_on_ranks_or_workers(bad_dataset: ShardDataset) -> None:
+    alone = steps(loader(bad_dataset, global_size=4), 0, 7)
+    workers = steps(loader(bad_dataset, global_size=4, num_workers=2), 0, 7)
+    ranks = [steps(loader(bad_dataset, global_size=4, rank=rank, world_size=2), 0, 7) for rank in (0, 1)]
+    for number, step in enumerate(alone):
+        assert (rows_of(workers[number]), workers[number].bad) == (rows_of(step), step.bad)
+        assert rows_of(ranks[0][number]) + rows_of(ranks[1][number]) == rows_of(step)
+        assert ranks[0][number].bad + ranks[1][number].bad == step.bad
+
+
+def test_the_reasons_name_what_is_wrong(bad_dataset: ShardDataset) -> None:
+    reported: dict[str, BadSample] = {}
+    for step in steps(loader(bad_dataset, global_size=7), 0, 2):
+        reported |= {bad.key: bad for bad in step.bad}
+    assert "do not decode" in reported["0002"].reason
+    assert "do not decode" in reported["0003"].reason
+    assert "an image" in reported["0007"].reason
+    assert "crc32" in reported["0009"].reason
+
+
+def test_an_image_over_the_limit_is_a_bad_sample(tmp_path: Path) -> None:
+    large = write_shards(tmp_path, [8], replaced={3: {"jpg": photo(3, side=40), "cls": b"0"}})
+    found = steps(loader(large, global_size=8, lanes=1, window=8, max_pixels=12 * 14), 0, 1)
+    assert [(bad.key, "40" in bad.reason) for bad in found[0].bad] == [("0003", True)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_window_without_a_usable_sample_ends_the_run(tmp_path: Path, num_workers: int) -> None:
+    bad = {i: {"jpg": b"no image", "cls": b"0"} for i in range(64)}
+    dataset = write_shards(tmp_path, [80], replaced=bad)
+    source = loader(dataset, lanes=1, window=64, num_workers=num_workers)
+    with pytest.raises(
+        RunError, match=r"part-000.tar: .* to stand in.* do not decode.* the next 63 .*verify"
+    ):
+        steps(source, 0, 2)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_vanished_is_an_error_of_ours(tmp_path: Path, num_workers: int) -> None:
+    dataset = write_shards(tmp_path, [8])
+    (tmp_path / "part-000.tar").unlink()
+    with pytest.raises(ShardError, match=r"part-000\.tar: .* No such file") as caught:
+        steps(loader(dataset, num_workers=num_workers), 0, 1)
+    assert caught.value.expected == "a readable shard"  # whole, after its way out of a worker
+
+
+# What is refused before anything starts
+
+
+def test_a_batch_that_does_not_divide_is_refused(dataset: ShardDataset) -> None:
+    with pytest.raises(DataError, match=r"batch.global_size: expected a multiple of 2 ranks x 3"):
+        loader(dataset, global_size=8, micro_size=3, world_size=2)
+
+
+def test_data_without_images_is_refused(tmp_path: Path) -> None:
+    dataset = write_shards(tmp_path, [1], replaced={0: {"txt": b"words", "cls": b"0"}})
+    with pytest.raises(FieldError, match=r"image field: expected one of jpg.* found the fields cls, txt"):
+        loader(dataset)
+    with pytest.raises(FieldError, match="image field"):
+        evaluation(dataset)
+
+
+def test_missing_labels_are_refused_where_they_are_needed(tmp_path: Path) -> None:
+    none = write_shards(tmp_path / "none", [3], num_classes=None)
+    with pytest.raises(FieldError, match=r"`cls`.*found the fields jpg"):
+        loader(none)
+    loader(none, replace(SPEC, num_classes=None))
+    some = write_shards(tmp_path / "some", [3], replaced={1: {"jpg": photo(1)}})
+    with pytest.raises(FieldError, match=r"`cls`.*found 1 of 3 samples without one"):
+        loader(some)
+
+
+def test_a_label_out_of_range_is_refused(dataset: ShardDataset) -> None:
+    with pytest.raises(FieldError, match=r"labels in \[0, 2\).*found label 2.*num_classes to 3"):
+        loader(dataset, replace(SPEC, num_classes=2))
+    loader(dataset, replace(SPEC, num_classes=1000))
+
+
+# Evaluation
+
+
+def evaluation(dataset: Dataset, spec: BatchSpec = SPEC, **options: Any) -> Iterator[Batch]:
+    return evaluation_batches(dataset, spec, ViewSpec(), **({"batch_size": 4, "max_pixels": 10**6} | options))
+
+
+@FEW
+@given(world=st.integers(1, 8), batch_size=st.integers(1, 30), limit=st.none() | st.integers(1, 40))
+def test_an_evaluation_sees_each_sample_once_in_order(
+    dataset: ShardDataset, world: int, batch_size: int, limit: int | None
+) -> None:
+    batches = [
+        list(evaluation(dataset, batch_size=batch_size, rank=rank, world_size=world, limit=limit))
+        for rank in range(world)
+    ]
+    keys = [key for rank in batches for batch in rank for key in batch.keys]
+    assert keys == [f"{i:04d}" for i in range(min(limit or 23, 23))]
+    counts = [sum(len(batch) for batch in rank) for rank in batches]
+    assert max(counts) - min(counts) <= 1
+    assert all(len(batch) == batch_size for rank in batches for batch in rank[:-1])
+
+
+def test_an_evaluation_is_not_random(dataset: ShardDataset) -> None:
+    first = rows(list(evaluation(dataset)))
+    assert rows(list(evaluation(dataset, batch_size=7))) == first
+    assert rows(list(evaluation(dataset, num_workers=2))) == first
+    assert rows([b for rank in range(3) for b in evaluation(dataset, rank=rank, world_size=3)]) == first
+    batch = next(evaluation(dataset))
+    assert torch.equal(batch.views[0], batch.views[1])
+
+
+def test_an_evaluation_leaves_no_sample_out(bad_dataset: ShardDataset) -> None:
+    for num_workers in (0, 1):
+        with pytest.raises(SampleError, match="0002"):
+            list(evaluation(bad_dataset, num_workers=num_workers))
+
+
+def test_a_very_narrow_image_is_not_blown_up(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (1, 20_000)).save(file, "PNG")
+    dataset = write_shards(tmp_path, [1], replaced={0: {"png": file.getvalue(), "cls": b"0"}})
+    with pytest.raises(SampleError, match="resized 8 x 160000"):
+        list(evaluation(dataset))
+
+
+# Processes
+
+
+def workers_of(pid: int) -> set[int]:
+    """Running children of a process."""
+    found = set()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            state, parent = Path(f"/proc/{name}/stat").read_text().rsplit(")", 1)[1].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == pid and state != "Z":
+            found.add(int(name))
+    return found
+
+
+def wait_until(condition: Any, seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(condition())
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_workers_end_with_their_iterator(dataset: ShardDataset, how: str) -> None:
+    before = workers_of(os.getpid())
+    stream: Any = loader(dataset, num_workers=2).steps(0)
+    next(stream)
+    assert len(workers_of(os.getpid()) - before) == 2
+    if how == "closed":
+        stream.close()
+    del stream
+    assert workers_of(os.getpid()) == before
+
+
+def test_workers_outlive_a_signal_to_the_whole_job(dataset: ShardDataset) -> None:
+    before = workers_of(os.getpid())
+    with closing(loader(dataset, num_workers=1).steps(0)) as stream:  # type: ignore[type-var]
+        next(stream)
+        (worker,) = workers_of(os.getpid()) - before
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker, number)
+        assert len(list(islice(stream, 10))) == 10
+
+
+def test_a_killed_worker_is_an_error_of_ours(dataset: ShardDataset) -> None:
+    before = workers_of(os.getpid())
+    with closing(loader(dataset, num_workers=1).steps(0)) as stream:  # type: ignore[type-var]
+        next(stream)
+        (worker,) = workers_of(os.getpid()) - before
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(RunError, match=r"loader worker: .* was killed .* runtime.num_workers"):
+            list(islice(stream, 10))
+
+
+SCRIPT = """
+import os, signal, sys, time
+from data_pipeline.batch import BatchSpec
+from data_pipeline.loader import TrainLoader
+from data_pipeline.read import open_dataset
+from data_pipeline.views import ViewSpec
+stream = TrainLoader(
+    open_dataset(sys.argv[1]), BatchSpec(8), ViewSpec(), seed=0, lanes=1, window=1,
+    global_size=2, micro_size=2, num_workers=2, max_pixels=10**6,
+).steps(0)
+next(stream)
+print("ready", flush=True)
+if sys.argv[2] == "killed":
+    time.sleep(60)
+"""
+
+
+def test_workers_end_with_their_process(dataset: ShardDataset) -> None:
+    """One that ends without closing its iterator, and one that is killed."""
+    command = [sys.executable, "-c", SCRIPT, str(dataset.manifest.root)]
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    with subprocess.Popen([*command, "killed"], stdout=subprocess.PIPE, text=True, env=environment) as killed:
+        ends = [*command, "ends"]
+        done = subprocess.run(ends, capture_output=True, text=True, env=environment, timeout=100)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n", "")
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == "ready\n"
+        workers = workers_of(killed.pid)
+        assert len(workers) == 2
+        killed.kill()
+    assert wait_until(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers))
+
+
+def test_photographs_go_all_the_way(shared_data: Path, tmp_path: Path) -> None:
+    os.symlink(shared_data / "photos.tar", tmp_path / "photos.tar")
+    index_shards(str(tmp_path))
+    dataset = open_dataset(str(tmp_path))
+    (step,) = steps(loader(dataset, BatchSpec(32), global_size=64), 0, 1)
+    assert not step.bad
+    assert len(set(rows_of(step))) == 64

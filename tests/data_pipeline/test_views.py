@@ -1,0 +1,180 @@
+"""Views: torchvision's geometry, drawn from (seed, epoch, key, view) and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as torchvision
+
+from data_pipeline import keyed
+from data_pipeline.batch import MaskSpec
+from data_pipeline.views import (
+    ViewSpec,
+    crop_box,
+    evaluation_size,
+    evaluation_view,
+    patch_mask,
+    resize,
+    training_view,
+)
+
+sides = st.integers(1, 90)
+view_sides = st.integers(2, 40)  # torchvision fails at one pixel, on an assertion in torch
+interpolations = st.sampled_from(["bilinear", "bicubic"])
+
+
+def image(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def channels_first(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+@settings(max_examples=60, deadline=None)
+@given(sides, sides, st.data(), interpolations)
+def test_a_resized_slice_equals_torchvisions_resized_crop(
+    height: int, width: int, data: st.DataObject, interpolation: str
+) -> None:
+    h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
+    top, left = data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w))
+    size = [data.draw(view_sides), data.draw(view_sides)]
+    pixels = image(height, width)
+    ours = resize(pixels[top : top + h, left : left + w], (size[0], size[1]), interpolation)
+    mode = InterpolationMode(interpolation)
+    theirs = torchvision.resized_crop(channels_first(pixels), top, left, h, w, size, mode, antialias=True)
+    assert torch.equal(ours, theirs)
+
+
+def test_a_photograph_is_resized_as_pillow_resizes_it() -> None:
+    smooth = np.array(PillowImage.fromarray(image(12, 16)).resize((320, 240), PillowImage.Resampling.BICUBIC))
+    theirs = PillowImage.fromarray(smooth).resize((96, 96), PillowImage.Resampling.BICUBIC)
+    difference = (
+        resize(smooth, (96, 96), "bicubic").permute(1, 2, 0).int() - torch.from_numpy(np.array(theirs)).int()
+    )
+    assert difference.abs().max() <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(sides, sides, view_sides, st.floats(0.5, 1), interpolations)
+@example(90, 67, 32, 0.875, "bicubic")
+def test_an_evaluation_view_equals_torchvisions_resize_and_centre_crop(
+    height: int, width: int, size: int, eval_crop: float, interpolation: str
+) -> None:
+    pixels = image(height, width)
+    spec = ViewSpec(eval_crop=eval_crop, interpolation=interpolation)  # type: ignore[arg-type]
+    mode = InterpolationMode(interpolation)
+    short = round(size / eval_crop)
+    resized = torchvision.resize(channels_first(pixels), [short], mode, antialias=True)
+    assert tuple(resized.shape[1:]) == evaluation_size(height, width, size, spec)
+    assert torch.equal(evaluation_view(pixels, size, spec), torchvision.center_crop(resized, [size, size]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    sides,
+    sides,
+    st.floats(0.01, 1),
+    st.floats(0, 1),
+    st.floats(0.2, 1),
+    st.floats(1, 5),
+    st.integers(0, 10**6),
+)
+def test_a_crop_lies_in_the_image(
+    height: int, width: int, high: float, low: float, narrow: float, wide: float, key: int
+) -> None:
+    spec = ViewSpec(scale=(low * high, high), ratio=(narrow, wide))
+    top, left, h, w = crop_box(height, width, spec, keyed.uniforms("test", 0, 0, 0, str(key)))
+    assert h >= 1
+    assert w >= 1
+    assert 0 <= top <= height - h
+    assert 0 <= left <= width - w
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 400), (400, 3), (1, 1), (50, 70)])
+def test_where_no_try_fits_the_centre_is_taken_as_by_torchvision(height: int, width: int) -> None:
+    spec = ViewSpec(scale=(1.2, 1.3))  # never fits
+    theirs = RandomResizedCrop.get_params(channels_first(image(height, width)), [1.2, 1.3], list(spec.ratio))
+    assert crop_box(height, width, spec, itertools.repeat(0.5)) == tuple(theirs)
+
+
+@pytest.mark.parametrize(("height", "width", "scale"), [(300, 500, (0.2, 1.0)), (500, 120, (0.08, 1.0))])
+def test_crops_are_distributed_as_torchvisions(height: int, width: int, scale: tuple[float, float]) -> None:
+    """Deciles of area, shape and place; at 3,000 draws a side they err by about 1 % of the range."""
+    spec = ViewSpec(scale=scale)
+    picture = torch.empty(3, height, width, dtype=torch.uint8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = [RandomResizedCrop.get_params(picture, list(scale), list(spec.ratio)) for _ in range(3000)]
+    ours = [crop_box(height, width, spec, keyed.uniforms("test", 0, 0, 0, str(i))) for i in range(3000)]
+    for describe in (
+        lambda top, left, h, w: h * w / (height * width),
+        lambda top, left, h, w: w / h,
+        lambda top, left, h, w: top / height,
+        lambda top, left, h, w: left / width,
+    ):
+        a, b = ([describe(*box) for box in boxes] for boxes in (ours, theirs))
+        deciles = np.linspace(0.1, 0.9, 9)
+        spread = max(b) - min(b)
+        assert np.abs(np.quantile(a, deciles) - np.quantile(b, deciles)).max() < 0.05 * spread
+
+
+def test_flipping_mirrors_the_same_crop() -> None:
+    never, always = ViewSpec(flip=0), ViewSpec(flip=1)
+    draws = {"seed": 1, "epoch": 2, "key": "a", "view": 0}
+    plain = training_view(image(40, 50), 16, never, **draws)  # type: ignore[arg-type]
+    assert torch.equal(training_view(image(40, 50), 16, always, **draws), plain.flip(-1))  # type: ignore[arg-type]
+
+
+def test_half_of_the_views_are_flipped() -> None:
+    def view(spec: ViewSpec, key: str) -> torch.Tensor:
+        return training_view(image(4, 5), 4, spec, seed=0, epoch=0, key=key, view=0)
+
+    flipped = [not torch.equal(view(ViewSpec(), str(i)), view(ViewSpec(flip=0), str(i))) for i in range(400)]
+    assert 150 < sum(flipped) < 250
+
+
+def test_seed_epoch_key_and_view_each_change_the_view_and_nothing_else_does() -> None:
+    pixels, spec = image(60, 80), ViewSpec()
+    base = {"seed": 0, "epoch": 0, "key": "a", "view": 0}
+    variants = [base, base | {"seed": 1}, base | {"epoch": 1}, base | {"key": "b"}, base | {"view": 1}]
+    views = [training_view(pixels, 24, spec, **draws) for draws in variants]  # type: ignore[arg-type]
+    assert len({view.numpy().tobytes() for view in views}) == len(variants)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert torch.equal(training_view(pixels, 24, spec, **base), views[0])  # type: ignore[arg-type]
+
+
+def test_what_is_drawn_for_a_key_never_changes() -> None:
+    """A run that goes on under a later version must go on with its crops and masks: these are a promise."""
+    draws = keyed.uniforms("view", 3, 1, 0, "n01440764/10026")
+    assert next(draws) == 0.19608550242037193
+    assert crop_box(375, 500, ViewSpec(), draws) == (31, 4, 254, 203)
+    mask = patch_mask(MaskSpec(16, 12), seed=3, epoch=1, key="n01440764/10026")
+    assert (~mask).nonzero().flatten().tolist() == [3, 4, 5, 15]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 300), st.floats(0, 1), st.integers(0, 100), st.text(max_size=8))
+def test_a_mask_hides_exactly_as_many_as_asked(num_patches: int, share: float, epoch: int, key: str) -> None:
+    spec = MaskSpec(num_patches, int(share * num_patches))
+    mask = patch_mask(spec, seed=0, epoch=epoch, key=key)
+    assert mask.shape == (num_patches,)
+    assert mask.dtype == torch.bool
+    assert int(mask.sum()) == spec.num_hidden
+    assert torch.equal(mask, patch_mask(spec, seed=0, epoch=epoch, key=key))
+
+
+def test_masks_differ_and_hide_every_patch_equally_often() -> None:
+    spec = MaskSpec(16, 12)
+    masks = torch.stack([patch_mask(spec, seed=0, epoch=i % 2, key=str(i // 2)) for i in range(2000)])
+    assert len({mask.numpy().tobytes() for mask in masks}) > 1000  # of 1,820 there are
+    assert (masks.float().mean(0) - 0.75).abs().max() < 0.05  # five standard errors

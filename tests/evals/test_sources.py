@@ -1,0 +1,306 @@
+"""An encoder is loaded whole or not at all, and is the same one whichever file it comes from."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data_pipeline.errors import CheckpointError, InputError
+from pretrain.collectives import World
+from pretrain.evals.encoder import Encoder
+from pretrain.evals.sources import load_source
+from pretrain.evals.timm_sources import Architecture
+from pretrain.models.encoders import save_encoder
+from pretrain.objectives.build import build_objective
+from pretrain.recipe import Recipe
+from pretrain.recipe_io import dump
+from pretrain.state import Progress, RunState
+from tests.ranks import run_ranks
+
+TINY = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+ARCHITECTURE = Architecture("vit_tiny_patch16_224", 16, {"patch_size": 4, **TINY})
+
+
+def recipe(kind: str = "mae") -> Recipe:
+    mae = {"kind": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    vit = {"name": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 4, "options": TINY}
+    resnet = {"name": "resnet10t", "image_size": 32}
+    return Recipe.model_validate(
+        {
+            "name": kind,
+            "seed": 11,
+            "data": {"train": "shards", "mean": (0.4, 0.5, 0.6), "views": {"eval_crop": 0.9}},
+            "model": vit if kind == "mae" else resnet,
+            "objective": mae if kind == "mae" else {"kind": "supervised", "num_classes": 3},
+            "optim": {"base_lr": 1e-3},
+            "schedule": {"steps": 10},
+            "batch": {"global_size": 8},
+        }
+    )
+
+
+def save_runs(world: World, root: Path) -> None:
+    """A run of each kind as trainers leave it: recipe, encoder, checkpoint; weights of no initialisation."""
+    from pretrain import checkpoint
+    from pretrain.engine import Engine
+
+    for kind in ("mae", "supervised"):
+        r = recipe(kind)
+        torch.manual_seed(1234)
+        objective = build_objective(r.model, r.objective)
+        for buffer in objective.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(torch.rand_like(buffer))
+        engine = Engine(
+            objective,
+            r.optim,
+            r.engine,
+            world=world,
+            device=torch.device("cpu"),
+            micro_size=8,
+            accumulation=1,
+            seed=0,
+        )
+        state = RunState(Progress(7, 10, 56))
+        checkpoint.save(root / kind / "checkpoints", engine, state, world=world, keep_last=1)
+        weights = objective.encoder.state_dict()
+        data = r.data
+        save_encoder(root / kind / "encoder", weights, r.model, data.mean, data.std, data.views)
+        (root / kind / "recipe.yaml").write_text(dump(r))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    run_ranks(save_runs, 1, root)
+    return root
+
+
+@pytest.fixture
+def weights(runs: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = load_file(runs / "mae" / "encoder" / "model.safetensors")
+    return state
+
+
+def features(encoder: Encoder) -> Tensor:
+    size = encoder.image_size
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    encoder.module.eval()
+    with torch.no_grad():
+        values: Tensor = encoder.module(images)
+    return values
+
+
+@pytest.mark.parametrize("kind", ["mae", "supervised"])
+def test_a_run_its_checkpoint_and_its_encoder_folder_are_one_encoder(runs: Path, kind: str) -> None:
+    run = load_source(str(runs / kind))
+    checkpoint = load_source(str(runs / kind / "checkpoints" / "step_00000007"))
+    folder = load_source(str(runs / kind / "encoder"))
+    for other in (checkpoint, folder):
+        assert other.weights_sha256() == run.weights_sha256()
+        assert torch.equal(features(other), features(run))
+        assert other.preprocessing() == run.preprocessing()
+    assert run.preprocessing()["mean"] == [0.4, 0.5, 0.6]
+    assert run.preprocessing()["eval_crop"] == 0.9
+    assert (run.tag, checkpoint.tag) == ("encoder", "step_00000007")
+    assert checkpoint.run is not None
+    assert checkpoint.run.resolve() == (runs / kind).resolve()
+    assert checkpoint.description["samples_seen"] == 56
+
+
+def nested(state: dict[str, Tensor], path: Path) -> Path:
+    torch.save({"model": state, "epoch": 3}, path)
+    return path
+
+
+def wrapped(state: dict[str, Tensor], path: Path) -> Path:
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, path)
+    return path
+
+
+def as_safetensors(state: dict[str, Tensor], path: Path) -> Path:
+    path = path.with_suffix(".safetensors")
+    save_file(state, path)
+    return path
+
+
+@pytest.mark.parametrize("save", [nested, wrapped, as_safetensors])
+def test_a_weights_file_is_the_same_encoder(
+    runs: Path, weights: dict[str, Tensor], tmp_path: Path, save: Callable[[dict[str, Tensor], Path], Path]
+) -> None:
+    file = save(weights, tmp_path / "weights.pth")
+    found, run = load_source(str(file), architecture=ARCHITECTURE), load_source(str(runs / "mae"))
+    assert found.weights_sha256() == run.weights_sha256()
+    assert torch.equal(features(found), features(run))
+
+
+def test_a_classifier_is_left_out_and_said_so(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    head = {"head.weight": torch.zeros(10, 24), "head.bias": torch.zeros(10)}
+    file = as_safetensors({**weights, **head}, tmp_path / "weights")
+    found = load_source(str(file), architecture=ARCHITECTURE)
+    assert found.description["classifier_left_out"] == ["head.bias", "head.weight"]
+
+
+def test_the_hash_sees_every_name_and_every_bit(weights: dict[str, Tensor]) -> None:
+    encoder = load_source("vit_tiny_patch16_224", random_init=True, architecture=ARCHITECTURE)
+    before = encoder.weights_sha256()
+    assert (
+        before
+        == load_source("vit_tiny_patch16_224", random_init=True, architecture=ARCHITECTURE).weights_sha256()
+    )
+    last = list(encoder.module.parameters())[-1]
+    with torch.no_grad():
+        last.view(-1)[-1] += 1e-6
+    assert encoder.weights_sha256() != before
+    first, second = (replace(encoder, module=nn.ModuleDict({name: nn.Identity()})) for name in "ab")
+    for other, name in ((first, "a"), (second, "b")):
+        other.module.register_buffer(name + "_", torch.zeros(2))
+    assert first.weights_sha256() != second.weights_sha256()
+
+
+def without(state: dict[str, Tensor]) -> str:
+    del state["blocks.0.attn.qkv.weight"]
+    return "1 missing: blocks.0.attn.qkv.weight"
+
+
+def renamed(state: dict[str, Tensor]) -> str:
+    state["blocks.0.qkv"] = state.pop("blocks.0.attn.qkv.weight")
+    return "1 missing: blocks.0.attn.qkv.weight; 1 unexpected: blocks.0.qkv"
+
+
+def reshaped(state: dict[str, Tensor]) -> str:
+    state["pos_embed"] = torch.zeros(1, 5, 24)
+    return "1 of another shape: pos_embed"
+
+
+def broken(state: dict[str, Tensor]) -> str:
+    state["norm.weight"] = torch.full((24,), torch.nan)
+    return "1 not finite: norm.weight"
+
+
+@pytest.mark.parametrize("change", [without, renamed, reshaped, broken])
+def test_a_partial_load_is_refused_with_the_keys_that_differ(
+    weights: dict[str, Tensor], tmp_path: Path, change: Callable[[dict[str, Tensor]], str]
+) -> None:
+    told = change(weights)
+    file = as_safetensors(weights, tmp_path / "weights")
+    with pytest.raises(CheckpointError, match=told):
+        load_source(str(file), architecture=ARCHITECTURE)
+
+
+def test_a_checkpoint_of_another_model_is_refused(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(runs / "mae" / "checkpoints")
+    other = recipe().model_copy(update={"model": recipe().model.model_copy(update={"image_size": 32})})
+    (tmp_path / "recipe.yaml").write_text(dump(other))
+    real = tmp_path / "checkpoints" / "step_00000007"
+    copied = tmp_path / "run" / "checkpoints" / "step_00000007"
+    copied.mkdir(parents=True)
+    for file in real.iterdir():
+        (copied / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match=r"recipe\.yaml"):
+        load_source(str(copied))
+    (tmp_path / "run" / "recipe.yaml").write_text(dump(other))
+    with pytest.raises(CheckpointError, match="1 of another shape: pos_embed"):
+        load_source(str(copied))
+
+
+class Touch:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[Any, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_that_could_run_code_is_refused_and_does_not(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    for name, extra in (("code", Touch(tmp_path / "ran")), ("object", argparse.Namespace(lr=1))):
+        torch.save({"model": weights, "args": extra}, tmp_path / f"{name}.pth")
+        with pytest.raises(CheckpointError, match="could run code"):
+            load_source(str(tmp_path / f"{name}.pth"), architecture=ARCHITECTURE)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 torn"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, suffix: str) -> None:
+    file = (tmp_path / "weights").with_suffix(suffix)
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="weights"):
+        load_source(str(file), architecture=ARCHITECTURE)
+
+
+def test_a_file_with_two_encoders_is_refused(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({"student": weights, "teacher": weights}, tmp_path / "two.pth")
+    with pytest.raises(CheckpointError, match="2 among student, teacher"):
+        load_source(str(tmp_path / "two.pth"), architecture=ARCHITECTURE)
+
+
+@pytest.mark.parametrize("kind", ["mae", "supervised"])
+def test_random_weights_of_a_run_are_those_it_began_with(runs: Path, kind: str) -> None:
+    r = recipe(kind)
+    state = torch.get_rng_state()
+    found = load_source(str(runs / kind), random_init=True)
+    from_checkpoint = load_source(str(runs / kind / "checkpoints" / "step_00000007"), random_init=True)
+    other = load_source(str(runs / kind), random_init=True, seed=12)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(r.seed)
+    expected = build_objective(r.model, r.objective).encoder.state_dict()
+    for name, tensor in found.module.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert from_checkpoint.weights_sha256() == found.weights_sha256() != other.weights_sha256()
+    assert (found.description["init_seed"], other.description["init_seed"]) == (11, 12)
+    assert found.tag == "random"
+
+
+def test_random_weights_of_a_timm_name(runs: Path) -> None:
+    found = load_source("resnet10t", random_init=True, seed=3)
+    torch.manual_seed(3)
+    expected = timm.create_model("resnet10t", num_classes=0)
+    assert torch.equal(next(found.module.parameters()), next(expected.parameters()))
+    assert found.image_size == expected.pretrained_cfg["input_size"][-1]
+    assert found.mean == expected.pretrained_cfg["mean"]
+
+
+def test_published_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(name: str, pretrained: bool = False, **_: object) -> nn.Module:
+        assert pretrained
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(InputError, match=r"published weights.*no network"):
+        load_source("vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    ("spec", "architecture", "told"),
+    [
+        ("vit_tiny_patch16_225", None, "Nearest timm models: .*vit_tiny_patch16_224"),
+        ("EMPTY", None, "none of these"),
+        ("EMPTY", ARCHITECTURE, "says its own architecture"),
+        ("FILE", None, "--model"),
+        ("FILE", Architecture("vit_tinny_patch16_224"), "Nearest timm models"),
+        ("FILE", Architecture("vit_tiny_patch16_224", None, {"depht": 1}), "options it takes.*depht"),
+        ("resnet18", Architecture("resnet34"), "resnet34"),
+    ],
+)
+def test_what_makes_no_sense_is_an_input_error(
+    tmp_path: Path, weights: dict[str, Tensor], spec: str, architecture: Architecture | None, told: str
+) -> None:
+    file = as_safetensors(weights, tmp_path / "weights")
+    (tmp_path / "empty").mkdir()
+    spec = spec.replace("EMPTY", str(tmp_path / "empty")).replace("FILE", str(file))
+    with pytest.raises(InputError, match=told):
+        load_source(spec, architecture=architecture)

@@ -1,0 +1,267 @@
+"""Whole runs in real processes: killed, resumed, moved to other numbers of ranks; wrong input changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.shards import write_shards
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+MODEL = {
+    "name": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 4,
+    "options": {"embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False,
+                "global_pool": "avg", "fc_norm": False},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data") / "train")
+
+
+@pytest.fixture
+def recipe(shards: Path, tmp_path: Path) -> Path:
+    """MAE, 100 samples in batches of 8: an epoch is 12.5 steps, so that nothing falls together with its end."""
+    return write_recipe(tmp_path / "recipe.yaml", shards)
+
+
+def write_recipe(path: Path, shards: Path, **groups: object) -> Path:
+    tree = {
+        "name": "tiny",
+        "data": {"train": str(shards), "lanes": 3, "window": 16},
+        "model": MODEL,
+        "objective": {"kind": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
+        "optim": {"base_lr": 1e-2, "clip_norm": 1.0},
+        "schedule": {"steps": 40, "warmup": 0.1},
+        "batch": {"global_size": 8},
+        "engine": {"zero_stage": 2, "precision": "fp32"},
+        "runtime": {"peak_tflops": 0.1, "threads": 1},
+        "logging": {"every_steps": 1, "tensorboard": False},
+        "checkpoint": {"every_steps": 5},
+        **groups,
+    }
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "launch.cli", *map(str, arguments)]
+
+
+def pretrain(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def losses(out: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert len(steps) == len(set(steps)), "a step was logged twice"
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def ranks_of(launcher: int) -> list[int]:
+    children = subprocess.run(
+        ["ps", "--no-headers", "-o", "pid", "--ppid", str(launcher)], capture_output=True, text=True
+    )
+    return [int(pid) for pid in children.stdout.split()]
+
+
+def test_killed_in_mid_epoch_it_goes_on_to_the_bit(recipe: Path, tmp_path: Path) -> None:
+    """SIGKILL of all ranks, twice, then to the end: every loss equals the uninterrupted run's."""
+    pretrain("train", recipe, "--nproc", 2, "--out", tmp_path / "whole")
+    expected = losses(tmp_path / "whole")
+    assert sorted(expected) == list(range(1, 41))
+    out = tmp_path / "killed"
+    for at in (8, 23):  # neither a checkpoint nor the end of an epoch
+        process = subprocess.Popen(
+            command("train", recipe, "--nproc", 2, "--out", out),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+        )  # fmt: skip
+        wait_for(lambda at=at: (out / "metrics.jsonl").is_file() and max(losses(out), default=0) >= at, process)  # type: ignore[misc]
+        for pid in ranks_of(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=30)
+        assert process.returncode != 0
+    last = pretrain("train", recipe, "--nproc", 2, "--out", out)
+    assert "from scratch" not in last.stdout
+    assert losses(out) == expected
+    again = pretrain("train", recipe, "--nproc", 2, "--out", out)
+    assert "finished at step 40 of 40" in again.stdout
+    assert losses(out) == expected
+
+
+def test_goes_on_at_another_world_size_and_stage(recipe: Path, tmp_path: Path) -> None:
+    pretrain("train", recipe, "--out", tmp_path / "whole", "--set", "engine.zero_stage=1")
+    expected = losses(tmp_path / "whole")
+    out = tmp_path / "moved"
+    for last, nproc, stage in ((7, 1, 1), (14, 2, 2), (21, 2, 3), (28, 1, 0), (40, 1, 1)):
+        pretrain(
+            "train",
+            recipe,
+            "--out",
+            out,
+            "--nproc",
+            nproc,
+            "--max-steps",
+            last,
+            "--set",
+            f"engine.zero_stage={stage}",
+        )
+    found = losses(out)
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(
+        torch.tensor(list(found.values())), torch.tensor(list(expected.values())), rtol=1e-5, atol=0
+    )
+
+
+def test_torchrun_starts_the_same_run(recipe: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    done = subprocess.run(
+        [*torchrun, "-m", "pretrain", str(recipe), "--out", str(tmp_path / "a"), "--max-steps", "3"],
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pretrain("train", recipe, "--nproc", 2, "--out", tmp_path / "b", "--max-steps", 3)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_validation_and_knn_do_not_touch_training(shards: Path, tmp_path: Path) -> None:
+    """Supervised with everything that is judged on the way, against the same without; drop path draws randomness."""
+    common = {
+        "objective": {"kind": "supervised", "num_classes": 3},
+        "model": {**MODEL, "options": {**MODEL["options"], "drop_path_rate": 0.3}},  # type: ignore[dict-item]
+        "schedule": {"steps": 15},
+        "engine": {"zero_stage": 3, "precision": "fp32"},
+    }
+    val = write_shards(tmp_path / "val", 27)  # no multiple of anything
+    judged = write_recipe(
+        tmp_path / "judged.yaml", shards, **common,
+        validation={"every_epochs": 0.4},
+        evals=[{"kind": "knn", "train": str(shards), "test": str(val), "every_epochs": 0.4, "k": 5}],
+    )  # fmt: skip
+    tree = yaml.safe_load(judged.read_text())
+    tree["data"]["val"] = str(val)
+    judged.write_text(yaml.safe_dump(tree))
+    bare = write_recipe(tmp_path / "bare.yaml", shards, **common)
+    pretrain("train", judged, "--nproc", 2, "--out", tmp_path / "judged")
+    pretrain("train", bare, "--nproc", 2, "--out", tmp_path / "bare")
+    assert losses(tmp_path / "judged") == losses(tmp_path / "bare")
+    lines = [json.loads(line) for line in (tmp_path / "judged" / "metrics.jsonl").read_text().splitlines()]
+    validated = {line["step"]: line for line in lines if "val/loss" in line}
+    assert sorted(validated) == [5, 10, 15]
+    assert validated[15]["val/top1"] > 0.6  # three colours: easily learnt
+    assert [line["step"] for line in lines if "knn/top1_k5" in line] == [5, 10, 15]
+    assert len(list((tmp_path / "judged" / "evals").glob("*.json"))) == 3
+
+
+def test_overfit_batch_learns_one_batch_and_leaves_the_run_alone(recipe: Path, tmp_path: Path) -> None:
+    pretrain("train", recipe, "--out", tmp_path / "run", "--overfit-batch", "--set", "schedule.steps=120")
+    found = losses(tmp_path / "run-overfit")
+    assert found[120] < 0.8 * found[1]
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run-overfit" / "checkpoints").exists()
+
+
+def test_a_budget_of_skipped_steps_names_the_samples(shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path / "r.yaml", shards,
+        optim={"base_lr": 1e30, "lr_batch": None},
+        runtime={"peak_tflops": 0.1, "threads": 1, "max_skipped_steps": 2},
+    )  # fmt: skip
+    failed = pretrain("train", recipe, "--nproc", 2, "--out", tmp_path / "run", status=1)
+    assert "expected at most 2 steps without a finite" in failed.stderr
+    assert "0000" in failed.stderr
+    assert "skipped" in failed.stdout
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+class TestWrongInput:
+    """Exit status 2, one message that says what to do, and nothing changed on disk."""
+
+    def refused(self, folder: Path, *arguments: object) -> str:
+        before = snapshot(folder)
+        done = pretrain("train", *arguments, "--out", folder / "run", status=2)
+        assert snapshot(folder) == before
+        assert "Traceback" not in done.stderr
+        assert done.stderr.count("error:") == 1
+        return done.stderr
+
+    @pytest.mark.parametrize("nproc", [1, 2])
+    def test_missing_shard(self, recipe: Path, shards: Path, tmp_path: Path, nproc: int) -> None:
+        copy = tmp_path / "data"
+        shutil.copytree(shards, copy)
+        (copy / "shard-000001.tar").unlink()
+        message = self.refused(tmp_path, recipe, "--set", f"data.train={copy}", "--nproc", nproc)
+        assert "shard-000001.tar" in message
+
+    def test_missing_folder(self, recipe: Path, tmp_path: Path) -> None:
+        assert "nowhere" in self.refused(tmp_path, recipe, "--set", f"data.train={tmp_path}/nowhere")
+
+    def test_label_out_of_range(self, recipe: Path, tmp_path: Path) -> None:
+        message = self.refused(tmp_path, recipe, "--set", "objective={kind: supervised, num_classes: 2}")
+        assert "label" in message
+        assert "2" in message
+
+    def test_labels_missing(self, recipe: Path, tmp_path: Path) -> None:
+        bare = write_shards(tmp_path / "bare", 10, label=False)
+        message = self.refused(
+            tmp_path,
+            recipe,
+            "--set",
+            f"data.train={bare}",
+            "--set",
+            "objective={kind: supervised, num_classes: 2}",
+        )
+        assert "cls" in message
+
+    def test_image_field_missing(self, recipe: Path, tmp_path: Path) -> None:
+        import webdataset
+
+        from data_pipeline.scan import index_shards
+
+        (tmp_path / "noimage").mkdir()
+        with webdataset.TarWriter(str(tmp_path / "noimage" / "a.tar")) as writer:
+            writer.write({"__key__": "0", "cls": b"0"})
+        index_shards(str(tmp_path / "noimage"))
+        assert "image" in self.refused(tmp_path, recipe, "--set", f"data.train={tmp_path}/noimage")
+
+    def test_batch_not_divisible(self, recipe: Path, tmp_path: Path) -> None:
+        message = self.refused(tmp_path, recipe, "--nproc", 3)
+        assert "6 or 9" in message
+
+    def test_folder_of_another_run(self, recipe: Path, shards: Path, tmp_path: Path) -> None:
+        pretrain("train", recipe, "--out", tmp_path / "run", "--max-steps", 1)
+        message = self.refused(tmp_path, recipe, "--set", "optim.base_lr=0.5")
+        assert "optim.base_lr" in message
+        other = write_shards(tmp_path / "other", 101)
+        assert "data.train" in self.refused(tmp_path, recipe, "--set", f"data.train={other}")
+
+    def test_pipe_url(self, recipe: Path, tmp_path: Path) -> None:
+        message = self.refused(tmp_path, recipe, "--set", f"data.train='pipe:touch {tmp_path}/owned'")
+        assert "pipe" in message
+        assert not (tmp_path / "owned").exists()

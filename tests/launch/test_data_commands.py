@@ -1,0 +1,130 @@
+"""`pretrain data ...` as a user meets it: exit status, what is said, and what is left on disk."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from tests.data_pipeline.archives import as_folder, as_tar, as_tar_gz, class_folders, contents, jpeg
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs `pretrain data ...` here, in an empty folder, and gives (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pretrain", "data", *map(str, words)])
+        try:
+            status = main()
+        except SystemExit as stopped:
+            status = stopped.code if isinstance(stopped.code, int) else 1
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def test_make_verify_and_stats(data: Run, tmp_path: Path) -> None:
+    make = (
+        "make",
+        "shapes",
+        "out",
+        "--samples",
+        "20",
+        "--size",
+        "16",
+        "--shard-size",
+        "10",
+        "--workers",
+        "1",
+    )
+    assert data(*make) == (0, "out: 20 samples, 48 classes, 2 shards, 0.1 MB, fields cls jpg json txt\n", "")
+    status, out, _ = data("verify", "out", "--workers", "1")
+    assert (status, out) == (0, "out: sound; 20 samples in 2 shards, 0.1 MB\n")
+    status, out, _ = data("stats", "out", "--out", "sheet.png")
+    assert status == 0
+    assert "    1 red square" in out
+    assert "width 16 to 16" in out
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
+
+
+def test_convert_tells_what_it_left_out(data: Run, tmp_path: Path) -> None:
+    files = class_folders(6, top="set/train/") | {"set/test/cat/1.jpg": jpeg(7), "set/readme.txt": b""}
+    as_tar_gz(tmp_path / "a.tar.gz", files | {"set/train/cat/bad.jpg": b"bad"})
+    convert = ("convert", "a.tar.gz", "out", "--split-by-folder", "--workers", "1")
+    status, _, err = data(*convert)
+    assert status == 2
+    assert "set/train/cat/bad.jpg" in err
+    assert "--skip-bad" in err
+    status, out, _ = data(*convert, "--skip-bad")
+    assert status == 0
+    assert out.splitlines()[1:] == [
+        "left out 1 bad images and 1 files that are no images",
+        "out/test: 1 samples, 3 classes, 1 shard, 0.0 MB, fields cls jpg",
+        "out/train: 6 samples, 3 classes, 1 shard, 0.0 MB, fields cls jpg",
+    ]
+
+
+def test_index_takes_class_names(data: Run, tmp_path: Path) -> None:
+    as_tar(tmp_path / "a.tar", {"x.jpg": jpeg(0), "x.cls": b"1"})
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    (tmp_path / "holes.txt").write_text("cat\n\ndog\n")
+    status, _, err = data("index", ".", "--classes", "holes.txt")
+    assert (status, "empty one" in err) == (2, True)
+    status, _, err = data("index", ".", "--classes", "none.txt")
+    assert (status, "none.txt" in err) == (2, True)
+    status, out, _ = data("index", "a.tar", "--classes", "names.txt")
+    assert (status, out) == (0, ".: 1 samples, 2 classes, 1 shard, 0.0 MB, fields cls jpg\n")
+    assert data("verify", ".")[0] == 0
+
+
+def test_verify_lists_faults_and_ends_with_status_2(data: Run, tmp_path: Path) -> None:
+    data("make", "shapes", "out", "--samples", "4", "--size", "16", "--workers", "1")
+    shard = tmp_path / "out/shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[512] ^= 1
+    shard.write_bytes(content)
+    status, out, err = data("verify", "out", "--workers", "1")
+    assert status == 2
+    assert "shard-000000.tar, shapes/train/0000000: .cls has other bytes" in out
+    assert err.startswith("error: out: expected a dataset without a fault")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("verify", "pipe:touch hacked"), "a pipe: URL"),
+        (("stats", "https://host/{0..9}.tar"), "a https: URL"),
+        (("index", "nowhere"), "nowhere"),
+        (("convert", "nowhere", "out"), "nothing there"),
+        (("convert", "images", "images"), "other files"),
+        (("make", "cats", "out", "--samples", "1"), "cats"),
+        (("make", "digits", "out", "--samples", "99999"), "at most 1,437"),
+        (("make", "fractals", "out", "--samples", "5", "--size", "2"), "--size"),
+    ],
+)
+def test_wrong_input_is_told_and_changes_nothing(
+    data: Run, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    as_folder(tmp_path / "images", class_folders(3))
+    before = contents(tmp_path)
+    status, out, err = data(*words)
+    assert status == 2
+    assert out == ""
+    assert said in err
+    assert "Traceback" not in err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["make", "convert", "index", "verify", "stats"])
+def test_help_has_an_example(data: Run, command: str) -> None:
+    status, out, _ = data(command, "--help")
+    assert status == 0
+    assert f"pretrain data {command}" in out.partition("Examples:")[2]

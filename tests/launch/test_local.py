@@ -1,0 +1,206 @@
+"""Ranks as real processes: what they are told, how they are heard, and that none outlives the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LAUNCH = (
+    "import sys; from launch.local import launch; "
+    "sys.exit(launch(sys.argv[2:], int(sys.argv[1]), module='part', grace_seconds=1.0))"
+)
+
+PART = """
+import json, os, pathlib, signal, subprocess, sys, time
+
+what, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+rank = int(os.environ["RANK"])
+
+def started(*others):
+    (folder / f"{rank}.tmp").write_text(json.dumps([os.getpid(), *others]))
+    (folder / f"{rank}.tmp").rename(folder / f"{rank}.json")
+
+if what == "environment":
+    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS".split()
+    (folder / f"{rank}.json").write_text(json.dumps([{n: os.environ[n] for n in names}, sys.argv, __name__]))
+elif what == "words":
+    print("out", rank)
+    print("err", rank, file=sys.stderr)
+    print(f"[rank {rank}] already numbered", file=sys.stderr)
+elif what == "fail" and rank == 1:
+    print("the reason")
+    sys.exit(7)
+elif what == "killed" and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+elif what in ("late", "late-polite") and rank == 1:
+    while not (folder / "0.json").exists():
+        time.sleep(0.01)
+    sys.exit(3)
+else:
+    if what in ("deaf", "late"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if what.endswith("polite"):
+        signal.signal(signal.SIGTERM, lambda *_: ((folder / f"saved{rank}").touch(), sys.exit(0)))
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    started(worker.pid)
+    time.sleep(100)
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "part.py").write_text(PART)
+    return {
+        **{name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+        "PYTHONPATH": f"{ROOT}:{tmp_path}",
+    }
+
+
+def start(what: str, folder: Path, environment: dict[str, str], num_ranks: int = 2) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, str(num_ranks), what, str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def family(folder: Path, ranks: tuple[int, ...]) -> list[psutil.Process]:
+    """The ranks and what they started, once all are up."""
+    give_up = time.monotonic() + 20
+    while not all((folder / f"{rank}.json").exists() for rank in ranks):
+        assert time.monotonic() < give_up, "the ranks did not start"
+        time.sleep(0.01)
+    return [
+        psutil.Process(pid) for rank in ranks for pid in json.loads((folder / f"{rank}.json").read_text())
+    ]
+
+
+def all_gone(processes: list[psutil.Process], seconds: float = 5) -> bool:
+    psutil.wait_procs(processes, timeout=seconds)
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+def test_ranks_are_told_what_torchrun_tells(tmp_path: Path, environment: dict[str, str]) -> None:
+    launcher = start("environment", tmp_path, environment, num_ranks=3)
+    assert launcher.wait(timeout=30) == 0
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    cores = len(os.sched_getaffinity(0))
+    ports = set()
+    for rank, (variables, argv, name) in enumerate(told):
+        ports.add(variables.pop("MASTER_PORT"))
+        assert variables == {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "3",
+            "LOCAL_WORLD_SIZE": "3",
+            "MASTER_ADDR": "127.0.0.1",
+            "OMP_NUM_THREADS": str(max(1, cores // 3)),
+        }
+        assert argv[1:] == ["environment", str(tmp_path)]
+        assert name == "__main__"
+    assert len(ports) == 1
+
+
+def test_a_number_of_threads_that_is_set_is_kept(tmp_path: Path, environment: dict[str, str]) -> None:
+    assert start("environment", tmp_path, {**environment, "OMP_NUM_THREADS": "5"}).wait(timeout=30) == 0
+    assert json.loads((tmp_path / "0.json").read_text())[0]["OMP_NUM_THREADS"] == "5"
+
+
+def test_rank_0_speaks_for_itself_and_the_others_with_their_number(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    out, err = start("words", tmp_path, environment).communicate(timeout=30)
+    assert out == "out 0\n"
+    assert sorted(err.splitlines()) == [
+        "[rank 0] already numbered",
+        "[rank 1] already numbered",
+        "[rank 1] err 1",
+        "[rank 1] out 1",
+        "err 0",
+    ]
+
+
+def test_the_status_of_the_rank_that_failed_is_passed_on_and_the_others_are_stopped(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    launcher = start("late", tmp_path, environment, num_ranks=2)
+    left = family(tmp_path, (0,))
+    began = time.monotonic()
+    assert launcher.wait(timeout=30) == 3, "and not of the one that was killed for it"
+    assert time.monotonic() - began < 10
+    assert all_gone(left), "a rank that ignores SIGTERM is killed, with what it started"
+
+
+def test_the_others_are_asked_to_stop_before_they_are_killed(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    assert start("late-polite", tmp_path, environment).wait(timeout=30) == 3
+    assert (tmp_path / "saved0").exists()
+
+
+def test_a_failing_rank_is_heard(tmp_path: Path, environment: dict[str, str]) -> None:
+    launcher = start("fail", tmp_path, environment)
+    _, err = launcher.communicate(timeout=30)
+    assert launcher.returncode == 7
+    assert err == "[rank 1] the reason\n"
+
+
+def test_a_rank_that_a_signal_killed_is_named(tmp_path: Path, environment: dict[str, str]) -> None:
+    launcher = start("killed", tmp_path, environment)
+    _, err = launcher.communicate(timeout=30)
+    assert launcher.returncode == 128 + signal.SIGKILL
+    assert err == "error: rank 1 was killed by SIGKILL; the others were stopped\n"
+
+
+def test_a_signal_is_passed_on_so_that_ranks_can_save(tmp_path: Path, environment: dict[str, str]) -> None:
+    launcher = start("polite", tmp_path, environment)
+    processes = family(tmp_path, (0, 1))
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=10) == 128 + signal.SIGTERM
+    assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
+    assert all_gone(processes)
+
+
+def test_ctrl_c_stops_all_and_a_second_one_does_not_wait(tmp_path: Path, environment: dict[str, str]) -> None:
+    launcher = start("wait", tmp_path, environment)
+    processes = family(tmp_path, (0, 1))
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=10) == 130
+    assert all_gone(processes)
+
+    for rank in (0, 1):
+        (tmp_path / f"{rank}.json").unlink()
+    launcher = start("deaf", tmp_path, environment)
+    processes = family(tmp_path, (0, 1))
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert launcher.poll() is None, "ranks that save may take their time"
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=10) == 130
+    assert all_gone(processes)
+
+
+def test_no_rank_outlives_a_launcher_that_was_killed(tmp_path: Path, environment: dict[str, str]) -> None:
+    launcher = start("deaf", tmp_path, environment)
+    processes = family(tmp_path, (0, 1))
+    ranks, workers = processes[::2], processes[1::2]
+    try:
+        launcher.kill()
+        launcher.wait()
+        assert all_gone(ranks)
+    finally:
+        for worker in workers:
+            worker.kill()
