@@ -11,7 +11,8 @@ from torch import Tensor
 from data_pipeline.batch import Batch, BatchSpec, Sample
 from data_pipeline.decode import decode_image
 from data_pipeline.errors import FieldError, SampleError
-from data_pipeline.read import IMAGE_FIELDS, LABEL_FIELD, Dataset
+from data_pipeline.index import IMAGE_FIELDS, LABEL_FIELD
+from data_pipeline.read import Dataset
 from data_pipeline.views import (
     Image,
     ViewSpec,
@@ -98,9 +99,7 @@ class Assembler:
         max_pixels: an image of more cannot be used.
     """
 
-    def __init__(
-        self, dataset: Dataset, spec: BatchSpec, views: ViewSpec, *, seed: int, max_pixels: int
-    ) -> None:
+    def __init__(self, dataset: Dataset, spec: BatchSpec, views: ViewSpec, *, seed: int, max_pixels: int) -> None:
         self.dataset, self.spec, self.views = dataset, spec, views
         self.seed, self.max_pixels = seed, max_pixels
 
@@ -153,9 +152,7 @@ class Assembler:
     def _training_views(self, canvas: Canvas, row: int, image: Image, epoch: int) -> None:
         size, key = self.spec.image_size, canvas.keys[row]
         for number, view in enumerate(canvas.views):
-            view[row] = training_view(
-                image, size, self.views, seed=self.seed, epoch=epoch, key=key, view=number
-            )
+            view[row] = training_view(image, size, self.views, seed=self.seed, epoch=epoch, key=key, view=number)
 
     def _evaluation_views(self, canvas: Canvas, row: int, image: Image) -> None:
         size = self.spec.image_size

@@ -81,9 +81,7 @@ class Item(NamedTuple):
     entry: Entry
 
 
-def convert(
-    path: Path, out: Path, options: ConvertOptions, *, skip_bad: bool = False, workers: int = 1
-) -> Conversion:
+def convert(path: Path, out: Path, options: ConvertOptions, *, skip_bad: bool = False, workers: int = 1) -> Conversion:
     """Make shards in `out` of the images in `path`: a folder, zip, tar or tar.gz.
 
     Folders that all images share are passed over; of what remains, the first folder is the class, and classes
@@ -108,9 +106,7 @@ def convert(
     manifests: dict[Path, Manifest] = {}
     bad: list[SampleError] = []
     for split, (numbers, keys, labels) in splits.items():
-        items = [
-            Item(key, label, source.images[i]) for i, key, label in zip(numbers, keys, labels, strict=True)
-        ]
+        items = [Item(key, label, source.images[i]) for i, key, label in zip(numbers, keys, labels, strict=True)]
         if options.shuffle:
             items = [items[i] for i in _permutation(len(items), options.seed)]
         manifests[out / split], left_out = write_dataset(

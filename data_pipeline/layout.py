@@ -12,8 +12,7 @@ from typing import NamedTuple
 from data_pipeline.errors import SourceError
 
 SPLITS = frozenset(
-    {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-    | {"extra", "unlabeled", "unlabelled"}
+    {"train", "training", "val", "valid", "validation", "dev", "test", "testing"} | {"extra", "unlabeled", "unlabelled"}
 )
 
 

@@ -6,27 +6,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from braceexpand import braceexpand
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from data_pipeline.durable import durable_file
-from data_pipeline.errors import DataError, ManifestError, ShardError
+from data_pipeline.errors import ManifestError, ShardError
 from data_pipeline.index import SUFFIX, ShardIndex
+from data_pipeline.specs import find_tars, is_inside
+from data_pipeline.specs import local_path as local_path
 
 FILE_NAME = "manifest.json"
-PLAN_NAME = (
-    "plan.json"  # written first by what makes shards; without a manifest beside it they are unfinished
-)
+PLAN_NAME = "plan.json"  # written first by what makes shards; without a manifest beside it they are unfinished
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
@@ -163,7 +160,7 @@ class Manifest:
             lengths = {len(column) for column in (file.names, file.num_samples, file.num_bytes, file.sha256)}
             if len(lengths) != 1 or len(set(file.names)) != len(file.names):
                 raise ValueError("the columns differ in length, or a shard is named twice")
-            if bad := [name for name in file.names if not _is_inside(name)]:
+            if bad := [name for name in file.names if not is_inside(name)]:
                 raise ValueError(f"the shard {bad[0]!r} is not a .tar inside this folder")
         except (OSError, ValidationError, ValueError) as error:
             raise ManifestError(
@@ -233,56 +230,6 @@ def load_manifest(spec: str, *, check_files: bool = True) -> Manifest:
     return manifest
 
 
-def local_path(spec: str) -> Path:
-    """`spec` as a path; raises DataError for URLs: some readers would run a `pipe:` as a shell command."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", spec):
-        raise DataError(
-            where=spec,
-            expected="a local folder, file or brace pattern",
-            found=f"a {spec.split(':')[0]}: URL",
-            fix="Copy the data to a local or mounted folder and give its path.",
-        )
-    return Path(spec)
-
-
-def find_tars(spec: str) -> tuple[Path, list[str]]:
-    """(folder, names in it) of the tars in a folder, or of a tar or a brace pattern; ShardError if none."""
-    path = local_path(spec)
-    if path.is_dir():
-        root, names = (
-            path,
-            sorted(entry.name for entry in path.glob("*.tar") if not entry.name.startswith(".")),
-        )
-    else:
-        tars = [Path(name) for name in _expand(spec)]
-        root = Path(os.path.commonpath([tar.parent for tar in tars]))
-        names = [tar.relative_to(root).as_posix() for tar in tars]
-    missing = [root / name for name in names if not (root / name).is_file()]
-    wrong = [name for name in names if not _is_inside(name)]
-    if missing or wrong or not names:
-        raise ShardError(
-            where=spec,
-            expected="a folder of tars, a tar, or a brace pattern of tars",
-            found=f"no file {missing[0]}" if missing else f"{wrong[0]}, not a tar" if wrong else "no tar",
-            fix="Correct the path or pattern.",
-        )
-    return root, names
-
-
-def _expand(pattern: str, limit: int = 10_000_000) -> Iterator[str]:
-    try:
-        for i, name in enumerate(braceexpand(pattern)):
-            if i == limit:
-                raise ValueError(f"more than {limit:,} names")
-            yield name
-    except ValueError as error:
-        raise DataError(
-            where=pattern,
-            expected="a brace pattern such as shard-{000000..000009}.tar",
-            found=str(error),
-        ) from error
-
-
 def _existing(path: Path) -> Path:
     if path.is_file():
         return path
@@ -296,9 +243,7 @@ def _existing(path: Path) -> Path:
         fix = f"If tars lie there, index them: pretrain data index {path.parent}"
     else:
         found, fix = "no such folder", "Correct the path."
-    raise ManifestError(
-        where=str(path.parent), expected="a dataset: shards and their manifest", found=found, fix=fix
-    )
+    raise ManifestError(where=str(path.parent), expected="a dataset: shards and their manifest", found=found, fix=fix)
 
 
 def _check_files(manifest: Manifest, i: int) -> None:
@@ -318,11 +263,6 @@ def _check_files(manifest: Manifest, i: int) -> None:
             found="no such file",
             fix="Copy it again, or remove manifest.json and run `pretrain data index` on the shards.",
         )
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\0" not in name and path.suffix == ".tar"
 
 
 def _sum_counts(counts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:

@@ -18,22 +18,9 @@ from numpy.typing import NDArray
 
 from data_pipeline.batch import Sample
 from data_pipeline.errors import DataError, SampleError, ShardError
-from data_pipeline.index import MISSING
+from data_pipeline.index import IMAGE_FIELDS, LABEL_FIELD, MISSING
 from data_pipeline.manifest import FILE_NAME, PLAN_NAME, Manifest, load_manifest, local_path
 from data_pipeline.scan import PICKLE_FIELDS
-
-IMAGE_FIELDS = (
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "bmp",
-    "gif",
-    "ppm",
-    "tif",
-    "tiff",
-)  # the first one present is the image
-LABEL_FIELD = "cls"
 
 _OPEN_SHARDS = 128  # per process; a step reads one shard per lane, mostly
 
@@ -110,14 +97,12 @@ class ShardDataset:
         index = opened.index
         key = index.keys[row]
         members = {}
-        places = zip(
-            index.offsets[row].tolist(), index.sizes[row].tolist(), index.crc32[row].tolist(), strict=True
-        )
+        places = zip(index.offsets[row].tolist(), index.sizes[row].tolist(), index.crc32[row].tolist(), strict=True)
         for name, (offset, size, crc32) in zip(index.fields, places, strict=True):
             if offset == MISSING:
                 continue
             data = opened.read(offset, size)
-            if len(data) != size or zlib.crc32(data) != crc32:
+            if zlib.crc32(data) != crc32:
                 raise SampleError(
                     where=f"{opened.path}: {key}.{name}",
                     expected=f"{size} bytes with the crc32 of the index",
@@ -224,9 +209,7 @@ class FolderDataset:
         """Over names and sizes: to hash every image would be to read the data set before its first use."""
         digest = hashlib.sha256()
         for file in self._files:
-            digest.update(
-                f"{file.as_posix()}\0{(self.path / file).stat().st_size}\n".encode(errors="surrogateescape")
-            )
+            digest.update(f"{file.as_posix()}\0{(self.path / file).stat().st_size}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 

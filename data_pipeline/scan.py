@@ -17,9 +17,10 @@ import numpy as np
 from data_pipeline import strict_tar
 from data_pipeline.errors import DataError, ManifestError, ShardError
 from data_pipeline.index import LABEL_FIELD, MISSING, NO_LABEL, SUFFIX, Keys, ShardIndex
-from data_pipeline.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardSummary, find_tars
+from data_pipeline.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardSummary
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
+from data_pipeline.specs import find_tars
 
 MAX_LABEL = 10_000_000  # a larger "label" is some other number; a histogram of it would fill the memory
 PICKLE_FIELDS = frozenset({"pyd", "pickle", "pkl", "pth", "pt"})
@@ -39,9 +40,7 @@ def scan_shard(path: Path) -> ShardIndex:
             the folder, two samples of one key, a `cls` that is no label. Names shard, offset and member.
     """
     if not path.is_file():
-        raise ShardError(
-            where=str(path), expected="a tar", found="no such file", fix="Copy or make it again."
-        )
+        raise ShardError(where=str(path), expected="a tar", found="no such file", fix="Copy or make it again.")
     content = mapped(path)
     keys: list[str] = []
     samples: list[dict[str, Member]] = []

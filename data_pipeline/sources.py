@@ -26,9 +26,7 @@ from data_pipeline.index import IMAGE_FIELDS
 
 IMAGE_SUFFIXES = frozenset(f".{field}" for field in IMAGE_FIELDS)
 MAX_IMAGE_BYTES = 1 << 28  # of one file; a larger one is no photograph but an attack or a mistake
-MAX_RATIO = (
-    200  # unpacked over packed: pictures hardly shrink, archives made to fill a disk shrink a thousandfold
-)
+MAX_RATIO = 200  # unpacked over packed: pictures hardly shrink, archives made to fill a disk shrink a thousandfold
 FREE_BYTES = 1 << 26  # the ratio counts only beyond this
 
 

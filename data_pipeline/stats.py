@@ -56,9 +56,7 @@ def stats(spec: str, sheet: Path, *, max_pixels: int = 50_000_000) -> Stats:
             found=f"{manifest.total:,} samples with {', '.join(manifest.fields) or 'nothing'}",
         )
     num_shards = len(manifest.names)
-    sizes = [
-        _image_sizes(manifest, i) for i in track(range(num_shards), label="reading indexes", total=num_shards)
-    ]
+    sizes = [_image_sizes(manifest, i) for i in track(range(num_shards), label="reading indexes", total=num_shards)]
     thumbnails, pixels = _thumbnails(manifest, max_pixels)
     with durable_file(sheet) as file:
         _sheet(thumbnails).save(file, format="PNG")
@@ -72,9 +70,7 @@ def _image_sizes(manifest: Manifest, i: int) -> NDArray[np.int64]:
     return sizes[sizes > 0]
 
 
-def _thumbnails(
-    manifest: Manifest, max_pixels: int
-) -> tuple[list[tuple[Image.Image, str]], list[tuple[int, int]]]:
+def _thumbnails(manifest: Manifest, max_pixels: int) -> tuple[list[tuple[Image.Image, str]], list[tuple[int, int]]]:
     """Images spread evenly over the dataset, each with its caption, and their sizes."""
     dataset = ShardDataset(manifest)
     count = min(SHEET_COLUMNS * SHEET_ROWS, manifest.total)

@@ -71,9 +71,7 @@ def _check_end(
     position = end + len(mark)
     while chunk := file.read(CHUNK):
         if any(chunk):
-            raise _damaged(
-                where, end, f"the end mark, and data again within {CHUNK} bytes of {position}", error
-            )
+            raise _damaged(where, end, f"the end mark, and data again within {CHUNK} bytes of {position}", error)
         position += len(chunk)
         _check_size(position, max_bytes, where, error)
 
@@ -118,9 +116,7 @@ def _damaged(where: str, offset: int, found: str, error: type[DataError]) -> Dat
     )
 
 
-def refused(
-    member: tarfile.TarInfo, where: str, expected: str, found: str, error: type[DataError]
-) -> DataError:
+def refused(member: tarfile.TarInfo, where: str, expected: str, found: str, error: type[DataError]) -> DataError:
     """The error that a member is not accepted."""
     return error(
         where=f"{where}, offset {member.offset}, member {member.name!r}",

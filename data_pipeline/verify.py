@@ -87,9 +87,7 @@ def _check_shard(manifest: Manifest, max_pixels: int, i: int) -> tuple[ShardSumm
     except ManifestError as error:
         faults.append(Fault(name, None, str(error)))
     if index is not None:
-        faults += [
-            Fault(name, key, what) for key, what in _check_samples(manifest, index, content, max_pixels)
-        ]
+        faults += [Fault(name, key, what) for key, what in _check_samples(manifest, index, content, max_pixels)]
         if actual is not None and not _equal(index, actual):
             faults.append(Fault(name, None, "its index is not the one that its tar has"))
     return summary, faults
@@ -151,9 +149,7 @@ def _check_totals(manifest: Manifest, summaries: list[ShardSummary]) -> str:
     except DataError as error:
         return str(error)
     if len(set(actual.sha256)) < len(actual.sha256):
-        twice = next(
-            n for n, h in zip(actual.names, actual.sha256, strict=True) if actual.sha256.count(h) > 1
-        )
+        twice = next(n for n, h in zip(actual.names, actual.sha256, strict=True) if actual.sha256.count(h) > 1)
         return f"{twice} is there twice, under another name"
     if actual.fields != manifest.fields:
         return f"the manifest has fields {manifest.fields}, the shards {actual.fields}"

@@ -45,9 +45,7 @@ class ViewSpec:
     eval_crop: float = 1.0
 
 
-def training_view(
-    image: Image, size: int, spec: ViewSpec, *, seed: int, epoch: int, key: str, view: int
-) -> Tensor:
+def training_view(image: Image, size: int, spec: ViewSpec, *, seed: int, epoch: int, key: str, view: int) -> Tensor:
     """One random resized crop, perhaps flipped, [3, size, size] uint8."""
     draws = keyed.uniforms("view", seed, epoch, view, key)
     flip = next(draws) < spec.flip

@@ -97,23 +97,17 @@ def make(
     )
 )
 def convert(
-    source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="An image folder, or a zip, tar or tar.gz of one.")
-    ],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="An image folder, or a zip, tar or tar.gz of one.")],
     out: Out,
     shard_size: ShardSize = 1000,
     short_side: Annotated[
         int | None,
-        typer.Option(
-            "--short-side", min=1, metavar="PX", help="Make larger images this small [bytes are kept]."
-        ),
+        typer.Option("--short-side", min=1, metavar="PX", help="Make larger images this small [bytes are kept]."),
     ] = None,
     split_by_folder: Annotated[
         bool, typer.Option("--split-by-folder", help="Top folders (train, test, ...) become OUT/train, ...")
     ] = False,
-    shuffle: Annotated[
-        bool, typer.Option("--shuffle/--no-shuffle", help="In a random order, or by name.")
-    ] = True,
+    shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="In a random order, or by name.")] = True,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of that order.")] = 0,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out images that cannot be used, and say which.")
@@ -178,8 +172,8 @@ def verify(shards: Shards, max_pixels: MaxPixels = 50_000_000, workers: Workers 
             found=f"{len(found.faults):,} (listed above)",
             fix="Copy the shards again, or make them again.",
         )
-    size = _megabytes(found.num_bytes)
-    print(f"{shards}: sound; {found.num_samples:,} samples in {found.num_shards:,} shards, {size}")
+    size = f"{_shards(found.num_shards)}, {_megabytes(found.num_bytes)}"
+    print(f"{shards}: sound; {found.num_samples:,} samples in {size}")
 
 
 @app.command(epilog=_examples("pretrain data stats data/cifar10/train --out cifar10.png"))
@@ -204,9 +198,7 @@ def _class_names(path: Path) -> list[str]:
     try:
         names = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            where=str(path), expected="a text file, one class name a line", found=str(error)
-        ) from error
+        raise DataError(where=str(path), expected="a text file, one class name a line", found=str(error)) from error
     names = [name.strip() for name in names]
     while names and not names[-1]:
         names.pop()
@@ -222,7 +214,7 @@ def _summary(manifest: Manifest) -> str:
     parts = [
         f"{manifest.total:,} samples",
         labels,
-        f"{len(manifest.names):,} shard{'s' if len(manifest.names) > 1 else ''}",
+        _shards(len(manifest.names)),
         _megabytes(int(manifest.num_bytes.sum())),
         f"fields {' '.join(manifest.fields)}",
     ]
@@ -253,6 +245,10 @@ def _histogram(manifest: Manifest) -> list[str]:
         f"  {label:>5} {name:<{width}} {count:>9,} {'#' * round(40 * count / most)}"
         for label, (name, count) in enumerate(zip(names, manifest.label_counts.tolist(), strict=True))
     ]
+
+
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count:,} shards"
 
 
 def _megabytes(num_bytes: int) -> str:

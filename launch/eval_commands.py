@@ -49,9 +49,7 @@ Source = Annotated[
     ),
 ]
 Train = Annotated[str, typer.Option("--train", help="Labelled training set: shards or an image folder.")]
-Test = Annotated[
-    str, typer.Option("--test", help="Test set with the same classes: shards or an image folder.")
-]
+Test = Annotated[str, typer.Option("--test", help="Test set with the same classes: shards or an image folder.")]
 RandomInit = Annotated[
     bool, typer.Option("--random-init", help="The same architecture with fresh weights; of a run, its first.")
 ]
@@ -63,15 +61,11 @@ DeviceOption = Annotated[Device, typer.Option("--device", help="auto: CUDA where
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images of one forward pass.")]
 Workers = Annotated[int, typer.Option("--num-workers", min=0, help="Loader processes; 0: in this one.")]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Of the forward pass.")]
-LimitTrain = Annotated[
-    int | None, typer.Option("--limit-train", min=1, help="The first N training samples only.")
-]
+LimitTrain = Annotated[int | None, typer.Option("--limit-train", min=1, help="The first N training samples only.")]
 LimitTest = Annotated[int | None, typer.Option("--limit-test", min=1, help="The first N test samples only.")]
 Seed = Annotated[
     int | None,
-    typer.Option(
-        "--seed", min=0, help="Of fresh weights and of the probe. Default: the run's for weights, else 0."
-    ),
+    typer.Option("--seed", min=0, help="Of fresh weights and of the probe. Default: the run's for weights, else 0."),
 ]
 ModelName = Annotated[
     str | None,
@@ -101,9 +95,7 @@ def knn(
     k: Annotated[
         list[int], typer.Option("--k", min=1, help="Neighbours; repeatable, the first is the reported one.")
     ] = [20, 10, 100, 200],  # noqa: B006
-    temperature: Annotated[
-        float, typer.Option("--temperature", help="Of the weights exp(cosine / T).")
-    ] = 0.07,
+    temperature: Annotated[float, typer.Option("--temperature", help="Of the weights exp(cosine / T).")] = 0.07,
     random_init: RandomInit = False,
     out: Out = None,
     device: DeviceOption = Device.auto,
@@ -161,9 +153,7 @@ def linear(
     weight_decay: Annotated[
         list[float], typer.Option("--weight-decay", help="Repeatable; each goes with each learning rate.")
     ] = [0.0],  # noqa: B006
-    min_steps: Annotated[
-        int, typer.Option("--min-steps", min=1, help="Or 10 epochs, where that is more.")
-    ] = 5000,
+    min_steps: Annotated[int, typer.Option("--min-steps", min=1, help="Or 10 epochs, where that is more.")] = 5000,
     random_init: RandomInit = False,
     out: Out = None,
     device: DeviceOption = Device.auto,
@@ -200,9 +190,7 @@ def linear(
 
 
 @app.command(
-    epilog=_examples(
-        "pretrain eval compare runs/a/evals/knn-encoder-1f.json runs/b/evals/knn-encoder-3c.json"
-    )
+    epilog=_examples("pretrain eval compare runs/a/evals/knn-encoder-1f.json runs/b/evals/knn-encoder-3c.json")
 )
 def compare(
     a: Annotated[Path, typer.Argument(help="A report of `pretrain eval`.")],
@@ -291,10 +279,9 @@ def _keep(report: EvalReport, encoder: Encoder, out: Path | None, context: typer
     if path is not None:
         report.save(path)
     console = Console(soft_wrap=True)
-    table = Table("encoder", "protocol", "metric", "%", "n")
+    table = Table("metric", "%", "n", title=f"{report.evaluator}: {_called(report)}", title_justify="left")
     for name, value in report.metrics.items():
-        reported = "bold" if name == report.metric else None
-        table.add_row(_called(report), report.evaluator, name, f"{value:.2f}", str(report.n), style=reported)
+        table.add_row(name, f"{value:.2f}", str(report.n), style="bold" if name == report.metric else None)
     console.print(table)
     for note in report.notes:
         console.print(f"note: {note}")

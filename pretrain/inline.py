@@ -65,10 +65,8 @@ class Inline:
 
         found = []
         if self._val is not None:
-            val = self._val
-            found.append(
-                Periodic(every(self._recipe.validation.every_epochs), lambda state: self._validate(val, state))
-            )
+            every_steps = every(self._recipe.validation.every_epochs)
+            found.append(Periodic(every_steps, partial(self._validate, self._val)))
         for config, knn in zip(self._recipe.evals, knn_evaluators(self._recipe), strict=True):
             found.append(Periodic(every(config.every_epochs), self._judge(config, knn)))
         return tuple(found)

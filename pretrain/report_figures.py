@@ -60,7 +60,7 @@ class Neighbours:
     found: dict[str, list[Picture]]  # by encoder, the nearest first
 
 
-def curve(title: str, series: Sequence[Series], *, log_scale: bool = False) -> Picture:
+def curve(title: str, series: Sequence[Series], *, from_zero: bool = True) -> Picture:
     """Lines over steps, drawn for a phone's width."""
     style = {"text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK}
     with rc_context({**style, "ytick.color": _INK, "font.size": 9, "svg.hashsalt": title}):
@@ -71,9 +71,7 @@ def curve(title: str, series: Sequence[Series], *, log_scale: bool = False) -> P
             axes.plot(steps, values, color=color, label=name, marker=marker, markersize=3, linewidth=1.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color=_INK, alpha=0.25)
-        if log_scale:
-            axes.set_yscale("log")
-        else:
+        if from_zero:
             axes.set_ylim(bottom=0)
         if len(series) > 1:
             axes.legend(frameon=False)

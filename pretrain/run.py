@@ -170,7 +170,7 @@ def _parts(job: _Job, engine: Engine, state: RunState, log: MetricLog, rates: _R
         return learning_rate(progress, recipe.schedule, peak_lr=resolved.peak_lr, warmup_steps=warmup_steps)
 
     def save(state: RunState) -> None:
-        weights = engine.materialize(engine.objective.encoder())
+        weights = engine.materialize(engine.objective.encoder)
         if job.world.is_main:
             data = recipe.data
             save_encoder(job.out / "encoder", weights, recipe.model, data.mean, data.std, data.views)

@@ -18,18 +18,15 @@ class Toy(Objective):
         torch.manual_seed(seed)
         self.needs = BatchSpec(image_size=5, num_classes=3)
         norm: nn.Module = nn.BatchNorm1d(11) if batch_norm else nn.LayerNorm(11)
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(75, 7), nn.GELU(), nn.Linear(7, 11), norm)
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(75, 7), nn.GELU(), nn.Linear(7, 11), norm)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(11, 3)
 
     def forward(self, batch: Batch, progress: Progress) -> LossOutput:
         assert batch.labels is not None
-        logits = self.head(self.dropout(self.body(batch.views[0])))
+        logits = self.head(self.dropout(self.encoder(batch.views[0])))
         loss = nn.functional.cross_entropy(logits.float(), batch.labels)
         return LossOutput(loss + float("inf") if "infinite" in batch.keys else loss)
-
-    def encoder(self) -> nn.Module:
-        return self.body
 
 
 def toy_batch(step: int, size: int = 8) -> Batch:

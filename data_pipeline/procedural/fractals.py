@@ -82,7 +82,7 @@ def class_system(label: int) -> System:
 
 
 def draw_system(rng: Generator) -> System:
-    """A random system of 2 to 4 maps with the paper's constraint on its sigma-factor (sec. 3.1)."""
+    """A random system of 2 to 4 maps with the paper's constraint on its sigma-factor."""
     n = int(rng.integers(2, 5))
     sigma_factor = rng.uniform(0.5 * (5 + n), 0.5 * (6 + n))
     return System(
@@ -97,7 +97,7 @@ def draw_system(rng: Generator) -> System:
 def draw_singular_values(rng: Generator, n: int, sigma_factor: float) -> Floats:
     """n pairs in [0, 1], the larger first, with sum(larger + 2 smaller) = sigma_factor; [n, 2].
 
-    One pair after the other, each within the bounds that leave the rest a solution (the paper's algorithm 1).
+    One pair after the other, each within the bounds that leave the rest a solution, as in the paper.
     """
     values = np.empty((n, 2))
     left = sigma_factor  # what this pair and those after it have to add up to

@@ -11,9 +11,7 @@ from PIL import Image
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 
-_QUALITY = (
-    95  # JPEG as most real data are, so that decoding costs what it costs there; full colour resolution
-)
+_QUALITY = 95  # JPEG as most real data are, so that decoding costs what it costs there; full colour resolution
 
 
 def generator(kind: str, split: str, seed: int, i: int) -> np.random.Generator:
@@ -29,7 +27,5 @@ def smooth_field(rng: np.random.Generator, size: int, cells: int) -> NDArray[np.
 
 def encode(image: Pixels) -> bytes:
     """As JPEG."""
-    data: bytes = simplejpeg.encode_jpeg(
-        np.ascontiguousarray(image), quality=_QUALITY, colorsubsampling="444"
-    )
+    data: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=_QUALITY, colorsubsampling="444")
     return data

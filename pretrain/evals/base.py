@@ -139,13 +139,17 @@ def classification_report(
     splits: Splits,
     *,
     predicted: Tensor,
-    metrics: Mapping[str, float],
+    metric: str,
+    further: Mapping[str, float],
     protocol: Mapping[str, object],
     seconds: Mapping[str, float],
     seeds: Mapping[str, int] | None = None,
     notes: Sequence[str] = (),
 ) -> EvalReport:
-    """The report of the top-1 accuracy of `predicted` labels, [n] int64, of the test set in its order."""
+    """The report of the top-1 accuracy of `predicted` labels, [n] int64, of the test set in its order.
+
+    It is called `metric`; `further` are other measures, percent.
+    """
     order = sorted(range(len(splits.test)), key=splits.test.keys.__getitem__)
     outcomes = Outcomes(
         keys=tuple(splits.test.keys[i] for i in order),
@@ -157,10 +161,10 @@ def classification_report(
     init_seed = {"init": described["init_seed"]} if "init_seed" in described else {}
     return EvalReport(
         evaluator=evaluator,
-        metric="top1",
+        metric=metric,
         value=top1,
         n=len(splits.test),
-        metrics={"top1": top1, **metrics},
+        metrics={**further, metric: top1},
         encoder={"tag": encoder.tag, **described},
         protocol={
             **protocol,

@@ -104,9 +104,7 @@ class Extraction:
                 keys += batch.keys
         shares = self.gather(Features(torch.cat(values), torch.cat(labels), tuple(keys)))
         if (found := sum(map(len, shares))) != total:
-            raise RunError(
-                where=label, expected=f"features of {total} samples, each once", found=f"{found} of them"
-            )
+            raise RunError(where=label, expected=f"features of {total} samples, each once", found=f"{found} of them")
         return Features(
             torch.cat([share.values for share in shares]),
             torch.cat([share.labels for share in shares]),

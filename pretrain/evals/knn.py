@@ -69,7 +69,8 @@ class Knn(Evaluator):
             self.task,
             splits,
             predicted=predicted[self.config.k],
-            metrics={f"top1_k{k}": value for k, value in top1.items() if k != self.config.k},
+            metric=f"top1_k{self.config.k}",
+            further={f"top1_k{k}": value for k, value in top1.items()},
             protocol={
                 "k": self.config.k,
                 "sweep": sorted(self.ks),
@@ -124,9 +125,7 @@ def predict(
                 votes = torch.zeros(len(rows), num_classes, dtype=torch.float64)
                 votes.scatter_add_(1, labels[:, :k], weights[:, :k])
                 predicted[k].append(votes.argmax(dim=1))
-    return {
-        k: torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64) for k, parts in predicted.items()
-    }
+    return {k: torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64) for k, parts in predicted.items()}
 
 
 def nearest(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -121,16 +121,15 @@ class Linear(Evaluator):
             choice = choose(train, self.config, num_classes=self.task.num_classes)
             probe = self._retrain(train, choice)
             logits = probe.logits(test.values).squeeze(2).cpu()
-        metrics = {"top1": 100 * topk_share(logits, splits.test.labels, 1)}
-        if self.task.num_classes >= 10:
-            metrics["top5"] = 100 * topk_share(logits, splits.test.labels, 5)
+        top5 = {"top5": 100 * topk_share(logits, splits.test.labels, 5)} if self.task.num_classes >= 10 else {}
         return classification_report(
             self.name,
             encoder,
             self.task,
             splits,
             predicted=logits.argmax(dim=1),
-            metrics=metrics,
+            metric="top1",
+            further=top5,
             protocol=self._protocol(choice),
             seconds={"linear": perf_counter() - start},
             seeds={"linear": self.config.seed},

@@ -59,9 +59,7 @@ def load_source(
         )
     architecture = architecture or Architecture(spec)
     if architecture.name != spec:
-        raise InputError(
-            where="--model", expected=f"nothing, as the source is {spec}", found=architecture.name
-        )
+        raise InputError(where="--model", expected=f"nothing, as the source is {spec}", found=architecture.name)
     return from_timm(architecture, random_init=random_init, seed=seed or 0)
 
 

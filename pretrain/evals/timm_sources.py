@@ -44,21 +44,13 @@ class Architecture:
             raise InputError(
                 where="--model", expected="the name of a timm model", found=self.name, fix=nearest(self.name)
             )
-        if self.image_size is not None and timm.models.get_pretrained_cfg_value(
-            self.name, "fixed_input_size"
-        ):
+        if self.image_size is not None and timm.models.get_pretrained_cfg_value(self.name, "fixed_input_size"):
             arguments["img_size"] = self.image_size
         try:
             module: nn.Module = timm.create_model(self.name, **self.options, **arguments)
         except Exception as error:  # whatever a constructor, the hub or the network raises
-            wanted = (
-                "published weights that can be had and fit"
-                if arguments.get("pretrained")
-                else "options it takes"
-            )
-            raise InputError(
-                where=self.name, expected=wanted, found=f"{type(error).__name__}: {error}"
-            ) from error
+            wanted = "published weights that can be had and fit" if arguments.get("pretrained") else "options it takes"
+            raise InputError(where=self.name, expected=wanted, found=f"{type(error).__name__}: {error}") from error
         return module
 
 
@@ -159,9 +151,7 @@ def _fresh(architecture: Architecture, seed: int, description: Mapping[str, obje
     return _encoder(module, architecture, "random", {**description, "init_seed": seed})
 
 
-def _encoder(
-    module: nn.Module, architecture: Architecture, tag: str, description: Mapping[str, object]
-) -> Encoder:
+def _encoder(module: nn.Module, architecture: Architecture, tag: str, description: Mapping[str, object]) -> Encoder:
     """With the preprocessing that timm has for the name."""
     config = _config(module)
     if config.get("crop_mode", "center") != "center":
@@ -187,8 +177,4 @@ def _config(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_state(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(isinstance(tensor, Tensor) for tensor in value.values())
-    )
+    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())

@@ -12,7 +12,7 @@ from pretrain.state import Progress
 
 
 class LossOutput(NamedTuple):
-    """What a forward pass gives back; a tuple, as an engine finds the tensors in tuples to hook their backward.
+    """What a forward pass gives back; a tuple, because it is in tuples that ZeRO 3 looks for tensors.
 
     Attributes:
         loss: fp32 scalar, the mean over the local B; the engine averages over micro-batches and ranks.
@@ -20,7 +20,7 @@ class LossOutput(NamedTuple):
     """
 
     loss: Tensor
-    metrics: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}  # noqa: RUF012  (never written to)
 
 
 class Objective(nn.Module, ABC):

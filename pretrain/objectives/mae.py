@@ -122,9 +122,7 @@ class Mae(Objective):
             found = "none" if masks is None else str(tuple(masks.shape))
             raise ValueError(f"batch.masks: expected [{len(batch)}, {spec.num_patches}], found {found}")
         # Asserted on the device: reading the count here would make the host wait for it at every step.
-        torch._assert_async(
-            (masks.sum(1) == spec.num_hidden).all(), f"each sample must hide {spec.num_hidden} patches"
-        )
+        torch._assert_async((masks.sum(1) == spec.num_hidden).all(), f"each sample must hide {spec.num_hidden} patches")
         order = masks.to(torch.uint8).argsort(dim=1, stable=True)
         visible, hidden = order.tensor_split([spec.num_patches - spec.num_hidden], dim=1)
         return visible, hidden
@@ -211,6 +209,4 @@ def _check_sizes(width: int, num_patches: int, num_hidden: int, config: recipe.M
         ("objective.decoder_width", config.decoder_width),
     ):
         if value % 4:
-            raise InputError(
-                where, "a multiple of 4, for sine-cosine positions in two dimensions", str(value)
-            )
+            raise InputError(where, "a multiple of 4, for sine-cosine positions in two dimensions", str(value))

@@ -45,7 +45,7 @@ class Supervised(Objective):
         losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
         if batch.weights is not None:
             losses = losses * batch.weights
-        return LossOutput(losses.mean(), _accuracy(logits.detach(), labels.argmax(1) if soft else labels))
+        return LossOutput(losses.mean(), _accuracy(logits, labels.argmax(1) if soft else labels))
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -89,13 +89,9 @@ def kind_of(config: type[recipe.Group]) -> str:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=kind_of)
 def test_every_objective_has_a_case_and_a_recipe(config: type[recipe.Group]) -> None:
-    assert any(isinstance(case.config, config) for case in CASES.values()), (
-        f"{kind_of(config)}: add a case above"
-    )
+    assert any(isinstance(case.config, config) for case in CASES.values()), f"{kind_of(config)}: add a case above"
     recipes = [load_recipe(path, []) for path in sorted(RECIPES.rglob("*.yaml"))]
-    assert any(isinstance(r.objective, config) for r in recipes), (
-        f"{kind_of(config)}: add a recipe in {RECIPES}"
-    )
+    assert any(isinstance(r.objective, config) for r in recipes), f"{kind_of(config)}: add a recipe in {RECIPES}"
 
 
 @every_case
@@ -173,8 +169,7 @@ def test_the_start_is_a_function_of_the_seed(case: Case) -> None:
     first, second, other = case.build(1), case.build(1), case.build(2)
     batch = batch_for(first.needs)
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
     assert torch.equal(first(batch, PROGRESS).loss, second(batch, PROGRESS).loss)
     assert not torch.equal(first(batch, PROGRESS).loss, other(batch, PROGRESS).loss)
@@ -210,9 +205,7 @@ def test_a_few_steps_on_one_batch_lower_its_loss(case: Case) -> None:
 @every_case
 def test_every_trainable_parameter_is_in_exactly_one_group(case: Case) -> None:
     objective = case.build()
-    grouped = [
-        id(p) for group in param_groups(objective, recipe.AdamW(base_lr=1e-3)) for p in group["params"]
-    ]
+    grouped = [id(p) for group in param_groups(objective, recipe.AdamW(base_lr=1e-3)) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in objective.parameters() if p.requires_grad)
 
 
@@ -240,7 +233,7 @@ def sharded_losses(world: World) -> dict[str, list[float]]:
 
 
 def test_sharded_weights_train_as_whole_ones_do() -> None:
-    """At ZeRO 3 a weight is there only while its module computes: an objective that reads others' must not miss it."""
+    """At ZeRO 3 a weight is there only while its own module computes, and MAE reads some of the encoder's."""
     sharded = run_ranks(sharded_losses, 1)[0]
     for name, case in CASES.items():
         objective = case.build()

@@ -63,7 +63,5 @@ PACKINGS: dict[str, Callable[[Path, Files], Path]] = {
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below `folder`, hidden ones too."""
     return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }

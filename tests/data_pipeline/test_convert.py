@@ -81,9 +81,7 @@ def test_shuffle_mixes_the_classes_and_may_be_left_out(tmp_path: Path) -> None:
 
 def test_splits_become_datasets_with_the_same_classes(tmp_path: Path) -> None:
     files = class_folders(9, top="set/train/") | {"set/test/dog/1.jpg": jpeg(50)}
-    done = convert(
-        as_tar_gz(tmp_path / "s.tar.gz", files), tmp_path / "out", ConvertOptions(split_by_folder=True)
-    )
+    done = convert(as_tar_gz(tmp_path / "s.tar.gz", files), tmp_path / "out", ConvertOptions(split_by_folder=True))
     assert {path.name: manifest.total for path, manifest in done.manifests.items()} == {"test": 1, "train": 9}
     test = load_manifest(str(tmp_path / "out/test"))
     assert test.classes == ("cat", "dog", "eel")
@@ -231,10 +229,15 @@ def test_durable_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
             file.flush()
             assert (path.read_bytes() if path.exists() else None) == old
         assert path.read_bytes() == new
-    with pytest.raises(Killed), durable_file(path) as file:
+    with pytest.raises(Killed):
+        _stop_while_writing(path)
+    assert contents(tmp_path) == {"file": b"second"}
+
+
+def _stop_while_writing(path: Path) -> None:
+    with durable_file(path) as file:
         file.write(b"third")
         raise Killed
-    assert contents(tmp_path) == {"file": b"second"}
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"x" + data[1:], lambda data: b""])
@@ -268,9 +271,7 @@ def test_killed_with_its_workers_it_goes_on_to_the_same_bytes(tmp_path: Path) ->
     deadline = time.monotonic() + 60
     while not list(out.glob("*.idx")) and time.monotonic() < deadline:
         time.sleep(0.002)
-    workers = [
-        int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ]
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert workers

@@ -112,13 +112,12 @@ def test_each_epoch_has_each_key_once_at_any_number_of_ranks(
     size, total = world * local, 2 * sum(sizes)
     options: dict[str, Any] = {"lanes": lanes, "window": window, "global_size": size, "seed": seed}
     alone = steps(loader(dataset, **options), 0, -(-total // size))
-    ranks = [
-        steps(loader(dataset, rank=rank, world_size=world, **options), 0, len(alone)) for rank in range(world)
-    ]
+    ranks = [steps(loader(dataset, rank=rank, world_size=world, **options), 0, len(alone)) for rank in range(world)]
     by_position: dict[int, Row] = {}
     for number, step in enumerate(alone):
         together = [row for rank in ranks for row in rows_of(rank[number])]
         assert together == rows_of(step)
+        assert {rank[number].cursor for rank in ranks} == {step.cursor}
         positions = range(number * size, (number + 1) * size)
         by_position |= zip(sorted(positions, key=lambda p: (p % lanes, p)), together, strict=True)
     keys = [by_position[position][0] for position in range(total)]
@@ -159,9 +158,9 @@ def test_a_run_goes_on_at_any_position_with_any_batch_size(
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_workers_change_nothing(dataset: ShardDataset, num_workers: int) -> None:
     alone = steps(loader(dataset, global_size=6), 0, 12)
-    assert [
-        rows_of(step) for step in steps(loader(dataset, global_size=6, num_workers=num_workers), 0, 12)
-    ] == [rows_of(step) for step in alone]
+    assert [rows_of(step) for step in steps(loader(dataset, global_size=6, num_workers=num_workers), 0, 12)] == [
+        rows_of(step) for step in alone
+    ]
     tail = steps(loader(dataset, global_size=6, num_workers=num_workers), 7 * 6, 5)
     assert [rows_of(step) for step in tail] == [rows_of(step) for step in alone[7:]]
     assert [step.cursor for step in tail] == [step.cursor for step in alone[7:]]
@@ -270,9 +269,7 @@ def test_a_window_without_a_usable_sample_ends_the_run(tmp_path: Path, num_worke
     bad = {i: {"jpg": b"no image", "cls": b"0"} for i in range(64)}
     dataset = write_shards(tmp_path, [80], replaced=bad)
     source = loader(dataset, lanes=1, window=64, num_workers=num_workers)
-    with pytest.raises(
-        RunError, match=r"part-000.tar: .* to stand in.* do not decode.* the next 63 .*verify"
-    ):
+    with pytest.raises(RunError, match=r"part-000.tar: .* to stand in.* do not decode.* the next 63 .*verify"):
         steps(source, 0, 2)
 
 

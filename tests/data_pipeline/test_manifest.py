@@ -114,6 +114,14 @@ def test_urls_are_refused(url: str) -> None:
         load_manifest(url)
 
 
+@pytest.mark.parametrize("pattern", ["{a,b", "{/x,y}.tar", "{../x,y}.tar", "{0..99999999}.tar", "a.txt", ""])
+def test_strange_patterns_are_our_errors(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("data_pipeline.specs.MAX_NAMES", 1000)
+    with pytest.raises(DataError):
+        load_manifest(pattern)
+
+
 def test_folder_without_manifest_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="pretrain data index"):
         load_manifest(str(tmp_path))
@@ -146,9 +154,7 @@ def test_manifest_cannot_name_files_outside_its_folder(dataset: Path, tmp_path: 
         {"classes": "abc"},
     ],
 )
-def test_manifest_of_wrong_content_is_refused(
-    dataset: Path, tmp_path: Path, change: dict[str, object]
-) -> None:
+def test_manifest_of_wrong_content_is_refused(dataset: Path, tmp_path: Path, change: dict[str, object]) -> None:
     root = copy(dataset, tmp_path / "copy")
     content = json.loads((root / "manifest.json").read_text()) | change
     (root / "manifest.json").write_text(json.dumps(content))

@@ -79,9 +79,7 @@ def member(name: str = "a.jpg", **attributes: Any) -> tarfile.TarInfo:
         (member(b"\xff.jpg".decode(errors="surrogateescape")), "UTF-8"),
     ],
 )
-def test_tar_members_that_are_refused(
-    tmp_path: Path, mode: str, header: tarfile.TarInfo, reason: str
-) -> None:
+def test_tar_members_that_are_refused(tmp_path: Path, mode: str, header: tarfile.TarInfo, reason: str) -> None:
     path = tmp_path / "source"
     with tarfile.open(path, mode, format=tarfile.GNU_FORMAT) as tar:  # type: ignore[call-overload]
         tar.addfile(header, io.BytesIO())
@@ -128,9 +126,7 @@ def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_image_of_absurd_size_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
-) -> None:
+def test_image_of_absurd_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str) -> None:
     monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 1000)
     path = PACKINGS[packing](tmp_path / "source", {"a.jpg": bytes(1001)})
     with pytest.raises(SourceError, match="at most 1,000 bytes"):

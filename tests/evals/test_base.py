@@ -58,12 +58,8 @@ def test_another_question_has_another_name(folders: Folders, encoder: Encoder) -
     assert replace(report, arguments={"out": "x"}, seconds={}).file_name == report.file_name
 
 
-@pytest.mark.parametrize(
-    "damage", ["no file", "no outcomes", "not json", "other format", "a list", "lacks n"]
-)
-def test_what_is_no_report_is_an_input_error(
-    tmp_path: Path, folders: Folders, encoder: Encoder, damage: str
-) -> None:
+@pytest.mark.parametrize("damage", ["no file", "no outcomes", "not json", "other format", "a list", "lacks n"])
+def test_what_is_no_report_is_an_input_error(tmp_path: Path, folders: Folders, encoder: Encoder, damage: str) -> None:
     path = tmp_path / "report.json"
     knn_report(folders, encoder).save(path)
     described = json.loads(path.read_text())
@@ -107,9 +103,7 @@ def test_equal_predictions_leave_a_width_and_pairing_narrows_it() -> None:
 
 
 @pytest.mark.parametrize(("n", "both", "only_a", "only_b"), [(60, 0.5, 0.1, 0.1), (400, 0.4, 0.15, 0.05)])
-def test_the_interval_covers_the_truth_in_95_of_100_cases(
-    n: int, both: float, only_a: float, only_b: float
-) -> None:
+def test_the_interval_covers_the_truth_in_95_of_100_cases(n: int, both: float, only_a: float, only_b: float) -> None:
     rng = np.random.default_rng(0)
     draws = rng.choice(4, size=(2000, n), p=[both, only_a, only_b, 1 - both - only_a - only_b])
     truth, covered = 100 * (only_a - only_b), 0

@@ -85,7 +85,7 @@ def test_out_is_where_the_report_goes(run: Path, folders: Folders, tmp_path: Pat
     data = ["--train", folders.train, "--test", folders.test, "--k", "5"]
     evaluate("knn", str(run), *data, "--out", str(tmp_path / "deep" / "a.json"))
     described = json.loads((tmp_path / "deep" / "a.json").read_text())
-    assert described["metrics"]["top1"] == described["value"]
+    assert described["metrics"]["top1_k5"] == described["value"]
     assert not (run / "evals").exists()
 
 
@@ -140,16 +140,12 @@ def test_wrong_input_writes_nothing(run: Path, folders: Folders, changed: list[s
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_refused(run: Path, folders: Folders) -> None:
     with pytest.raises(InputError, match="no CUDA device"):
-        evaluate(
-            "knn", str(run), "--train", folders.train, "--test", folders.test, "--k", "5", "--device", "cuda"
-        )
+        evaluate("knn", str(run), "--train", folders.train, "--test", folders.test, "--k", "5", "--device", "cuda")
 
 
 def test_a_user_sees_one_message_and_status_2(folders: Folders) -> None:
     command = [sys.executable, "-m", "launch.cli", "eval", "knn", "resnet10", "--random-init"]
-    done = subprocess.run(
-        [*command, "--train", folders.train, "--test", folders.train], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, "--train", folders.train, "--test", folders.train], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Nearest timm models: " in done.stderr
     assert "Traceback" not in done.stderr

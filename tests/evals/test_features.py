@@ -37,9 +37,7 @@ def test_each_sample_once_in_order_with_its_own_features(folders: Folders, encod
     torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=0.02)  # two JPEG decoders
 
 
-@pytest.mark.parametrize(
-    "how", [{"batch_size": 7}, {"batch_size": 1000}, {"batch_size": 30, "num_workers": 2}]
-)
+@pytest.mark.parametrize("how", [{"batch_size": 7}, {"batch_size": 1000}, {"batch_size": 30, "num_workers": 2}])
 def test_batches_and_workers_change_nothing(folders: Folders, encoder: Encoder, how: dict[str, int]) -> None:
     expected, found = extract(encoder, folders.test), extract(encoder, folders.test, **how)
     assert found.keys == expected.keys
@@ -160,9 +158,7 @@ def image_folder(root: Path, names: list[str], each: int = 2) -> str:
     ("ours", "theirs", "told"),
     [(["a", "b"], ["a", "c"], "train only: b; test only: c"), (["a", "b", "c"], ["a", "b"], "train only: c")],
 )
-def test_classes_that_differ_are_refused(
-    tmp_path: Path, ours: list[str], theirs: list[str], told: str
-) -> None:
+def test_classes_that_differ_are_refused(tmp_path: Path, ours: list[str], theirs: list[str], told: str) -> None:
     train = open_dataset(image_folder(tmp_path / "train", ours))
     test = open_dataset(image_folder(tmp_path / "test", theirs))
     with pytest.raises(InputError, match=told):

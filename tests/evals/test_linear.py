@@ -75,9 +75,7 @@ def test_an_epoch_has_no_sample_twice(num_samples: int, batch_size: int, steps: 
 def test_scores_are_accuracy_and_cross_entropy(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "LOGITS_PER_CHUNK", chunk)
     values, labels = some_features(1, 50, 5, 3)
-    found = fit(
-        values, labels, [(1.0, 0.0), (0.01, 0.1)], num_classes=3, num_steps=30, batch_size=8, seed=0, label=""
-    )
+    found = fit(values, labels, [(1.0, 0.0), (0.01, 0.1)], num_classes=3, num_steps=30, batch_size=8, seed=0, label="")
     top1, loss = scores(found, values, labels)
     standard = (values - values.mean(0)) / values.std(0, correction=0)
     for s in range(2):
@@ -107,9 +105,7 @@ def probe_of(train: Tensor, labels: Tensor, config: LinearConfig) -> probes.Prob
     features = Features(train, labels, tuple(map(str, range(len(train)))))
     choice = choose(features, config, num_classes=10)
     best = [(choice.learning_rate, choice.weight_decay)]
-    return fit(
-        train, labels, best, num_classes=10, num_steps=config.min_steps, batch_size=1024, seed=0, label=""
-    )
+    return fit(train, labels, best, num_classes=10, num_steps=config.min_steps, batch_size=1024, seed=0, label="")
 
 
 def test_accuracy_on_real_digits_is_that_of_scikit_learn(digits: Digits) -> None:

@@ -153,10 +153,7 @@ def test_a_classifier_is_left_out_and_said_so(weights: dict[str, Tensor], tmp_pa
 def test_the_hash_sees_every_name_and_every_bit(weights: dict[str, Tensor]) -> None:
     encoder = load_source("vit_tiny_patch16_224", random_init=True, architecture=ARCHITECTURE)
     before = encoder.weights_sha256()
-    assert (
-        before
-        == load_source("vit_tiny_patch16_224", random_init=True, architecture=ARCHITECTURE).weights_sha256()
-    )
+    assert before == load_source("vit_tiny_patch16_224", random_init=True, architecture=ARCHITECTURE).weights_sha256()
     last = list(encoder.module.parameters())[-1]
     with torch.no_grad():
         last.view(-1)[-1] += 1e-6
@@ -223,9 +220,7 @@ class Touch:
         return Path.touch, (self.path,)
 
 
-def test_a_pickle_that_could_run_code_is_refused_and_does_not(
-    weights: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_a_pickle_that_could_run_code_is_refused_and_does_not(weights: dict[str, Tensor], tmp_path: Path) -> None:
     for name, extra in (("code", Touch(tmp_path / "ran")), ("object", argparse.Namespace(lr=1))):
         torch.save({"model": weights, "args": extra}, tmp_path / f"{name}.pth")
         with pytest.raises(CheckpointError, match="could run code"):

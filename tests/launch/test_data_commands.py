@@ -110,9 +110,7 @@ def test_verify_lists_faults_and_ends_with_status_2(data: Run, tmp_path: Path) -
         (("make", "fractals", "out", "--samples", "5", "--size", "2"), "--size"),
     ],
 )
-def test_wrong_input_is_told_and_changes_nothing(
-    data: Run, tmp_path: Path, words: tuple[str, ...], said: str
-) -> None:
+def test_wrong_input_is_told_and_changes_nothing(data: Run, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
     as_folder(tmp_path / "images", class_folders(3))
     before = contents(tmp_path)
     status, out, err = data(*words)

@@ -68,13 +68,13 @@ def test_running_statistics_are_one_state_on_all_ranks(tmp_path: Path, stage: in
     assert (
         first.keys()
         == second.keys()
-        == {f"buffer/body.4.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
+        == {f"buffer/encoder.4.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
     )
     stored = checkpoint.load_tensors(tmp_path / "step_00000002", "buffer/")
     for name, value in first.items():
         assert torch.equal(value, second[name])
         assert torch.equal(value, stored[name.removeprefix("buffer/")])
-    assert first["buffer/body.4.running_mean"].abs().sum() > 0
+    assert first["buffer/encoder.4.running_mean"].abs().sum() > 0
 
 
 def save_many(world: World, folder: Path) -> None:
@@ -150,7 +150,7 @@ def load_other_model(world: World, source: Path) -> str:
 
 def test_partial_load_is_refused(saved: Path) -> None:
     (message,) = run_ranks(load_other_model, 1, saved)
-    assert "buffer/body.4.running_mean" in message
+    assert "buffer/encoder.4.running_mean" in message
 
 
 def test_complete_lists_every_file(saved: Path) -> None:

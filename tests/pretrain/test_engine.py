@@ -166,9 +166,9 @@ def test_bf16_keeps_exact_fp32_masters(stage: int) -> None:
 def materialized(world: World, stage: int) -> dict[str, torch.Tensor]:
     engine = make_engine(world, stage)
     engine.step(split(toy_batch(0), world.rank, world.size, 1), Progress(0, 10, 0), 1e-2)
-    whole = engine.materialize(engine.objective.encoder())
+    whole = engine.materialize(engine.objective.encoder)
     expected = whole_state(engine)
-    assert all(torch.equal(value, expected[f"param/body.{name}"]) for name, value in whole.items())
+    assert all(torch.equal(value, expected[f"param/encoder.{name}"]) for name, value in whole.items())
     engine.step(split(toy_batch(1), world.rank, world.size, 1), Progress(1, 10, 0), 1e-2)
     return whole
 
@@ -177,5 +177,5 @@ def materialized(world: World, stage: int) -> dict[str, torch.Tensor]:
 def test_materialize_gives_whole_weights(stage: int) -> None:
     for whole in run_ranks(materialized, 2, stage):
         assert {name: tuple(t.shape) for name, t in whole.items()} == {
-            name: tuple(t.shape) for name, t in Toy().body.state_dict().items()
+            name: tuple(t.shape) for name, t in Toy().encoder.state_dict().items()
         }

@@ -1,0 +1,69 @@
+"""What a user names shards by: a folder, a tar, a brace pattern of tars; local files only."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from braceexpand import braceexpand
+
+from data_pipeline.errors import DataError, ShardError
+
+MAX_NAMES = 10_000_000  # of a brace pattern; two more digits in it would fill the memory
+
+
+def local_path(spec: str) -> Path:
+    """`spec` as a path; raises DataError for URLs: some readers would run a `pipe:` as a shell command."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", spec):
+        raise DataError(
+            where=spec,
+            expected="a local folder, file or brace pattern",
+            found=f"a {spec.split(':')[0]}: URL",
+            fix="Copy the data to a local or mounted folder and give its path.",
+        )
+    return Path(spec)
+
+
+def find_tars(spec: str) -> tuple[Path, list[str]]:
+    """(folder, names in it) of the tars in a folder, or of a tar or a brace pattern; ShardError if none."""
+    path = local_path(spec)
+    if path.is_dir():
+        root, names = path, sorted(entry.name for entry in path.glob("[!.]*.tar"))
+    else:
+        tars = [Path(name) for name in _expand(spec)]
+        if any(tar.is_absolute() for tar in tars):
+            tars = [tar.absolute() for tar in tars]
+        root = Path(os.path.commonpath([tar.parent for tar in tars]))
+        names = [tar.relative_to(root).as_posix() for tar in tars]
+    missing = [root / name for name in names if not (root / name).is_file()]
+    wrong = [name for name in names if not is_inside(name)]
+    if missing or wrong or not names:
+        raise ShardError(
+            where=spec,
+            expected="a folder of tars, a tar, or a brace pattern of tars",
+            found=f"no file {missing[0]}" if missing else f"{wrong[0]}, not a tar" if wrong else "no tar",
+            fix="Correct the path or pattern.",
+        )
+    return root, names
+
+
+def is_inside(name: str) -> bool:
+    """Whether `name` is that of a tar in a folder or below it, and of nothing outside."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name and path.suffix == ".tar"
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    try:
+        for i, name in enumerate(braceexpand(pattern)):
+            if i == MAX_NAMES:
+                raise ValueError(f"more than {MAX_NAMES:,} names")
+            yield name
+    except ValueError as error:
+        raise DataError(
+            where=pattern,
+            expected="a brace pattern such as shard-{000000..000009}.tar",
+            found=str(error),
+        ) from error

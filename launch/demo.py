@@ -1,0 +1,249 @@
+"""The main job in minutes: images made on the spot, MAE that is killed and goes on, a judged encoder, a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from data_pipeline.errors import InputError, RecipeError
+from data_pipeline.parallel import num_cores
+from data_pipeline.procedural.make import make
+from pretrain.recipe import Recipe
+from pretrain.recipe_io import load_recipe
+from pretrain.resolve import differences, resolve
+
+if TYPE_CHECKING:
+    from pretrain.report import Comparison
+
+RECIPE = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "cpu" / "mae_fractals.yaml"
+NUM_RANKS = 2
+NUM_CLASSES = 25
+PROBE_STEPS = 1000  # of the linear probe, where `pretrain eval linear` takes 5,000: enough for so few images
+
+
+def main(out: Path, *, num_train: int = 8000, num_test: int = 2000, overrides: Sequence[str] = ()) -> None:
+    """Runs all of it in `out`, which becomes the run's folder; what is complete there is kept.
+
+    Args:
+        out: images go to `data/`, the rest lies as in any run.
+        num_train, num_test: images to make.
+        overrides: of the recipe, `a.b=c`.
+
+    Raises:
+        InputError: `out` cannot be used.
+        RunError: a step failed.
+    """
+    train, test = out / "data" / "train", out / "data" / "test"
+    overrides = [f"data.train={_yaml(train)}", f"data.val={_yaml(test)}", *overrides]
+    recipe = _checked_recipe(out, overrides)
+    watch = _Watch()
+    if (out / "recipe.yaml").is_file():
+        print(f"{out} is there already: what is complete in it is kept. Remove it to start over.")
+
+    print(
+        f"\n[1/4] images: {num_train:,} fractals to train on, {num_test:,} to test, {NUM_CLASSES} classes", flush=True
+    )
+    for folder, split, num_samples in ((train, "train", num_train), (test, "test", num_test)):
+        make(
+            "fractals", folder, num_samples=num_samples, size=recipe.model.image_size, split=split,
+            num_classes=NUM_CLASSES, workers=num_cores(),
+        )  # fmt: skip
+    watch.lap("images")
+
+    total_steps = resolve(recipe, NUM_RANKS, num_train).total_steps
+    command = ["train", str(RECIPE), "--nproc", str(NUM_RANKS), "--out", str(out)]
+    command += [f"--set={override}" for override in overrides]
+    print(f"\n[2/4] training: {NUM_RANKS} processes, ZeRO {recipe.engine.zero_stage}, {total_steps:,} steps")
+    interruption = _train(command, out, total_steps)
+    watch.lap("training")
+
+    print("\n[3/4] judging: the encoder, and the same one as it was at its random start", flush=True)
+    comparisons = _judge(out, train, test)
+    watch.lap("judging")
+
+    print("\n[4/4] report", flush=True)
+    from pretrain.report import write_report
+
+    path = write_report(out, notes=_notes(command, recipe, interruption))
+    watch.lap("report")
+    _print_table(comparisons)
+    print(f"{watch}\nreport: {path}")
+
+
+def _checked_recipe(out: Path, overrides: Sequence[str]) -> Recipe:
+    if not RECIPE.is_file():
+        raise InputError(
+            where="pretrain demo", expected=f"its recipe, {RECIPE}", found="no such file",
+            fix="Run it from a checkout of the repository, installed with `make setup`.",
+        )  # fmt: skip
+    recipe = load_recipe(RECIPE, list(overrides))
+    if (out / "recipe.yaml").is_file():
+        problems = differences(recipe, load_recipe(out / "recipe.yaml"))
+        if problems:
+            raise RecipeError(f"{out} holds another run", [*problems, "Choose another folder with --out."])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            where=f"--out {out}", expected="a folder that can be made", found=error.strerror or str(error)
+        ) from None
+    return recipe
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """The training was killed after `killed_after` steps, and went on from the checkpoint of `resumed_from`."""
+
+    killed_after: int
+    resumed_from: int
+
+    @classmethod
+    def load(cls, path: Path) -> Interruption | None:
+        return cls(**json.loads(path.read_text())) if path.is_file() else None
+
+    def __str__(self) -> str:
+        again = f"steps {self.resumed_from + 1} to {self.killed_after} were taken again, on the same samples"
+        return (
+            f"All processes were killed (SIGKILL) after step {self.killed_after}; started again, the run went on "
+            f"from its checkpoint of step {self.resumed_from}: {again}."
+        )
+
+
+def _train(command: Sequence[str], out: Path, total_steps: int) -> Interruption | None:
+    """Trains to the end, killed once on the way; a finished training is left as it is."""
+    kept = out / "interruption.json"
+    if _saved_step(out) == total_steps:
+        print("finished before")
+        return Interruption.load(kept)
+    half = total_steps // 2
+    if _saved_step(out) < half:
+        with _started(command) as process:
+            interruption = _kill_in_mid_interval(process, out, half)
+        if interruption is not None:
+            kept.write_text(json.dumps(asdict(interruption)))
+            print(f"\n\n{interruption}", flush=True)
+    if _saved_step(out) < total_steps:
+        with _started(command) as process:
+            process.wait()
+    return Interruption.load(kept)
+
+
+@contextmanager
+def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """`pretrain COMMAND` in a process that ends with this one.
+
+    Raises:
+        typer.Exit: it failed, and has said why.
+    """
+    print(f"$ pretrain {shlex.join(command)}", flush=True)
+    guarded = [sys.executable, "-m", "launch.rank", str(os.getpid()), "launch.cli", *command]
+    process = subprocess.Popen(guarded)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if process.returncode not in (0, -signal.SIGKILL):
+        raise typer.Exit(process.returncode if process.returncode > 0 else 1)
+
+
+def _kill_in_mid_interval(process: subprocess.Popen[bytes], out: Path, half: int) -> Interruption | None:
+    """SIGKILL, past the first checkpoint from step `half` on; None: the process ended before."""
+    while process.poll() is None:
+        saved, logged = _saved_step(out), _logged_step(out)
+        if saved >= half and logged > saved:
+            process.kill()  # the ranks die with their launcher
+            process.wait()
+            return Interruption(logged, saved)
+        time.sleep(0.1)
+    return None
+
+
+def _saved_step(out: Path) -> int:
+    """Of the newest complete checkpoint; 0: there is none."""
+    complete = (out / "checkpoints").glob("step_*/COMPLETE")
+    return max((int(path.parent.name.removeprefix("step_")) for path in complete), default=0)
+
+
+def _logged_step(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    found = (re.match(r'\{"step": (\d+),', line) for line in lines[-1:])
+    return next((int(match[1]) for match in found if match), 0)
+
+
+def _judge(out: Path, train: Path, test: Path) -> list[Comparison]:
+    from data_pipeline.read import open_dataset
+    from pretrain.evals.knn import Knn
+    from pretrain.evals.linear import Linear, LinearConfig
+    from pretrain.evals.sources import load_source
+    from pretrain.recipe import InlineKnn
+    from pretrain.report import find_comparisons
+
+    bank, queries = open_dataset(str(train)), open_dataset(str(test))
+    knn = Knn(bank, queries, InlineKnn(kind="knn", train=str(train), test=str(test)))
+    linear = Linear(bank, queries, LinearConfig(min_steps=PROBE_STEPS))
+    trained, random = load_source(str(out)), load_source(str(out), random_init=True)
+    for encoder in (trained, random):
+        for evaluator in (knn, linear):
+            report = evaluator.run(encoder)
+            report.save(out / "evals" / report.file_name)
+            print(f"{report.evaluator} of the {encoder.tag} one: {report.value:.1f} %", flush=True)
+    return find_comparisons(out / "evals", trained.weights_sha256())
+
+
+def _notes(command: Sequence[str], recipe: Recipe, interruption: Interruption | None) -> list[str]:
+    started = f"{NUM_RANKS} processes, ZeRO {recipe.engine.zero_stage}: pretrain {shlex.join(command)}"
+    return [started, *([str(interruption)] if interruption else [])]
+
+
+def _print_table(comparisons: Sequence[Comparison]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("top-1 on the test images", title_justify="left")
+    for column in ("trained", "random start", "difference", "95 % interval"):
+        table.add_column(column, justify="right")
+    for c in comparisons:
+        assert c.random is not None
+        assert c.interval is not None
+        table.add_row(
+            c.protocol, f"{c.trained.value:.1f} %", f"{c.random.value:.1f} %", f"{c.interval.difference:+.1f}",
+            f"{c.interval.low:+.1f} to {c.interval.high:+.1f}",
+        )  # fmt: skip
+    Console(soft_wrap=True).print(table)
+
+
+class _Watch:
+    """How long each part took."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self._laps[name], self._last = now - self._last, now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self._laps.items())
+        return f"took {sum(self._laps.values()):.0f} s: {parts}"
+
+
+def _yaml(path: Path) -> str:
+    """A path as the value of an override, which is YAML; plain where that means the same."""
+    return str(path) if re.fullmatch(r"[\w./-]+", str(path)) else json.dumps(str(path))

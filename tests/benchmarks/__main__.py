@@ -1,0 +1,61 @@
+"""`make bench`: every benchmark in one run, ratios only, as one table."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tests.benchmarks import bench_loader, bench_step
+
+
+def help_seconds(runs: int = 7) -> list[list[str]]:
+    """`pretrain --help` from start to end, against an interpreter that does nothing."""
+
+    def seconds(*command: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *command], check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    helps = sorted(seconds("-m", "launch.cli", "--help") for _ in range(runs))
+    bare = statistics.median(seconds("-c", "pass") for _ in range(runs))
+    spread = f"{helps[0]:.2f} to {helps[-1]:.2f} s; bare interpreter {bare:.2f} s"
+    return [["pretrain --help", f"{statistics.median(helps):.2f} s", spread, "<= 0.5 s"]]
+
+
+def loader() -> list[list[str]]:
+    """Images per second of the loader, on one thread, against open_clip over webdataset and a plain loop."""
+    default = Path(__file__).resolve().parents[3] / "shared" / "data"
+    photos = Path(os.environ.get("PRETRAIN_TEST_DATA", default)) / "photos.tar"
+    if not photos.is_file():
+        return [["loader", "", f"no photographs at {photos}; set PRETRAIN_TEST_DATA", ""]]
+    return [
+        [
+            f"loader against {row.name}",
+            f"{row.ours:.0f} / {row.other:.0f} images/s",
+            f"{row.ratio:.2f} ({row.lower:.2f} to {row.upper:.2f}, quartiles)",
+            f">= {row.goal}" if row.goal else "",
+        ]
+        for row in bench_loader.run(photos)
+    ]
+
+
+def main() -> None:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    rows = [["what", "median", "ratio (least to greatest)", "goal"]]
+    for part in (help_seconds, bench_step.run, loader):
+        rows += part()
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+        if row is rows[0]:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+if __name__ == "__main__":
+    main()

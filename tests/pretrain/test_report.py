@@ -1,0 +1,333 @@
+"""The report of a run: everything in it, nothing from outside, and text that stays text."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from data_pipeline.decode import decode_image
+from data_pipeline.errors import CheckpointError, InputError, RecipeError
+from data_pipeline.read import Dataset, open_dataset
+from data_pipeline.views import ViewSpec
+from pretrain import report
+from pretrain.checkpoint import complete_checkpoints, load_tensors
+from pretrain.evals.base import EvalReport, Outcomes, compare
+from pretrain.evals.encoder import Encoder
+from pretrain.evals.knn import Knn
+from pretrain.evals.sources import load_source
+from pretrain.objectives.build import build_objective
+from pretrain.objectives.mae import Mae
+from pretrain.recipe import InlineKnn
+from pretrain.recipe_io import load_recipe
+from pretrain.report_figures import Neighbours, Picture, curve, neighbours, picture, reconstructions
+from tests.shards import write_shards
+
+SIZE = 16
+OPTIONS = {"embed_dim": 16, "depth": 1, "num_heads": 2, "class_token": False, "global_pool": "avg", "fc_norm": False}
+HEAD = {
+    "mae": {"kind": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "supervised": {"kind": "supervised", "num_classes": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_shards(folder / "train", 90, size=SIZE)
+    write_shards(folder / "test", 40, size=SIZE)
+    return folder
+
+
+def train(folder: Path, data: Path, kind: str, **groups: Any) -> Path:
+    tree = {
+        "name": "tiny",
+        "data": {"train": str(data / "train"), **groups},
+        "model": {"name": "vit_tiny_patch16_224", "image_size": SIZE, "patch_size": 4, "options": OPTIONS},
+        "objective": HEAD[kind],
+        "optim": {"base_lr": 1e-2},
+        "schedule": {"steps": 4},
+        "batch": {"global_size": 8},
+        "engine": {"zero_stage": 1, "precision": "fp32"},
+        "runtime": {"peak_tflops": 0.1, "threads": 1, "device": "cpu"},
+        "logging": {"every_steps": 1, "tensorboard": False},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    arguments = ["train", str(folder / "recipe.yaml"), "--out", str(folder / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of MAE for four steps, judged by kNN with its random start."""
+    run = train(tmp_path_factory.mktemp("run"), data, "mae", val=str(data / "test"))
+    knn = Knn(
+        open_dataset(str(data / "train")),
+        open_dataset(str(data / "test")),
+        InlineKnn(kind="knn", train="", test="", k=5),
+    )
+    for random_init in (False, True):
+        judged = knn.run(load_source(str(run), random_init=random_init))
+        judged.save(run / "evals" / judged.file_name)
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> Page:
+    path = report.write_report(run, notes=["it went <well>"])
+    assert path == run / "report.html"
+    return Page(path.read_text("utf-8"))
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and all text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    @property
+    def shape(self) -> list[tuple[str, list[str]]]:
+        """What markup there is, whatever the text says."""
+        return [(tag, sorted(attributes)) for tag, attributes in self.elements]
+
+    def images(self, kind: str) -> list[bytes]:
+        found = [
+            re.fullmatch(f"data:{re.escape(kind)};base64,(.*)", a["src"] or "") for t, a in self.elements if t == "img"
+        ]
+        return [base64.b64decode(match[1]) for match in found if match]
+
+
+def test_nothing_is_fetched_and_nothing_runs(page: Page) -> None:
+    assert "default-src 'none'" in next(a["content"] for t, a in page.elements if a.get("http-equiv"))  # type: ignore[operator]
+    assert not {"script", "link", "iframe", "object", "form", "base"} & {tag for tag, _ in page.elements}
+    for tag, attributes in page.elements:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in {"src", "href", "srcset", "data", "action"} & attributes.keys():
+            assert (attributes[name] or "").startswith("data:image/"), (tag, name)
+    assert "url(" not in page.text
+    assert "@import" not in page.text
+
+
+def test_every_image_can_be_seen(page: Page) -> None:
+    pngs, svgs = page.images("image/png"), page.images("image/svg+xml")
+    assert len(pngs) + len(svgs) == sum(tag == "img" for tag, _ in page.elements)
+    assert len(svgs) == 3
+    for data in svgs:
+        assert ElementTree.fromstring(data).tag == "{http://www.w3.org/2000/svg}svg"
+    expected = 3 * report.NUM_RECONSTRUCTIONS + report.NUM_QUERIES * (1 + 2 * report.NUM_NEIGHBOURS)
+    assert len(pngs) == expected
+    assert {Image.open(io.BytesIO(data)).size for data in pngs} == {(SIZE, SIZE)}
+    assert all(attributes.get("alt") for tag, attributes in page.elements if tag == "img")
+
+
+def test_the_table_says_what_the_evaluations_found(run: Path, page: Page) -> None:
+    trained, random = (
+        EvalReport.load(next((run / "evals").glob(f"knn-{tag}-*.json"))) for tag in ("encoder", "random")
+    )
+    interval = compare(trained, random)
+    row = re.sub(r"\s+", " ", page.text)
+    assert (
+        f"kNN, k = 5{trained.value:.1f} %{random.value:.1f} %{interval.difference:+.1f}"
+        f"{interval.low:+.1f} to {interval.high:+.1f}40" in row
+    )
+    assert "32 samples seen in 4 of 4 steps of 8" in row
+    assert "it went <well>" in row
+    assert "zero_stage: 1" in row
+    assert f"torch {torch.__version__}" in row
+
+
+def test_reconstructions_are_of_the_weights_in_the_newest_checkpoint(run: Path, page: Page) -> None:
+    recipe = load_recipe(run / "recipe.yaml")
+    dataset = open_dataset(str(recipe.data.val))
+    objective = build_objective(recipe.model, recipe.objective)
+    assert isinstance(objective, Mae)
+    fresh = [row[2].source for row in reconstructions(objective, dataset, recipe, 4)]
+    objective.load_state_dict(load_tensors(complete_checkpoints(run / "checkpoints")[-1], "param/"), strict=True)
+    rows = reconstructions(objective, dataset, recipe, 4)
+    sources = [attributes["src"] for tag, attributes in page.elements if tag == "img"][3:]
+    assert [image.source for row in rows for image in row] == sources[:12]
+    assert not {row[2].source for row in rows} & set(fresh)
+
+
+def test_a_reconstruction_keeps_what_was_seen_and_paints_the_rest(run: Path) -> None:
+    recipe = load_recipe(run / "recipe.yaml")
+    dataset = open_dataset(str(recipe.data.val))
+    objective = build_objective(recipe.model, recipe.objective)
+    assert isinstance(objective, Mae)
+    blank = np.round(255 * np.array(recipe.data.mean)).astype(np.uint8)
+    for i, (original, masked, filled) in enumerate(
+        map(pixels, row) for row in reconstructions(objective, dataset, recipe, 5)
+    ):
+        np.testing.assert_array_equal(original, stored(dataset, i))
+        hidden = (masked == blank).all(axis=2)
+        assert hidden.mean() == pytest.approx(0.75, abs=0.02), "but for pixels that are of the mean colour"
+        np.testing.assert_array_equal(masked[~hidden], original[~hidden])
+        np.testing.assert_array_equal(filled[~hidden], original[~hidden])
+        assert (filled[hidden] != original[hidden]).any(axis=1).mean() > 0.5
+
+
+def pixels(shown: Picture) -> Any:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(shown.source.partition(",")[2]))))
+
+
+def stored(dataset: Dataset, i: int) -> Any:
+    return decode_image(dataset.read(i).fields["jpg"], max_pixels=10**6, where="")
+
+
+class Colour(nn.Module):
+    """[B, 3, S, S] -> the mean colour, [B, 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=(2, 3)) * self.scale
+
+
+def test_neighbours_are_the_nearest_by_cosine(data: Path) -> None:
+    bank, queries = open_dataset(str(data / "train")), open_dataset(str(data / "test"))
+    encoder = Encoder(Colour(), SIZE, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), ViewSpec(), tag="colour")
+    found = neighbours({"colour": encoder}, bank, queries, num_queries=3, bank_size=60, k=4, max_pixels=10**6)
+    images = [stored(bank, i) for i in range(60)]
+
+    def feature(image: Any) -> Any:
+        mean = (image / 255 - 0.5).mean(axis=(0, 1))
+        return mean / np.linalg.norm(mean)
+
+    assert [item.query.caption for item in found] == [f"class{i % 3}" for i in (0, 14, 29)]
+    for i, item in zip((0, 14, 29), found, strict=True):
+        query = stored(queries, i)
+        np.testing.assert_array_equal(pixels(item.query), query)
+        order = np.argsort([-feature(query) @ feature(image) for image in images], kind="stable")[:4]
+        assert item.found["colour"] == [
+            picture(images[j], f"class{j % 3}", good=j % 3 == i % 3) for j in order.tolist()
+        ]
+
+
+def test_images_without_labels_have_neighbours_without_a_verdict(tmp_path: Path) -> None:
+    bank = open_dataset(str(write_shards(tmp_path / "plain", 20, size=SIZE, label=False)))
+    encoder = Encoder(Colour(), SIZE, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), ViewSpec(), tag="colour")
+    found = neighbours({"colour": encoder}, bank, bank, num_queries=2, bank_size=20, k=2, max_pixels=10**6)
+    assert [(p.caption, p.good) for item in found for p in item.found["colour"]] == [("", None)] * 4
+    assert [item.found["colour"][0] for item in found] == [item.query for item in found], "each is nearest to itself"
+
+
+def test_a_curve_is_the_same_picture_every_time() -> None:
+    once, again = (curve("loss", [("training", [1, 2], [3.0, 2.5])]) for _ in range(2))
+    assert once == again
+    assert curve("loss", [("training", [1, 2], [3.0, 2.6])]) != once
+
+
+def sample_page(text: str) -> dict[str, Any]:
+    """A page with `text` wherever a run, its data or its machine may put words."""
+    shown = Picture("data:image/png;base64,AA==", 4, 4, text or "?", good=True)
+    judged = evaluated("encoder", "a", ("1",), evaluator=text)
+    return {
+        "name": text, "summary": text, "notes": [text], "recipe": text, "environment": {text: text},
+        "comparisons": [report.Comparison(text, judged, None, None), report.Comparison(text, judged, judged, compare(judged, judged))],
+        "num_classes": 3, "curves": [shown], "triples": [[shown] * 3], "mask_ratio": 0.75, "normalized": True,
+        "neighbours": [Neighbours(shown, {text: [shown]})],
+    }  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.text()
+    | st.sampled_from(["<script>alert(1)</script>", '"><img src=http://x onerror=alert(1)>', "{{ 7 * 7 }}", "&lt;"])
+)
+def test_text_never_becomes_markup(text: str) -> None:
+    made = Page(report.render(sample_page(text)))
+    assert made.shape == Page(report.render(sample_page("plain"))).shape
+    if text.strip() and not {"\r", "\x00"} & set(text):
+        assert text in made.text
+
+
+def evaluated(tag: str, weights: str, keys: tuple[str, ...], evaluator: str = "knn", **protocol: Any) -> EvalReport:
+    labels = np.zeros(len(keys), np.int32)
+    return EvalReport(
+        evaluator=evaluator, metric="top1", value=50.0, n=len(keys), metrics={}, encoder={"tag": tag, "source": "s"},
+        protocol={"k": 5, **protocol}, data={"num_classes": 3}, seeds={}, weights_sha256=weights, versions={},
+        seconds={}, notes=[], outcomes=Outcomes(keys, labels, labels),
+    )  # fmt: skip
+
+
+def test_reports_are_paired_by_what_was_asked(tmp_path: Path) -> None:
+    kept = [
+        evaluated("encoder", "new", ("a", "b")),
+        evaluated("encoder", "old", ("a", "b")),
+        evaluated("encoder", "new", ("a", "b"), evaluator="linear", learning_rate=0.1, epochs=10),
+        evaluated("random", "r", ("a", "b"), k=20),
+        evaluated("random", "r", ("a", "b"), evaluator="linear", learning_rate=0.2, epochs=10),
+        evaluated("random", "r", ("a", "b"), evaluator="linear", learning_rate=0.1, epochs=5),
+    ]
+    for i, one in enumerate(kept):
+        one.save(tmp_path / f"{i}.json")
+    knn, linear = report.find_comparisons(tmp_path, "new")
+    assert (knn.protocol, knn.random, knn.interval) == ("kNN, k = 5", None, None)
+    assert linear.protocol == "linear probe"
+    assert linear.random is not None
+    assert linear.random.protocol["epochs"] == 10
+    assert linear.interval is not None
+    assert linear.interval.difference == 0
+    assert report.find_comparisons(tmp_path / "none", "new") == []
+
+
+def test_a_run_that_paints_nothing_has_a_report_too(data: Path, tmp_path: Path) -> None:
+    made = Page(report.write_report(train(tmp_path, data, "supervised")).read_text("utf-8"))
+    assert len(made.images("image/svg+xml")) == 3
+    assert not made.images("image/png"), "no masks to fill, and no data apart from training to ask about"
+    assert "supervised on vit_tiny_patch16_224" in made.text
+
+
+def test_what_is_no_run_or_damaged_is_told(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError):
+        report.write_report(tmp_path)
+    for spoil, error in (
+        (lambda copy: shutil.rmtree(copy / "checkpoints"), CheckpointError),
+        (lambda copy: next((copy / "checkpoints").glob("*/tensors-*")).write_bytes(b"x"), CheckpointError),
+        (lambda copy: (copy / "metrics.jsonl").write_text("{"), InputError),
+        (lambda copy: (copy / "metrics.jsonl").unlink(), InputError),
+        (lambda copy: (copy / "environment.json").write_text(json.dumps([])), InputError),
+        (lambda copy: next((copy / "evals").glob("*.json")).write_text("{}"), InputError),
+    ):
+        copy = tmp_path / "copy"
+        shutil.copytree(run, copy)
+        (copy / "report.html").unlink(missing_ok=True)
+        spoil(copy)
+        with pytest.raises(error):
+            report.write_report(copy)
+        assert not (copy / "report.html").exists()
+        shutil.rmtree(copy)
