@@ -50,20 +50,19 @@ def entries(table: Table[Entry], indices: Iterable[int], num_workers: int) -> It
         multiprocessing_context="fork" if num_workers else None,  # at once, sharing the manifest's pages
         generator=torch.Generator(),  # or it would draw from the generator that dropout uses
     )
-    held = [_start(loader)]  # the only reference: letting go of it ends the workers
-    release = held.clear
-    atexit.register(release)  # torch leaves this to a SIGTERM, which they outlive
+    iterator = _start(loader)
+    # torch ends workers when their iterator is freed, which an error's traceback can put off, and else by SIGTERM at
+    # exit, which they outlive. So they are told, here or at exit.
+    end = getattr(iterator, "_shutdown_workers", lambda: None)
+    atexit.register(end)
     try:
-        while True:
-            entry = _next(held[0], num_workers)
-            if entry is None:
-                return
+        while (entry := _next(iterator, num_workers)) is not None:
             if isinstance(entry, PretrainError):
                 raise entry
             yield entry
     finally:
-        release()
-        atexit.unregister(release)
+        end()
+        atexit.unregister(end)
 
 
 class _ErrorsAsValues(Dataset["Entry | PretrainError"], Generic[Entry]):

@@ -95,6 +95,8 @@ class Engine:
             dist_init_required=False,
             config=_deepspeed_config(config, optim, world, micro_size, accumulation),
         )
+        if self.stage == 3:
+            self._register_shared_parameters(deepspeed)
         self._batch_norms = [m for m in objective.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for group in self.optimizer.param_groups:
             for kept in self._kept_by(group):
@@ -193,6 +195,17 @@ class Engine:
         self._deepspeed.step()
         applied = not self._deepspeed.optimizer.overflow
         return (float(self._deepspeed.get_global_grad_norm()) if applied else float("nan")), applied
+
+    def _register_shared_parameters(self, deepspeed: Any) -> None:
+        """Parameters of a module that has children may be used while its own forward is not running.
+
+        MAE reads a ViT's position embedding so. DeepSpeed notices such a use only when the parameter happens to be
+        sharded at that moment, and fails when that comes late; as the objective's own they are gathered always.
+        """
+        for module in self.objective.modules():
+            if module is not self.objective and next(module.children(), None) is not None:
+                for p in module.parameters(recurse=False):
+                    deepspeed.zero.register_external_parameter(self.objective, p)
 
     def _kept_by(self, group: dict[str, Any]) -> list[Tensor]:
         """The tensors that the base optimizer steps for a group: parameters at stage 0, else flat partitions."""

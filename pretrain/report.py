@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,10 +90,15 @@ def write_report(run: Path, *, notes: Sequence[str] = ()) -> Path:
 
 def render(page: dict[str, Any]) -> str:
     """The page as HTML; every value is escaped, a missing one is an error."""
+    return _template().render(page)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(TEMPLATE.read_text("utf-8")).render(page)
+    return environment.from_string(TEMPLATE.read_text("utf-8"))
 
 
 def find_comparisons(evals: Path, weights_sha256: str) -> list[Comparison]:

@@ -27,6 +27,7 @@ from pretrain.environment import choose_device, describe, pin_threads
 from pretrain.inline import Inline, knn_evaluators
 from pretrain.loop import Limits, Parts, TimedCheckpoints, train
 from pretrain.metrics import MetricLog, flops_per_sample, measure_peak_flops, peak_memory_bytes
+from pretrain.models.attention import choose_attention
 from pretrain.models.encoders import save_encoder
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
@@ -96,6 +97,7 @@ def run(recipe: Recipe, out: Path, *, max_steps: int | None = None, overfit_batc
     with process_group(world, device):
         torch.manual_seed(recipe.seed)
         objective = build_objective(recipe.model, recipe.objective)
+        choose_attention(objective, device, recipe.engine.precision)
         rates = _Rates(recipe, objective, device, world)
         engine = Engine(
             objective,

@@ -111,9 +111,7 @@ def model_args(model: Model) -> dict[str, Any]:
             found=repr(model.name),
             fix=_nearest(model.name, known),
         )
-    accepted = (
-        set(inspect.signature(VisionTransformer if _is_vit(model.name) else ResNet).parameters) - _RESERVED
-    )
+    accepted = set(inspect.signature(VisionTransformer if _is_vit(model.name) else ResNet).parameters) - _RESERVED
     for option in model.options:
         if option not in accepted:
             raise InputError(
@@ -123,9 +121,7 @@ def model_args(model: Model) -> dict[str, Any]:
                 fix=_nearest(option, accepted),
             )
     if model.options.get("global_pool") == "":
-        raise InputError(
-            where="model.options.global_pool", expected="a pooling, as features are [B, D]", found="none"
-        )
+        raise InputError(where="model.options.global_pool", expected="a pooling, as features are [B, D]", found="none")
     args: dict[str, Any] = {"num_classes": 0, **model.options}
     if _is_vit(model.name):
         args |= {"img_size": model.image_size, "dynamic_img_size": False}

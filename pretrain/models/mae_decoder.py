@@ -29,9 +29,7 @@ class MaeDecoder(nn.Module):
         self.embed = nn.Linear(in_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         # Fixed, and derived from the shape alone: nothing for a checkpoint to keep.
-        self.register_buffer(
-            "pos_embed", build_sincos2d_pos_embed(list(grid), width), persistent=False
-        )  # [N, width]
+        self.register_buffer("pos_embed", build_sincos2d_pos_embed(list(grid), width), persistent=False)  # [N, width]
         self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
         self.norm = LayerNorm(width)
         self.head = nn.Linear(width, patch_values)

@@ -19,6 +19,7 @@ from data_pipeline.batch import Batch
 from pretrain import recipe
 from pretrain.collectives import World, process_group
 from pretrain.engine import Engine
+from pretrain.models.attention import choose_attention
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.optim import build_optimizer
@@ -56,7 +57,9 @@ def run(rounds: int = 7, steps: int = 3, batch_size: int = 256) -> list[list[str
 
 def _objective(config: recipe.Recipe) -> Objective:
     torch.manual_seed(0)
-    return build_objective(config.model, config.objective)
+    objective = build_objective(config.model, config.objective)
+    choose_attention(objective, torch.device("cpu"), config.engine.precision)
+    return objective
 
 
 def _batch(objective: Objective, size: int) -> Batch:

@@ -30,6 +30,7 @@ from data_pipeline.order import Order
 from data_pipeline.read import Dataset, ShardDataset, open_dataset
 from data_pipeline.scan import index_shards
 from data_pipeline.views import ViewSpec, training_view
+from data_pipeline.workers import entries
 from tests.data_pipeline.tiny import photo, write_shards
 
 SPEC = BatchSpec(8, num_views=2, num_classes=3, mask=MaskSpec(9, 6))
@@ -383,6 +384,21 @@ def wait_until(condition: Any, seconds: float = 20) -> bool:
     return bool(condition())
 
 
+class Faulty:
+    """A table with a bug."""
+
+    def __getitem__(self, index: int) -> int:
+        return 1 // index
+
+
+def test_a_bug_in_a_worker_is_shown_and_leaves_no_process() -> None:
+    before = workers_of(os.getpid())
+    with pytest.raises(ZeroDivisionError, match="in __getitem__") as caught:
+        list(entries(Faulty(), [1, 0, 1], num_workers=2))
+    assert workers_of(os.getpid()) == before
+    del caught  # it held the traceback, and so all that was alive then, until here
+
+
 @pytest.mark.parametrize("how", ["closed", "dropped"])
 def test_workers_end_with_their_iterator(dataset: ShardDataset, how: str) -> None:
     before = workers_of(os.getpid())
@@ -403,6 +419,7 @@ def test_workers_outlive_a_signal_to_the_whole_job(dataset: ShardDataset) -> Non
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(worker, number)
         assert len(list(islice(stream, 10))) == 10
+    assert workers_of(os.getpid()) == before
 
 
 def test_a_killed_worker_is_an_error_of_ours(dataset: ShardDataset) -> None:

@@ -43,9 +43,7 @@ def assert_same_gradients(module: torch.nn.Module, weights: Weights) -> None:
         torch.testing.assert_close(p.grad, expected, rtol=1e-9, atol=1e-11, msg=f"gradient of {name} differs")
 
 
-def mae_loss(
-    w: Weights, positions: Tensor, images: Tensor, masks: Tensor, shape: Shape, normalize: bool
-) -> Tensor:
+def mae_loss(w: Weights, positions: Tensor, images: Tensor, masks: Tensor, shape: Shape, normalize: bool) -> Tensor:
     """Mean over samples and hidden patches of the mean squared error of a patch's values.
 
     Args:

@@ -68,9 +68,7 @@ def test_loss_and_gradients_equal_the_naive_twin(
     loss = objective(batch, START).loss
     loss.backward()
     assert batch.masks is not None
-    expected = naive.mae_loss(
-        weights, objective.decoder.pos_embed, batch.views[0], batch.masks, shape, normalize
-    )
+    expected = naive.mae_loss(weights, objective.decoder.pos_embed, batch.views[0], batch.masks, shape, normalize)
     expected.backward()
 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)

@@ -91,9 +91,7 @@ def test_loss_and_metrics_of_a_batch_are_means_of_its_samples(seed: int, size: i
     whole = objective(batch, START)
     assert whole.loss.item() == pytest.approx(math.fsum(o.loss.item() for o in outputs) / size, rel=1e-12)
     for name, value in whole.metrics.items():
-        assert value.item() == pytest.approx(
-            math.fsum(o.metrics[name].item() for o in outputs) / size, abs=1e-6
-        )
+        assert value.item() == pytest.approx(math.fsum(o.metrics[name].item() for o in outputs) / size, abs=1e-6)
 
 
 def test_starts_near_the_logarithm_of_the_number_of_classes() -> None:
@@ -105,9 +103,7 @@ def test_starts_near_the_logarithm_of_the_number_of_classes() -> None:
 
 @given(data=st.data(), num_classes=st.integers(2, 9), size=st.integers(1, 8))
 @settings(max_examples=30, deadline=None)
-def test_accuracies_count_labels_among_the_largest_logits(
-    data: st.DataObject, num_classes: int, size: int
-) -> None:
+def test_accuracies_count_labels_among_the_largest_logits(data: st.DataObject, num_classes: int, size: int) -> None:
     rows = data.draw(st.lists(st.permutations(range(num_classes)), min_size=size, max_size=size))
     truth = data.draw(st.lists(st.integers(0, num_classes - 1), min_size=size, max_size=size))
     ranks = [num_classes - 1 - row[label] for row, label in zip(rows, truth, strict=True)]

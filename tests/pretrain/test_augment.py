@@ -26,9 +26,7 @@ def test_every_view_equals_torchvision_s() -> None:
     views = normalize(batch, MEAN, STD).views
     assert len(views) == 2
     for view, original, was in zip(views, batch.views, before, strict=True):
-        expected = reference.normalize(
-            reference.to_dtype(original, torch.float32, scale=True), list(MEAN), list(STD)
-        )
+        expected = reference.normalize(reference.to_dtype(original, torch.float32, scale=True), list(MEAN), list(STD))
         assert view.dtype == torch.float32
         torch.testing.assert_close(view, expected, rtol=1e-6, atol=1e-6)
         assert torch.equal(original, was)

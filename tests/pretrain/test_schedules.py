@@ -29,9 +29,7 @@ def rates(total: int, warmup: int, peak: float, final: float) -> list[float]:
 
 @given(total=totals, share=st.floats(0, 1, exclude_max=True), peak=peaks, final=finals)
 @settings(max_examples=100, deadline=None)
-def test_rises_to_the_peak_then_falls_to_the_final_rate(
-    total: int, share: float, peak: float, final: float
-) -> None:
+def test_rises_to_the_peak_then_falls_to_the_final_rate(total: int, share: float, peak: float, final: float) -> None:
     warmup = int(share * total)
     lr = rates(total, warmup, peak, final)
     assert lr[warmup] == pytest.approx(peak)
@@ -59,9 +57,7 @@ def test_is_halfway_down_in_the_middle(total: int, peak: float, final: float) ->
 
 
 def test_is_linear_while_warming_up() -> None:
-    assert rates(100, 4, 1.0, 0.0)[:6] == pytest.approx(
-        [0.2, 0.4, 0.6, 0.8, 1.0, (1 + math.cos(math.pi / 96)) / 2]
-    )
+    assert rates(100, 4, 1.0, 0.0)[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, (1 + math.cos(math.pi / 96)) / 2])
 
 
 @given(step=st.integers(0, 1000), seen=st.integers(0, 10**9))

@@ -1,0 +1,125 @@
+"""The demo, small: it is killed, goes on, judges, reports; and goes on with whatever it finds complete."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import DataError, InputError, RecipeError
+from launch import demo
+from pretrain.recipe_io import load_recipe
+from pretrain.strict_yaml import read_yaml
+
+TOTAL, EVERY = 24, 4
+SMALL = [
+    "schedule.samples=null", f"schedule.steps={TOTAL}", "batch.global_size=8", f"checkpoint.every_steps={EVERY}",
+    "logging.every_steps=1", "logging.tensorboard=false", "runtime.peak_tflops=0.1", "validation.every_epochs=99",
+    "model.image_size=16", "model.options.embed_dim=16", "model.options.depth=1", "model.options.num_heads=2",
+    "objective.decoder_width=16", "objective.decoder_heads=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(demo, "PROBE_STEPS", 50)
+    return
+
+
+def run_demo(out: Path, overrides: list[str]) -> None:
+    demo.main(out, num_train=200, num_test=50, overrides=overrides)
+
+
+def logged_steps(out: Path) -> list[int]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "loss" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_it_is_killed_and_goes_on_to_a_judged_encoder_and_a_report(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a demo: 1"  # a name that means something else to YAML and to a shell
+    run_demo(out, SMALL)
+    said = capfd.readouterr().out
+
+    told = json.loads((out / "interruption.json").read_text())
+    assert told["resumed_from"] >= TOTAL // 2
+    assert told["resumed_from"] % EVERY == 0
+    assert told["killed_after"] % EVERY != 0, "in the middle of an interval"
+    assert told["killed_after"] > told["resumed_from"]
+    starts = [line for line in (out / "log-rank0.txt").read_text().splitlines() if line.startswith("mae_fractals: ")]
+    assert [line.rsplit(", ", 1)[1].split("/")[-1] for line in starts] == [
+        "from scratch",
+        f"step_{told['resumed_from']:08d}",
+    ]
+    assert all("batch 8 = 2 x 1 x 4, ZeRO 2" in line for line in starts)
+    assert logged_steps(out) == list(range(1, TOTAL + 1))
+
+    page = (out / "report.html").read_text()
+    for sentence in (f"after step {told['killed_after']}", f"checkpoint of step {told['resumed_from']}"):
+        assert sentence in page
+        assert sentence in said
+    assert len(list((out / "evals").glob("*.json"))) == 4, "kNN and probe, of the encoder and of its random start"
+    for protocol in ("kNN, k = 20", "linear probe"):
+        assert protocol in page
+        assert protocol in said
+    assert said.splitlines()[-1] == f"report: {out / 'report.html'}"
+
+    made = {path: path.stat().st_mtime_ns for path in [*out.glob("data/*/*"), *out.glob("checkpoints/*/*")]}
+    (out / "report.html").unlink()
+    run_demo(out, SMALL)
+    again = capfd.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "what is complete is kept"
+    assert "is there already" in again
+    assert (out / "report.html").read_text() == page
+
+
+def test_a_folder_that_cannot_be_used_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="file"):
+        run_demo(tmp_path / "file", SMALL)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "recipe.yaml").write_bytes(demo.RECIPE.read_bytes())
+    with pytest.raises(RecipeError, match="holds another run") as told:
+        run_demo(other, SMALL)
+    assert "model.options.depth" in str(told.value)
+    assert os.listdir(other) == ["recipe.yaml"]
+    strange = tmp_path / "strange"
+    (strange / "data" / "train").mkdir(parents=True)
+    (strange / "data" / "train" / "mine.txt").write_text("mine")
+    with pytest.raises(DataError, match="other files"):
+        run_demo(strange, SMALL)
+    assert [path.name for path in strange.rglob("*") if path.is_file()] == ["mine.txt"]
+
+
+def test_its_recipe_is_one_that_users_can_run() -> None:
+    recipe = load_recipe(demo.RECIPE)
+    assert recipe.name == demo.RECIPE.stem
+    assert recipe.batch.global_size % demo.NUM_RANKS == 0
+    assert recipe.engine.zero_stage == 2
+    assert recipe.checkpoint.every_steps is not None
+    assert recipe.checkpoint.every_steps % recipe.logging.every_steps == 0
+
+
+@pytest.mark.parametrize("name", ["runs/demo", "/tmp/a b", "a: b", "{x}", "*", "#1", "ü", "~", "it's", '"'])
+def test_a_path_survives_as_an_override(name: str) -> None:
+    path = Path(name) / "data"
+    assert read_yaml(demo._yaml(path)) == (str(path), [])
+
+
+def test_progress_is_read_from_what_is_complete(tmp_path: Path) -> None:
+    assert (demo._saved_step(tmp_path), demo._logged_step(tmp_path)) == (0, 0)
+    for step in (50, 100):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000050" / "COMPLETE").touch()
+    assert demo._saved_step(tmp_path) == 50, "the other one is torn"
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 60, "loss": 1.0}\n{"step": 70, "loss": 1.0}\n')
+    assert demo._logged_step(tmp_path) == 70
