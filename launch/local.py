@@ -135,9 +135,7 @@ def _environment(num_ranks: int, threads: int | None) -> dict[str, str]:
     }
 
 
-def _start(
-    rank: int, environment: dict[str, str], module: str, arguments: Sequence[str]
-) -> subprocess.Popen[str]:
+def _start(rank: int, environment: dict[str, str], module: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "launch.rank", str(os.getpid()), module, *arguments],
         env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},

@@ -74,16 +74,10 @@ class _Parser(argparse.ArgumentParser):
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m pretrain", description=__doc__, allow_abbrev=False)
     parser.add_argument("recipe", type=Path, metavar="RECIPE")
-    parser.add_argument(
-        "--out", type=Path, metavar="RUN", help="folder of the run [runs/<name of the recipe>]"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a recipe key"
-    )
+    parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run [runs/<name of the recipe>]")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a recipe key")
     parser.add_argument("--max-steps", type=_count, metavar="N", help="stops after N steps, to debug")
-    parser.add_argument(
-        "--overfit-batch", action="store_true", help="trains on the first batch only, to debug"
-    )
+    parser.add_argument("--overfit-batch", action="store_true", help="trains on the first batch only, to debug")
     return parser.parse_args(arguments)
 
 

@@ -88,8 +88,7 @@ class Mae(Group):
     def _heads(self) -> Mae:
         if self.decoder_width % self.decoder_heads:
             raise ValueError(
-                f"expected a decoder_width that decoder_heads {self.decoder_heads} divides, "
-                f"found {self.decoder_width}."
+                f"expected a decoder_width that decoder_heads {self.decoder_heads} divides, found {self.decoder_width}."
             )
         return self
 

@@ -40,9 +40,7 @@ def imports(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = (
-                ".".join((*package[: len(package) - node.level + 1], node.module or "")) if node.level else ""
-            )
+            base = ".".join((*package[: len(package) - node.level + 1], node.module or "")) if node.level else ""
             base = base.rstrip(".") or node.module or ""
             yield from (f"{base}.{alias.name}" for alias in node.names)
 

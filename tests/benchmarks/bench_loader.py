@@ -180,9 +180,7 @@ def run(photos: Path, *, samples: int = 2048) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = Path(os.environ.get("PRETRAIN_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
     parser.add_argument("--samples", type=int, default=2048, help=f"a side and row, from {2 * BATCH} on")
     parser.add_argument("--photos", type=Path, default=data / "photos.tar", help="a tar of JPEGs")

@@ -108,9 +108,7 @@ def test_a_truncated_image_is_refused(kind: str, share: float) -> None:
     place=st.floats(0, 1, exclude_max=True),
     junk=st.binary(min_size=1, max_size=8),
 )
-def test_damage_gives_an_image_or_a_sample_error_and_nothing_else(
-    kind: str, place: float, junk: bytes
-) -> None:
+def test_damage_gives_an_image_or_a_sample_error_and_nothing_else(kind: str, place: float, junk: bytes) -> None:
     data = bytearray(encode(PHOTO, kind))
     at = int(place * len(data))
     data[at : at + len(junk)] = junk

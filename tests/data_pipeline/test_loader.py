@@ -450,20 +450,28 @@ if sys.argv[2] == "killed":
 
 
 def test_workers_end_with_their_process(dataset: ShardDataset) -> None:
-    """One that ends without closing its iterator, and one that is killed."""
+    """Of two processes that never close their iterators, one comes to its end, and the other is killed."""
     command = [sys.executable, "-c", SCRIPT, str(dataset.manifest.root)]
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": root}
-    with subprocess.Popen([*command, "killed"], stdout=subprocess.PIPE, text=True, env=environment) as killed:
-        ends = [*command, "ends"]
-        done = subprocess.run(ends, capture_output=True, text=True, env=environment, timeout=100)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n", "")
+    options: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "env": {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    }
+    ends, killed = (subprocess.Popen([*command, how], **options) for how in ("ends", "killed"))
+    try:
+        assert ends.communicate(timeout=100)[0] == "ready\n"
+        assert ends.returncode == 0
         assert killed.stdout is not None
         assert killed.stdout.readline() == "ready\n"
         workers = workers_of(killed.pid)
         assert len(workers) == 2
-        killed.kill()
+    finally:
+        for process in (ends, killed):
+            process.kill()
+            process.wait()
     assert wait_until(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers))
+    killed.stdout.close()
 
 
 def test_photographs_go_all_the_way(shared_data: Path, tmp_path: Path) -> None:

@@ -128,9 +128,7 @@ def test_the_ranks_share_a_step_out_in_order_of_lane_and_position(
 
 @many
 @given(order=orders(), cuts=st.lists(st.integers(1, 50), min_size=1, max_size=8), split=st.integers(0, 8))
-def test_a_run_may_stop_anywhere_and_go_on_with_another_batch_size(
-    order: Order, cuts: list[int], split: int
-) -> None:
+def test_a_run_may_stop_anywhere_and_go_on_with_another_batch_size(order: Order, cuts: list[int], split: int) -> None:
     seen, cursor = [], 0
     for number, size in enumerate(cuts):
         if number == split:  # another process, which knows nothing but the cursor
@@ -148,9 +146,7 @@ def test_a_lane_stays_in_its_stretch_and_a_sample_in_its_window(order: Order, ep
     order = Order(np.array([order.num_samples]), seed=order.seed, lanes=order.lanes, window=order.window)
     slots = np.array(sequence(order, epoch * order.num_samples, (epoch + 1) * order.num_samples))
     lanes = [slots[lane :: order.lanes] for lane in range(order.lanes)]
-    windows = [
-        lane[start : start + order.window] for lane in lanes for start in range(0, len(lane), order.window)
-    ]
+    windows = [lane[start : start + order.window] for lane in lanes for start in range(0, len(lane), order.window)]
     assert np.concatenate([np.sort(window) for window in windows]).tolist() == list(range(order.num_samples))
 
 
@@ -188,9 +184,7 @@ def test_epochs_and_seeds_differ() -> None:
     sizes = np.full(20, 10)
     first = Order(sizes, seed=0, lanes=4, window=16)
     second = Order(sizes, seed=1, lanes=4, window=16)
-    starts = [
-        sequence(order, epoch * 200, (epoch + 1) * 200) for order in (first, second) for epoch in range(3)
-    ]
+    starts = [sequence(order, epoch * 200, (epoch + 1) * 200) for order in (first, second) for epoch in range(3)]
     for a in range(len(starts)):
         for b in range(a):
             assert np.mean(np.array(starts[a]) == np.array(starts[b])) < 0.1

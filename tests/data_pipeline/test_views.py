@@ -57,9 +57,7 @@ def test_a_resized_slice_equals_torchvisions_resized_crop(
 def test_a_photograph_is_resized_as_pillow_resizes_it() -> None:
     smooth = np.array(PillowImage.fromarray(image(12, 16)).resize((320, 240), PillowImage.Resampling.BICUBIC))
     theirs = PillowImage.fromarray(smooth).resize((96, 96), PillowImage.Resampling.BICUBIC)
-    difference = (
-        resize(smooth, (96, 96), "bicubic").permute(1, 2, 0).int() - torch.from_numpy(np.array(theirs)).int()
-    )
+    difference = resize(smooth, (96, 96), "bicubic").permute(1, 2, 0).int() - torch.from_numpy(np.array(theirs)).int()
     assert difference.abs().max() <= 1
 
 

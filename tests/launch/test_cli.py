@@ -127,9 +127,7 @@ def recipe_with(folder: Path, path: str, value: Any) -> str:
 
 
 def test_an_unknown_key_is_answered_with_the_nearest(workplace: Path) -> None:
-    said = refused(
-        workplace, partial(process, workplace), "show", recipe_with(workplace, "objective.num_clases", 3)
-    )
+    said = refused(workplace, partial(process, workplace), "show", recipe_with(workplace, "objective.num_clases", 3))
     assert "objective.num_clases: unknown key. Did you mean objective.num_classes?" in said
 
 
@@ -141,9 +139,7 @@ def test_a_wrong_type_is_answered_with_what_was_expected(workplace: Path) -> Non
 
 def test_two_errors_are_told_at_once(workplace: Path) -> None:
     recipe = recipe_with(workplace, "seed", 0.5)
-    said = refused(
-        workplace, partial(process, workplace), "train", recipe, "--set", "optim.lr=1", "--nproc", "2"
-    )
+    said = refused(workplace, partial(process, workplace), "train", recipe, "--set", "optim.lr=1", "--nproc", "2")
     assert "recipe.yaml: 2 problems" in said
     assert "seed: expected a whole number, found 0.5." in said
     assert "optim.lr: unknown key. Did you mean optim.base_lr?" in said
@@ -189,9 +185,7 @@ def test_two_ranks_of_torchrun_tell_wrong_input_once(workplace: Path) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", ["1", "2"])
-def test_a_shard_that_is_missing_is_named(
-    workplace: Path, pretrain: Callable[..., Outcome], num_ranks: str
-) -> None:
+def test_a_shard_that_is_missing_is_named(workplace: Path, pretrain: Callable[..., Outcome], num_ranks: str) -> None:
     (workplace / "shards" / "shard-000001.tar").unlink()
     said = refused(workplace, pretrain, "train", "recipe.yaml", "--nproc", num_ranks)
     assert "shard-000001.tar" in said
@@ -213,9 +207,7 @@ def test_labels_that_are_out_of_range_are_refused(workplace: Path, pretrain: Cal
     assert "labels in [0, 3)" in said
 
 
-def test_three_ranks_do_not_train_on_a_batch_of_eight(
-    workplace: Path, pretrain: Callable[..., Outcome]
-) -> None:
+def test_three_ranks_do_not_train_on_a_batch_of_eight(workplace: Path, pretrain: Callable[..., Outcome]) -> None:
     said = refused(workplace, pretrain, "train", "recipe.yaml", "--nproc", "3")
     assert "Nearest: batch.global_size 6 or 9, or 2 or 4 processes." in said
 
@@ -236,9 +228,7 @@ def test_the_folder_of_another_recipe_is_left_alone(
 # What is shown.
 
 
-def test_show_prints_a_recipe_that_loads_and_what_follows(
-    workplace: Path, pretrain: Callable[..., Outcome]
-) -> None:
+def test_show_prints_a_recipe_that_loads_and_what_follows(workplace: Path, pretrain: Callable[..., Outcome]) -> None:
     status, out, err = pretrain("show", "recipe.yaml", "--nproc", "2", "--set", "schedule.steps=5")
     assert (status, err) == (0, "")
     shown, _ = read_yaml(out)
@@ -246,18 +236,14 @@ def test_show_prints_a_recipe_that_loads_and_what_follows(
     assert (shown["resolved"]["local_size"], shown["resolved"]["steps_per_epoch"]) == (4, 2.0)
 
 
-def test_show_without_the_data_says_what_is_missing(
-    workplace: Path, pretrain: Callable[..., Outcome]
-) -> None:
+def test_show_without_the_data_says_what_is_missing(workplace: Path, pretrain: Callable[..., Outcome]) -> None:
     status, out, err = pretrain("show", "recipe.yaml", "--set", "data.train=nowhere")
     assert status == 0
     assert read_yaml(out)[0]["data"]["train"] == "nowhere"
     assert "Without the data, no number of steps: nowhere" in err
 
 
-@pytest.mark.parametrize(
-    "command", [(), ("show",), ("train",), ("demo",), ("data",), ("eval",)], ids=" ".join
-)
+@pytest.mark.parametrize("command", [(), ("show",), ("train",), ("demo",), ("data",), ("eval",)], ids=" ".join)
 def test_help_is_of_the_command_and_ours_end_with_examples(
     pretrain: Callable[..., Outcome], command: tuple[str, ...]
 ) -> None:

@@ -83,9 +83,7 @@ def family(folder: Path, ranks: tuple[int, ...]) -> list[psutil.Process]:
     while not all((folder / f"{rank}.json").exists() for rank in ranks):
         assert time.monotonic() < give_up, "the ranks did not start"
         time.sleep(0.01)
-    return [
-        psutil.Process(pid) for rank in ranks for pid in json.loads((folder / f"{rank}.json").read_text())
-    ]
+    return [psutil.Process(pid) for rank in ranks for pid in json.loads((folder / f"{rank}.json").read_text())]
 
 
 def all_gone(processes: list[psutil.Process], seconds: float = 5) -> bool:
@@ -119,9 +117,7 @@ def test_a_number_of_threads_that_is_set_is_kept(tmp_path: Path, environment: di
     assert json.loads((tmp_path / "0.json").read_text())[0]["OMP_NUM_THREADS"] == "5"
 
 
-def test_rank_0_speaks_for_itself_and_the_others_with_their_number(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_rank_0_speaks_for_itself_and_the_others_with_their_number(tmp_path: Path, environment: dict[str, str]) -> None:
     out, err = start("words", tmp_path, environment).communicate(timeout=30)
     assert out == "out 0\n"
     assert sorted(err.splitlines()) == [
@@ -144,9 +140,7 @@ def test_the_status_of_the_rank_that_failed_is_passed_on_and_the_others_are_stop
     assert all_gone(left), "a rank that ignores SIGTERM is killed, with what it started"
 
 
-def test_the_others_are_asked_to_stop_before_they_are_killed(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_the_others_are_asked_to_stop_before_they_are_killed(tmp_path: Path, environment: dict[str, str]) -> None:
     assert start("late-polite", tmp_path, environment).wait(timeout=30) == 3
     assert (tmp_path / "saved0").exists()
 

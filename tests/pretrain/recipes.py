@@ -25,9 +25,7 @@ SMALL: dict[str, Any] = {
     "evals": [{"kind": "knn", "train": "a", "test": "b"}],
 }
 
-bounded = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+bounded = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write(folder: Path, tree: Any, name: str = "recipe.yaml") -> Path:
@@ -94,9 +92,7 @@ trees = st.fixed_dictionaries(
         "model": st.fixed_dictionaries(
             {"name": words},
             optional={
-                "options": st.dictionaries(
-                    words, st.one_of(scalars.filter(lambda v: v not in (math.inf, -math.inf)))
-                )
+                "options": st.dictionaries(words, st.one_of(scalars.filter(lambda v: v not in (math.inf, -math.inf))))
             },
         ),
         "objective": objectives,
@@ -108,9 +104,7 @@ trees = st.fixed_dictionaries(
     },
     optional={
         "seed": st.integers(0, 2**63 - 1),
-        "evals": st.lists(
-            st.fixed_dictionaries({"kind": st.just("knn"), "train": words, "test": words}), max_size=2
-        ),
+        "evals": st.lists(st.fixed_dictionaries({"kind": st.just("knn"), "train": words, "test": words}), max_size=2),
         "checkpoint": st.fixed_dictionaries({}, optional={"every_minutes": st.none() | st.floats(0.1, 99)}),
     },
 )

@@ -84,9 +84,7 @@ def test_a_duplicate_key_in_a_parent_names_the_parent(tmp_path: Path) -> None:
         ("data.train", "a=b", "a=b"),
     ],
 )
-def test_an_override_does_what_editing_the_file_does(
-    tmp_path: Path, path: str, text: str, value: Any
-) -> None:
+def test_an_override_does_what_editing_the_file_does(tmp_path: Path, path: str, text: str, value: Any) -> None:
     assert load(tmp_path, SMALL, [f"{path}={text}"]) == load(tmp_path, changed(path, value))
     assert load(tmp_path, SMALL) != load(tmp_path, changed(path, value)) or path == "data.val"
 
@@ -180,9 +178,7 @@ def test_all_problems_are_told_at_once_each_with_its_path(tmp_path: Path) -> Non
         ),
     ],
 )
-def test_a_wrong_value_is_told_with_what_was_expected(
-    tmp_path: Path, path: str, value: Any, problem: str
-) -> None:
+def test_a_wrong_value_is_told_with_what_was_expected(tmp_path: Path, path: str, value: Any, problem: str) -> None:
     assert problems(tmp_path, write_yaml(changed(path, value))) == [problem]
 
 

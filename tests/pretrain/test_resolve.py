@@ -60,9 +60,7 @@ def test_a_batch_that_does_not_divide_is_answered_with_sizes_that_work(
         resolve(recipe, world, 1000)
     except RecipeError as error:
         (problem,) = error.problems
-        near = [
-            [int(n) for n in re.findall(r"\d+", part)] for part in problem.split("Nearest: ")[1].split(",")
-        ]
+        near = [[int(n) for n in re.findall(r"\d+", part)] for part in problem.split("Nearest: ")[1].split(",")]
         key = problem.split(":")[0]
         assert key == ("batch.global_size" if size % world else "batch.micro_size")
         assert near[0]
