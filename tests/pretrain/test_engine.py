@@ -1,4 +1,4 @@
-"""The engine at every ZeRO stage: the same mathematics as one plain process, and nothing non-finite ever applied."""
+"""The engine at every ZeRO stage: the same mathematics as one plain process; nothing that is not finite is applied."""
 
 from __future__ import annotations
 
@@ -9,26 +9,37 @@ import pytest
 import torch
 
 from data_pipeline.batch import Batch
-from pretrain.collectives import World
+from pretrain import recipe
+from pretrain.collectives import World, gather_objects
 from pretrain.engine import Engine
+from pretrain.objectives.base import Objective
+from pretrain.objectives.build import build_objective
 from pretrain.recipe import AdamW, EngineConfig
 from pretrain.state import Progress
 from tests.ranks import run_ranks
 from tests.toy import Toy, split, toy_batch
 
 OPTIM = AdamW(base_lr=1e-2, lr_batch=None, weight_decay=0.1, clip_norm=0.5)
+STAGES = (0, 1, 2, 3)
 
 
 def make_engine(
-    world: World, stage: Any, accumulation: int = 1, size: int = 8, precision: Any = "fp32", **toy: Any
+    world: World,
+    stage: Any,
+    accumulation: int = 1,
+    *,
+    objective: Objective | None = None,
+    optim: AdamW = OPTIM,
+    precision: Any = "fp32",
+    **toy: Any,
 ) -> Engine:
     return Engine(
-        Toy(**toy),
-        OPTIM,
+        objective or Toy(**toy),
+        optim,
         EngineConfig(zero_stage=stage, precision=precision),
         world=world,
         device=torch.device("cpu"),
-        micro_size=size // world.size // accumulation,
+        micro_size=8 // world.size // accumulation,
         accumulation=accumulation,
         seed=0,
     )
@@ -36,24 +47,32 @@ def make_engine(
 
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     """Every logical tensor, assembled from the fragments of all ranks."""
-    from pretrain.collectives import gather_objects
-
     whole: dict[str, torch.Tensor] = {}
     for fragments in gather_objects([(f.name, f.shape, f.start, f.data.clone()) for f in engine.fragments()]):
-        for name, shape, start, data in fragments:  # type: ignore[attr-defined]
+        for name, shape, start, data in fragments:
             flat = whole.setdefault(name, torch.empty(shape, dtype=data.dtype)).view(-1)
             flat[start : start + data.numel()] = data
     return whole
 
 
-def train(world: World, stage: int, accumulation: int, steps: int, toy: dict[str, Any]) -> dict[str, Any]:
-    engine = make_engine(world, stage, accumulation, **toy)
-    losses, norms = [], []
-    for step in range(steps):
-        result = engine.step(split(toy_batch(step), world.rank, world.size, accumulation), Progress(step, 10, 0), 1e-2)
-        losses.append(float(result.metrics["loss"]))
-        norms.append(result.grad_norm)
-    return {"losses": losses, "norms": norms, "state": whole_state(engine), "groups": engine.group_values()}
+def step(engine: Engine, world: World, at: int, accumulation: int = 1) -> Any:
+    batches = split(toy_batch(at), world.rank, world.size, accumulation)
+    return engine.step(batches, Progress(at, 10, 0), 1e-2)
+
+
+def train(world: World, accumulation: int, steps: int) -> dict[int, Any]:
+    """By stage."""
+    found = {}
+    for stage in STAGES:
+        engine = make_engine(world, stage, accumulation)
+        results = [step(engine, world, at, accumulation) for at in range(steps)]
+        found[stage] = {
+            "losses": [float(result.metrics["loss"]) for result in results],
+            "norms": [result.grad_norm for result in results],
+            "state": whole_state(engine),
+            "steps": [group["step"] for group in engine.group_values()],
+        }
+    return found
 
 
 def plain(steps: int) -> dict[str, Any]:
@@ -61,32 +80,99 @@ def plain(steps: int) -> dict[str, Any]:
     toy = Toy()
     decay = [p for p in toy.parameters() if p.ndim > 1]
     rest = [p for p in toy.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=1e-2, betas=OPTIM.betas, eps=OPTIM.eps,
-    )  # fmt: skip
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=OPTIM.betas, eps=OPTIM.eps)
     losses, norms = [], []
-    for step in range(steps):
-        loss = toy(toy_batch(step), Progress(step, 10, 0)).loss
+    for at in range(steps):
+        loss = toy(toy_batch(at), Progress(at, 10, 0)).loss
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(toy.parameters(), 0.5)))
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return {"losses": losses, "norms": norms, "state": dict(toy.named_parameters())}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 2)])
-def test_equals_one_plain_process(stage: int, world_size: int, accumulation: int) -> None:
-    ranks = run_ranks(train, world_size, stage, accumulation, 4, {})
+def test_equals_one_plain_process(world_size: int, accumulation: int) -> None:
+    ranks = run_ranks(train, world_size, accumulation, 4)
     reference = plain(4)
-    losses = torch.tensor([rank["losses"] for rank in ranks]).mean(0)
-    torch.testing.assert_close(losses, torch.tensor(reference["losses"]), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(torch.tensor(ranks[0]["norms"]), torch.tensor(reference["norms"]), rtol=1e-5, atol=0)
-    for name, expected in reference["state"].items():
-        torch.testing.assert_close(ranks[0]["state"][f"param/{name}"], expected.detach(), rtol=1e-4, atol=1e-6)
-    assert [group["step"] for group in ranks[0]["groups"]] == [4, 4]
+    for stage in STAGES:
+        losses = torch.tensor([rank[stage]["losses"] for rank in ranks]).mean(0)
+        torch.testing.assert_close(losses, torch.tensor(reference["losses"]), rtol=1e-6, atol=1e-6)
+        norms = torch.tensor(ranks[0][stage]["norms"])
+        torch.testing.assert_close(norms, torch.tensor(reference["norms"]), rtol=1e-5, atol=0)
+        for name, expected in reference["state"].items():
+            found = ranks[0][stage]["state"][f"param/{name}"]
+            torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-6)
+        assert ranks[0][stage]["steps"] == [4, 4]
+
+
+VIT = recipe.Model(
+    name="vit_tiny_patch16_224",
+    image_size=16,
+    patch_size=4,
+    options={"embed_dim": 24, "depth": 2, "num_heads": 3, "class_token": False, "global_pool": "avg", "fc_norm": False},
+)
+OBJECTIVES: dict[str, recipe.ObjectiveConfig] = {
+    "mae": recipe.Mae(kind="mae", decoder_width=16, decoder_depth=1, decoder_heads=2),
+    "supervised": recipe.Supervised(kind="supervised", num_classes=3),
+}
+
+
+def objective_and_batch(kind: str) -> tuple[Objective, Batch]:
+    torch.manual_seed(0)
+    objective = build_objective(VIT, OBJECTIVES[kind])
+    masks = torch.rand(8, 16).argsort(1) < 12
+    return objective, Batch(
+        keys=tuple("abcdefgh"),
+        views=(torch.randn(8, 3, 16, 16),),
+        labels=torch.randint(0, 3, (8,)),
+        masks=masks if kind == "mae" else None,
+    )
+
+
+def part(batch: Batch, start: int, size: int) -> Batch:
+    rows = slice(start, start + size)
+    masks = None if batch.masks is None else batch.masks[rows]
+    assert batch.labels is not None
+    return Batch(batch.keys[rows], (batch.views[0][rows],), labels=batch.labels[rows], masks=masks)
+
+
+def gradients(world: World, accumulation: int) -> dict[tuple[str, int], Any]:
+    """(loss, gradient by name) of one step; AdamW's first moment after one step is (1 - beta1) times the gradient."""
+    found = {}
+    optim = OPTIM.model_copy(update={"clip_norm": None})
+    for kind in OBJECTIVES:
+        for stage in STAGES:
+            objective, batch = objective_and_batch(kind)
+            engine = make_engine(world, stage, accumulation, objective=objective, optim=optim)
+            size = 8 // world.size // accumulation
+            starts = range(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size, size)
+            result = engine.step([part(batch, start, size) for start in starts], Progress(0, 10, 0), 1e-2)
+            state = whole_state(engine)
+            moments = {n.removeprefix("optim/exp_avg/"): t for n, t in state.items() if n.startswith("optim/exp_avg/")}
+            found[kind, stage] = (float(result.metrics["loss"]), {n: t / (1 - 0.9) for n, t in moments.items()})
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 2), (2, 1)])
+def test_loss_and_gradient_of_eight_samples_however_they_are_cut(world_size: int, accumulation: int) -> None:
+    ranks = run_ranks(gradients, world_size, accumulation)
+    for kind in OBJECTIVES:
+        objective, batch = objective_and_batch(kind)
+        loss = objective(batch, Progress(0, 10, 0)).loss
+        loss.backward()
+        expected = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+        whole = torch.cat([g.flatten() for g in expected.values()]).norm()
+        for stage in STAGES:
+            mean = sum(rank[kind, stage][0] for rank in ranks) / world_size
+            assert mean == pytest.approx(loss.item(), rel=1e-6)
+            found = ranks[0][kind, stage][1]
+            assert found.keys() == expected.keys()
+            for name, gradient in expected.items():
+                error = (found[name] - gradient).norm()
+                assert error <= 1e-5 * max(gradient.norm(), 1e-3 * whole), (kind, stage, name)
 
 
 def spoil(batches: tuple[Batch, ...], kind: str) -> tuple[Batch, ...]:
@@ -99,83 +185,89 @@ def spoil(batches: tuple[Batch, ...], kind: str) -> tuple[Batch, ...]:
     return (*batches[:-1], replace(last, views=(views,), keys=keys))
 
 
-def skip_steps(world: World, stage: int, kind: str) -> list[bool]:
-    engine = make_engine(world, stage, accumulation=2)
-    applied = []
-    for step in range(4):
-        batches = split(toy_batch(step), world.rank, world.size, 2)
-        bad = step in (0, 2)
-        before = whole_state(engine)
-        if bad and world.rank == world.size - 1:  # one rank alone
-            batches = spoil(batches, kind)
-        result = engine.step(batches, Progress(step, 10, 0), 1e-2)
-        applied.append(result.applied)
-        changed = any(not torch.equal(before[name], value) for name, value in whole_state(engine).items())
-        assert changed != bad
-    assert [group["step"] for group in engine.group_values()] == [2, 2]
-    return applied
+def skip_steps(world: World, kind: str) -> dict[int, list[bool]]:
+    """Which of 4 steps were applied where one rank alone spoils the first and the third, by stage."""
+    found = {}
+    for stage in STAGES:
+        engine = make_engine(world, stage, accumulation=2)
+        found[stage] = []
+        for at in range(4):
+            batches = split(toy_batch(at), world.rank, world.size, 2)
+            bad = at in (0, 2)
+            before = whole_state(engine)
+            if bad and world.rank == world.size - 1:
+                batches = spoil(batches, kind)
+            found[stage].append(engine.step(batches, Progress(at, 10, 0), 1e-2).applied)
+            changed = any(not torch.equal(before[name], value) for name, value in whole_state(engine).items())
+            assert changed != bad, (stage, at)
+        assert [group["step"] for group in engine.group_values()] == [2, 2]
+    return found
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", ["gradient", "loss"])
-def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(stage: int, kind: str) -> None:
-    assert run_ranks(skip_steps, 2, stage, kind) == [[False, True, False, True]] * 2
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(kind: str) -> None:
+    assert run_ranks(skip_steps, 2, kind) == [{stage: [False, True, False, True] for stage in STAGES}] * 2
 
 
-def dropout_losses(world: World, stage: int, again_at: int) -> list[float]:
-    """Losses of 4 steps; from `again_at` on, the random state was disturbed as an evaluation might."""
-    engine = make_engine(world, stage, dropout=0.5)
-    losses = []
-    for step in range(4):
-        if step == again_at:
-            torch.manual_seed(999)
-            engine.evaluate(split(toy_batch(0), world.rank, world.size, 1)[0], Progress(step, 10, 0))
-        batches = split(toy_batch(step), world.rank, world.size, 1)
-        losses.append(float(engine.step(batches, Progress(step, 10, 0), 1e-2).metrics["loss"]))
-    return losses
+def dropout_losses(world: World) -> list[list[float]]:
+    """Losses of 4 steps, undisturbed and with the random state disturbed in the midst, as an evaluation might."""
+    runs = []
+    for disturbed in (False, True):
+        engine = make_engine(world, 1, dropout=0.5)
+        losses = []
+        for at in range(4):
+            if disturbed and at == 2:
+                torch.manual_seed(999)
+                engine.evaluate(split(toy_batch(0), world.rank, world.size, 1)[0], Progress(at, 10, 0))
+            losses.append(float(step(engine, world, at).metrics["loss"]))
+        runs.append(losses)
+    return runs
 
 
 def test_dropout_is_keyed_by_step_and_rank() -> None:
-    quiet, disturbed = run_ranks(dropout_losses, 2, 1, -1), run_ranks(dropout_losses, 2, 1, 2)
+    (quiet, disturbed), (other_rank, _) = run_ranks(dropout_losses, 2)
     assert quiet == disturbed
-    assert quiet[0] != quiet[1]
+    assert quiet != other_rank
 
 
-def autocast_state(world: World, stage: int) -> dict[str, Any]:
-    engine = make_engine(world, stage, precision="bf16")
-    start = whole_state(engine)
-    losses = []
-    for step in range(3):
-        batches = split(toy_batch(step), world.rank, world.size, 1)
-        losses.append(float(engine.step(batches, Progress(step, 10, 0), 1e-2).metrics["loss"]))
-    return {"losses": losses, "start": start, "dtypes": {str(t.dtype) for t in whole_state(engine).values()}}
+def autocast_state(world: World) -> dict[int, Any]:
+    found = {}
+    for stage in STAGES:
+        engine = make_engine(world, stage, precision="bf16")
+        start = whole_state(engine)
+        losses = [float(step(engine, world, at).metrics["loss"]) for at in range(3)]
+        dtypes = {str(t.dtype) for t in whole_state(engine).values()}
+        found[stage] = {"losses": losses, "start": start, "dtypes": dtypes}
+    return found
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bf16_keeps_exact_fp32_masters(stage: int) -> None:
-    first, second = run_ranks(autocast_state, 2, stage)
-    for name, value in Toy().named_parameters():
-        assert torch.equal(first["start"][f"param/{name}"], value.detach())
-    assert first["dtypes"] == {"torch.float32"}
-    losses = (torch.tensor(first["losses"]) + torch.tensor(second["losses"])) / 2
+def test_bf16_keeps_exact_fp32_masters() -> None:
+    first, second = run_ranks(autocast_state, 2)
     reference = torch.tensor(plain(3)["losses"])
-    torch.testing.assert_close(losses, reference, rtol=0.02, atol=0)
-    assert not torch.equal(losses, reference), "autocast changed nothing: was it on?"
+    for stage in STAGES:
+        for name, value in Toy().named_parameters():
+            assert torch.equal(first[stage]["start"][f"param/{name}"], value.detach())
+        assert first[stage]["dtypes"] == {"torch.float32"}
+        losses = (torch.tensor(first[stage]["losses"]) + torch.tensor(second[stage]["losses"])) / 2
+        torch.testing.assert_close(losses, reference, rtol=0.02, atol=0)
+        assert not torch.equal(losses, reference), "autocast changed nothing: was it on?"
 
 
-def materialized(world: World, stage: int) -> dict[str, torch.Tensor]:
-    engine = make_engine(world, stage)
-    engine.step(split(toy_batch(0), world.rank, world.size, 1), Progress(0, 10, 0), 1e-2)
-    whole = engine.materialize(engine.objective.encoder)
-    expected = whole_state(engine)
-    assert all(torch.equal(value, expected[f"param/encoder.{name}"]) for name, value in whole.items())
-    engine.step(split(toy_batch(1), world.rank, world.size, 1), Progress(1, 10, 0), 1e-2)
-    return whole
+def materialized(world: World) -> dict[int, dict[str, torch.Tensor]]:
+    found = {}
+    for stage in (2, 3):
+        engine = make_engine(world, stage)
+        step(engine, world, 0)
+        found[stage] = engine.materialize(engine.objective.encoder)
+        expected = whole_state(engine)
+        for name, value in found[stage].items():
+            assert torch.equal(value, expected[f"param/encoder.{name}"])
+        step(engine, world, 1)
+    return found
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_materialize_gives_whole_weights(stage: int) -> None:
-    for whole in run_ranks(materialized, 2, stage):
-        assert {name: tuple(t.shape) for name, t in whole.items()} == {
-            name: tuple(t.shape) for name, t in Toy().encoder.state_dict().items()
-        }
+def test_materialize_gives_whole_weights_on_every_rank() -> None:
+    shapes = {name: t.shape for name, t in Toy().encoder.state_dict().items()}
+    for rank in run_ranks(materialized, 2):
+        for whole in rank.values():
+            assert {name: t.shape for name, t in whole.items()} == shapes
