@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/pretrain demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --durations 10
 
 check: $(READY)
 	$(BIN)/ruff check .
