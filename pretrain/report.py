@@ -30,7 +30,7 @@ from pretrain.report_figures import Neighbours, Picture, Series, curve, neighbou
 FILE_NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
-NUM_RECONSTRUCTIONS, NUM_QUERIES, NUM_NEIGHBOURS, BANK_SIZE = 12, 6, 8, 2000
+NUM_RECONSTRUCTIONS, NUM_QUERIES, NUM_NEIGHBOURS, BANK_SIZE = 12, 6, 10, 2000
 # What an evaluation found out for itself; all else in its protocol was asked of it.
 _FOUND = {"learning_rate", "weight_decay", "val_top1"}
 
