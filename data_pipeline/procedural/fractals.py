@@ -17,7 +17,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from data_pipeline.procedural.image import Pixels, encode, generator, smooth_field
+from data_pipeline.procedural.image import Pixels, encode, generator
 from data_pipeline.write import Record
 
 Floats = NDArray[np.float64]
@@ -136,7 +136,7 @@ def render(system: System, size: int, rng: Generator) -> Pixels:
     strength = np.log1p(counts) / np.log1p(counts.max())
     dark, bright = rng.uniform(0, 0.9, 3), rng.uniform(0.5, 1, 3)
     color = dark + (bright - dark) * strength[..., None]
-    background = smooth_field(rng, size, 3) * rng.uniform(0.3, 0.8)
+    background = rng.random(3) * rng.uniform(0.3, 0.8)
     cover = np.minimum(1, 2 * strength)[..., None]
     image = background + (color - background) * cover
     pixels: Pixels = (image * 255).clip(0, 255).astype(np.uint8)

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.batch import Batch, BatchSpec, MaskSpec
-from data_pipeline.errors import DataError, FieldError, RunError, SampleError, ShardError
-from data_pipeline.loader import BadSample, StepData, TrainLoader, evaluation_batches
+from data_pipeline.batch import BatchSpec
+from data_pipeline.errors import DataError, FieldError, RunError, ShardError
+from data_pipeline.loader import BadSample, StepData
 from data_pipeline.order import Order
-from data_pipeline.read import Dataset, ShardDataset, open_dataset
+from data_pipeline.read import ShardDataset, open_dataset
 from data_pipeline.scan import index_shards
 from data_pipeline.views import ViewSpec, training_view
-from data_pipeline.workers import entries
-from tests.data_pipeline.tiny import photo, write_shards
+from tests.data_pipeline.tiny import SPEC, Row, loader, photo, rows_of, steps, write_shards
 
-SPEC = BatchSpec(8, num_views=2, num_classes=3, mask=MaskSpec(9, 6))
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-Row = tuple[str, str]  # key, hash of everything else in the sample's row
-
-
-def loader(dataset: Dataset, spec: BatchSpec = SPEC, **options: Any) -> TrainLoader:
-    defaults = {"seed": 5, "lanes": 3, "window": 4, "global_size": 4, "max_pixels": 10**6}
-    defaults["micro_size"] = options.get("global_size", 4) // options.get("world_size", 1)
-    return TrainLoader(dataset, spec, ViewSpec(), **(defaults | options))
-
-
-def steps(source: TrainLoader, cursor: int, count: int) -> list[StepData]:
-    with closing(source.steps(cursor)) as stream:  # type: ignore[type-var]
-        return list(islice(stream, count))
-
-
-def rows(batches: list[Batch]) -> list[Row]:
-    found = []
-    for batch in batches:
-        for row, key in enumerate(batch.keys):
-            digest = hashlib.sha256()
-            for tensor in (*batch.views, batch.labels, batch.masks):
-                digest.update(b"" if tensor is None else tensor[row].numpy().tobytes())
-            found.append((key, digest.hexdigest()))
-    return found
-
-
-def rows_of(step: StepData) -> list[Row]:
-    return rows(list(step.micro_batches))
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +171,6 @@ def test_the_generators_of_the_training_are_left_alone(dataset: ShardDataset) ->
     assert torch.equal(torch.rand(4), expected)
 
 
-# Bad samples
-
-
 def test_one_usable_sample_is_found_however_far_it_is(tmp_path: Path) -> None:
     """Lanes of one sample each: no window has anything to offer, and the rest of the epoch has one."""
     bad = {i: {"jpg": b"no image", "cls": b"0"} for i in range(12) if i != 7}
@@ -283,9 +242,6 @@ def test_a_shard_that_vanished_is_an_error_of_ours(tmp_path: Path, num_workers: 
     assert caught.value.expected == "a readable shard"  # whole, after its way out of a worker
 
 
-# What is refused before anything starts
-
-
 def test_a_batch_that_does_not_divide_is_refused(dataset: ShardDataset) -> None:
     with pytest.raises(DataError, match=r"batch.global_size: expected a multiple of 2 ranks x 3"):
         loader(dataset, global_size=8, micro_size=3, world_size=2)
@@ -295,8 +251,6 @@ def test_data_without_images_is_refused(tmp_path: Path) -> None:
     dataset = write_shards(tmp_path, [1], replaced={0: {"txt": b"words", "cls": b"0"}})
     with pytest.raises(FieldError, match=r"image field: expected one of jpg.* found the fields cls, txt"):
         loader(dataset)
-    with pytest.raises(FieldError, match="image field"):
-        evaluation(dataset)
 
 
 def test_missing_labels_are_refused_where_they_are_needed(tmp_path: Path) -> None:
@@ -313,167 +267,6 @@ def test_a_label_out_of_range_is_refused(dataset: ShardDataset) -> None:
     with pytest.raises(FieldError, match=r"labels in \[0, 2\).*found label 2.*num_classes to 3"):
         loader(dataset, replace(SPEC, num_classes=2))
     loader(dataset, replace(SPEC, num_classes=1000))
-
-
-# Evaluation
-
-
-def evaluation(dataset: Dataset, spec: BatchSpec = SPEC, **options: Any) -> Iterator[Batch]:
-    return evaluation_batches(dataset, spec, ViewSpec(), **({"batch_size": 4, "max_pixels": 10**6} | options))
-
-
-@FEW
-@given(world=st.integers(1, 8), batch_size=st.integers(1, 30), limit=st.none() | st.integers(1, 40))
-def test_an_evaluation_sees_each_sample_once_in_order(
-    dataset: ShardDataset, world: int, batch_size: int, limit: int | None
-) -> None:
-    batches = [
-        list(evaluation(dataset, batch_size=batch_size, rank=rank, world_size=world, limit=limit))
-        for rank in range(world)
-    ]
-    keys = [key for rank in batches for batch in rank for key in batch.keys]
-    assert keys == [f"{i:04d}" for i in range(min(limit or 23, 23))]
-    counts = [sum(len(batch) for batch in rank) for rank in batches]
-    assert max(counts) - min(counts) <= 1
-    assert all(len(batch) == batch_size for rank in batches for batch in rank[:-1])
-
-
-def test_an_evaluation_is_not_random(dataset: ShardDataset) -> None:
-    first = rows(list(evaluation(dataset)))
-    assert rows(list(evaluation(dataset, batch_size=7))) == first
-    assert rows(list(evaluation(dataset, num_workers=2))) == first
-    assert rows([b for rank in range(3) for b in evaluation(dataset, rank=rank, world_size=3)]) == first
-    batch = next(evaluation(dataset))
-    assert torch.equal(batch.views[0], batch.views[1])
-
-
-def test_an_evaluation_leaves_no_sample_out(bad_dataset: ShardDataset) -> None:
-    for num_workers in (0, 1):
-        with pytest.raises(SampleError, match="0002"):
-            list(evaluation(bad_dataset, num_workers=num_workers))
-
-
-def test_a_very_narrow_image_is_not_blown_up(tmp_path: Path) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (1, 20_000)).save(file, "PNG")
-    dataset = write_shards(tmp_path, [1], replaced={0: {"png": file.getvalue(), "cls": b"0"}})
-    with pytest.raises(SampleError, match="resized 8 x 160000"):
-        list(evaluation(dataset))
-
-
-# Processes
-
-
-def workers_of(pid: int) -> set[int]:
-    """Running children of a process."""
-    found = set()
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            state, parent = Path(f"/proc/{name}/stat").read_text().rsplit(")", 1)[1].split()[:2]
-        except OSError:
-            continue
-        if int(parent) == pid and state != "Z":
-            found.add(int(name))
-    return found
-
-
-def wait_until(condition: Any, seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return bool(condition())
-
-
-class Faulty:
-    """A table with a bug."""
-
-    def __getitem__(self, index: int) -> int:
-        return 1 // index
-
-
-def test_a_bug_in_a_worker_is_shown_and_leaves_no_process() -> None:
-    before = workers_of(os.getpid())
-    with pytest.raises(ZeroDivisionError, match="in __getitem__") as caught:
-        list(entries(Faulty(), [1, 0, 1], num_workers=2))
-    assert workers_of(os.getpid()) == before
-    del caught  # it held the traceback, and so all that was alive then, until here
-
-
-@pytest.mark.parametrize("how", ["closed", "dropped"])
-def test_workers_end_with_their_iterator(dataset: ShardDataset, how: str) -> None:
-    before = workers_of(os.getpid())
-    stream: Any = loader(dataset, num_workers=2).steps(0)
-    next(stream)
-    assert len(workers_of(os.getpid()) - before) == 2
-    if how == "closed":
-        stream.close()
-    del stream
-    assert workers_of(os.getpid()) == before
-
-
-def test_workers_outlive_a_signal_to_the_whole_job(dataset: ShardDataset) -> None:
-    before = workers_of(os.getpid())
-    with closing(loader(dataset, num_workers=1).steps(0)) as stream:  # type: ignore[type-var]
-        next(stream)
-        (worker,) = workers_of(os.getpid()) - before
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            os.kill(worker, number)
-        assert len(list(islice(stream, 10))) == 10
-    assert workers_of(os.getpid()) == before
-
-
-def test_a_killed_worker_is_an_error_of_ours(dataset: ShardDataset) -> None:
-    before = workers_of(os.getpid())
-    with closing(loader(dataset, num_workers=1).steps(0)) as stream:  # type: ignore[type-var]
-        next(stream)
-        (worker,) = workers_of(os.getpid()) - before
-        os.kill(worker, signal.SIGKILL)
-        # torch's own handler raises wherever the training happens to be
-        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
-        with pytest.raises(RunError, match=r"loader worker: .* was killed .* runtime.num_workers"):
-            list(islice(stream, 10))
-
-
-SCRIPT = """
-import os, signal, sys, time
-from data_pipeline.batch import BatchSpec
-from data_pipeline.loader import TrainLoader
-from data_pipeline.read import open_dataset
-from data_pipeline.views import ViewSpec
-stream = TrainLoader(
-    open_dataset(sys.argv[1]), BatchSpec(8), ViewSpec(), seed=0, lanes=1, window=1,
-    global_size=2, micro_size=2, num_workers=2, max_pixels=10**6,
-).steps(0)
-next(stream)
-print("ready", flush=True)
-if sys.argv[2] == "killed":
-    time.sleep(60)
-"""
-
-
-def test_workers_end_with_their_process(dataset: ShardDataset) -> None:
-    """Of two processes that never close their iterators, one comes to its end, and the other is killed."""
-    command = [sys.executable, "-c", SCRIPT, str(dataset.manifest.root)]
-    options: dict[str, Any] = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-        "env": {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-    }
-    ends, killed = (subprocess.Popen([*command, how], **options) for how in ("ends", "killed"))
-    try:
-        assert ends.communicate(timeout=100)[0] == "ready\n"
-        assert ends.returncode == 0
-        assert killed.stdout is not None
-        assert killed.stdout.readline() == "ready\n"
-        workers = workers_of(killed.pid)
-        assert len(workers) == 2
-    finally:
-        for process in (ends, killed):
-            process.kill()
-            process.wait()
-    assert wait_until(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers))
-    killed.stdout.close()
 
 
 def test_photographs_go_all_the_way(shared_data: Path, tmp_path: Path) -> None:

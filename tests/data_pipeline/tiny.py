@@ -1,17 +1,28 @@
-"""Small data sets on disk for the tests of order, reading and loading."""
+"""Small data sets on disk, and short runs over them, for the tests of reading and loading."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
 from PIL import Image
 
-from data_pipeline.read import ShardDataset, open_dataset
+from data_pipeline.batch import Batch, BatchSpec, MaskSpec
+from data_pipeline.loader import StepData, TrainLoader
+from data_pipeline.read import Dataset, ShardDataset, open_dataset
 from data_pipeline.scan import index_shards
+from data_pipeline.views import ViewSpec
+
+SPEC = BatchSpec(8, num_views=2, num_classes=3, mask=MaskSpec(9, 6))
+
+Row = tuple[str, str]  # key, hash of all else that the sample's row of a batch holds
 
 
 def photo(number: int, *, side: int = 12) -> bytes:
@@ -51,3 +62,32 @@ def write_shards(
     dataset = open_dataset(str(folder))
     assert isinstance(dataset, ShardDataset)
     return dataset
+
+
+def loader(dataset: Dataset, spec: BatchSpec = SPEC, **options: Any) -> TrainLoader:
+    """One with lanes, windows and steps so short that all of them end within a few samples."""
+    defaults = {"seed": 5, "lanes": 3, "window": 4, "global_size": 4, "max_pixels": 10**6}
+    defaults["micro_size"] = options.get("global_size", 4) // options.get("world_size", 1)
+    return TrainLoader(dataset, spec, ViewSpec(), **(defaults | options))
+
+
+def steps(source: TrainLoader, cursor: int, count: int) -> list[StepData]:
+    """So many steps from a cursor on."""
+    with closing(source.steps(cursor)) as stream:  # type: ignore[type-var]
+        return list(islice(stream, count))
+
+
+def rows(batches: list[Batch]) -> list[Row]:
+    """What each sample of the batches looks like, in order."""
+    found = []
+    for batch in batches:
+        for row, key in enumerate(batch.keys):
+            digest = hashlib.sha256()
+            for tensor in (*batch.views, batch.labels, batch.masks):
+                digest.update(b"" if tensor is None else tensor[row].numpy().tobytes())
+            found.append((key, digest.hexdigest()))
+    return found
+
+
+def rows_of(step: StepData) -> list[Row]:
+    return rows(list(step.micro_batches))

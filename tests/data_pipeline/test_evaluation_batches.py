@@ -1,0 +1,78 @@
+"""Batches for evaluation: every sample once, in order, with nothing random."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.errors import FieldError, SampleError
+from data_pipeline.loader import evaluation_batches
+from data_pipeline.read import Dataset, ShardDataset
+from data_pipeline.views import ViewSpec
+from tests.data_pipeline.tiny import SPEC, rows, write_shards
+
+FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
+    return write_shards(tmp_path_factory.mktemp("shards"), [5, 0, 7, 1, 10])
+
+
+def evaluation(dataset: Dataset, spec: BatchSpec = SPEC, **options: Any) -> Iterator[Batch]:
+    return evaluation_batches(dataset, spec, ViewSpec(), **({"batch_size": 4, "max_pixels": 10**6} | options))
+
+
+@FEW
+@given(world=st.integers(1, 8), batch_size=st.integers(1, 30), limit=st.none() | st.integers(1, 40))
+def test_an_evaluation_sees_each_sample_once_in_order(
+    dataset: ShardDataset, world: int, batch_size: int, limit: int | None
+) -> None:
+    batches = [
+        list(evaluation(dataset, batch_size=batch_size, rank=rank, world_size=world, limit=limit))
+        for rank in range(world)
+    ]
+    keys = [key for rank in batches for batch in rank for key in batch.keys]
+    assert keys == [f"{i:04d}" for i in range(min(limit or 23, 23))]
+    counts = [sum(len(batch) for batch in rank) for rank in batches]
+    assert max(counts) - min(counts) <= 1
+    assert all(len(batch) == batch_size for rank in batches for batch in rank[:-1])
+
+
+def test_an_evaluation_is_not_random(dataset: ShardDataset) -> None:
+    first = rows(list(evaluation(dataset)))
+    assert rows(list(evaluation(dataset, batch_size=7))) == first
+    assert rows(list(evaluation(dataset, num_workers=2))) == first
+    assert rows([b for rank in range(3) for b in evaluation(dataset, rank=rank, world_size=3)]) == first
+    batch = next(evaluation(dataset))
+    assert torch.equal(batch.views[0], batch.views[1])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_evaluation_leaves_no_sample_out(tmp_path: Path, num_workers: int) -> None:
+    dataset = write_shards(tmp_path, [4], replaced={2: {"jpg": b"not an image", "cls": b"0"}})
+    with pytest.raises(SampleError, match=r"0002\.jpg"):
+        list(evaluation(dataset, num_workers=num_workers))
+
+
+def test_data_that_lacks_what_is_needed_is_refused_by_the_call(tmp_path: Path) -> None:
+    dataset = write_shards(tmp_path, [1], replaced={0: {"txt": b"words", "cls": b"0"}})
+    with pytest.raises(FieldError, match="image field"):
+        evaluation(dataset)
+
+
+def test_a_very_narrow_image_is_not_blown_up(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (1, 20_000)).save(file, "PNG")
+    dataset = write_shards(tmp_path, [1], replaced={0: {"png": file.getvalue(), "cls": b"0"}})
+    with pytest.raises(SampleError, match="resized 8 x 160000"):
+        list(evaluation(dataset))

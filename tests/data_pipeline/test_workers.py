@@ -1,0 +1,137 @@
+"""Worker processes: they outlive signals to the job, end with their iterator, and their errors arrive whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import RunError
+from data_pipeline.read import ShardDataset
+from data_pipeline.workers import entries
+from tests.data_pipeline.tiny import loader, write_shards
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
+    return write_shards(tmp_path_factory.mktemp("shards"), [5, 0, 7, 1, 10])
+
+
+def workers_of(pid: int) -> set[int]:
+    """Running children of a process."""
+    found = set()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            state, parent = Path(f"/proc/{name}/stat").read_text().rsplit(")", 1)[1].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == pid and state != "Z":
+            found.add(int(name))
+    return found
+
+
+def wait_until(condition: Any, seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(condition())
+
+
+class Faulty:
+    """A table with a bug."""
+
+    def __getitem__(self, index: int) -> int:
+        return 1 // index
+
+
+def test_a_bug_in_a_worker_is_shown_and_leaves_no_process() -> None:
+    before = workers_of(os.getpid())
+    with pytest.raises(ZeroDivisionError, match="in __getitem__") as caught:
+        list(entries(Faulty(), [1, 0, 1], num_workers=2))
+    assert workers_of(os.getpid()) == before
+    del caught  # it held the traceback, and so all that was alive then, until here
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_workers_end_with_their_iterator(dataset: ShardDataset, how: str) -> None:
+    before = workers_of(os.getpid())
+    stream: Any = loader(dataset, num_workers=2).steps(0)
+    next(stream)
+    assert len(workers_of(os.getpid()) - before) == 2
+    if how == "closed":
+        stream.close()
+    del stream
+    assert workers_of(os.getpid()) == before
+
+
+def test_workers_outlive_a_signal_to_the_whole_job(dataset: ShardDataset) -> None:
+    before = workers_of(os.getpid())
+    with closing(loader(dataset, num_workers=1).steps(0)) as stream:  # type: ignore[type-var]
+        next(stream)
+        (worker,) = workers_of(os.getpid()) - before
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker, number)
+        assert len(list(islice(stream, 10))) == 10
+    assert workers_of(os.getpid()) == before
+
+
+def test_a_killed_worker_is_an_error_of_ours(dataset: ShardDataset) -> None:
+    before = workers_of(os.getpid())
+    with closing(loader(dataset, num_workers=1).steps(0)) as stream:  # type: ignore[type-var]
+        next(stream)
+        (worker,) = workers_of(os.getpid()) - before
+        os.kill(worker, signal.SIGKILL)
+        # torch's own handler raises wherever the training happens to be
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+        with pytest.raises(RunError, match=r"loader worker: .* was killed .* runtime.num_workers"):
+            list(islice(stream, 10))
+
+
+SCRIPT = """
+import os, signal, sys, time
+from data_pipeline.batch import BatchSpec
+from data_pipeline.loader import TrainLoader
+from data_pipeline.read import open_dataset
+from data_pipeline.views import ViewSpec
+stream = TrainLoader(
+    open_dataset(sys.argv[1]), BatchSpec(8), ViewSpec(), seed=0, lanes=1, window=1,
+    global_size=2, micro_size=2, num_workers=2, max_pixels=10**6,
+).steps(0)
+next(stream)
+print("ready", flush=True)
+if sys.argv[2] == "killed":
+    time.sleep(60)
+"""
+
+
+def test_workers_end_with_their_process(dataset: ShardDataset) -> None:
+    """Of two processes that never close their iterators, one comes to its end, and the other is killed."""
+    command = [sys.executable, "-c", SCRIPT, str(dataset.manifest.root)]
+    options: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "env": {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    }
+    ends, killed = (subprocess.Popen([*command, how], **options) for how in ("ends", "killed"))
+    try:
+        assert ends.communicate(timeout=100)[0] == "ready\n"
+        assert ends.returncode == 0
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == "ready\n"
+        workers = workers_of(killed.pid)
+        assert len(workers) == 2
+    finally:
+        for process in (ends, killed):
+            process.kill()
+            process.wait()
+    assert wait_until(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers))
+    killed.stdout.close()
