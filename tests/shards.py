@@ -31,13 +31,19 @@ def write_images(folder: Path, num_samples: int, *, size: int = 20, num_classes:
 
 
 def write_shards(
-    folder: Path, num_samples: int = 100, *, num_classes: int = 3, per_shard: int = 30, label: bool = True
+    folder: Path,
+    num_samples: int = 100,
+    *,
+    size: int = 20,
+    num_classes: int = 3,
+    per_shard: int = 30,
+    label: bool = True,
 ) -> Path:
     """Tars of such images; returns `folder`."""
     folder.mkdir(parents=True)
     with webdataset.ShardWriter(str(folder / "shard-%06d.tar"), maxcount=per_shard, verbose=0) as writer:
         for i in range(num_samples):
-            sample = {"__key__": f"{i:06d}", "jpg": jpeg(i, 20, num_classes)}
+            sample = {"__key__": f"{i:06d}", "jpg": jpeg(i, size, num_classes)}
             writer.write(sample | ({"cls": str(i % num_classes).encode()} if label else {}))
     index_shards(str(folder), classes=[f"class{k}" for k in range(num_classes)] if label else None)
     return folder
