@@ -137,7 +137,7 @@ def test_goes_on_at_another_world_size_and_stage(recipe: Path, tmp_path: Path) -
 
 
 def test_torchrun_starts_the_same_run(recipe: Path, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, "-m", "pretrain", str(recipe), "--out", str(tmp_path / "a"), "--max-steps", "3"],
         capture_output=True, text=True, env=ENVIRONMENT, timeout=300,
