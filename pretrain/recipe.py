@@ -215,9 +215,38 @@ class BatchSize(Group):
     micro_size: int | None = Field(None, ge=1)  # of one forward pass on one rank; None: no accumulation
 
 
+class Ema(Group):
+    """Moving average of the trained weights; evaluation and export take it in their place."""
+
+    decay: float = Field(0.9999, gt=0, lt=1)  # per step
+    warmup: bool = True  # min(decay, (1 + step) / (10 + step))
+
+
 class EngineConfig(Group):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16 is autocast: parameters and optimizer state stay fp32
+    activation_checkpointing: Literal["none", "blocks"] = "none"  # blocks: each is computed again in the backward pass
+    offload_activations: bool = False  # what checkpointed blocks keep lies in CPU memory
+    offload_optimizer: bool = False  # fp32 partitions and optimizer state lie in CPU memory, and are stepped there
+    sdpa: Literal["auto", "on", "off"] = "auto"  # torch's fused attention; auto: where it is the faster
+    tf32: bool = False  # of fp32 matrix products and convolutions on CUDA
+    channels_last: bool = False  # memory format of the images, and so of convolutions
+    fused_adamw: bool = False
+    compile: bool = False  # torch.compile of each block
+
+    @model_validator(mode="after")
+    def _go_together(self) -> EngineConfig:
+        if self.offload_activations and self.activation_checkpointing == "none":
+            raise ValueError("expected activation_checkpointing blocks with offload_activations, found none.")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("expected zero_stage 1, 2 or 3 with offload_optimizer, found 0.")
+        if self.compile and (self.zero_stage == 3 or self.activation_checkpointing != "none"):
+            raise ValueError(
+                "expected zero_stage 0, 1 or 2 and activation_checkpointing none with compile, as compiled blocks "
+                "neither see weights that are gathered around them nor are recomputed reliably, "
+                f"found {self.zero_stage} and {self.activation_checkpointing}."
+            )
+        return self
 
 
 class Runtime(Group):
@@ -265,6 +294,7 @@ class Recipe(Group):
     optim: OptimConfig
     schedule: Schedule
     batch: BatchSize
+    ema: Ema | None = None
 
     engine: EngineConfig = EngineConfig()
     runtime: Runtime = Runtime()
@@ -274,10 +304,12 @@ class Recipe(Group):
     evals: tuple[InlineKnn, ...] = ()
 
     @model_validator(mode="after")
-    def _whole_parameters(self) -> Recipe:
+    def _optimizer_and_engine(self) -> Recipe:
         if self.optim.kind in ("lars", "lamb") and self.engine.zero_stage:
             raise ValueError(
                 f"expected engine.zero_stage 0 with optim.kind {self.optim.kind}, which takes the norm of each whole "
                 f"parameter where ZeRO steps pieces of them, found {self.engine.zero_stage}."
             )
+        if self.engine.fused_adamw and self.optim.kind != "adamw":
+            raise ValueError(f"expected optim.kind adamw with engine.fused_adamw, found {self.optim.kind}.")
         return self

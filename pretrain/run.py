@@ -97,7 +97,7 @@ def run(recipe: Recipe, out: Path, *, max_steps: int | None = None, overfit_batc
     with process_group(world, device):
         torch.manual_seed(recipe.seed)
         objective = build_objective(recipe.model, recipe.objective)
-        choose_attention(objective, device, recipe.engine.precision)
+        choose_attention(objective, device, recipe.engine.precision, recipe.engine.sdpa)
         rates = _Rates(recipe, objective, device, world)
         engine = Engine(
             objective,
@@ -108,6 +108,7 @@ def run(recipe: Recipe, out: Path, *, max_steps: int | None = None, overfit_batc
             micro_size=plan.resolved.micro_size,
             accumulation=plan.resolved.accumulation,
             seed=recipe.seed,
+            ema=recipe.ema,
         )
         state, source = _first_state(job, engine)
         if world.is_main:

@@ -103,6 +103,8 @@ def _from_checkpoint(checkpoint: Path, random_init: bool, seed: int | None) -> E
         return _start_of_run(run, recipe, description, seed)
     module = seeded(0, lambda: build_objective(recipe.model, recipe.objective).encoder)
     state = load_tensors(checkpoint, "param/encoder.")
+    if recipe.ema is not None:
+        state |= load_tensors(checkpoint, "ema/encoder.")
     if module.state_dict().keys() - dict(module.named_parameters()).keys():
         state |= load_tensors(checkpoint, "buffer/encoder.")
     load_strictly(module, state, where=str(checkpoint))
