@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch, BatchSpec, Sample
 from data_pipeline.decode import decode_image
+from data_pipeline.draws import Augmentation, Value, draw
 from data_pipeline.errors import FieldError, SampleError
 from data_pipeline.index import IMAGE_FIELDS, LABEL_FIELD
 from data_pipeline.read import Dataset
@@ -77,6 +78,7 @@ class Canvas:
             self.labels = torch.empty(num_samples, dtype=torch.int64)
         if spec.mask is not None:
             self.masks = torch.empty(num_samples, spec.mask.num_patches, dtype=torch.bool)
+        self.draws: list[dict[str, Value]] = [{} for _ in range(num_samples)]
         self.seconds = {"read": 0.0, "decode": 0.0, "transform": 0.0}
 
     def batch(self, start: int, stop: int) -> Batch:
@@ -85,6 +87,7 @@ class Canvas:
             views=tuple(view[start:stop] for view in self.views),
             labels=None if self.labels is None else self.labels[start:stop],
             masks=None if self.masks is None else self.masks[start:stop],
+            augment={name: torch.tensor([row[name] for row in self.draws[start:stop]]) for name in self.draws[start]},
         )
 
 
@@ -95,12 +98,22 @@ class Assembler:
         dataset: where samples come from.
         spec: what a row holds.
         views: geometry of the views.
-        seed: of the views and the masks.
+        augment: photometry of each training view, drawn here for the device to apply; empty: none.
+        seed: of the views, the draws and the masks.
         max_pixels: an image of more cannot be used.
     """
 
-    def __init__(self, dataset: Dataset, spec: BatchSpec, views: ViewSpec, *, seed: int, max_pixels: int) -> None:
-        self.dataset, self.spec, self.views = dataset, spec, views
+    def __init__(
+        self,
+        dataset: Dataset,
+        spec: BatchSpec,
+        views: ViewSpec,
+        augment: tuple[Augmentation, ...] = (),
+        *,
+        seed: int,
+        max_pixels: int,
+    ) -> None:
+        self.dataset, self.spec, self.views, self.augment = dataset, spec, views, augment
         self.seed, self.max_pixels = seed, max_pixels
 
     def fill(self, canvas: Canvas, row: int, i: int, epoch: int | None) -> None:
@@ -153,6 +166,9 @@ class Assembler:
         size, key = self.spec.image_size, canvas.keys[row]
         for number, view in enumerate(canvas.views):
             view[row] = training_view(image, size, self.views, seed=self.seed, epoch=epoch, key=key, view=number)
+        canvas.draws[row] = {}
+        for number, spec in enumerate(self.augment):
+            canvas.draws[row] |= draw(spec, size=size, seed=self.seed, epoch=epoch, key=key, view=number)
 
     def _evaluation_views(self, canvas: Canvas, row: int, image: Image) -> None:
         size = self.spec.image_size

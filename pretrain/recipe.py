@@ -27,6 +27,7 @@ def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class Views(Group):
@@ -39,12 +40,68 @@ class Views(Group):
     eval_crop: Share = 1.0  # side of the centre crop, as a share of the resized shorter side
 
 
+class RandAugment(Group):
+    """RandAugment as timm has it; the defaults are its rand-m9-mstd0.5-inc1."""
+
+    num_ops: int = Field(2, ge=1)
+    magnitude: float = Field(9.0, ge=0, le=10)
+    magnitude_std: float = Field(0.5, ge=0)  # of the noise on the magnitude
+    probability: Probability = 0.5  # that an operation is applied
+    increasing: bool = True  # a higher magnitude always distorts more
+
+
+class Jitter(Group):
+    """Strengths s: factors are uniform in [max(0, 1 - s), 1 + s], hue in [-s, s] turns; the order is drawn."""
+
+    probability: Probability
+    brightness: float = Field(0.0, ge=0)
+    contrast: float = Field(0.0, ge=0)
+    saturation: float = Field(0.0, ge=0)
+    hue: float = Field(0.0, ge=0, le=0.5)
+
+
+class Blur(Group):
+    probability: Probability
+    sigma: Annotated[tuple[Positive, Positive], AfterValidator(_ordered)] = (0.1, 2.0)  # pixels
+
+
+class Erasing(Group):
+    """A box of normal noise (pixel), or of the mean colour (const), after normalisation."""
+
+    probability: Probability
+    mode: Literal["pixel", "const"] = "pixel"
+    area: Annotated[tuple[Share, Share], AfterValidator(_ordered)] = (0.02, 1 / 3)  # of the view's
+    aspect: Share = 0.3  # least height / width; the greatest is its inverse
+
+
+class Augment(Group):
+    """Photometry of a view, in the order in which it is applied; a plain number is a probability."""
+
+    rand_augment: RandAugment | None = None
+    jitter: Jitter | None = None
+    grey: Probability = 0.0
+    blur: Blur | None = None
+    solarise: Probability = 0.0
+    erasing: Erasing | None = None
+
+
+class Mixing(Group):
+    """Mixup and cutmix of neighbouring pairs; each one's alpha of Beta(alpha, alpha), 0: off."""
+
+    mixup: float = Field(0.0, ge=0, le=4)
+    cutmix: float = Field(0.0, ge=0, le=4)
+    probability: Probability = 1.0  # that a pair is mixed
+    switch_probability: Probability = 0.5  # that it is by cutmix, where both are on
+
+
 class Data(Group):
     train: str  # a folder with a manifest, or a brace pattern of tars that has one beside it
     val: str | None = None
     lanes: int = Field(16, ge=1)  # contiguous stretches that are read side by side
     window: int = Field(1024, ge=1)  # samples of a lane that are shuffled among each other
     views: Views = Views()
+    augment: tuple[Augment, ...] = ()  # of training views: one entry for all, or one for each
+    mixing: Mixing = Mixing()
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     max_pixels: int = Field(50_000_000, ge=1)  # an image of more pixels is refused before it is decoded

@@ -20,7 +20,7 @@ from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.views import ViewSpec
 from pretrain import checkpoint
-from pretrain.augment import normalize
+from pretrain.augment import augmentations, mixing, prepare
 from pretrain.collectives import World, barrier, process_group
 from pretrain.engine import Engine
 from pretrain.environment import choose_device, describe, pin_threads
@@ -61,6 +61,8 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
         objective = build_objective(recipe.model, recipe.objective)
     needs = objective.needs
     _refuse_split_batch_norm(recipe, objective, resolved)
+    augmentations(recipe, needs)
+    mixing(recipe, needs, resolved.micro_size)
     check(train_data, needs)
     val = open_dataset(recipe.data.val) if recipe.data.val else None
     if val is not None:
@@ -164,8 +166,8 @@ def _first_state(job: _Job, engine: Engine) -> tuple[RunState, Path | None]:
 def _parts(job: _Job, engine: Engine, state: RunState, log: MetricLog, rates: _Rates) -> Parts:
     recipe, resolved = job.recipe, job.plan.resolved
 
-    def prepare(batch: Batch) -> Batch:
-        return normalize(batch.to(job.device), recipe.data.mean, recipe.data.std)
+    def prepared(batch: Batch) -> Batch:
+        return prepare(batch, job.device, recipe.data.mean, recipe.data.std, job.plan.needs.num_classes)
 
     def rate(progress: Progress) -> float:
         warmup_steps = resolved.warmup_steps
@@ -181,11 +183,11 @@ def _parts(job: _Job, engine: Engine, state: RunState, log: MetricLog, rates: _R
             saved = checkpoint.save(job.checkpoints, engine, state, world=job.world, keep_last=keep_last)
             log.say(f"saved {saved}")
 
-    inline = Inline(recipe, job.plan.val, engine, prepare, job.world, job.out)
+    inline = Inline(recipe, job.plan.val, engine, prepared, job.world, job.out)
     return Parts(
         engine=engine,
         steps=_steps(job, state.cursor),
-        prepare=prepare,
+        prepare=prepared,
         learning_rate=rate,
         log=log,
         rates=rates,
@@ -207,6 +209,8 @@ def _steps(job: _Job, cursor: int) -> Iterator[StepData]:
         job.plan.train,
         job.plan.needs,
         ViewSpec(**data.views.model_dump()),
+        augmentations(job.recipe, job.plan.needs),
+        mixing(job.recipe, job.plan.needs, job.plan.resolved.micro_size),
         seed=job.recipe.seed,
         lanes=data.lanes,
         window=data.window,
