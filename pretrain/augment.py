@@ -18,15 +18,15 @@ from torch import Tensor
 from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.draws import Augmentation, Mixing
 from data_pipeline.errors import RecipeError
-from pretrain import recipe
 from pretrain.erasing import erase
 from pretrain.mixing import mix
 from pretrain.photometry import blur, blur_kernels, blur_radius, grey, jitter, solarise
 from pretrain.rand_augment import rand_augment
+from pretrain.recipe import Recipe
 from pretrain.rows import change_rows
 
 
-def augmentations(config: recipe.Recipe, needs: BatchSpec) -> tuple[Augmentation, ...]:
+def augmentations(config: Recipe, needs: BatchSpec) -> tuple[Augmentation, ...]:
     """What is drawn for each of the objective's views: one entry of `data.augment` each, or one for all.
 
     Raises:
@@ -41,7 +41,7 @@ def augmentations(config: recipe.Recipe, needs: BatchSpec) -> tuple[Augmentation
     return tuple(specs * needs.num_views if len(specs) == 1 else specs)
 
 
-def mixing(config: recipe.Recipe, needs: BatchSpec, micro_size: int) -> Mixing | None:
+def mixing(config: Recipe, needs: BatchSpec, micro_size: int) -> Mixing | None:
     """What is drawn for each pair of samples; None: nothing.
 
     Raises:

@@ -50,7 +50,7 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    return torch.bitwise_right_shift(z, bits) & (2 ** (64 - bits) - 1)
+    return torch.bitwise_right_shift(z, bits).bitwise_and_(2 ** (64 - bits) - 1)
 
 
 @cache

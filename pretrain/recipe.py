@@ -5,93 +5,23 @@ How a recipe is read from YAML and written back: recipe_io.py. What follows from
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from itertools import pairwise
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-
-class Group(BaseModel):
-    """Base of every group: frozen; an unknown key and a number that is not finite are errors.
-
-    A validator says "expected ..., found ..."; the loader puts the path before it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
-    if interval[0] > interval[1]:
-        raise ValueError(f"expected [smallest, largest], found {list(interval)}.")
-    return interval
-
-
-Share = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
+from pretrain.recipe_augment import Augment, Mixing
+from pretrain.recipe_group import Group, Positive, Probability, Share, ordered
 
 
 class Views(Group):
     """Geometry of a training view (random resized crop, flip) and an evaluation view (resize, centre)."""
 
-    scale: Annotated[tuple[Share, Share], AfterValidator(_ordered)] = (0.2, 1.0)  # of the image's area
-    ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ordered)] = (0.75, 4 / 3)  # width / height
-    flip: float = Field(0.5, ge=0, le=1)  # probability
+    scale: Annotated[tuple[Share, Share], AfterValidator(ordered)] = (0.2, 1.0)  # of the image's area
+    ratio: Annotated[tuple[Positive, Positive], AfterValidator(ordered)] = (0.75, 4 / 3)  # width / height
+    flip: Probability = 0.5
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     eval_crop: Share = 1.0  # side of the centre crop, as a share of the resized shorter side
-
-
-class RandAugment(Group):
-    """RandAugment as timm has it; the defaults are its rand-m9-mstd0.5-inc1."""
-
-    num_ops: int = Field(2, ge=1)
-    magnitude: float = Field(9.0, ge=0, le=10)
-    magnitude_std: float = Field(0.5, ge=0)  # of the noise on the magnitude
-    probability: Probability = 0.5  # that an operation is applied
-    increasing: bool = True  # a higher magnitude always distorts more
-
-
-class Jitter(Group):
-    """Strengths s: factors are uniform in [max(0, 1 - s), 1 + s], hue in [-s, s] turns; the order is drawn."""
-
-    probability: Probability
-    brightness: float = Field(0.0, ge=0)
-    contrast: float = Field(0.0, ge=0)
-    saturation: float = Field(0.0, ge=0)
-    hue: float = Field(0.0, ge=0, le=0.5)
-
-
-class Blur(Group):
-    probability: Probability
-    sigma: Annotated[tuple[Positive, Positive], AfterValidator(_ordered)] = (0.1, 2.0)  # pixels
-
-
-class Erasing(Group):
-    """A box of normal noise (pixel), or of the mean colour (const), after normalisation."""
-
-    probability: Probability
-    mode: Literal["pixel", "const"] = "pixel"
-    area: Annotated[tuple[Share, Share], AfterValidator(_ordered)] = (0.02, 1 / 3)  # of the view's
-    aspect: Share = 0.3  # least height / width; the greatest is its inverse
-
-
-class Augment(Group):
-    """Photometry of a view, in the order in which it is applied; a plain number is a probability."""
-
-    rand_augment: RandAugment | None = None
-    jitter: Jitter | None = None
-    grey: Probability = 0.0
-    blur: Blur | None = None
-    solarise: Probability = 0.0
-    erasing: Erasing | None = None
-
-
-class Mixing(Group):
-    """Mixup and cutmix of neighbouring pairs; each one's alpha of Beta(alpha, alpha), 0: off."""
-
-    mixup: float = Field(0.0, ge=0, le=4)
-    cutmix: float = Field(0.0, ge=0, le=4)
-    probability: Probability = 1.0  # that a pair is mixed
-    switch_probability: Probability = 0.5  # that it is by cutmix, where both are on
 
 
 class Data(Group):
@@ -114,7 +44,7 @@ class Model(Group):
     name: str
     image_size: int = Field(224, ge=1)
     patch_size: int | None = Field(None, ge=1)  # ViT only; None: the model's own
-    options: dict[str, int | float | bool | str | None] = {}
+    options: dict[str, int | float | bool | str | None] = {}  # noqa: RUF012  (pydantic copies it)
 
     @model_validator(mode="after")
     def _patches(self) -> Model:
@@ -154,28 +84,77 @@ ObjectiveConfig = Annotated[Supervised | Mae, Field(discriminator="kind")]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class AdamW(Group):
-    kind: Literal["adamw"] = "adamw"
+class _Optimizer(Group):
+    """What every optimizer has. Biases, norms, tokens and position embeddings are never decayed."""
+
     base_lr: float = Field(gt=0)  # peak_lr = base_lr * global_size / lr_batch
     lr_batch: int | None = Field(256, ge=1)  # None: base_lr is the peak_lr
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.05, ge=0)  # never on biases, norms, tokens and position embeddings
+    layer_decay: float = Field(1.0, gt=0, le=1)  # learning rate of a layer, as a share of that of the layer above
     clip_norm: float | None = Field(None, gt=0)  # of the global gradient; None: no clipping
 
 
-class Schedule(Group):
-    """Linear warmup, then half a cosine. Exactly one of epochs, steps, samples says how long."""
+class AdamW(_Optimizer):
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
 
-    kind: Literal["cosine"] = "cosine"
+
+class Sgd(_Optimizer):
+    kind: Literal["sgd"]
+    momentum: Decay = 0.9
+    nesterov: bool = False
+    weight_decay: float = Field(1e-4, ge=0)  # as an L2 penalty: part of the gradient
+
+    @model_validator(mode="after")
+    def _nesterov(self) -> Sgd:
+        if self.nesterov and not self.momentum:
+            raise ValueError("expected a momentum above 0 with nesterov, found 0.")
+        return self
+
+
+class Lars(_Optimizer):
+    """What is not decayed is not adapted either, as in BYOL. ZeRO 0 only."""
+
+    kind: Literal["lars"]
+    momentum: Decay = 0.9
+    eta: float = Field(1e-3, gt=0)  # of the trust ratio
+    weight_decay: float = Field(1.5e-6, ge=0)  # as an L2 penalty
+
+
+class Lamb(_Optimizer):
+    """What is not decayed is not adapted either. ZeRO 0 only."""
+
+    kind: Literal["lamb"]
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.02, ge=0)
+
+
+def _kind_or(default: str) -> Discriminator:
+    """Recipes may leave the commonest kind out."""
+    return Discriminator(lambda v: v.get("kind", default) if isinstance(v, dict) else getattr(v, "kind", default))
+
+
+OptimConfig = Annotated[
+    Annotated[AdamW, Tag("adamw")]
+    | Annotated[Sgd, Tag("sgd")]
+    | Annotated[Lars, Tag("lars")]
+    | Annotated[Lamb, Tag("lamb")],
+    _kind_or("adamw"),
+]
+
+
+class _Schedule(Group):
+    """Linear warmup, then what the kind says. Exactly one of epochs, steps, samples says how long."""
+
     epochs: float | None = Field(None, gt=0, le=1e6)
     steps: int | None = Field(None, ge=1)
     samples: int | None = Field(None, ge=1)
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the run
-    final_lr: float = Field(0.0, ge=0, le=1)  # as a share of peak_lr
 
     @model_validator(mode="after")
-    def _one_length(self) -> Schedule:
+    def _one_length(self) -> Self:
         given = [key for key in ("epochs", "steps", "samples") if getattr(self, key) is not None]
         if len(given) != 1:
             fix = " Set those you do not want to null." if given else ""
@@ -183,6 +162,38 @@ class Schedule(Group):
                 f"expected exactly one of epochs, steps, samples, found {' and '.join(given) or 'none'}.{fix}"
             )
         return self
+
+
+class Cosine(_Schedule):
+    kind: Literal["cosine"] = "cosine"
+    final_lr: float = Field(0.0, ge=0, le=1)  # as a share of peak_lr
+
+
+class Steps(_Schedule):
+    """The learning rate is multiplied by gamma at each milestone."""
+
+    kind: Literal["step"]
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(min_length=1)  # shares of the run
+    gamma: float = Field(0.1, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Steps:
+        given = [self.warmup, *self.milestones]
+        if any(a >= b for a, b in pairwise(given)):
+            raise ValueError(
+                f"expected milestones that ascend from above warmup {self.warmup}, found {list(self.milestones)}."
+            )
+        return self
+
+
+class Constant(_Schedule):
+    kind: Literal["constant"]
+
+
+Schedule = Annotated[
+    Annotated[Cosine, Tag("cosine")] | Annotated[Steps, Tag("step")] | Annotated[Constant, Tag("constant")],
+    _kind_or("cosine"),
+]
 
 
 class BatchSize(Group):
@@ -237,9 +248,11 @@ class Recipe(Group):
     data: Data
     model: Model
     objective: ObjectiveConfig
-    optim: AdamW
+    optim: OptimConfig
     schedule: Schedule
     batch: BatchSize
+    resume_from: str | None = None  # a checkpoint or run: its whole state, where this run has no checkpoint of its own
+    init_from: str | None = None  # a run, checkpoint, encoder folder or safetensors file: its weights alone
 
     engine: EngineConfig = EngineConfig()
     runtime: Runtime = Runtime()
@@ -247,3 +260,12 @@ class Recipe(Group):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: Validation = Validation()
     evals: tuple[InlineKnn, ...] = ()
+
+    @model_validator(mode="after")
+    def _whole_parameters(self) -> Recipe:
+        if self.optim.kind in ("lars", "lamb") and self.engine.zero_stage:
+            raise ValueError(
+                f"expected engine.zero_stage 0 with optim.kind {self.optim.kind}, which takes the norm of each whole "
+                f"parameter where ZeRO steps pieces of them, found {self.engine.zero_stage}."
+            )
+        return self

@@ -18,7 +18,7 @@ from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.draws import Augmentation, Blur, Erasing, Jitter, Mixing, Value, draw, draw_mix
 from data_pipeline.errors import RecipeError
 from data_pipeline.rand_augment import RandAugment
-from pretrain import recipe
+from pretrain import recipe, recipe_augment
 from pretrain.augment import augmentations, mixing, normalize, prepare
 from tests.pretrain.recipes import SMALL, changed
 
@@ -210,12 +210,12 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("group", "spec"),
         [
-            (recipe.Augment, draws.Augmentation),
-            (recipe.Jitter, draws.Jitter),
-            (recipe.Blur, draws.Blur),
-            (recipe.Erasing, draws.Erasing),
-            (recipe.RandAugment, RandAugment),
-            (recipe.Mixing, draws.Mixing),
+            (recipe_augment.Augment, draws.Augmentation),
+            (recipe_augment.Jitter, draws.Jitter),
+            (recipe_augment.Blur, draws.Blur),
+            (recipe_augment.Erasing, draws.Erasing),
+            (recipe_augment.RandAugment, RandAugment),
+            (recipe_augment.Mixing, draws.Mixing),
         ],
     )
     def test_a_group_and_what_it_becomes_have_the_same_keys(self, group: Any, spec: Any) -> None:

@@ -16,7 +16,7 @@ from pretrain.recipe import Recipe
 from pretrain.recipe_io import dump, load_recipe
 from pretrain.recipe_problems import _all_paths
 from pretrain.strict_yaml import write_yaml
-from tests.pretrain.recipes import SMALL, bounded, changed, load, scalars, trees, words, write
+from tests.pretrain.recipes import AUGMENTED, SMALL, bounded, changed, load, scalars, trees, words, write
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -169,6 +169,9 @@ def test_all_problems_are_told_at_once_each_with_its_path(tmp_path: Path) -> Non
             "objective: expected a decoder_width that decoder_heads 7 divides, found 512.",
         ),
         ("schedule", {}, "schedule: expected exactly one of epochs, steps, samples, found none."),
+        ("optim.kind", "lion", "optim.kind: expected one of 'adamw', 'sgd', 'lars', 'lamb', found 'lion'."),
+        ("optim", [], "optim: expected a map, found []."),
+        ("schedule.kind", "step", "schedule.milestones: expected a value, found nothing."),
         ("optim.eps", math.inf, "optim.eps: expected a finite number, found .inf."),
         ("seed", -1, "seed: expected at least 0, found -1."),
         (
@@ -182,13 +185,31 @@ def test_a_wrong_value_is_told_with_what_was_expected(tmp_path: Path, path: str,
     assert problems(tmp_path, write_yaml(changed(path, value))) == [problem]
 
 
+@pytest.mark.parametrize("kind", ["lars", "lamb"])
+def test_optimizers_that_take_norms_of_parameters_are_refused_where_there_are_only_pieces(
+    tmp_path: Path, kind: str
+) -> None:
+    tree = changed("optim.kind", kind)
+    (problem,) = problems(tmp_path, tree)
+    assert "expected engine.zero_stage 0" in problem
+    assert "norm of each whole parameter" in problem
+    assert load(tmp_path, changed("engine.zero_stage", 0, tree)).optim.kind == kind
+
+
+def inside_lists(path: str) -> str:
+    """The path of a group's key in the first entry of the list where the group stands."""
+    return path.replace("evals.", "evals.0.").replace("data.augment.", "data.augment.0.")
+
+
 @pytest.mark.parametrize("path", [path for path in _all_paths(Recipe) if len(path.split(".")[-1]) > 4])
 def test_a_slip_in_any_key_names_the_right_one(tmp_path: Path, path: str) -> None:
     """Two letters swapped, at every place of the recipe that a key can stand."""
     tree = changed("objective", {"kind": "supervised", "num_classes": 3}) if "label" in path else SMALL
     if path == "objective.num_classes":
         tree = changed("objective", {"kind": "supervised"})
-    *parents, key = path.replace("evals.", "evals.0.").split(".")
+    if path.startswith("data.augment."):
+        tree = AUGMENTED
+    *parents, key = inside_lists(path).split(".")
     slip = key[:2] + key[3] + key[2] + key[4:] if key[2] != key[3] else key + "s"
     misspelt = ".".join([*parents, slip])
     said = f"{misspelt}: unknown key. Did you mean {'.'.join([*parents, key])}?"
@@ -204,10 +225,10 @@ def test_whatever_stands_in_a_recipe_the_answer_is_a_recipe_or_its_problems(
     value = data.draw(
         st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(words, inner), max_leaves=4)
     )
-    path = path.replace("evals.", "evals.0.")
+    path = inside_lists(path)
     found: list[str] | None = None
     try:
-        load(tmp_path, write_yaml(changed(path, value)))
+        load(tmp_path, write_yaml(changed(path, value, AUGMENTED)))
     except RecipeError as error:
         found = error.problems
     if found is not None:
