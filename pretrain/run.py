@@ -15,8 +15,10 @@ import torch
 
 from data_pipeline.assemble import check
 from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.captions import Captions
 from data_pipeline.errors import DataError, RecipeError, RunError
 from data_pipeline.loader import StepData, TrainLoader
+from data_pipeline.mixture import open_training
 from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.views import ViewSpec
 from pretrain import checkpoint
@@ -29,6 +31,7 @@ from pretrain.loop import Limits, Parts, TimedCheckpoints, train
 from pretrain.metrics import MetricLog, flops_per_sample, measure_peak_flops, peak_memory_bytes
 from pretrain.models.attention import choose_attention
 from pretrain.models.encoders import save_encoder
+from pretrain.models.tokenizers import build_tokenizer
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import Recipe
@@ -46,6 +49,7 @@ class Plan:
     train: Dataset
     val: Dataset | None
     needs: BatchSpec
+    captions: Captions | None
     resolved: Resolved
 
 
@@ -55,19 +59,26 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     Raises:
         InputError: of whichever is wrong.
     """
-    train_data = open_dataset(recipe.data.train)
+    train_data = open_training(recipe.data.train)
     resolved = resolve(recipe, world_size, train_data.num_samples)
     with torch.device("meta"):  # the shapes alone
         objective = build_objective(recipe.model, recipe.objective)
     needs = objective.needs
     _refuse_split_batch_norm(recipe, objective, resolved)
-    check(train_data, needs)
+    captions = _captions(recipe, needs)
+    check(train_data, needs, captions)
     val = open_dataset(recipe.data.val) if recipe.data.val else None
     if val is not None:
-        check(val, needs)
+        check(val, needs, captions)
     knn_evaluators(recipe)
     _refuse_other_run(recipe, train_data, out)
-    return Plan(train_data, val, needs, resolved)
+    return Plan(train_data, val, needs, captions, resolved)
+
+
+def _captions(recipe: Recipe, needs: BatchSpec) -> Captions | None:
+    if needs.tokens is None:
+        return None
+    return Captions(build_tokenizer(needs.tokens), **recipe.data.captions.model_dump())
 
 
 def folder_of(out: Path, overfit_batch: bool) -> Path:
@@ -181,7 +192,7 @@ def _parts(job: _Job, engine: Engine, state: RunState, log: MetricLog, rates: _R
             saved = checkpoint.save(job.checkpoints, engine, state, world=job.world, keep_last=keep_last)
             log.say(f"saved {saved}")
 
-    inline = Inline(recipe, job.plan.val, engine, prepare, job.world, job.out)
+    inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepare, job.world, job.out)
     return Parts(
         engine=engine,
         steps=_steps(job, state.cursor),
@@ -216,6 +227,7 @@ def _steps(job: _Job, cursor: int) -> Iterator[StepData]:
         world_size=job.world.size,
         num_workers=job.recipe.runtime.num_workers,
         max_pixels=data.max_pixels,
+        captions=job.plan.captions,
     )
     if not job.overfit_batch:
         return loader.steps(cursor)
