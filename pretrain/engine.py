@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from data_pipeline.batch import Batch
 from pretrain.collectives import World, sum_over_ranks
 from pretrain.objectives.base import LossOutput, Objective
-from pretrain.optim import build_optimizer, empty_state
-from pretrain.recipe import AdamW, EngineConfig
+from pretrain.optim import build_optimizer, empty_state, step_counters
+from pretrain.recipe import EngineConfig, OptimConfig
 from pretrain.state import Progress
 
 
@@ -70,7 +70,7 @@ class Engine:
     def __init__(
         self,
         objective: Objective,
-        optim: AdamW,
+        optim: OptimConfig,
         config: EngineConfig,
         *,
         world: World,
@@ -100,7 +100,7 @@ class Engine:
         self._batch_norms = [m for m in objective.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for group in self.optimizer.param_groups:
             for kept in self._kept_by(group):
-                self.optimizer.state[kept] = empty_state(kept)
+                self.optimizer.state[kept] = empty_state(self.optimizer, group, kept)
 
     def step(self, micro_batches: Sequence[Batch], progress: Progress, lr: float) -> StepResult:
         """Forward and backward of every micro-batch, then one optimizer step with learning rate `lr`."""
@@ -158,7 +158,7 @@ class Engine:
         """Name, hyperparameters and step count of each parameter group: the optimizer's state that is no tensor."""
         values = []
         for name, group in zip(self.group_names, self.optimizer.param_groups, strict=True):
-            steps = {float(self.optimizer.state[kept]["step"]) for kept in self._kept_by(group)}
+            steps = [float(counter) for counter in step_counters(self.optimizer, group, self._kept_by(group))]
             hyper = {
                 k: v for k, v in group.items() if isinstance(v, int | float | bool | tuple | list) and k != "params"
             }
@@ -169,8 +169,8 @@ class Engine:
         """Call once the fragments are written: takes the groups' step counts and refreshes the working weights."""
         steps = {group["name"]: float(group["step"]) for group in groups}
         for name, group in zip(self.group_names, self.optimizer.param_groups, strict=True):
-            for kept in self._kept_by(group):
-                self.optimizer.state[kept]["step"].fill_(steps[name])
+            for counter in step_counters(self.optimizer, group, self._kept_by(group)):
+                counter.fill_(steps[name])
         zero = self._deepspeed.optimizer
         if self.stage in (1, 2):
             zero.update_lp_params()
@@ -264,7 +264,7 @@ class Engine:
 
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
 
 
 def _poisoned(loss: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ def _poisoned(loss: Tensor) -> Tensor:
 
 
 def _deepspeed_config(
-    config: EngineConfig, optim: AdamW, world: World, micro_size: int, accumulation: int
+    config: EngineConfig, optim: OptimConfig, world: World, micro_size: int, accumulation: int
 ) -> dict[str, Any]:
     clip = 0.0 if config.zero_stage == 0 or optim.clip_norm is None else optim.clip_norm
     settings: dict[str, Any] = {

@@ -1,41 +1,111 @@
-"""AdamW with decay on matrices only."""
+"""Optimizers over named parameter groups, and their state as it is before the first step."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, assert_never
 
 import torch
+from timm.models import group_parameters
+from timm.optim import Lamb, Lars
 from torch import Tensor, nn
 
-from pretrain.recipe import AdamW
+from data_pipeline.errors import InputError
+from pretrain import recipe
 
 _UNDECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token")
 
 
-def param_groups(module: nn.Module, optim: AdamW) -> list[dict[str, Any]]:
-    """Two groups by name, `decay` and `no_decay`: biases, norms, tokens and position embeddings are not decayed."""
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+def param_groups(module: nn.Module, optim: recipe.OptimConfig) -> list[dict[str, Any]]:
+    """Groups by name: `decay` and `no_decay`, with layer decay one such pair per layer (`layer_3_decay`).
+
+    Biases, norms, tokens and position embeddings are not decayed. With layer decay (BEiT, Bao et al. 2021,
+    arXiv:2106.08254; MAE's fine-tuning) the learning rate of layer l of L is scaled by layer_decay ** (L - l): layers
+    are those of timm's encoder, stem first, and L is whatever stands on it.
+
+    Raises:
+        InputError: layer decay for an encoder that does not say what its layers are.
+    """
+    layers = _layers(module) if optim.layer_decay < 1 else {}
+    top = 1 + max(layers.values(), default=0)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, p in module.named_parameters():
-        if p.requires_grad:
-            exempt = p.ndim < 2 or name.rsplit(".", 1)[-1] in _UNDECAYED
-            (no_decay if exempt else decay).append(p)
-    groups = [
-        {"name": "decay", "params": decay, "weight_decay": optim.weight_decay},
-        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+        if not p.requires_grad:
+            continue
+        exempt = p.ndim < 2 or name.rsplit(".", 1)[-1] in _UNDECAYED
+        layer = layers.get(name, top)
+        title = "no_decay" if exempt else "decay"
+        group = groups.setdefault(
+            (layer, exempt),
+            {
+                "name": f"layer_{layer}_{title}" if layers else title,
+                "params": [],
+                "weight_decay": 0.0 if exempt else optim.weight_decay,
+                "lr_scale": optim.layer_decay ** (top - layer),
+            },
+        )
+        group["params"].append(p)
+    return [groups[key] for key in sorted(groups)]
 
 
-def build_optimizer(module: nn.Module, optim: AdamW) -> torch.optim.AdamW:
-    """torch's own AdamW; the learning rate is set before every step."""
-    return torch.optim.AdamW(param_groups(module, optim), lr=0.0, betas=optim.betas, eps=optim.eps)
+def build_optimizer(module: nn.Module, optim: recipe.OptimConfig, *, fused: bool = False) -> torch.optim.Optimizer:
+    """torch's AdamW or SGD, or timm's LARS or LAMB; the learning rate is set before every step.
+
+    LARS is You et al. 2017 (arXiv:1708.03888), Eq. 6, with momentum over the adapted gradient; LAMB is You et al. 2019
+    (arXiv:1904.00962), Algorithm 2. Both adapt exactly what may be decayed, even where weight_decay is 0.
+
+    Args:
+        module: whose trainable parameters are stepped.
+        optim: kind and hyperparameters; `clip_norm` is the engine's to apply.
+        fused: AdamW in one kernel.
+    """
+    groups = param_groups(module, optim)
+    optimizer: torch.optim.Optimizer
+    match optim:
+        case recipe.AdamW():
+            # Not False: that would also switch off torch's choice of the multi-tensor form.
+            return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=fused or None)
+        case recipe.Sgd():
+            return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov)
+        case recipe.Lars():
+            optimizer = Lars(groups, lr=0.0, momentum=optim.momentum, trust_coeff=optim.eta)
+        case recipe.Lamb():
+            optimizer = Lamb(groups, lr=0.0, betas=optim.betas, eps=optim.eps, max_grad_norm=None)
+        case _:
+            assert_never(optim)
+    for group in optimizer.param_groups:
+        group["always_adapt"] = not group["name"].endswith("no_decay")
+        if isinstance(optimizer, Lamb):
+            group["step"] = torch.tensor(0.0)
+    return optimizer
 
 
-def empty_state(kept: Tensor) -> dict[str, Tensor]:
-    """AdamW's state before the first step, as torch itself creates it, so that there is something to load into."""
-    return {
-        "step": torch.tensor(0.0),
-        "exp_avg": torch.zeros_like(kept),
-        "exp_avg_sq": torch.zeros_like(kept),
-    }
+def empty_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], kept: Tensor) -> dict[str, Tensor]:
+    """The state of a stepped tensor before the first step, so that there is something to load into.
+
+    It has the keys, shapes and devices that the optimizer itself would create; a step from it is the step from none.
+    """
+    match optimizer:
+        case torch.optim.AdamW():
+            step = torch.zeros((), dtype=torch.float32, device=kept.device if group["fused"] else "cpu")
+            return {"step": step, "exp_avg": torch.zeros_like(kept), "exp_avg_sq": torch.zeros_like(kept)}
+        case Lamb():
+            return {"exp_avg": torch.zeros_like(kept), "exp_avg_sq": torch.zeros_like(kept)}
+        case _:
+            return {"momentum_buffer": torch.zeros_like(kept)} if group["momentum"] else {}
+
+
+def step_counters(optimizer: torch.optim.Optimizer, group: dict[str, Any], kept: list[Tensor]) -> list[Tensor]:
+    """The scalars that count a group's applied steps: AdamW has one per stepped tensor, LAMB one, SGD and LARS none."""
+    counters = [group, *(optimizer.state[tensor] for tensor in kept)]
+    return [holder["step"] for holder in counters if "step" in holder]
+
+
+def _layers(module: nn.Module) -> dict[str, int]:
+    """Layer of each parameter of the encoder, the stem being 0; what is not the encoder's is on top of it."""
+    encoder: Any = getattr(module, "encoder", None)
+    matcher = getattr(encoder, "group_matcher", None)
+    if matcher is None:
+        raise InputError(
+            where="optim.layer_decay", expected="1, as this encoder does not say what its layers are", found="less"
+        )
+    return {f"encoder.{name}": layer for name, layer in group_parameters(encoder, matcher(), reverse=True).items()}

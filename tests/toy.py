@@ -10,6 +10,13 @@ from pretrain.objectives.base import LossOutput, Objective
 from pretrain.state import Progress
 
 
+class ToyEncoder(nn.Sequential):
+    """Says what its layers are, as timm's encoders do: each module is one."""
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        return {"stem": r"^1\.", "blocks": r"^(\d+)\."}
+
+
 class Toy(Objective):
     """[B, 3, 5, 5] -> 7 -> 11 -> 3 classes; sizes that no world size divides."""
 
@@ -18,7 +25,7 @@ class Toy(Objective):
         torch.manual_seed(seed)
         self.needs = BatchSpec(image_size=5, num_classes=3)
         norm: nn.Module = nn.BatchNorm1d(11) if batch_norm else nn.LayerNorm(11)
-        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(75, 7), nn.GELU(), nn.Linear(7, 11), norm)
+        self.encoder = ToyEncoder(nn.Flatten(), nn.Linear(75, 7), nn.GELU(), nn.Linear(7, 11), norm)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(11, 3)
 

@@ -79,6 +79,13 @@ objectives = st.one_of(
         optional={"mask_ratio": st.floats(0.01, 0.99), "normalize_target": st.booleans()},
     ),
 )
+optimizers = st.sampled_from([{}, {"kind": "adamw"}, {"kind": "sgd", "momentum": 0.5}]).flatmap(
+    lambda given: st.fixed_dictionaries(
+        {**{key: st.just(value) for key, value in given.items()}, "base_lr": st.floats(1e-12, 1e3)},
+        optional={"layer_decay": shares},
+    )
+)
+schedule_kinds = [{}, {"kind": "cosine"}, {"kind": "constant"}, {"kind": "step", "milestones": [0.9, 0.95]}]
 trees = st.fixed_dictionaries(
     {
         "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
@@ -96,9 +103,12 @@ trees = st.fixed_dictionaries(
             },
         ),
         "objective": objectives,
-        "optim": st.fixed_dictionaries({"base_lr": st.floats(1e-12, 1e3)}),
-        "schedule": st.sampled_from(["epochs", "steps", "samples"]).flatmap(
-            lambda key: st.fixed_dictionaries({key: sizes}, optional={"warmup": st.floats(0, 0.9)})
+        "optim": optimizers,
+        "schedule": st.tuples(st.sampled_from(["epochs", "steps", "samples"]), st.sampled_from(schedule_kinds)).flatmap(
+            lambda of: st.fixed_dictionaries(
+                {of[0]: sizes, **{key: st.just(value) for key, value in of[1].items()}},
+                optional={"warmup": st.floats(0, 0.89)},
+            )
         ),
         "batch": st.fixed_dictionaries({"global_size": sizes}, optional={"micro_size": st.none() | sizes}),
     },

@@ -14,7 +14,8 @@ from pretrain.collectives import World, gather_objects
 from pretrain.engine import Engine
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
-from pretrain.recipe import AdamW, EngineConfig
+from pretrain.optim import build_optimizer
+from pretrain.recipe import AdamW, EngineConfig, Lamb, Lars, OptimConfig, Sgd
 from pretrain.state import Progress
 from tests.ranks import run_ranks
 from tests.toy import Toy, split, toy_batch
@@ -29,7 +30,7 @@ def make_engine(
     accumulation: int = 1,
     *,
     objective: Objective | None = None,
-    optim: AdamW = OPTIM,
+    optim: OptimConfig = OPTIM,
     precision: Any = "fp32",
     **toy: Any,
 ) -> Engine:
@@ -60,52 +61,66 @@ def step(engine: Engine, world: World, at: int, accumulation: int = 1) -> Any:
     return engine.step(batches, Progress(at, 10, 0), 1e-2)
 
 
-def train(world: World, accumulation: int, steps: int) -> dict[int, Any]:
-    """By stage."""
+OPTIMS: dict[str, OptimConfig] = {
+    "adamw": OPTIM,
+    "adamw, layer decay": OPTIM.model_copy(update={"layer_decay": 0.5}),
+    "sgd": Sgd(kind="sgd", base_lr=1e-2, nesterov=True, weight_decay=0.1, clip_norm=0.5, layer_decay=0.5),
+    "lars": Lars(kind="lars", base_lr=1e-2, weight_decay=0.1),
+    "lamb": Lamb(kind="lamb", base_lr=1e-2, weight_decay=0.1),
+}
+CASES = [(kind, stage) for kind in OPTIMS for stage in STAGES if stage == 0 or kind not in ("lars", "lamb")]
+
+
+def train(world: World, accumulation: int, steps: int) -> dict[tuple[str, int], Any]:
+    """By optimizer and stage."""
     found = {}
-    for stage in STAGES:
-        engine = make_engine(world, stage, accumulation)
+    for kind, stage in CASES:
+        engine = make_engine(world, stage, accumulation, optim=OPTIMS[kind])
         results = [step(engine, world, at, accumulation) for at in range(steps)]
-        found[stage] = {
+        found[kind, stage] = {
             "losses": [float(result.metrics["loss"]) for result in results],
             "norms": [result.grad_norm for result in results],
             "state": whole_state(engine),
-            "steps": [group["step"] for group in engine.group_values()],
+            "groups": engine.group_values(),
         }
     return found
 
 
-def plain(steps: int) -> dict[str, Any]:
+def plain(steps: int, optim: OptimConfig = OPTIM) -> dict[str, Any]:
     """The reference: torch alone, the whole batch at once."""
     toy = Toy()
-    decay = [p for p in toy.parameters() if p.ndim > 1]
-    rest = [p for p in toy.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=OPTIM.betas, eps=OPTIM.eps)
+    optimizer = build_optimizer(toy, optim)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2 * group["lr_scale"]
     losses, norms = [], []
     for at in range(steps):
         loss = toy(toy_batch(at), Progress(at, 10, 0)).loss
         optimizer.zero_grad()
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(toy.parameters(), 0.5)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(toy.parameters(), optim.clip_norm or float("inf"))))
         optimizer.step()
         losses.append(loss.item())
-    return {"losses": losses, "norms": norms, "state": dict(toy.named_parameters())}
+    return {"losses": losses, "norms": norms, "state": dict(toy.named_parameters()), "groups": optimizer.param_groups}
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 2)])
 def test_equals_one_plain_process(world_size: int, accumulation: int) -> None:
     ranks = run_ranks(train, world_size, accumulation, 4)
-    reference = plain(4)
-    for stage in STAGES:
-        losses = torch.tensor([rank[stage]["losses"] for rank in ranks]).mean(0)
-        torch.testing.assert_close(losses, torch.tensor(reference["losses"]), rtol=1e-6, atol=1e-6)
-        norms = torch.tensor(ranks[0][stage]["norms"])
-        torch.testing.assert_close(norms, torch.tensor(reference["norms"]), rtol=1e-5, atol=0)
-        for name, expected in reference["state"].items():
-            found = ranks[0][stage]["state"][f"param/{name}"]
-            torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-6)
-        assert ranks[0][stage]["steps"] == [4, 4]
+    for kind, optim in OPTIMS.items():
+        reference = plain(4, optim)
+        for stage in (stage for k, stage in CASES if k == kind):
+            losses = torch.tensor([rank[kind, stage]["losses"] for rank in ranks]).mean(0)
+            torch.testing.assert_close(losses, torch.tensor(reference["losses"]), rtol=1e-6, atol=1e-6)
+            first = ranks[0][kind, stage]
+            torch.testing.assert_close(
+                torch.tensor(first["norms"]), torch.tensor(reference["norms"]), rtol=1e-5, atol=0
+            )
+            for name, expected in reference["state"].items():
+                torch.testing.assert_close(first["state"][f"param/{name}"], expected.detach(), rtol=1e-4, atol=1e-6)
+            assert [group["lr"] for group in first["groups"]] == [group["lr"] for group in reference["groups"]]
+            counted = 0 if optim.kind in ("sgd", "lars") else 4
+            assert {group["step"] for group in first["groups"]} == {counted}
+    assert len(ranks[0]["sgd", 3]["groups"]) == 7
 
 
 VIT = recipe.Model(

@@ -170,6 +170,9 @@ def test_all_problems_are_told_at_once_each_with_its_path(tmp_path: Path) -> Non
             "objective: expected a decoder_width that decoder_heads 7 divides, found 512.",
         ),
         ("schedule", {}, "schedule: expected exactly one of epochs, steps, samples, found none."),
+        ("optim.kind", "lion", "optim.kind: expected one of 'adamw', 'sgd', 'lars', 'lamb', found 'lion'."),
+        ("optim", [], "optim: expected a map, found []."),
+        ("schedule.kind", "step", "schedule.milestones: expected a value, found nothing."),
         ("optim.eps", math.inf, "optim.eps: expected a finite number, found .inf."),
         ("seed", -1, "seed: expected at least 0, found -1."),
         (
@@ -181,6 +184,17 @@ def test_all_problems_are_told_at_once_each_with_its_path(tmp_path: Path) -> Non
 )
 def test_a_wrong_value_is_told_with_what_was_expected(tmp_path: Path, path: str, value: Any, problem: str) -> None:
     assert problems(tmp_path, write_yaml(changed(path, value))) == [problem]
+
+
+@pytest.mark.parametrize("kind", ["lars", "lamb"])
+def test_optimizers_that_take_norms_of_parameters_are_refused_where_there_are_only_pieces(
+    tmp_path: Path, kind: str
+) -> None:
+    tree = changed("optim.kind", kind)
+    (problem,) = problems(tmp_path, tree)
+    assert "expected engine.zero_stage 0" in problem
+    assert "norm of each whole parameter" in problem
+    assert load(tmp_path, changed("engine.zero_stage", 0, tree)).optim.kind == kind
 
 
 @pytest.mark.parametrize("path", [path for path in _all_paths(Recipe) if len(path.split(".")[-1]) > 4])

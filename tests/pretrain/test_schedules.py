@@ -1,4 +1,4 @@
-"""The schedule as properties: ends, bounds, no jumps, up and then down, nothing but the step counts."""
+"""Schedules as properties: ends, bounds, no jumps, up and then down, nothing but the step counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.recipe import Schedule
+from pretrain.recipe import Constant, Cosine, Schedule, Steps
 from pretrain.schedules import learning_rate
 from pretrain.state import Progress
 
@@ -20,7 +20,10 @@ peaks = st.floats(1e-6, 10)
 
 def rates(total: int, warmup: int, peak: float, final: float) -> list[float]:
     """Of every step of the run, and one past its end."""
-    schedule = Schedule(steps=total, final_lr=final)
+    return rates_of(Cosine(steps=total, final_lr=final), total, warmup, peak)
+
+
+def rates_of(schedule: Schedule, total: int, warmup: int, peak: float) -> list[float]:
     return [
         learning_rate(Progress(step, total, 0), schedule, peak_lr=peak, warmup_steps=warmup)
         for step in range(total + 1)
@@ -63,8 +66,42 @@ def test_is_linear_while_warming_up() -> None:
 @given(step=st.integers(0, 1000), seen=st.integers(0, 10**9))
 @settings(max_examples=50, deadline=None)
 def test_depends_on_nothing_but_steps_and_stays_at_the_end(step: int, seen: int) -> None:
-    schedule = Schedule(steps=100, final_lr=0.1)
+    schedule = Cosine(steps=100, final_lr=0.1)
     lr = learning_rate(Progress(step, 100, seen), schedule, peak_lr=2.0, warmup_steps=10)
     assert lr == learning_rate(Progress(step, 100, 0), schedule, peak_lr=2.0, warmup_steps=10)
     if step >= 100:
         assert lr == pytest.approx(0.2)
+
+
+@given(total=totals, share=st.floats(0, 1, exclude_max=True), peak=peaks)
+@settings(max_examples=50, deadline=None)
+def test_constant_rises_to_the_peak_and_stays(total: int, share: float, peak: float) -> None:
+    warmup = int(share * total)
+    lr = rates_of(Constant(kind="constant", steps=total), total, warmup, peak)
+    assert lr[:warmup] == rates(total, warmup, peak, 0.5)[:warmup]
+    assert lr[warmup:] == [peak] * (total + 1 - warmup)
+
+
+milestones = st.lists(st.floats(0.2, 0.99), min_size=1, max_size=4, unique=True).map(
+    lambda shares: tuple(sorted(shares))
+)
+
+
+@given(total=totals, shares=milestones, gamma=st.floats(0.01, 1), peak=peaks)
+@settings(max_examples=100, deadline=None)
+def test_steps_down_once_at_each_milestone(total: int, shares: tuple[float, ...], gamma: float, peak: float) -> None:
+    schedule = Steps(kind="step", steps=total, milestones=shares, gamma=gamma)
+    warmup = int(0.1 * total)
+    lr = rates_of(schedule, total, warmup, peak)
+    assert lr[:warmup] == rates(total, warmup, peak, 0.5)[:warmup]
+    assert lr[warmup] <= peak
+    assert lr[total] == pytest.approx(peak * gamma ** len(shares))
+    for step in range(warmup, total + 1):
+        passed = [share for share in shares if step >= round(share * total)]
+        assert lr[step] == pytest.approx(peak * gamma ** len(passed))
+
+
+def test_a_milestone_is_where_it_is_written() -> None:
+    """0.7 x 10 is a little more than 7 in floating point."""
+    lr = rates_of(Steps(kind="step", steps=10, warmup=0, milestones=(0.3, 0.7)), 10, 0, 1.0)
+    assert lr == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01])
