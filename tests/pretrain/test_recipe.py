@@ -17,7 +17,7 @@ from pretrain.recipe_io import dump, load_recipe
 from pretrain.recipe_problems import _all_paths
 from pretrain.resolve import identity
 from pretrain.strict_yaml import write_yaml
-from tests.pretrain.recipes import SMALL, bounded, changed, load, scalars, trees, words, write
+from tests.pretrain.recipes import SMALL, bounded, changed, listed, load, scalars, trees, words, write
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -203,7 +203,8 @@ def test_a_slip_in_any_key_names_the_right_one(tmp_path: Path, path: str) -> Non
     tree = changed("objective", {"kind": "supervised", "num_classes": 3}) if "label" in path else SMALL
     if path == "objective.num_classes":
         tree = changed("objective", {"kind": "supervised"})
-    *parents, key = path.replace("evals.", "evals.0.").split(".")
+    path, tree = listed(path, tree)
+    *parents, key = path.split(".")
     slip = key[:2] + key[3] + key[2] + key[4:] if key[2] != key[3] else key + "s"
     misspelt = ".".join([*parents, slip])
     said = f"{misspelt}: unknown key. Did you mean {'.'.join([*parents, key])}?"
@@ -219,10 +220,10 @@ def test_whatever_stands_in_a_recipe_the_answer_is_a_recipe_or_its_problems(
     value = data.draw(
         st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(words, inner), max_leaves=4)
     )
-    path = path.replace("evals.", "evals.0.")
+    path, tree = listed(path)
     found: list[str] | None = None
     try:
-        load(tmp_path, write_yaml(changed(path, value)))
+        load(tmp_path, write_yaml(changed(path, value, tree)))
     except RecipeError as error:
         found = error.problems
     if found is not None:
