@@ -287,6 +287,8 @@ class Recipe(Group):
     optim: OptimConfig
     schedule: Schedule
     batch: BatchSize
+    resume_from: str | None = None  # a checkpoint or run: its whole state, where this run has no checkpoint of its own
+    init_from: str | None = None  # a run, checkpoint, encoder folder or safetensors file: its weights alone
 
     engine: EngineConfig = EngineConfig()
     runtime: Runtime = Runtime()

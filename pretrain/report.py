@@ -16,7 +16,7 @@ from data_pipeline.durable import durable_file
 from data_pipeline.errors import CheckpointError, InputError
 from data_pipeline.mixture import open_training
 from data_pipeline.read import open_dataset
-from pretrain.checkpoint import complete_checkpoints, load_tensors, read_state
+from pretrain.checkpoint import complete_checkpoints, module_state, read_state
 from pretrain.evals.base import EvalReport, Interval, compare
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources import load_source
@@ -155,7 +155,7 @@ def _reconstructions(recipe: Recipe, checkpoint: Path) -> list[list[Picture]]:
         objective = build_objective(recipe.model, recipe.objective)
     if not isinstance(objective, Mae):
         return []
-    load_strictly(objective, load_tensors(checkpoint, "param/"), where=str(checkpoint))
+    load_strictly(objective, module_state(checkpoint), where=str(checkpoint))
     dataset = open_training(recipe.data.val or recipe.data.train)
     return reconstructions(objective, dataset, recipe, NUM_RECONSTRUCTIONS)
 
