@@ -25,8 +25,6 @@ SMALL: dict[str, Any] = {
     "evals": [{"kind": "knn", "train": "a", "test": "b"}],
 }
 
-AUGMENTED = {**SMALL, "data": {"train": "shards", "augment": [{}]}}
-
 bounded = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -48,6 +46,17 @@ def changed(path: str, value: Any, tree: dict[str, Any] = SMALL) -> dict[str, An
         node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
     node[last] = value
     return tree
+
+
+def listed(path: str, tree: dict[str, Any] = SMALL) -> tuple[str, dict[str, Any]]:
+    """A path of the recipe's classes as one into the first entry of its lists, and the tree with such entries."""
+    if path.startswith("data.train."):
+        tree = changed("data.train", [{"path": "shards"}], tree)
+    if path.startswith("data.augment."):
+        tree = changed("data.augment", [{}], tree)
+    for key in ("evals.", "data.train.", "data.augment."):
+        path = path.replace(key, f"{key}0.")
+    return path, tree
 
 
 shares = st.floats(0.001, 1)
