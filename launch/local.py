@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from types import FrameType
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ASKING = (signal.SIGUSR1,)  # a rank answers it and goes on
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def launch(
 
     They find each other as under torchrun (RANK, WORLD_SIZE, MASTER_ADDR, ...). Rank 0 writes to the stdout
     and stderr of this process; the lines of the others go to stderr behind `[rank N] `. When one fails, the
-    others get SIGTERM and after a grace SIGKILL. Signals are passed on; a second one kills. Main thread
-    only: a rank is killed when the thread that started it ends.
+    others get SIGTERM and after a grace SIGKILL. Signals are passed on; a second one that stops kills. Main
+    thread only: a rank is killed when the thread that started it ends.
 
     Args:
         threads: OMP_NUM_THREADS of each rank; None: as it is set, or cores / num_ranks.
@@ -93,9 +94,11 @@ def _supervise(ranks: Sequence[subprocess.Popen[str]], events: Events, grace_sec
                 _kill(ranks[rank])
             continue
         if isinstance(event, Asked):
+            stopping = event.signum in STOPPING
             for rank in running:
-                _kill(ranks[rank]) if asked else ranks[rank].send_signal(event.signum)
-            asked = asked or event
+                _kill(ranks[rank]) if asked and stopping else ranks[rank].send_signal(event.signum)
+            if stopping:
+                asked = asked or event
             continue
         running.discard(event.rank)
         if event.status and not failed and not asked:
@@ -180,7 +183,7 @@ def _signals_into(events: Events) -> Iterator[None]:
     def handler(signum: int, frame: FrameType | None) -> None:
         events.put(Asked(signum))
 
-    before = {s: signal.getsignal(s) for s in FORWARDED if signal.getsignal(s) is not signal.SIG_IGN}
+    before = {s: signal.getsignal(s) for s in (*STOPPING, *ASKING) if signal.getsignal(s) is not signal.SIG_IGN}
     for signum in before:
         signal.signal(signum, handler)
     try:

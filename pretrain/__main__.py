@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
@@ -25,6 +26,7 @@ SECONDS_FOR_THE_FIRST_RANK = 20
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs this process's part. Returns the exit status: 0 done, 1 the run failed, 2 the input was wrong."""
     given = _parse(arguments)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks for a checkpoint, and until there is a run for nothing
     try:
         recipe = load_recipe(given.recipe, given.set)
         from pretrain import run  # after the recipe: loading torch takes seconds

@@ -1,4 +1,4 @@
-"""What is saved, how it becomes durable, how it is found and loaded again.
+"""What is saved, how it is found and loaded again; how it is written: checkpoint_writer.py.
 
 A checkpoint is a folder of logical tensors by parameter name, so that any world size and any ZeRO stage loads it:
 
@@ -7,123 +7,195 @@ A checkpoint is a folder of logical tensors by parameter name, so that any world
       state.json                            progress, shapes of the logical tensors, parameter groups
       COMPLETE                              SHA-256 of every file; written last, its presence makes the checkpoint
 
-Names are `param/<parameter>`, `optim/<key>/<parameter>` and `buffer/<buffer>`.
+Names are `param/<parameter>`, `ema/<parameter>`, `optim/<key>/<parameter>` and `buffer/<buffer>`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from data_pipeline.errors import CheckpointError, RunError
-from pretrain.collectives import World, barrier, gather_objects
-from pretrain.engine import Engine
-from pretrain.state import RunState
+from data_pipeline.errors import CheckpointError
+from pretrain.collectives import World, gather_objects
+from pretrain.state import Progress, RunState
+
+if TYPE_CHECKING:
+    from pretrain.engine import Engine
 
 FORMAT = 1
-_FOLDER = re.compile(r"step_(\d{8,})")
+COMPLETE, STATE = "COMPLETE", "state.json"
+_FOLDER = re.compile(r"step_(\d{8,18})")
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
-def save(folder: Path, engine: Engine, state: RunState, *, world: World, keep_last: int) -> Path:
-    """Writes `folder/step_XXXXXXXX`; every rank calls it and writes its share.
-
-    Returns:
-        The complete checkpoint. Older complete ones beyond `keep_last` are gone, and so are torn ones.
-
-    Raises:
-        RunError: a rank could not write its share; nothing claims to be complete.
-    """
-    target = folder / f"step_{state.progress.step:08d}"
-    if world.is_main:
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-    barrier()
-    shares = gather_objects(_write_share(target, engine, world))
-    failed = {share["file"]: share["error"] for share in shares if "error" in share}
-    if failed:
-        raise RunError(
-            where=str(target), expected="every rank to write its share", found=f"failures: {failed}",
-            fix="The newest complete checkpoint is untouched; free space or mend the disk, then start the run again.",
-        )  # fmt: skip
-    if world.is_main:
-        digests = {share["file"]: share["sha256"] for share in shares}
-        shapes = {name: shape for share in shares for name, shape in share["shapes"].items()}
-        _write_state(target, engine, state, shapes, digests, world)
-        _retain(folder, target, keep_last)
-    barrier()
-    return target
+class _Progress(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    step: Count
+    total_steps: Count
+    samples_seen: Count
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first."""
+class _Run(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    progress: _Progress
+    cursor: Count
+    skipped_steps: Count
+    bad_samples: Count
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    name: str
+    step: float
+
+
+class State(BaseModel):
+    """`state.json`: all of a checkpoint that is no tensor."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: Literal[1]
+    run: _Run
+    groups: list[_Group]
+    shapes: dict[str, list[Count]]
+    written_by: dict[str, int]
+
+    def run_state(self) -> RunState:
+        counts = self.run.model_dump(exclude={"progress"})
+        return RunState(Progress(**self.run.progress.model_dump()), **counts)
+
+
+_Digests = TypeAdapter(dict[str, Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint whose every byte was compared with its hash."""
+
+    path: Path
+    state: State
+    tensors: Tensors
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def all_folders(folder: Path) -> list[Path]:
+    """Complete or torn, oldest first."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if _FOLDER.fullmatch(p.name) and (p / "COMPLETE").is_file()]
+    found = [p for p in folder.iterdir() if _FOLDER.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
-def read_state(checkpoint: Path) -> RunState:
-    """Progress and counters of a checkpoint."""
-    return RunState.from_json(_state_json(checkpoint)["run"])
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Those that claim to be complete, oldest first; whether they are sound is only known once they are opened."""
+    return [p for p in all_folders(folder) if (p / COMPLETE).is_file()]
 
 
-def load(checkpoint: Path, engine: Engine, *, world: World) -> RunState:
-    """Brings a whole training state back, whatever world size and ZeRO stage wrote it. Every rank calls it.
+def open_checkpoint(path: Path, world: World) -> Checkpoint:
+    """Compares every file with its hash, the ranks sharing the reading; every rank calls it.
 
     Raises:
-        CheckpointError: damaged, or its tensors are not exactly those of this engine; told alike on every rank.
+        CheckpointError: torn or damaged; told alike on every rank, also by those that found nothing.
     """
     problem: CheckpointError | None = None
     try:
-        _verify(checkpoint, world)
-        stored = _Tensors(checkpoint)
+        _verify(path, world)
+        opened = Checkpoint(path, _read_state(path), Tensors(path))
     except CheckpointError as error:
         problem = error
     for found in gather_objects(problem):
         if found is not None:
             raise found
-    described = _state_json(checkpoint)
-    fragments = engine.fragments()
-    _refuse_partial(checkpoint, stored, {fragment.name: fragment.shape for fragment in fragments}, world)
-    for fragment in fragments:
-        fragment.data.copy_(stored.read(fragment.name, fragment.start, fragment.data.numel()))
-    engine.after_load(described["groups"])
-    return RunState.from_json(described["run"])
+    return opened
 
 
-def load_tensors(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
-    """Whole tensors whose names begin with `prefix`, which is cut off: for evaluation and export.
+def newest_sound(folder: Path, world: World) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """The newest complete checkpoint that is sound, and why newer ones were passed over; every rank calls it.
 
     Raises:
-        CheckpointError: incomplete, damaged, or nothing has that prefix.
+        CheckpointError: there are complete ones, and none is sound: starting again would lose the run silently.
     """
-    _verify(checkpoint, World())
-    stored = _Tensors(checkpoint)
-    names = [name for name in stored.shapes if name.startswith(prefix)]
-    if not names:
+    passed_over: list[CheckpointError] = []
+    for path in reversed(complete_checkpoints(folder)):
+        try:
+            return open_checkpoint(path, world), passed_over
+        except CheckpointError as error:
+            passed_over.append(error)
+    if passed_over:
         raise CheckpointError(
-            where=str(checkpoint), expected=f"tensors named {prefix}...",
+            where=str(folder), expected="one sound checkpoint among the complete ones",
+            found="; ".join(f"{error.where}: {error.found}" for error in passed_over),
+            fix="Restore one of them from a copy, or remove the folder to start the run from scratch.",
+        )  # fmt: skip
+    return None, passed_over
+
+
+def read_state(path: Path) -> RunState:
+    """Progress and counters of a checkpoint, without a look at its tensors."""
+    return _read_state(path).run_state()
+
+
+def load(checkpoint: Checkpoint, engine: Engine) -> RunState:
+    """Brings a whole training state back, whatever world size and ZeRO stage wrote it. Every rank calls it.
+
+    Raises:
+        CheckpointError: its tensors are not exactly those of this engine; told alike on every rank, and nothing
+            was changed.
+    """
+    fragments = engine.fragments()
+    wanted = {fragment.name: (fragment.shape, str(fragment.data.dtype)) for fragment in fragments}
+    _refuse_partial(checkpoint, wanted, [str(group["name"]) for group in engine.group_values()])
+    for fragment in fragments:
+        fragment.data.copy_(checkpoint.tensors.read(fragment.name, fragment.start, fragment.data.numel()))
+    engine.after_load([group.model_dump() for group in checkpoint.state.groups])
+    return checkpoint.state.run_state()
+
+
+def module_state(path: Path, prefix: str = "", *, verified: bool = False) -> dict[str, Tensor]:
+    """Parameters, or their moving averages, and buffers whose names begin with `prefix`, which is cut off.
+
+    Args:
+        path: a complete checkpoint; read by this process alone.
+        prefix: "encoder." for the encoder.
+        verified: its files were compared with their hashes by the caller.
+
+    Raises:
+        CheckpointError: torn, damaged, or nothing has that prefix.
+    """
+    if not verified:
+        _verify(path, World())
+    stored = Tensors(path)
+    found = {}
+    for kind in ("param/", "ema/", "buffer/"):  # an average takes the place of its parameter
+        for name in stored.shapes:
+            if name.startswith(kind + prefix):
+                found[name.removeprefix(kind + prefix)] = stored.whole(name)
+    if not found:
+        raise CheckpointError(
+            where=str(path), expected=f"parameters named {prefix}...",
             found=f"{len(stored.shapes)} others, such as {next(iter(stored.shapes), 'none')!r}",
             fix="Check that it is a checkpoint of a run with this objective.",
         )  # fmt: skip
-    return {name.removeprefix(prefix): stored.whole(name) for name in names}
+    return found
 
 
-def digests(checkpoint: Path) -> dict[str, str]:
+def digests(path: Path) -> dict[str, str]:
     """SHA-256 of every logical tensor, and of the parameter groups: equal states have equal digests."""
-    stored = _Tensors(checkpoint)
+    stored = Tensors(path)
     found = {}
     for name in sorted(stored.shapes):
         tensor = stored.whole(name)
@@ -131,40 +203,40 @@ def digests(checkpoint: Path) -> dict[str, str]:
         found[name] = hashlib.sha256(
             head + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         ).hexdigest()
-    groups = json.dumps(_state_json(checkpoint)["groups"], sort_keys=True)
+    groups = json.dumps([group.model_dump() for group in _read_state(path).groups], sort_keys=True)
     return {**found, "groups": hashlib.sha256(groups.encode()).hexdigest()}
 
 
-class _Tensors:
+class Tensors:
     """Logical tensors read out of the stretches that ranks wrote."""
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.shapes = {name: tuple(shape) for name, shape in _state_json(checkpoint)["shapes"].items()}
-        self._stretches: dict[str, list[tuple[int, Any, str]]] = defaultdict(list)
-        self._where = checkpoint
-        for path in sorted(checkpoint.glob("tensors-*.safetensors")):
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise _damaged(path, str(error)) from None
-            for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
-                name, _, start = key.rpartition("@")
-                self._stretches[name].append((int(start), file, key))
+    def __init__(self, path: Path) -> None:
+        self.shapes = {name: tuple(shape) for name, shape in _read_state(path).shapes.items()}
+        self._stretches: dict[str, list[tuple[int, int, Any, str]]] = defaultdict(list)
+        self._where = path
+        for file_path in sorted(path.glob("tensors-*.safetensors")):
+            self._list_stretches(file_path)
         for stretches in self._stretches.values():
-            stretches.sort(key=lambda stretch: stretch[0])
+            stretches.sort(key=lambda stretch: stretch[:2])
+
+    def dtype(self, name: str) -> str:
+        """As torch writes it; "none" where no stretch of it is stored."""
+        stretches = self._stretches[name]
+        if not stretches:
+            return "none"
+        _, _, file, key = stretches[0]
+        return str(file.get_slice(key)[:0].dtype)
 
     def read(self, name: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened logical tensor."""
-        pieces, at = [], start
-        for first, file, key in self._stretches[name]:
-            stored = file.get_slice(key)
-            last = first + stored.get_shape()[0]
-            if first <= at < last and at < start + numel:
-                until = min(last, start + numel)
-                pieces.append(stored[at - first : until - first])
+        pieces, at, end = [], start, start + numel
+        for first, last, file, key in self._stretches[name]:
+            if first <= at < last and at < end:
+                until = min(last, end)
+                pieces.append(file.get_slice(key)[at - first : until - first])
                 at = until
-        if at != start + numel:
-            raise _damaged(self._where, f"element {at} of {name} in no file")
+        if at != end or len({piece.dtype for piece in pieces}) != 1:
+            raise damaged(self._where, f"element {at} of {name} in no file")
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def whole(self, name: str) -> Tensor:
@@ -174,126 +246,90 @@ class _Tensors:
             numel *= side
         return self.read(name, 0, numel).view(shape)
 
-
-def _write_share(target: Path, engine: Engine, world: World) -> dict[str, Any]:
-    """Stretches that this rank alone keeps, and its part of those that every rank has."""
-    path = target / f"tensors-{world.rank:05d}-of-{world.size:05d}.safetensors"
-    try:
-        tensors, shapes = {}, {}
-        for i, fragment in enumerate(engine.fragments()):
-            if not fragment.replicated or i % world.size == world.rank:
-                tensors[f"{fragment.name}@{fragment.start}"] = fragment.data.detach().to("cpu").contiguous().clone()
-                shapes[fragment.name] = fragment.shape
-        save_file(tensors, path)
-        _fsync(path)
-        return {"file": path.name, "sha256": _sha256(path), "shapes": shapes}
-    except Exception as error:  # told to every rank, so that none waits for this one
-        return {"file": path.name, "error": f"{type(error).__name__}: {error}"}
+    def _list_stretches(self, path: Path) -> None:
+        try:
+            file = safe_open(path, framework="pt")
+            for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
+                name, _, start = key.rpartition("@")
+                (numel,) = file.get_slice(key).get_shape()  # type: ignore[no-untyped-call]
+                self._stretches[name].append((int(start), int(start) + numel, file, key))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise damaged(path, str(error)) from None
 
 
-def _write_state(
-    target: Path,
-    engine: Engine,
-    state: RunState,
-    shapes: dict[str, tuple[int, ...]],
-    digests: dict[str, str],
-    world: World,
-) -> None:
-    described = {
-        "format": FORMAT,
-        "run": state.to_json(),
-        "groups": engine.group_values(),
-        "shapes": shapes,
-        "written_by": {"world_size": world.size, "zero_stage": engine.stage},
-    }
-    path = target / "state.json"
-    path.write_text(json.dumps(described, indent=1))
-    _fsync(path)
-    part = target / "COMPLETE.part"
-    part.write_text(json.dumps({**digests, path.name: _sha256(path)}, indent=1))
-    _fsync(part)
-    _fsync(target)
-    part.rename(target / "COMPLETE")
-    _fsync(target)
-    _fsync(target.parent)
-
-
-def _retain(folder: Path, newest: Path, keep_last: int) -> None:
-    """Torn checkpoints never count as kept ones."""
-    kept = {*complete_checkpoints(folder)[-keep_last:], newest}
-    for path in folder.iterdir():
-        if _FOLDER.fullmatch(path.name) and path not in kept:
-            (path / "COMPLETE").unlink(missing_ok=True)  # first, so that half a removal claims nothing
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _verify(checkpoint: Path, world: World) -> None:
-    """Hashes of all files against COMPLETE; ranks share the reading."""
-    try:
-        complete = json.loads((checkpoint / "COMPLETE").read_text())
-        items = sorted((str(name), str(digest)) for name, digest in complete.items())
-    except FileNotFoundError:
-        raise CheckpointError(
-            where=str(checkpoint), expected="a complete checkpoint", found="no COMPLETE in it",
-            fix="It was torn while being written; choose another one.",
-        ) from None  # fmt: skip
-    except (OSError, ValueError, AttributeError) as error:
-        raise _damaged(checkpoint / "COMPLETE", str(error)) from None
-    for name, digest in items[world.rank :: world.size]:
-        path = checkpoint / name
-        if Path(name).name != name or not path.is_file():
-            raise _damaged(path, "no such file")
-        if _sha256(path) != digest:
-            raise _damaged(path, "other bytes than were written (SHA-256 differs)")
-
-
-def _refuse_partial(checkpoint: Path, stored: _Tensors, wanted: dict[str, tuple[int, ...]], world: World) -> None:
-    """Every rank names its own fragments; a stored tensor that no rank asks for is as wrong as a missing one."""
-    everything: dict[str, tuple[int, ...]] = {}
-    for names in gather_objects(wanted):
-        everything |= names
-    missing = sorted(everything.keys() - stored.shapes.keys())
-    unknown = sorted(stored.shapes.keys() - everything.keys())
-    other = sorted(n for n in everything.keys() & stored.shapes.keys() if everything[n] != stored.shapes[n])
-    if missing or unknown or other:
-        raise CheckpointError(
-            where=str(checkpoint), expected="exactly this run's tensors",
-            found=f"missing {_some(missing)}; unknown {_some(unknown)}; of another shape {_some(other)}",
-            fix="Resume with the recipe that wrote it.",
-        )  # fmt: skip
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
-
-
-def _state_json(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "state.json"
-    try:
-        described = json.loads(path.read_text())
-        if described["format"] != FORMAT:
-            raise _damaged(path, f"format {described['format']!r}, this version reads {FORMAT}")
-        return {key: described[key] for key in ("run", "groups", "shapes")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from None
-
-
-def _damaged(path: Path, found: str) -> CheckpointError:
+def damaged(path: Path, found: str) -> CheckpointError:
     return CheckpointError(
-        where=str(path), expected="an undamaged part of a checkpoint", found=found,
-        fix="Choose another checkpoint, or delete this one so that the one before is used.",
-    )  # fmt: skip
+        where=str(path), expected="an undamaged part of a checkpoint", found=found, fix="Choose another checkpoint."
+    )
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _verify(path: Path, world: World) -> None:
+    """Hashes of all files against COMPLETE; ranks share the reading."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        complete = sorted(_Digests.validate_json((path / COMPLETE).read_bytes()).items())
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            where=str(path), expected="a complete checkpoint", found=f"no {COMPLETE} in it",
+            fix="It was torn while being written; choose another one.",
+        ) from None  # fmt: skip
+    except (OSError, ValidationError, ValueError) as error:
+        raise damaged(path / COMPLETE, _brief(error)) from None
+    names = {name for name, _ in complete}
+    present = {file.name for file in path.glob("tensors-*.safetensors")} | {STATE}
+    if names != present:
+        raise damaged(path / COMPLETE, f"it lists {some(names - present)} too many and lacks {some(present - names)}")
+    for name, digest in complete[world.rank :: world.size]:
+        try:
+            found = sha256_of(path / name)
+        except OSError as error:
+            raise damaged(path / name, error.strerror or str(error)) from None
+        if found != digest:
+            raise damaged(path / name, "other bytes than were written (SHA-256 differs)")
+
+
+def _read_state(path: Path) -> State:
+    try:
+        return State.model_validate_json((path / STATE).read_bytes())
+    except (OSError, ValidationError, ValueError) as error:
+        raise damaged(path / STATE, _brief(error)) from None
+
+
+def _refuse_partial(
+    checkpoint: Checkpoint, wanted: dict[str, tuple[tuple[int, ...], str]], group_names: list[str]
+) -> None:
+    """Every rank names its own fragments; a stored tensor that no rank asks for is as wrong as a missing one."""
+    everything: dict[str, tuple[tuple[int, ...], str]] = {}
+    for names in gather_objects(wanted):
+        everything |= names
+    stored = checkpoint.tensors
+    missing = sorted(everything.keys() - stored.shapes.keys())
+    unknown = sorted(stored.shapes.keys() - everything.keys())
+    both = everything.keys() & stored.shapes.keys()
+    other = sorted(n for n in both if everything[n] != (stored.shapes[n], stored.dtype(n)))
+    if missing or unknown or other:
+        raise CheckpointError(
+            where=str(checkpoint.path), expected="exactly this run's tensors",
+            found=f"missing {some(missing)}; unknown {some(unknown)}; of another shape {some(other)}",
+            fix="Resume with the recipe that wrote it, or take the weights alone with init_from.",
+        )  # fmt: skip
+    stored_groups = [group.name for group in checkpoint.state.groups]
+    if stored_groups != group_names:
+        raise CheckpointError(
+            where=str(checkpoint.path), expected=f"the parameter groups {some(group_names)}",
+            found=some(stored_groups), fix="Resume with the recipe that wrote it.",
+        )  # fmt: skip
+
+
+def some(names: Iterable[str]) -> str:
+    """A few of the names, for a message."""
+    names = list(names)
+    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
+
+
+def _brief(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+Group = dist.ProcessGroup | None
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,29 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def gather_objects(value: T) -> list[T]:
+def side_group() -> Group:
+    """All ranks once more, over gloo: for a thread beside the training's, or where no GPU should be waited for."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+
+
+def gather_objects(value: T, group: Group = None) -> list[T]:
     """What every rank passed, in the order of ranks, on every rank. Plain data only; it travels pickled."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def on_any_rank(flag: bool, group: Group = None) -> bool:
+    """Whether any rank passed True."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    found = torch.tensor(int(flag))
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    return bool(found)
 
 
 def from_main(value: T) -> T:

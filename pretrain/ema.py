@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pretrain import recipe
+from pretrain.recipe_optim import Ema
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def follow(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float) 
     torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
 
 
-def decay_at(config: recipe.Ema, step: int) -> float:
+def decay_at(config: Ema, step: int) -> float:
     """Decay of the update that follows the `step`-th applied step, counted from 1.
 
     With warmup min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten, as TensorFlow's
@@ -37,7 +37,7 @@ class WeightEma:
         stepped: the tensors that the optimizer steps; the averages start from what they hold.
     """
 
-    def __init__(self, config: recipe.Ema, stepped: Sequence[Tensor]) -> None:
+    def __init__(self, config: Ema, stepped: Sequence[Tensor]) -> None:
         self._config, self._stepped = config, list(stepped)
         self._averages = [tensor.detach().clone() for tensor in self._stepped]
         self._of = dict(zip(self._stepped, self._averages, strict=True))
@@ -45,10 +45,6 @@ class WeightEma:
     def update(self, step: int) -> None:
         """Call after the `step`-th applied step, counted from 1."""
         follow(self._averages, self._stepped, decay_at(self._config, step))
-
-    def restart(self) -> None:
-        """Averages begin anew from the weights as they are."""
-        follow(self._averages, self._stepped, 0.0)
 
     def of(self, stepped: Tensor) -> Tensor | None:
         """The average of one of them, of the same layout; None of any other tensor."""

@@ -21,7 +21,8 @@ from pretrain.models.blocks import repeated_blocks
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.optim import build_optimizer, empty_state, step_counters
 from pretrain.partitions import Partitions
-from pretrain.recipe import Ema, EngineConfig, OptimConfig
+from pretrain.recipe import EngineConfig
+from pretrain.recipe_optim import Ema, OptimConfig
 from pretrain.state import Progress
 
 
@@ -205,11 +206,6 @@ class Engine:
             for counter in step_counters(self.optimizer, group, self._partitions.stepped(group)):
                 counter.fill_(steps[name])
         self._partitions.refresh_weights()
-
-    def restart_ema(self) -> None:
-        """Call where weights, and no averages, were written to the fragments: averages begin anew from them."""
-        if self._ema is not None:
-            self._ema.restart()
 
     def _apply(self) -> tuple[float, bool]:
         """ZeRO 1-3 find a non-finite gradient themselves and skip the step; stage 0 would apply it."""

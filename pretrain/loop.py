@@ -15,7 +15,7 @@ import torch
 from data_pipeline.batch import Batch
 from data_pipeline.errors import RunError
 from data_pipeline.loader import BadSample, StepData
-from pretrain.collectives import from_main, gather_objects, mean_over_ranks
+from pretrain.collectives import gather_objects, mean_over_ranks
 from pretrain.engine import Engine, StepResult
 from pretrain.metrics import MetricLog
 from pretrain.state import Progress, RunState
@@ -215,36 +215,3 @@ class _Waiting:
 
     def __exit__(self, *_: object) -> None:
         self._meter.waited += time.perf_counter() - self._start
-
-
-class TimedCheckpoints:
-    """Saves by steps and by minutes.
-
-    Args:
-        write: saves a state; all ranks call it.
-        every_steps: None: not by steps.
-        every_minutes: None: not by time. Looked at where steps are logged, as ranks must agree on it.
-        log_every: steps between logged ones.
-    """
-
-    def __init__(
-        self,
-        write: Callable[[RunState], None],
-        *,
-        every_steps: int | None,
-        every_minutes: float | None,
-        log_every: int,
-    ) -> None:
-        self._write, self._every_steps, self._every_minutes = write, every_steps, every_minutes
-        self._log_every, self._last = log_every, time.monotonic()
-
-    def due(self, step: int) -> bool:
-        if self._every_steps is not None and step % self._every_steps == 0:
-            return True
-        if self._every_minutes is None or step % self._log_every:
-            return False
-        return bool(from_main(time.monotonic() - self._last >= 60 * self._every_minutes))
-
-    def save(self, state: RunState) -> None:
-        self._write(state)
-        self._last = time.monotonic()

@@ -109,7 +109,7 @@ def _either(values: list[int]) -> str:
 
 # The groups that change results, and in them the keys that do not: where the data lie (the manifest's
 # fingerprint says which data they are), what is only measured on, a budget, and how a rank cuts up its share.
-_INCLUDED = {"seed", "data", "model", "objective", "optim", "schedule", "batch", "ema"}
+_INCLUDED = {"seed", "data", "model", "objective", "optim", "schedule", "batch", "ema", "resume_from", "init_from"}
 _EXCLUDED = {"data": {"train", "val", "max_bad_samples"}, "batch": {"micro_size"}}
 
 
@@ -146,3 +146,10 @@ def _leaves(recipe: Recipe) -> dict[str, str]:
 
     walk("", recipe.model_dump(mode="json", include=_INCLUDED, exclude=_EXCLUDED))
     return leaves
+
+
+def is_longer(given: Recipe, kept: Recipe) -> bool:
+    """Whether nothing that makes up the identity differs but how long the run is."""
+    length = {key: getattr(kept.schedule, key) for key in ("epochs", "steps", "samples")}
+    schedule = given.schedule.model_copy(update=length)
+    return identity(given) != identity(kept) == identity(given.model_copy(update={"schedule": schedule}))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
@@ -15,26 +16,32 @@ import torch
 
 from data_pipeline.assemble import check
 from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.captions import Captions
 from data_pipeline.errors import DataError, RecipeError, RunError
 from data_pipeline.loader import StepData, TrainLoader
+from data_pipeline.mixture import open_training
 from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.views import ViewSpec
-from pretrain import checkpoint
-from pretrain.augment import normalize
-from pretrain.collectives import World, barrier, process_group
+from pretrain.augment import augmentations, mixing, prepare
+from pretrain.checkpoint import load, module_state
+from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.collectives import World, process_group
 from pretrain.engine import Engine
 from pretrain.environment import choose_device, describe, pin_threads
 from pretrain.inline import Inline, knn_evaluators
-from pretrain.loop import Limits, Parts, TimedCheckpoints, train
+from pretrain.loop import Limits, Parts, train
 from pretrain.metrics import MetricLog, flops_per_sample, measure_peak_flops, peak_memory_bytes
 from pretrain.models.attention import choose_attention
 from pretrain.models.encoders import save_encoder
+from pretrain.models.tokenizers import build_tokenizer
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import dump, load_recipe, resolved_yaml
-from pretrain.resolve import Resolved, differences, resolve
+from pretrain.resolve import Resolved, is_longer, resolve
+from pretrain.saving import Demand, TimedCheckpoints
 from pretrain.schedules import learning_rate
+from pretrain.start import Start, find_start, refuse_other_run
 from pretrain.state import Progress, RunState
 from pretrain.strict_yaml import read_yaml
 
@@ -46,6 +53,7 @@ class Plan:
     train: Dataset
     val: Dataset | None
     needs: BatchSpec
+    captions: Captions | None
     resolved: Resolved
 
 
@@ -55,19 +63,28 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     Raises:
         InputError: of whichever is wrong.
     """
-    train_data = open_dataset(recipe.data.train)
+    train_data = open_training(recipe.data.train)
     resolved = resolve(recipe, world_size, train_data.num_samples)
     with torch.device("meta"):  # the shapes alone
         objective = build_objective(recipe.model, recipe.objective)
     needs = objective.needs
     _refuse_split_batch_norm(recipe, objective, resolved)
-    check(train_data, needs)
+    augmentations(recipe, needs)
+    mixing(recipe, needs, resolved.micro_size)
+    captions = _captions(recipe, needs)
+    check(train_data, needs, captions)
     val = open_dataset(recipe.data.val) if recipe.data.val else None
     if val is not None:
-        check(val, needs)
+        check(val, needs, captions)
     knn_evaluators(recipe)
-    _refuse_other_run(recipe, train_data, out)
-    return Plan(train_data, val, needs, resolved)
+    refuse_other_run(recipe, train_data.fingerprint, resolved.total_steps, out)
+    return Plan(train_data, val, needs, captions, resolved)
+
+
+def _captions(recipe: Recipe, needs: BatchSpec) -> Captions | None:
+    if needs.tokens is None:
+        return None
+    return Captions(build_tokenizer(needs.tokens), **recipe.data.captions.model_dump())
 
 
 def folder_of(out: Path, overfit_batch: bool) -> Path:
@@ -94,9 +111,11 @@ def run(recipe: Recipe, out: Path, *, max_steps: int | None = None, overfit_batc
     out = folder_of(out, overfit_batch)
     plan = preflight(recipe, world.size, out)
     job = _Job(recipe, plan, world, device, out, overfit_batch)
-    with process_group(world, device):
+    demand = Demand()
+    with demand.by_signal(), process_group(world, device):
         torch.manual_seed(recipe.seed)
         objective = build_objective(recipe.model, recipe.objective)
+        start = find_start(recipe, objective, None if overfit_batch else job.checkpoints, world)
         choose_attention(objective, device, recipe.engine.precision, recipe.engine.sdpa)
         rates = _Rates(recipe, objective, device, world)
         engine = Engine(
@@ -110,7 +129,7 @@ def run(recipe: Recipe, out: Path, *, max_steps: int | None = None, overfit_batc
             seed=recipe.seed,
             ema=recipe.ema,
         )
-        state, source = _first_state(job, engine)
+        state = _resumed(job, engine, start)
         if world.is_main:
             _describe_run(job, describe(world, device, threads))
         log = MetricLog(
@@ -120,15 +139,22 @@ def run(recipe: Recipe, out: Path, *, max_steps: int | None = None, overfit_batc
             active=world.is_main,
             tensorboard=recipe.logging.tensorboard,
         )
-        log.say(_opening(job, state, source))
+        for line in (_opening(job, state, start), *start.notes):
+            log.say(line)
+        writer = _writer(job, engine, log, start)
+        parts = _parts(job, engine, state, log, rates, writer, demand)
         try:
-            state = train(state, _parts(job, engine, state, log, rates), stop_at=_last_step(job, max_steps))
+            state = train(state, parts, stop_at=_last_step(job, max_steps))
+            if writer is not None:
+                writer.finish()
         except DataError as error:  # what was given was right when it was looked at
             raise RunError(error.where, error.expected, error.found, error.fix) from error
+        finally:
+            if writer is not None:
+                writer.abandon()
         done = "finished" if state.progress.step == plan.resolved.total_steps else "stopped"
-        log.say(
-            f"{done} at step {state.progress.step} of {plan.resolved.total_steps}; the encoder is in {out / 'encoder'}"
-        )
+        kept = "" if writer is None else f"; the encoder is in {out / 'encoder'}"
+        log.say(f"{done} at step {state.progress.step} of {plan.resolved.total_steps}{kept}")
         log.close()
 
 
@@ -153,49 +179,69 @@ def _last_step(job: _Job, max_steps: int | None) -> int:
     return min(total_steps, max_steps or total_steps)
 
 
-def _first_state(job: _Job, engine: Engine) -> tuple[RunState, Path | None]:
-    """Of the run's own latest complete checkpoint, loaded into the engine, or of a new run."""
-    found = [] if job.overfit_batch else checkpoint.complete_checkpoints(job.checkpoints)
-    barrier()  # all have looked before anyone writes
-    if found:
-        return checkpoint.load(found[-1], engine, world=job.world), found[-1]
-    return RunState(Progress(0, job.plan.resolved.total_steps, 0)), None
+def _resumed(job: _Job, engine: Engine, start: Start) -> RunState:
+    """The state to go on from, its tensors in the engine; how long the run is, is the recipe's to say."""
+    if start.checkpoint is None:
+        return RunState(Progress(0, job.plan.resolved.total_steps, 0))
+    state = load(start.checkpoint, engine)
+    return replace(state, progress=replace(state.progress, total_steps=job.plan.resolved.total_steps))
 
 
-def _parts(job: _Job, engine: Engine, state: RunState, log: MetricLog, rates: _Rates) -> Parts:
+def _writer(job: _Job, engine: Engine, log: MetricLog, start: Start) -> CheckpointWriter | None:
+    """A trial on one batch has nothing to keep."""
+    recipe = job.recipe
+
+    def export(checkpoint: Path) -> None:
+        weights = module_state(checkpoint, "encoder.", verified=True)
+        data = recipe.data
+        save_encoder(job.out / "encoder", weights, recipe.model, data.mean, data.std, data.views)
+
+    if job.overfit_batch:
+        return None
+    return CheckpointWriter(
+        job.checkpoints,
+        engine,
+        world=job.world,
+        keep_last=recipe.checkpoint.keep_last,
+        say=log.say,
+        unsound=start.unsound,
+        exported=export,
+    )
+
+
+def _parts(
+    job: _Job,
+    engine: Engine,
+    state: RunState,
+    log: MetricLog,
+    rates: _Rates,
+    writer: CheckpointWriter | None,
+    demand: Demand,
+) -> Parts:
     recipe, resolved = job.recipe, job.plan.resolved
 
-    def prepare(batch: Batch) -> Batch:
-        return normalize(batch.to(job.device), recipe.data.mean, recipe.data.std)
+    def prepared(batch: Batch) -> Batch:
+        return prepare(batch, job.device, recipe.data.mean, recipe.data.std, job.plan.needs.num_classes)
 
     def rate(progress: Progress) -> float:
         warmup_steps = resolved.warmup_steps
         return learning_rate(progress, recipe.schedule, peak_lr=resolved.peak_lr, warmup_steps=warmup_steps)
 
-    def save(state: RunState) -> None:
-        weights = engine.materialize(engine.objective.encoder)
-        if job.world.is_main:
-            data = recipe.data
-            save_encoder(job.out / "encoder", weights, recipe.model, data.mean, data.std, data.views)
-        if not job.overfit_batch:
-            keep_last = recipe.checkpoint.keep_last
-            saved = checkpoint.save(job.checkpoints, engine, state, world=job.world, keep_last=keep_last)
-            log.say(f"saved {saved}")
-
-    inline = Inline(recipe, job.plan.val, engine, prepare, job.world, job.out)
+    inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepared, job.world, job.out)
     return Parts(
         engine=engine,
         steps=_steps(job, state.cursor),
-        prepare=prepare,
+        prepare=prepared,
         learning_rate=rate,
         log=log,
         rates=rates,
         evaluations=inline.periodic(resolved.steps_per_epoch),
         checkpoints=TimedCheckpoints(
-            save,
+            writer,
+            world=job.world,
+            demand=demand,
             every_steps=recipe.checkpoint.every_steps,
             every_minutes=recipe.checkpoint.every_minutes,
-            log_every=recipe.logging.every_steps,
         ),
         limits=Limits(recipe.data.max_bad_samples, recipe.runtime.max_skipped_steps),
         log_every=recipe.logging.every_steps,
@@ -208,6 +254,8 @@ def _steps(job: _Job, cursor: int) -> Iterator[StepData]:
         job.plan.train,
         job.plan.needs,
         ViewSpec(**data.views.model_dump()),
+        augmentations(job.recipe, job.plan.needs),
+        mixing(job.recipe, job.plan.needs, job.plan.resolved.micro_size),
         seed=job.recipe.seed,
         lanes=data.lanes,
         window=data.window,
@@ -217,6 +265,7 @@ def _steps(job: _Job, cursor: int) -> Iterator[StepData]:
         world_size=job.world.size,
         num_workers=job.recipe.runtime.num_workers,
         max_pixels=data.max_pixels,
+        captions=job.plan.captions,
     )
     if not job.overfit_batch:
         return loader.steps(cursor)
@@ -252,24 +301,10 @@ def _refuse_split_batch_norm(recipe: Recipe, objective: Objective, resolved: Res
         raise RecipeError(recipe.name, [problem])
 
 
-def _refuse_other_run(recipe: Recipe, train_data: Dataset, out: Path) -> None:
-    """A folder goes on with its own run only: what changes results must be what it was, the data included."""
-    given, resolved = out / "recipe.yaml", out / "resolved.yaml"
-    if not given.is_file():
-        return
-    problems = differences(recipe, load_recipe(given))
-    if not problems and resolved.is_file():
-        kept = read_yaml(resolved.read_text())[0].get("data_fingerprint")
-        if kept != train_data.fingerprint:
-            problems = [f"data.train: expected the data with fingerprint {kept}, found {train_data.fingerprint}."]
-    if problems:
-        problems.append("Choose another folder with --out, or take this run's own recipe.")
-        raise RecipeError(f"{out} holds another run", problems)
-
-
 def _describe_run(job: _Job, environment: str) -> None:
     job.out.mkdir(parents=True, exist_ok=True)
     resolved = f"{resolved_yaml(job.recipe, job.plan.resolved)}data_fingerprint: {job.plan.train.fingerprint}\n"
+    _keep_the_shorter(job)
     # The recipe last: it is what makes the folder this run's.
     texts = {"environment.json": environment, "resolved.yaml": resolved, "recipe.yaml": dump(job.recipe)}
     for name, text in texts.items():
@@ -278,11 +313,19 @@ def _describe_run(job: _Job, environment: str) -> None:
         part.replace(job.out / name)
 
 
-def _opening(job: _Job, state: RunState, source: Path | None) -> str:
+def _keep_the_shorter(job: _Job) -> None:
+    """The recipe of a run that now goes on for longer, under another name."""
+    given, resolved = job.out / "recipe.yaml", job.out / "resolved.yaml"
+    if given.is_file() and resolved.is_file() and is_longer(job.recipe, load_recipe(given)):
+        total_steps = read_yaml(resolved.read_text())[0]["resolved"]["total_steps"]
+        shutil.copyfile(given, job.out / f"recipe-until-step-{total_steps:08d}.yaml")
+
+
+def _opening(job: _Job, state: RunState, start: Start) -> str:
     recipe, resolved, world = job.recipe, job.plan.resolved, job.world
     size = f"{resolved.global_size} = {world.size} x {resolved.accumulation} x {resolved.micro_size}"
     return (
         f"{recipe.name}: {recipe.objective.kind} {recipe.model.name}, {job.plan.train.num_samples} samples, "
         f"batch {size}, ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}, {world.size} x {job.device.type}; "
-        f"steps {state.progress.step} to {resolved.total_steps}, {f'from {source}' if source else 'from scratch'}"
+        f"steps {state.progress.step} to {resolved.total_steps}, {start.source}"
     )

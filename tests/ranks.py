@@ -1,4 +1,4 @@
-"""Runs a function in N real processes joined by gloo, and brings back what each returned or raised."""
+"""Runs a function in N real processes, and brings back what each returned or raised."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import io
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,47 +17,83 @@ from pretrain.collectives import World, process_group
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """`function(world, *args)` on every rank; the results in the order of ranks. Functions must be importable."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "timm", "tests.ranks"])
-    queue = context.Queue()
-    processes = [
-        context.Process(target=_rank, args=(queue, function, rank, world_size, port, args), daemon=False)
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    results: dict[int, Any] = {}
+    """`function(world, *args)` on every rank, joined by gloo; the results in the order of ranks.
+
+    Functions must be importable.
+    """
+    with started(function, world_size, *args, joined=True) as ranks:
+        return ranks.results()
+
+
+@contextmanager
+def started(function: Callable[..., Any], world_size: int, *args: Any, joined: bool) -> Iterator[Ranks]:
+    """The processes at work, forked from one that has imported what is slow to import; killed at the end.
+
+    Args:
+        joined: into a process group; else the function does that itself.
+    """
+    ranks = Ranks(function, world_size, args, joined)
     try:
-        for _ in processes:
-            rank, ok, value = queue.get(timeout=300)
+        yield ranks
+    finally:
+        ranks.end()
+
+
+class Ranks:
+    def __init__(self, function: Callable[..., Any], world_size: int, args: tuple[Any, ...], joined: bool) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["deepspeed", "timm", "pretrain.run", "tests.ranks"])
+        self._queue = context.Queue()
+        self.processes = [
+            context.Process(target=_rank, args=(self._queue, function, rank, world_size, port, joined, args))
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+        self._whole = False
+
+    def results(self, timeout: float = 300) -> list[Any]:
+        """What each returned, in the order of ranks; an AssertionError with the traceback of the first that failed."""
+        results: dict[int, Any] = {}
+        for _ in self.processes:
+            rank, ok, value = self._queue.get(timeout=timeout)
             assert ok, f"rank {rank} failed:\n{value}"
             results[rank] = torch.load(io.BytesIO(value), weights_only=False)
-    finally:
-        for process in processes:
-            process.join(timeout=20 if len(results) == world_size else 0.1)
+        self._whole = True
+        return [results[rank] for rank in range(len(self.processes))]
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.join(timeout=20 if self._whole else 0.1)
             if process.is_alive():
                 process.kill()
-    return [results[rank] for rank in range(world_size)]
+                process.join()
 
 
-def _rank(queue: Any, function: Callable[..., Any], rank: int, size: int, port: int, args: tuple[Any, ...]) -> None:
+def _rank(
+    queue: Any, function: Callable[..., Any], rank: int, size: int, port: int, joined: bool, args: tuple[Any, ...]
+) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
     }
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     torch.set_num_threads(1)
     try:
         world = World.from_environment()
-        with process_group(world, torch.device("cpu")):
-            result = io.BytesIO()
-            torch.save(function(world, *args), result)  # whole, as shared tensors die with their process
-            queue.put((rank, True, result.getvalue()))
+        if joined:
+            with process_group(world, torch.device("cpu")):
+                value = function(world, *args)
+        else:
+            value = function(world, *args)
+        result = io.BytesIO()
+        torch.save(value, result)  # whole, as shared tensors die with their process
+        queue.put((rank, True, result.getvalue()))
     except BaseException:
         queue.put((rank, False, traceback.format_exc()))

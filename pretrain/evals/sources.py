@@ -8,6 +8,7 @@ from pathlib import Path
 import timm
 
 from data_pipeline.errors import CheckpointError, InputError
+from pretrain.checkpoint import module_state, read_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.timm_sources import Architecture, checked_views, from_file, from_timm, nearest, seeded
 from pretrain.models.encoders import CONFIG, load_encoder, load_strictly
@@ -87,8 +88,6 @@ def _from_run(run: Path, random_init: bool, seed: int | None) -> Encoder:
 
 
 def _from_checkpoint(checkpoint: Path, random_init: bool, seed: int | None) -> Encoder:
-    from pretrain.checkpoint import load_tensors, read_state  # imports DeepSpeed, which takes seconds
-
     run = checkpoint.resolve().parent.parent
     if not (run / "recipe.yaml").is_file():
         raise CheckpointError(
@@ -102,12 +101,7 @@ def _from_checkpoint(checkpoint: Path, random_init: bool, seed: int | None) -> E
     if random_init:
         return _start_of_run(run, recipe, description, seed)
     module = seeded(0, lambda: build_objective(recipe.model, recipe.objective).encoder)
-    state = load_tensors(checkpoint, "param/encoder.")
-    if recipe.ema is not None:
-        state |= load_tensors(checkpoint, "ema/encoder.")
-    if module.state_dict().keys() - dict(module.named_parameters()).keys():
-        state |= load_tensors(checkpoint, "buffer/encoder.")
-    load_strictly(module, state, where=str(checkpoint))
+    load_strictly(module, module_state(checkpoint, "encoder."), where=str(checkpoint))
     progress = read_state(checkpoint).progress
     description |= {"step": progress.step, "samples_seen": progress.samples_seen}
     return Encoder.of_recipe(module, recipe, tag=checkpoint.name, run=run, description=description)

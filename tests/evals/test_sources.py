@@ -50,7 +50,7 @@ def recipe(kind: str = "mae") -> Recipe:
 
 def save_runs(world: World, root: Path) -> None:
     """A run of each kind as trainers leave it: recipe, encoder, checkpoint; weights of no initialisation."""
-    from pretrain import checkpoint
+    from pretrain.checkpoint_writer import CheckpointWriter
     from pretrain.engine import Engine
 
     for kind in ("mae", "supervised"):
@@ -71,7 +71,9 @@ def save_runs(world: World, root: Path) -> None:
             seed=0,
         )
         state = RunState(Progress(7, 10, 56))
-        checkpoint.save(root / kind / "checkpoints", engine, state, world=world, keep_last=1)
+        writer = CheckpointWriter(root / kind / "checkpoints", engine, world=world, keep_last=1, say=print)
+        writer.save(state)
+        writer.finish()
         weights = objective.encoder.state_dict()
         data = r.data
         save_encoder(root / kind / "encoder", weights, r.model, data.mean, data.std, data.views)

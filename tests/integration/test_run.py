@@ -16,14 +16,10 @@ import pytest
 import torch
 import yaml
 
+from tests.runs import MODEL, losses, train, write_recipe
 from tests.shards import write_shards
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-MODEL = {
-    "name": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 4,
-    "options": {"embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False,
-                "global_pool": "avg", "fc_norm": False},
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +33,6 @@ def recipe(shards: Path, tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "recipe.yaml", shards)
 
 
-def write_recipe(path: Path, shards: Path, **groups: object) -> Path:
-    tree = {
-        "name": "tiny",
-        "data": {"train": str(shards), "lanes": 3, "window": 16},
-        "model": MODEL,
-        "objective": {"kind": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
-        "optim": {"base_lr": 1e-2, "clip_norm": 1.0},
-        "schedule": {"steps": 40, "warmup": 0.1},
-        "batch": {"global_size": 8},
-        "engine": {"zero_stage": 2, "precision": "fp32"},
-        "runtime": {"peak_tflops": 0.1, "threads": 1},
-        "logging": {"every_steps": 1, "tensorboard": False},
-        "checkpoint": {"every_steps": 5},
-        **groups,
-    }
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "launch.cli", *map(str, arguments)]
 
@@ -64,13 +41,6 @@ def pretrain(*arguments: object, status: int = 0) -> subprocess.CompletedProcess
     done = subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done
-
-
-def losses(out: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if "loss" in line]
-    assert len(steps) == len(set(steps)), "a step was logged twice"
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -90,7 +60,7 @@ def ranks_of(launcher: int) -> list[int]:
 
 def test_killed_in_mid_epoch_it_goes_on_to_the_bit(recipe: Path, tmp_path: Path) -> None:
     """SIGKILL of all ranks, twice, then to the end: every loss equals the uninterrupted run's."""
-    pretrain("train", recipe, "--nproc", 2, "--out", tmp_path / "whole")
+    train(recipe, tmp_path / "whole", 2)
     expected = losses(tmp_path / "whole")
     assert sorted(expected) == list(range(1, 41))
     out = tmp_path / "killed"
@@ -107,28 +77,16 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_bit(recipe: Path, tmp_path: Path)
     last = pretrain("train", recipe, "--nproc", 2, "--out", out)
     assert "from scratch" not in last.stdout
     assert losses(out) == expected
-    again = pretrain("train", recipe, "--nproc", 2, "--out", out)
-    assert "finished at step 40 of 40" in again.stdout
+    assert "finished at step 40 of 40" in train(recipe, out, 2).splitlines()[-1]
     assert losses(out) == expected
 
 
 def test_goes_on_at_another_world_size_and_stage(recipe: Path, tmp_path: Path) -> None:
-    pretrain("train", recipe, "--out", tmp_path / "whole", "--set", "engine.zero_stage=1")
+    train(recipe, tmp_path / "whole", 1, "engine.zero_stage=1")
     expected = losses(tmp_path / "whole")
     out = tmp_path / "moved"
     for last, nproc, stage in ((7, 1, 1), (14, 2, 2), (21, 2, 3), (28, 1, 0), (40, 1, 1)):
-        pretrain(
-            "train",
-            recipe,
-            "--out",
-            out,
-            "--nproc",
-            nproc,
-            "--max-steps",
-            last,
-            "--set",
-            f"engine.zero_stage={stage}",
-        )
+        train(recipe, out, nproc, f"engine.zero_stage={stage}", max_steps=last)
     found = losses(out)
     assert found.keys() == expected.keys()
     torch.testing.assert_close(
@@ -143,7 +101,7 @@ def test_torchrun_starts_the_same_run(recipe: Path, tmp_path: Path) -> None:
         capture_output=True, text=True, env=ENVIRONMENT, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    pretrain("train", recipe, "--nproc", 2, "--out", tmp_path / "b", "--max-steps", 3)
+    train(recipe, tmp_path / "b", 2, max_steps=3)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
@@ -165,8 +123,8 @@ def test_validation_and_knn_do_not_touch_training(shards: Path, tmp_path: Path) 
     tree["data"]["val"] = str(val)
     judged.write_text(yaml.safe_dump(tree))
     bare = write_recipe(tmp_path / "bare.yaml", shards, **common)
-    pretrain("train", judged, "--nproc", 2, "--out", tmp_path / "judged")
-    pretrain("train", bare, "--nproc", 2, "--out", tmp_path / "bare")
+    train(judged, tmp_path / "judged", 2)
+    train(bare, tmp_path / "bare", 2)
     assert losses(tmp_path / "judged") == losses(tmp_path / "bare")
     lines = [json.loads(line) for line in (tmp_path / "judged" / "metrics.jsonl").read_text().splitlines()]
     validated = {line["step"]: line for line in lines if "val/loss" in line}
@@ -255,7 +213,7 @@ class TestWrongInput:
         assert "6 or 9" in message
 
     def test_folder_of_another_run(self, recipe: Path, shards: Path, tmp_path: Path) -> None:
-        pretrain("train", recipe, "--out", tmp_path / "run", "--max-steps", 1)
+        train(recipe, tmp_path / "run", max_steps=1)
         message = self.refused(tmp_path, recipe, "--set", "optim.base_lr=0.5")
         assert "optim.base_lr" in message
         other = write_shards(tmp_path / "other", 101)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from data_pipeline.errors import CheckpointError, RunError
-from pretrain import checkpoint
-from pretrain.collectives import World
+from pretrain import checkpoint, checkpoint_writer
+from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.collectives import World, barrier
 from pretrain.state import Progress, RunState
 from tests.pretrain.test_engine import make_engine, whole_state
 from tests.ranks import run_ranks
@@ -25,20 +26,26 @@ def steps(engine: Any, world: World, first: int, last: int) -> list[float]:
     ]
 
 
+def save(folder: Path, engine: Any, state: RunState, world: World, keep_last: int = 5) -> None:
+    writer = CheckpointWriter(folder, engine, world=world, keep_last=keep_last, say=lambda _: None)
+    writer.save(state)
+    writer.finish()
+
+
 def train_and_save(world: World, folder: Path, stage: int, more: int) -> list[float]:
     engine = make_engine(world, stage)
     steps(engine, world, 0, 3)
     state = RunState(Progress(3, 99, 24), cursor=24)
-    checkpoint.save(folder, engine, state, world=world, keep_last=5)
+    save(folder, engine, state, world)
     return steps(engine, world, 3, 3 + more)
 
 
 def load_and_save(world: World, source: Path, folder: Path, stage: int, more: int) -> list[float]:
     engine = make_engine(world, stage, seed=7)  # other weights, to be replaced entirely
     steps(engine, world, 50, 51)
-    state = checkpoint.load(source, engine, world=world)
+    state = checkpoint.load(checkpoint.open_checkpoint(source, world), engine)
     assert state == RunState(Progress(3, 99, 24), cursor=24)
-    checkpoint.save(folder, engine, state, world=world, keep_last=5)
+    save(folder, engine, state, world)
     return steps(engine, world, 3, 3 + more)
 
 
@@ -58,7 +65,7 @@ def test_any_world_size_and_stage_loads_it_exactly(tmp_path: Path) -> None:
 def save_batch_norm(world: World, folder: Path, stage: int) -> dict[str, Any]:
     engine = make_engine(world, stage, batch_norm=True)
     steps(engine, world, 0, 2)
-    checkpoint.save(folder, engine, RunState(Progress(2, 99, 16)), world=world, keep_last=5)
+    save(folder, engine, RunState(Progress(2, 99, 16)), world)
     return {name: t for name, t in whole_state(engine).items() if name.startswith("buffer/")}
 
 
@@ -70,7 +77,7 @@ def test_running_statistics_are_one_state_on_all_ranks(tmp_path: Path, stage: in
         == second.keys()
         == {f"buffer/encoder.4.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
     )
-    stored = checkpoint.load_tensors(tmp_path / "step_00000002", "buffer/")
+    stored = checkpoint.module_state(tmp_path / "step_00000002")
     for name, value in first.items():
         assert torch.equal(value, second[name])
         assert torch.equal(value, stored[name.removeprefix("buffer/")])
@@ -80,19 +87,26 @@ def test_running_statistics_are_one_state_on_all_ranks(tmp_path: Path, stage: in
 def save_many(world: World, folder: Path) -> None:
     engine = make_engine(world, 1)
     for step in (1, 2, 3):
-        checkpoint.save(folder, engine, RunState(Progress(step, 9, 0)), world=world, keep_last=2)
+        save(folder, engine, RunState(Progress(step, 9, 0)), world, keep_last=2)
         if step == 2:
             (folder / "step_00000002" / "COMPLETE").unlink()
             (folder / "step_00000009").mkdir()  # torn
 
 
-def refuse_to_write(world: World, folder: Path) -> str:
-    engine = make_engine(world, 1)
+def refuse_to_write(world: World, folder: Path) -> tuple[list[str], str]:
+    """Rank 1's disk is full for three saves."""
+    engine, told = make_engine(world, 1), list[str]()
+    writer = CheckpointWriter(folder, engine, world=world, keep_last=2, say=told.append)
+    writer.save(RunState(Progress(4, 9, 0)))
+    writer.finish()
+    full = OSError(28, "No space left on device")
     if world.rank == 1:
-        checkpoint.save_file = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        checkpoint_writer._write_all = lambda *_: (_ for _ in ()).throw(full)
+    for step in (5, 6, 7):
+        writer.save(RunState(Progress(step, 9, 0)))
     with pytest.raises(RunError) as caught:
-        checkpoint.save(folder, engine, RunState(Progress(5, 9, 0)), world=world, keep_last=2)
-    return str(caught.value)
+        writer.save(RunState(Progress(8, 9, 0)))
+    return told, str(caught.value)
 
 
 def test_retention_counts_complete_ones_only(tmp_path: Path) -> None:
@@ -101,9 +115,76 @@ def test_retention_counts_complete_ones_only(tmp_path: Path) -> None:
 
 
 def test_one_rank_that_cannot_write_leaves_nothing_complete(tmp_path: Path) -> None:
-    messages = run_ranks(refuse_to_write, 2, tmp_path)
-    assert all("No space left" in message for message in messages)
-    assert checkpoint.complete_checkpoints(tmp_path) == []
+    """The run goes on for a while, with the last good one kept, and then stops on every rank alike."""
+    (told, _), (silent, _) = found = run_ranks(refuse_to_write, 2, tmp_path)
+    assert all("rank 1: OSError: [Errno 28] No space left" in message for _, message in found)
+    assert [p.name for p in checkpoint.all_folders(tmp_path)] == ["step_00000004"]
+    assert all("step_00000004" in message for _, message in found)
+    assert [line.split()[0] for line in told] == ["saved", "NOT", "NOT", "NOT"]
+    assert silent == []
+
+
+def damage_and_find(world: World, folder: Path, keep_last: int) -> tuple[str, list[str]]:
+    """Four saves; the newest two are damaged, and a run that goes on from the third saves again."""
+    engine = make_engine(world, 2)
+    writer = CheckpointWriter(folder, engine, world=world, keep_last=4, say=lambda _: None)
+    for step in (1, 2, 3, 4):
+        writer.save(RunState(Progress(step, 9, 0)))
+    writer.finish()
+    if world.is_main:
+        (folder / "step_00000004" / "state.json").write_text("{}")
+        with (folder / "step_00000003" / "tensors-00001-of-00002.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"x")
+    barrier()
+    found, passed_over = checkpoint.newest_sound(folder, world)
+    assert found is not None
+    unsound = [folder / f"step_0000000{step}" for step in (3, 4)]
+    again = CheckpointWriter(
+        folder, engine, world=world, keep_last=keep_last, say=lambda _: None, unsound=unsound
+    )  # fmt: skip
+    again.save(RunState(Progress(3, 9, 0)))
+    again.finish()
+    return found.path.name, [error.where for error in passed_over]
+
+
+def test_damaged_ones_are_passed_over_and_never_counted_as_kept(tmp_path: Path) -> None:
+    for name, where in run_ranks(damage_and_find, 2, tmp_path, 2):
+        assert name == "step_00000002"
+        assert [Path(w).parent.name for w in where] == ["step_00000004", "step_00000003"]
+        assert Path(where[1]).name == "tensors-00001-of-00002.safetensors"
+    assert [p.name for p in checkpoint.all_folders(tmp_path)] == ["step_00000002", "step_00000003"]
+
+
+def test_none_sound_is_an_error_not_a_fresh_start(saved: Path, tmp_path: Path) -> None:
+    target = copied(saved, tmp_path)
+    (target / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"one sound checkpoint.*state\.json"):
+        checkpoint.newest_sound(tmp_path, World())
+    (target / "COMPLETE").unlink()  # torn: it never was one
+    assert checkpoint.newest_sound(tmp_path, World()) == (None, [])
+
+
+def buffers_of_two_saves(world: World, folder: Path) -> tuple[int, int, bool]:
+    """Training goes on while a copy is written: what is stored is the state of the step that was saved."""
+    engine = make_engine(world, 1)
+    writer = CheckpointWriter(folder, engine, world=world, keep_last=5, say=lambda _: None)
+    steps(engine, world, 0, 1)
+    before = {name: t.clone() for name, t in whole_state(engine).items()}
+    writer.save(RunState(Progress(1, 9, 0)))
+    steps(engine, world, 1, 4)
+    first = writer._snapshot._buffer.data_ptr()
+    writer.save(RunState(Progress(4, 9, 0)))
+    writer.finish()
+    stored = checkpoint.Tensors(folder / "step_00000001")
+    same = all(torch.equal(stored.whole(name), value) for name, value in before.items())
+    return first, writer._snapshot._buffer.data_ptr(), same
+
+
+def test_a_copy_is_written_while_training_goes_on(tmp_path: Path) -> None:
+    first, second, same = run_ranks(buffers_of_two_saves, 1, tmp_path)[0]
+    assert same
+    assert first == second
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +216,14 @@ def test_damage_is_named(saved: Path, tmp_path: Path, name: str, damage: str) ->
     if damage == "remove":
         (target / name).unlink()
     with pytest.raises(CheckpointError, match=r"tensors-|state\.json|COMPLETE"):
-        checkpoint.load_tensors(target, "param/")
+        checkpoint.module_state(target)
 
 
 def load_other_model(world: World, source: Path) -> str:
     engine = make_engine(world, 1, batch_norm=True)
     before = whole_state(engine)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(source, engine, world=world)
+        checkpoint.load(checkpoint.open_checkpoint(source, world), engine)
     after = whole_state(engine)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     return str(caught.value)

@@ -16,8 +16,9 @@ from pretrain.collectives import World
 from pretrain.ema import decay_at
 from pretrain.objectives.base import LossOutput
 from pretrain.optim import build_optimizer
-from pretrain.recipe import Ema
+from pretrain.recipe_optim import Ema
 from pretrain.state import Progress, RunState
+from tests.pretrain.test_checkpoint import save
 from tests.pretrain.test_engine import OPTIM, STAGES, make_engine, spoil, step, whole_state
 from tests.ranks import run_ranks
 from tests.toy import Toy, split, toy_batch
@@ -112,11 +113,12 @@ def taught(world: World, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
         progress = Progress(0, 10, 0)
         if source is not None:
             step(engine, world, 50)  # what was gathered before must not outlive the loading
-            progress = checkpoint.load(source, engine, world=world).progress
+            progress = checkpoint.load(checkpoint.open_checkpoint(source, world), engine).progress
         for _ in range(2):
             losses.append(float(step(engine, world, progress.step).metrics["loss"]))
             progress = progress.advance(8)
-        source = checkpoint.save(folder, engine, RunState(progress), world=world, keep_last=9)
+        save(folder, engine, RunState(progress), world)
+        source = folder / checkpoint.folder_name(progress.step)
     return losses, whole_state(engine)
 
 

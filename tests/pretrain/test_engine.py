@@ -15,7 +15,8 @@ from pretrain.engine import Engine
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.optim import build_optimizer
-from pretrain.recipe import AdamW, Ema, EngineConfig, Lamb, Lars, OptimConfig, Sgd
+from pretrain.recipe import EngineConfig
+from pretrain.recipe_optim import AdamW, Ema, Lamb, Lars, OptimConfig, Sgd
 from pretrain.state import Progress
 from tests.ranks import run_ranks
 from tests.toy import Toy, split, toy_batch

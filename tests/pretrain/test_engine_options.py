@@ -19,6 +19,7 @@ from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import EngineConfig
 from pretrain.state import Progress, RunState
+from tests.pretrain.test_checkpoint import save
 from tests.pretrain.test_engine import make_engine, part, whole_state
 from tests.ranks import run_ranks
 
@@ -128,9 +129,9 @@ def offload_and_back(world: World, folder: Path) -> dict[str, Any]:
             steps(engine, world, "mae")
         else:
             steps(engine, world, "mae", first=50)
-            checkpoint.load(source, engine, world=world)
-        state = RunState(Progress(3, 9, 0))
-        source = checkpoint.save(folder / str(hop), engine, state, world=world, keep_last=1)
+            checkpoint.load(checkpoint.open_checkpoint(source, world), engine)
+        save(folder / str(hop), engine, RunState(Progress(3, 9, 0)), world)
+        source = folder / str(hop) / checkpoint.folder_name(3)
         digests.append(checkpoint.digests(source) if world.is_main else {})
         losses.append(steps(engine, world, "mae", first=3))
     return {"digests": digests, "losses": losses}

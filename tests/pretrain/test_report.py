@@ -30,7 +30,7 @@ from data_pipeline.errors import CheckpointError, InputError, RecipeError
 from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.views import ViewSpec
 from pretrain import report
-from pretrain.checkpoint import complete_checkpoints, load_tensors
+from pretrain.checkpoint import complete_checkpoints, module_state
 from pretrain.evals.base import EvalReport, Outcomes, compare
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import Knn
@@ -175,7 +175,7 @@ def test_reconstructions_are_of_the_weights_in_the_newest_checkpoint(run: Path, 
     objective = build_objective(recipe.model, recipe.objective)
     assert isinstance(objective, Mae)
     fresh = [row[2].source for row in reconstructions(objective, dataset, recipe, 4)]
-    objective.load_state_dict(load_tensors(complete_checkpoints(run / "checkpoints")[-1], "param/"), strict=True)
+    objective.load_state_dict(module_state(complete_checkpoints(run / "checkpoints")[-1]), strict=True)
     rows = reconstructions(objective, dataset, recipe, 4)
     sources = [attributes["src"] for tag, attributes in page.elements if tag == "img"][3:]
     assert [image.source for row in rows for image in row] == sources[:12]

@@ -1,0 +1,137 @@
+"""Where whole runs save, start and go on from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoint import complete_checkpoints, digests, module_state
+from tests.runs import MODEL, losses, running, train, write_recipe
+from tests.shards import write_shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data") / "train")
+
+
+@pytest.fixture(scope="module")
+def recipe(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "r.yaml", shards, schedule={"steps": 12, "warmup": 0.1})
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 steps, checkpoints at 10 and 12."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    train(recipe, out)
+    return out
+
+
+def copied(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_signal_to_any_rank_saves_at_the_next_step(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with running(recipe, out, 2, "schedule.steps=100000", "checkpoint={every_steps: null, every_minutes: 60}") as ranks:
+        while max(losses(out), default=0) < 3:
+            time.sleep(0.01)
+        pid = ranks.processes[1].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGUSR1)
+        while not complete_checkpoints(out / "checkpoints"):
+            assert ranks.processes[0].is_alive()
+            time.sleep(0.01)
+        saved = complete_checkpoints(out / "checkpoints")
+        at = max(losses(out))
+        while max(losses(out)) < at + 3:  # and the run goes on
+            time.sleep(0.01)
+        assert complete_checkpoints(out / "checkpoints") == saved
+
+
+def test_a_damaged_one_is_named_and_the_one_before_goes_on_to_the_bit(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = copied(finished, tmp_path)
+    newest = complete_checkpoints(out / "checkpoints")[-1]
+    flip(next(newest.glob("tensors-*")))
+    log = train(recipe, out)
+    assert f"passed over, damaged: {newest}/tensors-" in log
+    assert "step_00000010" in log.splitlines()[-5:][0] or f"from {out / 'checkpoints' / 'step_00000010'}" in log
+    assert losses(out) == losses(finished)
+    assert digests(complete_checkpoints(out / "checkpoints")[-1]) == digests(
+        complete_checkpoints(finished / "checkpoints")[-1]
+    )
+
+
+def test_resume_from_takes_the_whole_state_or_nothing(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    source = copied(finished, tmp_path)
+    at_10, at_12 = complete_checkpoints(source / "checkpoints")
+    log = train(recipe, tmp_path / "again", 1, f"resume_from={at_10}")
+    assert f"from {at_10}" in log
+    expected = {step: loss for step, loss in losses(finished).items() if step > 10}
+    assert losses(tmp_path / "again") == expected
+    flip(at_12 / "state.json")
+    for asked in (at_12, source):  # a particular one, or the newest: never an older one in its place
+        with pytest.raises(AssertionError, match=r"(?s)CheckpointError.*step_00000012"):
+            train(recipe, tmp_path / "refused", 1, f"resume_from={asked}")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_finished_run_goes_on_for_longer(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    out = copied(finished, tmp_path)
+    train(recipe, out, 1, "schedule.steps=16")
+    found = losses(out)
+    assert sorted(found) == list(range(1, 17))
+    assert {step: found[step] for step in range(1, 13)} == losses(finished)
+    assert "steps: 12" in (out / "recipe-until-step-00000012.yaml").read_text()
+    with pytest.raises(AssertionError, match=r"(?s)RecipeError.*more than the 16 steps"):
+        train(recipe, out, 1, "schedule.steps=14")
+    with pytest.raises(AssertionError, match=r"(?s)RecipeError.*optim\.base_lr"):
+        train(recipe, out, 1, "schedule.steps=20", "optim.base_lr=1")
+
+
+def test_an_unfinished_run_keeps_its_length(recipe: Path, tmp_path: Path) -> None:
+    train(recipe, tmp_path / "run", max_steps=3)
+    with pytest.raises(AssertionError, match=r"(?s)RecipeError.*expected the 12 steps of this run, which is at step 3"):
+        train(recipe, tmp_path / "run", 1, "schedule.steps=16")
+
+
+@pytest.mark.parametrize("source", ["run", "checkpoint", "encoder", "encoder/model.safetensors"])
+def test_init_from_takes_the_encoder_and_says_so(shards: Path, finished: Path, tmp_path: Path, source: str) -> None:
+    """A supervised run begins with the encoder of a MAE run; the decoder stays behind, the head is new."""
+    newest = complete_checkpoints(finished / "checkpoints")[-1]
+    path = {"run": finished, "checkpoint": newest}.get(source, finished / source)
+    supervised = write_recipe(
+        tmp_path / "s.yaml", shards, objective={"kind": "supervised", "num_classes": 3},
+        init_from=str(path), optim={"base_lr": 1e-12}, schedule={"steps": 1, "warmup": 0.0},
+    )  # fmt: skip
+    log = train(supervised, tmp_path / "run", 2, "engine.zero_stage=3")
+    expected = module_state(newest, "encoder.")
+    assert f"taken from {path}: {len(expected)} of encoder" in log
+    assert "new, as initialised: 2 of head" in log
+    left = "left behind: nothing" if "encoder" in source else "of decoder"
+    assert left in log
+    found = module_state(complete_checkpoints(tmp_path / "run" / "checkpoints")[-1], "encoder.")
+    assert found.keys() == expected.keys()
+    assert all((found[name] - expected[name]).abs().max() < 1e-9 for name in expected)
+
+
+def test_init_from_refuses_part_of_an_encoder(shards: Path, finished: Path, tmp_path: Path) -> None:
+    deeper = {**MODEL, "options": {**MODEL["options"], "depth": 3}}
+    recipe = write_recipe(tmp_path / "r.yaml", shards, model=deeper, init_from=str(finished))
+    with pytest.raises(AssertionError, match=r"(?s)CheckpointError.*missing encoder\.blocks\.2"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
