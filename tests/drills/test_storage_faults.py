@@ -2,7 +2,8 @@
 
 A save is made of file operations: create, write, flush, rename, remove. Each fault strikes one of them in a process
 of its own, forked for it: the process is killed before, in or after the operation; the disk is full; it takes half
-of the bytes and says that it took them all; it changes one; it forgets a rename. Afterwards the folder is read as a new run would read it.
+of the bytes and says that it took them all; it changes one; it forgets a rename. Afterwards the folder is read as a
+new run would read it.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class Saboteur:
             return len(data)
         if self.fault == "killed after":
             real(*args, **kwargs)
-        die()
+        return die()
 
 
 def die() -> None:
@@ -167,9 +168,15 @@ def in_a_process(work: Callable[[], None]) -> int:
 def sabotage(saboteur: Saboteur) -> None:
     for name in OPERATIONS:
         setattr(os, name, saboteur.around(name, getattr(os, name)))
-    Path.open = lambda path, mode="r", *rest, **more: (  # type: ignore[assignment, method-assign, misc]
-        Unbuffered(path) if mode == "w+b" else open(path, mode, *rest, **more)
-    )
+    real = Path.open
+
+    def opened(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        return Unbuffered(path) if mode == "w+b" else real(path, mode, *rest, **more)
+
+    Path.open = opened  # type: ignore[assignment, method-assign]
+
+
+write_to_pipe = os.write  # the real one
 
 
 def counted(folder: Path) -> Counter[str]:
@@ -182,7 +189,7 @@ def counted(folder: Path) -> Counter[str]:
         sabotage(saboteur)
         save(folder, 2)
         text = " ".join(f"{name}={n}" for name, n in saboteur.seen.items())
-        open(write, "wb", buffering=0).write(text.encode())
+        write_to_pipe(write, text.encode())
 
     assert in_a_process(work) == 0
     return Counter({name: int(n) for name, n in (part.split("=") for part in os.read(read, 4096).decode().split())})
