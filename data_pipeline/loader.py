@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 
-import numpy as np
-
 from data_pipeline.assemble import Assembler, Canvas, check
 from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.captions import Captions
 from data_pipeline.errors import DataError, RunError, SampleError
-from data_pipeline.order import Order
+from data_pipeline.mixture import order_of
+from data_pipeline.order import SampleOrder
 from data_pipeline.read import Dataset
 from data_pipeline.views import ViewSpec
 from data_pipeline.workers import entries
@@ -56,16 +56,17 @@ class TrainLoader:
     cursor alone.
 
     Args:
-        dataset: where samples come from.
+        dataset: where samples come from; of a mixture, each source is read in an order of its own.
         spec: what a batch holds.
         views: geometry of the views.
-        seed: of the order, the views and the masks.
+        seed: of the order, the views, the masks and the choice of captions.
         lanes, window: of the order (order.py).
         global_size: B, samples of a step over all ranks and micro-batches.
         micro_size: samples of one micro-batch on this rank; `world_size * micro_size` divides `global_size`.
         rank, world_size: which piece of each step is this one's.
         num_workers: processes of one thread each that make steps ahead; 0: in this process.
         max_pixels: an image of more is a bad sample.
+        captions: how they are read, where `spec` asks for tokens.
 
     Raises:
         DataError: `global_size` does not divide, or the data set is empty.
@@ -87,6 +88,7 @@ class TrainLoader:
         world_size: int = 1,
         num_workers: int = 0,
         max_pixels: int,
+        captions: Captions | None = None,
     ) -> None:
         if global_size % (world_size * micro_size):
             raise DataError(
@@ -94,9 +96,9 @@ class TrainLoader:
                 expected=f"a multiple of {world_size} ranks x {micro_size} samples",
                 found=str(global_size),
             )
-        check(dataset, spec)
-        order = Order(dataset.shard_sizes, seed=seed, lanes=lanes, window=window)
-        assembler = Assembler(dataset, spec, views, seed=seed, max_pixels=max_pixels)
+        check(dataset, spec, captions)
+        order = order_of(dataset, seed=seed, lanes=lanes, window=window)
+        assembler = Assembler(dataset, spec, views, seed=seed, max_pixels=max_pixels, captions=captions)
         self._steps = _Steps(order, assembler, global_size, micro_size, rank, world_size)
         self._num_workers = num_workers
 
@@ -116,7 +118,7 @@ class TrainLoader:
 class _Steps:
     """Cursor -> the step that starts there."""
 
-    order: Order
+    order: SampleOrder
     assembler: Assembler
     global_size: int
     micro_size: int
@@ -125,25 +127,29 @@ class _Steps:
 
     def __getitem__(self, cursor: int) -> StepData:
         positions = self.order.step_positions(cursor, self.global_size, self.rank, self.world_size)
-        indices = self.order.locate(positions)
+        places = zip(
+            positions.tolist(),
+            self.order.locate(positions).tolist(),
+            self.order.epochs(positions).tolist(),
+            strict=True,
+        )
         canvas = Canvas(len(positions), self.assembler.spec)
         bad = []
-        for row, (position, i) in enumerate(zip(positions.tolist(), indices.tolist(), strict=True)):
+        for row, (position, i, epoch) in enumerate(places):
             try:
-                self.assembler.fill(canvas, row, i, position // self.order.num_samples)
+                self.assembler.fill(canvas, row, i, epoch)
             except SampleError as error:
                 key, shard = self.assembler.dataset.origin(i)
-                replacement_key = self._replace(canvas, row, position, f"{shard}: {key}", error)
+                replacement_key = self._replace(canvas, row, position, epoch, f"{shard}: {key}", error)
                 bad.append(BadSample(position, key, shard, str(error), replacement_key))
         starts = range(0, len(positions), self.micro_size)
         micro_batches = tuple(canvas.batch(start, start + self.micro_size) for start in starts)
         return StepData(micro_batches, cursor + self.global_size, tuple(bad), canvas.seconds)
 
-    def _replace(self, canvas: Canvas, row: int, position: int, where: str, error: SampleError) -> str:
+    def _replace(self, canvas: Canvas, row: int, position: int, epoch: int, where: str, error: SampleError) -> str:
         """Fill the row from the next usable position of its window, and return that sample's key."""
-        epoch, tried = position // self.order.num_samples, 0
-        for other in self.order.replacements(position):
-            i = int(self.order.locate(np.array([other]))[0])
+        tried = 0
+        for i in self.order.stand_ins(position):
             try:
                 self.assembler.fill(canvas, row, i, epoch)
             except SampleError:
@@ -169,6 +175,7 @@ def evaluation_batches(
     num_workers: int = 0,
     max_pixels: int,
     limit: int | None = None,
+    captions: Captions | None = None,
 ) -> Iterator[Batch]:
     """Every sample exactly once over the ranks, in the order of the data set, resized and centre cropped.
 
@@ -177,15 +184,16 @@ def evaluation_batches(
 
     Args:
         limit: the first samples only; None: all.
+        captions: how they are read, where `spec` asks for tokens; of several, the first.
 
     Raises:
         FieldError: the data set lacks what `spec` needs (see `check`); before anything is read.
         SampleError: a sample cannot be used: an evaluation leaves none out.
     """
-    check(dataset, spec)
+    check(dataset, spec, captions)
     total = dataset.num_samples if limit is None else min(limit, dataset.num_samples)
     first, end = total * rank // world_size, total * (rank + 1) // world_size
-    assembler = Assembler(dataset, spec, views, seed=0, max_pixels=max_pixels)
+    assembler = Assembler(dataset, spec, views, seed=0, max_pixels=max_pixels, captions=captions)
     return entries(_Pieces(assembler, batch_size, end), range(first, end, batch_size), num_workers)
 
 

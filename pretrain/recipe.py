@@ -40,12 +40,34 @@ class Views(Group):
     eval_crop: Share = 1.0  # side of the centre crop, as a share of the resized shorter side
 
 
+class Source(Group):
+    path: str
+    weight: float = Field(1, gt=0)  # share of the samples: this over the sum of all weights, whatever the sizes
+
+
+class Captions(Group):
+    """Where captions are, for objectives that read them; of several of one image, each epoch draws one."""
+
+    field: str = "txt"  # the member that holds them
+    key: str | None = None  # of a JSON member: the entry that is the caption, or a list of them
+    lines: bool = False  # of a text member: each line is a caption of its own
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Captions:
+        if self.key is not None and self.lines:
+            raise ValueError("expected key (of a JSON member) or lines (of a text member), found both.")
+        return self
+
+
 class Data(Group):
-    train: str  # a folder with a manifest, or a brace pattern of tars that has one beside it
+    # A folder with a manifest, or a brace pattern of tars that has one beside it; or several of them, mixed. The
+    # epoch of a mixture, for the schedule, is as many samples as all of them have together.
+    train: str | Annotated[tuple[Source, ...], Field(min_length=1)]
     val: str | None = None
     lanes: int = Field(16, ge=1)  # contiguous stretches that are read side by side
     window: int = Field(1024, ge=1)  # samples of a lane that are shuffled among each other
     views: Views = Views()
+    captions: Captions = Captions()
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     max_pixels: int = Field(50_000_000, ge=1)  # an image of more pixels is refused before it is decoded

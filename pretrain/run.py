@@ -16,8 +16,10 @@ import torch
 
 from data_pipeline.assemble import check
 from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.captions import Captions
 from data_pipeline.errors import DataError, RecipeError, RunError
 from data_pipeline.loader import StepData, TrainLoader
+from data_pipeline.mixture import open_training
 from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.views import ViewSpec
 from pretrain.augment import normalize
@@ -31,6 +33,7 @@ from pretrain.loop import Limits, Parts, train
 from pretrain.metrics import MetricLog, flops_per_sample, measure_peak_flops, peak_memory_bytes
 from pretrain.models.attention import choose_attention
 from pretrain.models.encoders import save_encoder
+from pretrain.models.tokenizers import build_tokenizer
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import Recipe
@@ -50,6 +53,7 @@ class Plan:
     train: Dataset
     val: Dataset | None
     needs: BatchSpec
+    captions: Captions | None
     resolved: Resolved
 
 
@@ -59,19 +63,26 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     Raises:
         InputError: of whichever is wrong.
     """
-    train_data = open_dataset(recipe.data.train)
+    train_data = open_training(recipe.data.train)
     resolved = resolve(recipe, world_size, train_data.num_samples)
     with torch.device("meta"):  # the shapes alone
         objective = build_objective(recipe.model, recipe.objective)
     needs = objective.needs
     _refuse_split_batch_norm(recipe, objective, resolved)
-    check(train_data, needs)
+    captions = _captions(recipe, needs)
+    check(train_data, needs, captions)
     val = open_dataset(recipe.data.val) if recipe.data.val else None
     if val is not None:
-        check(val, needs)
+        check(val, needs, captions)
     knn_evaluators(recipe)
     refuse_other_run(recipe, train_data.fingerprint, resolved.total_steps, out)
-    return Plan(train_data, val, needs, resolved)
+    return Plan(train_data, val, needs, captions, resolved)
+
+
+def _captions(recipe: Recipe, needs: BatchSpec) -> Captions | None:
+    if needs.tokens is None:
+        return None
+    return Captions(build_tokenizer(needs.tokens), **recipe.data.captions.model_dump())
 
 
 def folder_of(out: Path, overfit_batch: bool) -> Path:
@@ -213,7 +224,7 @@ def _parts(
         warmup_steps = resolved.warmup_steps
         return learning_rate(progress, recipe.schedule, peak_lr=resolved.peak_lr, warmup_steps=warmup_steps)
 
-    inline = Inline(recipe, job.plan.val, engine, prepare, job.world, job.out)
+    inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepare, job.world, job.out)
     return Parts(
         engine=engine,
         steps=_steps(job, state.cursor),
@@ -249,6 +260,7 @@ def _steps(job: _Job, cursor: int) -> Iterator[StepData]:
         world_size=job.world.size,
         num_workers=job.recipe.runtime.num_workers,
         max_pixels=data.max_pixels,
+        captions=job.plan.captions,
     )
     if not job.overfit_batch:
         return loader.steps(cursor)
