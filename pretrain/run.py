@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,25 +26,28 @@ from data_pipeline.views import ViewSpec
 from pretrain.augment import augmentations, mixing, prepare
 from pretrain.checkpoint import load, module_state
 from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.collectives import World, process_group
+from pretrain.collectives import World, gather_objects, process_group
 from pretrain.engine import Engine
 from pretrain.environment import choose_device, describe, pin_threads
 from pretrain.inline import Inline, knn_evaluators
-from pretrain.loop import Limits, Parts, train
+from pretrain.loop import Limits, Parts, Periodic, train
 from pretrain.metrics import MetricLog, flops_per_sample, measure_peak_flops, peak_memory_bytes
 from pretrain.models.attention import choose_attention
 from pretrain.models.encoders import save_encoder
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
+from pretrain.pictures import Pictures
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import dump, load_recipe, resolved_yaml
 from pretrain.resolve import Resolved, is_longer, resolve
 from pretrain.saving import Demand, TimedCheckpoints
 from pretrain.schedules import learning_rate
+from pretrain.sinks import open_sinks, refuse_missing_wandb
 from pretrain.start import Start, find_start, refuse_other_run
 from pretrain.state import Progress, RunState
 from pretrain.strict_yaml import read_yaml
+from pretrain.timing import DataBrake, profiled
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     if val is not None:
         check(val, needs, captions)
     knn_evaluators(recipe)
+    refuse_missing_wandb(recipe)
     refuse_other_run(recipe, train_data.fingerprint, resolved.total_steps, out)
     return Plan(train_data, val, needs, captions, resolved)
 
@@ -92,7 +97,14 @@ def folder_of(out: Path, overfit_batch: bool) -> Path:
     return out.with_name(f"{out.name}-overfit") if overfit_batch else out
 
 
-def run(recipe: Recipe, out: Path, *, max_steps: int | None = None, overfit_batch: bool = False) -> None:
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    max_steps: int | None = None,
+    overfit_batch: bool = False,
+    profile_steps: int | None = None,
+) -> None:
     """Trains, or goes on with the run in `out`; every rank calls it with the same arguments.
 
     Args:
@@ -100,6 +112,7 @@ def run(recipe: Recipe, out: Path, *, max_steps: int | None = None, overfit_batc
         out: the run's folder.
         max_steps: stop after so many applied steps; started again without it, the run goes on.
         overfit_batch: train on the first batch only, from scratch, in `folder_of(out, True)`.
+        profile_steps: so many steps are traced to `profile/` in the run's folder, after two that warm up.
 
     Raises:
         InputError: something given is wrong; nothing was changed.
@@ -129,21 +142,23 @@ def run(recipe: Recipe, out: Path, *, max_steps: int | None = None, overfit_batc
             seed=recipe.seed,
         )
         state = _resumed(job, engine, start)
+        hosts = gather_objects(platform.node())
         if world.is_main:
-            _describe_run(job, describe(world, device, threads))
+            _describe_run(job, describe(world, device, threads, hosts))
         log = MetricLog(
             out,
             step=state.progress.step,
             total_steps=plan.resolved.total_steps,
             active=world.is_main,
-            tensorboard=recipe.logging.tensorboard,
+            sinks=open_sinks(recipe.logging, out, recipe.name, state.progress.step) if world.is_main else (),
         )
         for line in (_opening(job, state, start), *start.notes):
             log.say(line)
         writer = _writer(job, engine, log, start)
         parts = _parts(job, engine, state, log, rates, writer, demand)
         try:
-            state = train(state, parts, stop_at=_last_step(job, max_steps))
+            with profiled(profile_steps, out / "profile" / f"rank{world.rank}.json.gz") as after_step:
+                state = train(state, replace(parts, after_step=after_step), stop_at=_last_step(job, max_steps))
             if writer is not None:
                 writer.finish()
         except DataError as error:  # what was given was right when it was looked at
@@ -227,14 +242,18 @@ def _parts(
         return learning_rate(progress, recipe.schedule, peak_lr=resolved.peak_lr, warmup_steps=warmup_steps)
 
     inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepared, job.world, job.out)
+    evaluations = inline.periodic(resolved.steps_per_epoch)
+    pictures = Pictures(recipe, engine, log, job.world, job.out)
+    if recipe.logging.images_every_steps is not None:
+        evaluations = (*evaluations, Periodic(recipe.logging.images_every_steps, pictures.paint))
     return Parts(
         engine=engine,
         steps=_steps(job, state.cursor),
-        prepare=prepared,
+        prepare=lambda batch: pictures.see(prepared(batch)),
         learning_rate=rate,
         log=log,
         rates=rates,
-        evaluations=inline.periodic(resolved.steps_per_epoch),
+        evaluations=evaluations,
         checkpoints=TimedCheckpoints(
             writer,
             world=job.world,
@@ -244,7 +263,14 @@ def _parts(
         ),
         limits=Limits(recipe.data.max_bad_samples, recipe.runtime.max_skipped_steps),
         log_every=recipe.logging.every_steps,
+        advise=DataBrake(recipe.runtime.num_workers, _idle_cores(job)),
     )
+
+
+def _idle_cores(job: _Job) -> int:
+    """For each rank of this machine, beside its own threads and workers."""
+    cores = len(os.sched_getaffinity(0)) // job.world.local_size
+    return max(0, cores - torch.get_num_threads() - job.recipe.runtime.num_workers)
 
 
 def _steps(job: _Job, cursor: int) -> Iterator[StepData]:
