@@ -11,6 +11,7 @@ from torch import Tensor
 from data_pipeline.batch import Batch, BatchSpec, Sample, TokenSpec
 from data_pipeline.captions import Captions
 from data_pipeline.decode import decode_image
+from data_pipeline.draws import Augmentation, Value, draw
 from data_pipeline.errors import DataError, FieldError, SampleError
 from data_pipeline.index import IMAGE_FIELDS, LABEL_FIELD
 from data_pipeline.mixture import Mixture
@@ -115,6 +116,7 @@ class Canvas:
             self.tokens = torch.empty(num_samples, spec.tokens.context_length, dtype=torch.int64)
         if spec.mask is not None:
             self.masks = torch.empty(num_samples, spec.mask.num_patches, dtype=torch.bool)
+        self.draws: list[dict[str, Value]] = [{} for _ in range(num_samples)]
         self.seconds = {"read": 0.0, "decode": 0.0, "transform": 0.0}
 
     def batch(self, start: int, stop: int) -> Batch:
@@ -124,6 +126,7 @@ class Canvas:
             labels=None if self.labels is None else self.labels[start:stop],
             tokens=None if self.tokens is None else self.tokens[start:stop],
             masks=None if self.masks is None else self.masks[start:stop],
+            augment={name: torch.tensor([row[name] for row in self.draws[start:stop]]) for name in self.draws[start]},
         )
 
 
@@ -134,7 +137,8 @@ class Assembler:
         dataset: where samples come from.
         spec: what a row holds.
         views: geometry of the views.
-        seed: of the views, the masks and the choice of captions.
+        augment: photometry of each training view, drawn here for the device to apply; empty: none.
+        seed: of the views, the draws, the masks and the choice of captions.
         max_pixels: an image of more cannot be used.
         captions: how they are read, where `spec` asks for tokens.
     """
@@ -144,12 +148,14 @@ class Assembler:
         dataset: Dataset,
         spec: BatchSpec,
         views: ViewSpec,
+        augment: tuple[Augmentation, ...] = (),
         *,
         seed: int,
         max_pixels: int,
         captions: Captions | None = None,
     ) -> None:
-        self.dataset, self.spec, self.views, self.captions = dataset, spec, views, captions
+        self.dataset, self.spec, self.views, self.augment = dataset, spec, views, augment
+        self.captions = captions
         self.seed, self.max_pixels = seed, max_pixels
 
     def fill(self, canvas: Canvas, row: int, i: int, epoch: int | None) -> None:
@@ -205,6 +211,9 @@ class Assembler:
         size, key = self.spec.image_size, canvas.keys[row]
         for number, view in enumerate(canvas.views):
             view[row] = training_view(image, size, self.views, seed=self.seed, epoch=epoch, key=key, view=number)
+        canvas.draws[row] = {}
+        for number, spec in enumerate(self.augment):
+            canvas.draws[row] |= draw(spec, size=size, seed=self.seed, epoch=epoch, key=key, view=number)
 
     def _evaluation_views(self, canvas: Canvas, row: int, image: Image) -> None:
         size = self.spec.image_size

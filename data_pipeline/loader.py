@@ -9,6 +9,7 @@ from itertools import count
 from data_pipeline.assemble import Assembler, Canvas, check
 from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.captions import Captions
+from data_pipeline.draws import Augmentation, Mixing, draw_mix
 from data_pipeline.errors import DataError, RunError, SampleError
 from data_pipeline.mixture import order_of
 from data_pipeline.order import SampleOrder
@@ -59,7 +60,9 @@ class TrainLoader:
         dataset: where samples come from; of a mixture, each source is read in an order of its own.
         spec: what a batch holds.
         views: geometry of the views.
-        seed: of the order, the views, the masks and the choice of captions.
+        augment: photometry of each view, drawn here for the device to apply; empty: none.
+        mixing: of neighbouring samples, likewise; `micro_size` must be even.
+        seed: of the order, the views, the draws, the masks and the choice of captions.
         lanes, window: of the order (order.py).
         global_size: B, samples of a step over all ranks and micro-batches.
         micro_size: samples of one micro-batch on this rank; `world_size * micro_size` divides `global_size`.
@@ -69,7 +72,7 @@ class TrainLoader:
         captions: how they are read, where `spec` asks for tokens.
 
     Raises:
-        DataError: `global_size` does not divide, or the data set is empty.
+        DataError: `global_size` does not divide, `micro_size` would cut pairs apart, or the data set is empty.
         FieldError: the data set lacks what `spec` needs (see `check`).
     """
 
@@ -78,6 +81,8 @@ class TrainLoader:
         dataset: Dataset,
         spec: BatchSpec,
         views: ViewSpec,
+        augment: tuple[Augmentation, ...] = (),
+        mixing: Mixing | None = None,
         *,
         seed: int,
         lanes: int,
@@ -96,10 +101,14 @@ class TrainLoader:
                 expected=f"a multiple of {world_size} ranks x {micro_size} samples",
                 found=str(global_size),
             )
+        if mixing is not None and micro_size % 2:
+            raise DataError(
+                where="batch.micro_size", expected="an even number, to mix samples in pairs", found=str(micro_size)
+            )
         check(dataset, spec, captions)
         order = order_of(dataset, seed=seed, lanes=lanes, window=window)
-        assembler = Assembler(dataset, spec, views, seed=seed, max_pixels=max_pixels, captions=captions)
-        self._steps = _Steps(order, assembler, global_size, micro_size, rank, world_size)
+        assembler = Assembler(dataset, spec, views, augment, seed=seed, max_pixels=max_pixels, captions=captions)
+        self._steps = _Steps(order, assembler, mixing, global_size, micro_size, rank, world_size)
         self._num_workers = num_workers
 
     def steps(self, cursor: int) -> Iterator[StepData]:
@@ -120,6 +129,7 @@ class _Steps:
 
     order: SampleOrder
     assembler: Assembler
+    mixing: Mixing | None
     global_size: int
     micro_size: int
     rank: int
@@ -142,9 +152,22 @@ class _Steps:
                 key, shard = self.assembler.dataset.origin(i)
                 replacement_key = self._replace(canvas, row, position, epoch, f"{shard}: {key}", error)
                 bad.append(BadSample(position, key, shard, str(error), replacement_key))
+        self._draw_mixing(canvas, cursor)
         starts = range(0, len(positions), self.micro_size)
         micro_batches = tuple(canvas.batch(start, start + self.micro_size) for start in starts)
         return StepData(micro_batches, cursor + self.global_size, tuple(bad), canvas.seconds)
+
+    def _draw_mixing(self, canvas: Canvas, cursor: int) -> None:
+        """The same for both samples of a pair, whose number counts through the ranks."""
+        if self.mixing is None:
+            return
+        size, seed = self.assembler.spec.image_size, self.assembler.seed
+        local_size = len(canvas.draws)
+        for row in range(0, local_size, 2):
+            pair = (self.rank * local_size + row) // 2
+            drawn = draw_mix(self.mixing, size=size, seed=seed, cursor=cursor, pair=pair)
+            canvas.draws[row] |= drawn
+            canvas.draws[row + 1] |= drawn
 
     def _replace(self, canvas: Canvas, row: int, position: int, epoch: int, where: str, error: SampleError) -> str:
         """Fill the row from the next usable position of its window, and return that sample's key."""

@@ -22,7 +22,7 @@ from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.mixture import open_training
 from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.views import ViewSpec
-from pretrain.augment import normalize
+from pretrain.augment import augmentations, mixing, prepare
 from pretrain.checkpoint import load, module_state
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World, process_group
@@ -69,6 +69,8 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
         objective = build_objective(recipe.model, recipe.objective)
     needs = objective.needs
     _refuse_split_batch_norm(recipe, objective, resolved)
+    augmentations(recipe, needs)
+    mixing(recipe, needs, resolved.micro_size)
     captions = _captions(recipe, needs)
     check(train_data, needs, captions)
     val = open_dataset(recipe.data.val) if recipe.data.val else None
@@ -217,18 +219,18 @@ def _parts(
 ) -> Parts:
     recipe, resolved = job.recipe, job.plan.resolved
 
-    def prepare(batch: Batch) -> Batch:
-        return normalize(batch.to(job.device), recipe.data.mean, recipe.data.std)
+    def prepared(batch: Batch) -> Batch:
+        return prepare(batch, job.device, recipe.data.mean, recipe.data.std, job.plan.needs.num_classes)
 
     def rate(progress: Progress) -> float:
         warmup_steps = resolved.warmup_steps
         return learning_rate(progress, recipe.schedule, peak_lr=resolved.peak_lr, warmup_steps=warmup_steps)
 
-    inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepare, job.world, job.out)
+    inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepared, job.world, job.out)
     return Parts(
         engine=engine,
         steps=_steps(job, state.cursor),
-        prepare=prepare,
+        prepare=prepared,
         learning_rate=rate,
         log=log,
         rates=rates,
@@ -251,6 +253,8 @@ def _steps(job: _Job, cursor: int) -> Iterator[StepData]:
         job.plan.train,
         job.plan.needs,
         ViewSpec(**data.views.model_dump()),
+        augmentations(job.recipe, job.plan.needs),
+        mixing(job.recipe, job.plan.needs, job.plan.resolved.micro_size),
         seed=job.recipe.seed,
         lanes=data.lanes,
         window=data.window,
