@@ -13,10 +13,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline.batch import Sample
-from data_pipeline.captions import CAPTION_FIELD, read_captions
+from data_pipeline.captions import read_captions
 from data_pipeline.errors import SampleError
-from data_pipeline.index import IMAGE_FIELDS, MISSING, ShardIndex
+from data_pipeline.index import CAPTION_FIELD, IMAGE_FIELDS, MISSING, ShardIndex
 from data_pipeline.intake import Intake
 from data_pipeline.layout import UniqueKeys
 from data_pipeline.manifest import FILE_NAME, load_manifest
@@ -143,7 +142,7 @@ class ShardProducer:
 
     def _caption(self, where: str, members: dict[str, bytes]) -> bytes:
         field, _, key = (self.caption or CAPTION_FIELD).partition(":")
-        found = read_captions(Sample(where, members), field, key or None)
+        found = read_captions(members, where, field, key or None)
         if not key:
             return members.pop(field)
         if len(found) > 1:  # one a line

@@ -18,9 +18,8 @@ import pyarrow as pa
 from pyarrow import csv
 from pyarrow import parquet as pq
 
-from data_pipeline.captions import CAPTION_FIELD
 from data_pipeline.errors import SampleError, SourceError
-from data_pipeline.index import LABEL_FIELD
+from data_pipeline.index import CAPTION_FIELD, LABEL_FIELD
 from data_pipeline.intake import Intake
 from data_pipeline.layout import UniqueKeys
 from data_pipeline.scan import MAX_LABEL
