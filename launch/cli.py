@@ -127,7 +127,8 @@ def train(
     if num_ranks == 1:
         raise typer.Exit(rank.main(arguments))
     from launch.local import launch
-    from pretrain.run import folder_of, preflight
+    from pretrain.preflight import preflight
+    from pretrain.run import folder_of
 
     preflight(recipe, num_ranks, folder_of(out, overfit_batch))  # one message, before anything is started
     raise typer.Exit(launch(arguments, num_ranks, threads=recipe.runtime.threads))

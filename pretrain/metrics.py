@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import Batch, BatchSpec
+from pretrain.collectives import World
 from pretrain.objectives.base import Objective
+from pretrain.recipe import Recipe
 from pretrain.sinks import Sink
 from pretrain.state import Progress
 
@@ -181,3 +183,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Rates:
+    """Samples per second -> MFU and memory; FLOPs are counted and the peak measured once, before training."""
+
+    def __init__(self, recipe: Recipe, objective: Objective, device: torch.device, world: World) -> None:
+        self._flops, self._device, self._world = flops_per_sample(objective), device, world
+        stated = recipe.runtime.peak_tflops
+        dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+        self.peak = stated * 1e12 if stated else measure_peak_flops(device, dtype)
+
+    def __call__(self, images_per_second: float) -> dict[str, float]:
+        return {
+            "mfu": images_per_second * self._flops / (self.peak * self._world.size),
+            "memory_bytes": float(peak_memory_bytes(self._device)),
+        }
