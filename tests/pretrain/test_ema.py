@@ -14,6 +14,7 @@ from data_pipeline.batch import Batch
 from pretrain import checkpoint
 from pretrain.collectives import World
 from pretrain.ema import decay_at
+from pretrain.engine import Engine
 from pretrain.objectives.base import LossOutput
 from pretrain.optim import build_optimizer
 from pretrain.recipe_optim import Ema
@@ -24,21 +25,26 @@ from tests.ranks import run_ranks
 from tests.toy import Toy, split, toy_batch
 
 
-def named(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    return {name.removeprefix(kind): value for name, value in state.items() if name.startswith(kind)}
-
-
 def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm().clamp(min=1e-3))
 
 
+def kept(engine: Engine, kind: str) -> dict[str, Tensor]:
+    """This rank's pieces of parameters or averages, by name."""
+    return {
+        f.name.removeprefix(kind): f.data.double()  # a copy
+        for f in engine.fragments()
+        if f.name.startswith(kind)
+    }
+
+
 def averaged(world: World, config: Ema, steps: int) -> dict[int, Any]:
-    """Largest error of the averages against fp64 after `steps` steps in bf16, by stage; the third is not applied."""
+    """Against fp64, after `steps` steps in bf16 of which the third is not applied, by stage."""
     found = {}
     for stage in STAGES:
         engine = make_engine(world, stage, precision="bf16", ema=config, batch_norm=True)
-        expected = {name: value.double() for name, value in named(whole_state(engine), "param/").items()}
-        start, applied = dict(expected), 0
+        start = expected = kept(engine, "param/")
+        applied = 0
         for at in range(steps):
             batches = split(toy_batch(at), world.rank, world.size, 1)
             if at == 2 and world.rank == 0:
@@ -46,37 +52,38 @@ def averaged(world: World, config: Ema, steps: int) -> dict[int, Any]:
             if not engine.step(batches, Progress(applied, steps, 0), 1e-2).applied:
                 continue
             applied += 1
-            decay = decay_at(config, applied)
-            for name, value in named(whole_state(engine), "param/").items():
-                expected[name] = decay * expected[name] + (1 - decay) * value.double()
+            decay, weights = decay_at(config, applied), kept(engine, "param/")
+            expected = {name: decay * value + (1 - decay) * weights[name] for name, value in expected.items()}
         assert applied == steps - 1
-        state = whole_state(engine)
-        exported = engine.materialize(engine.objective.encoder)
-        raw = engine.materialize(engine.objective.encoder, averaged=False)
-        for name, value in exported.items():
-            parameter = f"ema/encoder.{name}" in state
-            assert torch.equal(value, state[f"{'ema' if parameter else 'buffer'}/encoder.{name}"])
-            assert torch.equal(raw[name], state[f"{'param' if parameter else 'buffer'}/encoder.{name}"])
+        averages = kept(engine, "ema/")
         found[stage] = {
-            "error": max(error(value, expected[name]) for name, value in named(state, "ema/").items()),
-            "moved": max(error(value, start[name]) for name, value in named(state, "ema/").items()),
-            "names": named(state, "ema/").keys() == expected.keys(),
-            "dtypes": {value.dtype for value in named(state, "ema/").values()},
-            "kept": sum(f.data.numel() for f in engine.fragments() if f.name.startswith("ema/")),
-            "numel": sum(value.numel() for value in expected.values()),
+            "errors": {name: error(value, expected[name]) for name, value in averages.items()},
+            "moved": max(error(value, start[name]) for name, value in averages.items()),
+            "all": averages.keys() == expected.keys(),
+            "numel": sum(value.numel() for value in averages.values()),
+            "dtypes": {f.data.dtype for f in engine.fragments() if f.name.startswith("ema/")},
+            "state": whole_state(engine),
+            "exported": engine.materialize(engine.objective.encoder),
+            "raw": engine.materialize(engine.objective.encoder, averaged=False),
         }
     return found
 
 
 def test_the_average_is_that_of_fp64_and_is_what_is_exported() -> None:
-    ranks = run_ranks(averaged, 2, Ema(decay=0.8), 7)
+    numel = sum(p.numel() for p in Toy(batch_norm=True).parameters())
+    ranks = run_ranks(averaged, 2, Ema(decay=0.8), 9)
     for stage in STAGES:
-        first, second = (rank[stage] for rank in ranks)
-        assert first["names"]
-        assert first["dtypes"] == {torch.float32}
-        assert first["error"] < 1e-6
-        assert first["moved"] > 1e-2
-        assert first["kept"] + second["kept"] == first["numel"] * (2 if stage == 0 else 1)
+        assert sum(rank[stage]["numel"] for rank in ranks) == numel * (2 if stage == 0 else 1)
+        for rank in ranks:
+            found, state = rank[stage], rank[stage]["state"]
+            assert found["all"]
+            assert found["dtypes"] == {torch.float32}
+            assert max(found["errors"].values()) < 1e-6
+            assert found["moved"] > 1e-2
+            for name, value in found["exported"].items():
+                trained = f"ema/encoder.{name}" in state
+                assert torch.equal(value, state[f"{'ema' if trained else 'buffer'}/encoder.{name}"])
+                assert torch.equal(found["raw"][name], state[f"{'param' if trained else 'buffer'}/encoder.{name}"])
 
 
 def test_decay_warms_up_and_stays() -> None:
