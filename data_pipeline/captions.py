@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from data_pipeline import keyed
-from data_pipeline.batch import Sample
 from data_pipeline.errors import SampleError
+from data_pipeline.index import CAPTION_FIELD
 
-CAPTION_FIELD = "txt"
+if TYPE_CHECKING:  # converting reads captions too, in processes that should start at once
+    from torch import Tensor
+
+    from data_pipeline.batch import Sample
 
 
 class Tokenizer(Protocol):
@@ -53,21 +55,28 @@ class Captions:
         Raises:
             SampleError: it has no caption that can be used.
         """
-        found = read_captions(sample, self.field, self.key, lines=self.lines)
+        found = read_captions(sample.fields, sample.key, self.field, self.key, lines=self.lines)
         if epoch is None or len(found) == 1:
             return self.tokenizer(found[0])
         chance = next(keyed.uniforms("caption", seed, epoch, 0, sample.key))
         return self.tokenizer(found[int(chance * len(found))])
 
 
-def read_captions(sample: Sample, field: str, key: str | None = None, *, lines: bool = False) -> list[str]:
-    """Every caption of a sample that is more than white space, at least one; arguments as in `Captions`.
+def read_captions(
+    members: Mapping[str, bytes], name: str, field: str, key: str | None = None, *, lines: bool = False
+) -> list[str]:
+    """Every caption of a sample that is more than white space, at least one.
+
+    Args:
+        members: of the sample.
+        name: of the sample, for messages.
+        field, key, lines: as in `Captions`.
 
     Raises:
         SampleError: the member is missing, is not UTF-8 or not JSON, or holds no caption.
     """
-    where = f"{sample.key}.{field}"
-    data = sample.fields.get(field)
+    where = f"{name}.{field}"
+    data = members.get(field)
     if data is None:
         raise SampleError(where=where, expected="a caption", found="no such member")
     try:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import BatchSpec, Sample, TokenSpec
+from data_pipeline.batch import BatchSpec, TokenSpec
 from data_pipeline.captions import Captions, read_captions
 from data_pipeline.errors import DataError, FieldError, SampleError
 from data_pipeline.loader import evaluation_batches
@@ -110,7 +110,7 @@ WRONG = {
 def test_a_caption_that_cannot_be_used_is_told(kind: str) -> None:
     members, where, said = WRONG[kind]
     with pytest.raises(SampleError, match=said) as caught:
-        read_captions(Sample("k", members), **({"field": "txt"} | where))  # type: ignore[arg-type]
+        read_captions(members, "k", **({"field": "txt"} | where))  # type: ignore[arg-type]
     assert caught.value.where == f"k.{where.get('field', 'txt')}"
 
 
