@@ -36,7 +36,7 @@ def test_the_first_loss_is_that_of_the_augmented_batch(tmp_path: Path) -> None:
         objective={"kind": "supervised", "num_classes": 3, "label_smoothing": 0.1},
         batch={"global_size": 16, "micro_size": 2},
         data={
-            "train": str(shards), "val": str(shards), "lanes": 3, "window": 16, "repeats": 2,
+            "train": str(shards), "lanes": 3, "window": 16, "repeats": 2,
             "augment": [EVERYTHING], "mixing": {"mixup": 0.8, "cutmix": 1.0},
         },
     )  # fmt: skip
