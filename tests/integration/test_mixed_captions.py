@@ -13,6 +13,7 @@ from data_pipeline.batch import Batch, BatchSpec, TokenSpec
 from data_pipeline.convert import ConvertOptions, convert
 from data_pipeline.errors import FieldError, InputError, RecipeError
 from data_pipeline.tables import Columns
+from pretrain import preflight
 from pretrain import recipe as recipes
 from pretrain import run as run_module
 from pretrain.collectives import World
@@ -45,7 +46,7 @@ class Captioned(Objective):
 
 
 def _run(_: World, path: Path, out: Path, arguments: dict[str, Any]) -> None:
-    run_module.build_objective = Captioned  # type: ignore[attr-defined]
+    preflight.build_objective = run_module.build_objective = Captioned  # type: ignore[attr-defined,assignment]
     run_module.run(load_recipe(path), out, **arguments)
 
 
@@ -98,16 +99,16 @@ def test_it_is_resumed_at_another_number_of_ranks(sources: list[dict[str, object
 def test_other_weights_make_another_run_and_moved_data_the_same(
     sources: list[dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "build_objective", Captioned)
+    monkeypatch.setattr(preflight, "build_objective", Captioned)
     out = tmp_path / "run"
     run(with_data(tmp_path / "r.yaml", sources), out, 1, max_steps=1)
     moved = Path(str(sources[0]["path"])).rename(tmp_path / "moved")
     try:
         same = [{**sources[0], "path": str(moved), "weight": 6}, {**sources[1], "weight": 2}]
-        run_module.preflight(load_recipe(with_data(tmp_path / "same.yaml", same)), 1, out)
+        preflight.preflight(load_recipe(with_data(tmp_path / "same.yaml", same)), 1, out)
         other = [{**sources[0], "path": str(moved), "weight": 2}, sources[1]]
         with pytest.raises(RecipeError, match=r"data\.train: expected the data \(and weights"):
-            run_module.preflight(load_recipe(with_data(tmp_path / "other.yaml", other)), 1, out)
+            preflight.preflight(load_recipe(with_data(tmp_path / "other.yaml", other)), 1, out)
     finally:
         moved.rename(str(sources[0]["path"]))
 
@@ -115,11 +116,11 @@ def test_other_weights_make_another_run_and_moved_data_the_same(
 def test_captions_that_are_not_there_are_told_before_anything_starts(
     sources: list[dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "build_objective", Captioned)
+    monkeypatch.setattr(preflight, "build_objective", Captioned)
 
     def refused(error: type[InputError], train: object, **data: object) -> str:
         with pytest.raises(error) as caught:
-            run_module.preflight(load_recipe(with_data(tmp_path / "r.yaml", train, **data)), 1, tmp_path / "out")
+            preflight.preflight(load_recipe(with_data(tmp_path / "r.yaml", train, **data)), 1, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return str(caught.value)
 
