@@ -1,8 +1,9 @@
-"""What a user names shards by: a folder, a tar, a brace pattern of tars; local files only."""
+"""What a user names shards by: a folder, a tar, a brace pattern of tars; here, or behind a URL."""
 
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -16,12 +17,13 @@ MAX_NAMES = 10_000_000  # of a brace pattern; two more digits in it would fill t
 
 def local_path(spec: str) -> Path:
     """`spec` as a path; raises DataError for URLs: some readers would run a `pipe:` as a shell command."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", spec):
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", spec):
         raise DataError(
-            where=spec,
+            where=scheme[0],  # not all of it: a URL may hold a password
             expected="a local folder, file or brace pattern",
-            found=f"a {spec.split(':')[0]}: URL",
-            fix="Copy the data to a local or mounted folder and give its path.",
+            found=f"a {scheme[0]} URL",
+            fix="Copy the data to a local or mounted folder and give its path. "
+            "Training, evaluation and `pretrain data verify` and `stats` also read http://, https:// and s3://.",
         )
     return Path(spec)
 
@@ -47,6 +49,33 @@ def find_tars(spec: str) -> tuple[Path, list[str]]:
             fix="Correct the path or pattern.",
         )
     return root, names
+
+
+def split_url(url: str) -> tuple[str, list[str] | None]:
+    """(URL of the folder, names in it) of a URL as `load_manifest` takes it; None: all that the manifest has.
+
+    Raises:
+        DataError: not a brace pattern.
+        ShardError: what the pattern names are not tars of one folder.
+    """
+    folder, _, last = url.rpartition("/")
+    if last.endswith(".json"):
+        return folder, None
+    if not last.endswith(".tar") and "{" not in url:
+        return url, None
+    tars = list(_expand(url))
+    folder = posixpath.commonpath([posixpath.dirname(tar) for tar in tars]).replace(":/", "://", 1)
+    names = [tar[len(folder) + 1 :] for tar in tars]
+    wrong = [name for name in names if not is_inside(name)]
+    together = bool(folder.partition("://")[2])
+    if wrong or not together:
+        raise ShardError(
+            where=url,
+            expected="a pattern of tars in one folder",
+            found=wrong[0] if together else "several hosts or buckets",
+            fix="Correct the pattern.",
+        )
+    return folder, names
 
 
 def is_inside(name: str) -> bool:

@@ -10,6 +10,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from data_pipeline.cache import CacheSpec
+
 
 class Group(BaseModel):
     """Base of every group: frozen; an unknown key and a number that is not finite are errors.
@@ -40,8 +42,20 @@ class Views(Group):
     eval_crop: Share = 1.0  # side of the centre crop, as a share of the resized shorter side
 
 
+class CacheConfig(Group):
+    """How data behind http://, https:// or s3:// are fetched and kept on this machine."""
+
+    folder: str = "~/.cache/pretrain"  # on a local disk; shared by ranks, workers and runs
+    max_gb: float = Field(50, gt=0)  # the shard used longest ago goes first; 10^9 bytes each
+    timeout_seconds: float = Field(30, gt=0)  # that an answer, or its next bytes, may take
+    retries: int = Field(5, ge=0, le=100)  # attempts after the first
+
+    def spec(self) -> CacheSpec:
+        return CacheSpec(**self.model_dump())
+
+
 class Data(Group):
-    train: str  # a folder with a manifest, or a brace pattern of tars that has one beside it
+    train: str  # a folder with a manifest, or a brace pattern of tars that has one beside it; or a URL of such
     val: str | None = None
     lanes: int = Field(16, ge=1)  # contiguous stretches that are read side by side
     window: int = Field(1024, ge=1)  # samples of a lane that are shuffled among each other
@@ -50,6 +64,7 @@ class Data(Group):
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     max_pixels: int = Field(50_000_000, ge=1)  # an image of more pixels is refused before it is decoded
     max_bad_samples: int = Field(100, ge=0)  # replaced samples before the run stops
+    cache: CacheConfig = CacheConfig()
 
 
 class Model(Group):

@@ -18,6 +18,7 @@ from data_pipeline.assemble import check
 from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.errors import DataError, RecipeError, RunError
 from data_pipeline.loader import StepData, TrainLoader
+from data_pipeline.prefetch import check_room
 from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.views import ViewSpec
 from pretrain.augment import normalize
@@ -59,14 +60,23 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     Raises:
         InputError: of whichever is wrong.
     """
-    train_data = open_dataset(recipe.data.train)
+    cache = recipe.data.cache.spec()
+    train_data = open_dataset(recipe.data.train, cache)
     resolved = resolve(recipe, world_size, train_data.num_samples)
     with torch.device("meta"):  # the shapes alone
         objective = build_objective(recipe.model, recipe.objective)
     needs = objective.needs
     _refuse_split_batch_norm(recipe, objective, resolved)
     check(train_data, needs)
-    val = open_dataset(recipe.data.val) if recipe.data.val else None
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    check_room(
+        train_data,
+        lanes=recipe.data.lanes,
+        window=recipe.data.window,
+        world_size=world_size,
+        local_size=local_size,
+    )
+    val = open_dataset(recipe.data.val, cache) if recipe.data.val else None
     if val is not None:
         check(val, needs)
     knn_evaluators(recipe)
