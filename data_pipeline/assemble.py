@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import Batch, BatchSpec, Sample
+from data_pipeline.batch import Batch, BatchSpec, Sample, TokenSpec
+from data_pipeline.captions import Captions
 from data_pipeline.decode import decode_image
-from data_pipeline.errors import FieldError, SampleError
+from data_pipeline.draws import Augmentation, Value, draw
+from data_pipeline.errors import DataError, FieldError, SampleError
 from data_pipeline.index import IMAGE_FIELDS, LABEL_FIELD
+from data_pipeline.mixture import Mixture
 from data_pipeline.read import Dataset
 from data_pipeline.views import (
     Image,
@@ -23,12 +26,26 @@ from data_pipeline.views import (
 )
 
 
-def check(dataset: Dataset, spec: BatchSpec) -> None:
-    """Hold a data set against what an objective needs, before anything starts.
+def check(dataset: Dataset, spec: BatchSpec, captions: Captions | None = None) -> None:
+    """Hold a data set, or each source of a mixture, against what an objective needs, before anything starts.
+
+    Args:
+        captions: how captions are read, where `spec` asks for tokens.
 
     Raises:
-        FieldError: samples have no image, lack labels, or have labels out of range.
+        FieldError: samples have no image, lack labels or captions, or have labels out of range; the sources
+            of a mixture have labels of different classes.
+        DataError: `captions` does not make the tokens that `spec` asks for.
     """
+    if isinstance(dataset, Mixture):
+        for source in dataset.sources:
+            try:
+                check(source.dataset, spec, captions)
+            except FieldError as error:
+                raise FieldError(f"{source.name}, {error.where}", error.expected, error.found, error.fix) from error
+        if spec.num_classes is not None:
+            dataset.check_classes()
+        return
     found = f"the fields {', '.join(dataset.fields) or '(none)'}"
     if not set(IMAGE_FIELDS) & set(dataset.fields):
         raise FieldError(
@@ -37,8 +54,27 @@ def check(dataset: Dataset, spec: BatchSpec) -> None:
             found=found,
             fix="Give shards that hold images under one of these extensions.",
         )
-    if spec.num_classes is None:
-        return
+    if spec.tokens is not None:
+        _check_captions(spec.tokens, captions, dataset.fields, found)
+    if spec.num_classes is not None:
+        _check_labels(dataset, spec.num_classes, found)
+
+
+def _check_captions(tokens: TokenSpec, captions: Captions | None, fields: tuple[str, ...], found: str) -> None:
+    made = None if captions is None else TokenSpec(captions.tokenizer.name, captions.tokenizer.context_length)
+    if captions is None or made != tokens:
+        raise DataError(where="captions", expected=f"{tokens}", found=f"{made}")
+    if captions.field not in fields:
+        raise FieldError(
+            where=f"caption field `{captions.field}`",
+            expected="a caption with every image",
+            found=found,
+            fix="Set data.captions.field to where the captions are, or convert with them: "
+            "pretrain data convert TABLE OUT --caption-column NAME.",
+        )
+
+
+def _check_labels(dataset: Dataset, num_classes: int, found: str) -> None:
     counts = dataset.label_counts
     if counts is None:
         raise FieldError(
@@ -55,10 +91,10 @@ def check(dataset: Dataset, spec: BatchSpec) -> None:
             fix="Run `pretrain data stats` on the shards, and write those samples again.",
         )
     highest = int(np.flatnonzero(counts).max(initial=-1))
-    if highest >= spec.num_classes:
+    if highest >= num_classes:
         raise FieldError(
             where=f"label field `{LABEL_FIELD}`",
-            expected=f"labels in [0, {spec.num_classes}) (num_classes)",
+            expected=f"labels in [0, {num_classes}) (num_classes)",
             found=f"label {highest}",
             fix=f"Set num_classes to {highest + 1}.",
         )
@@ -72,11 +108,15 @@ class Canvas:
         self.keys = [""] * num_samples
         self.views = tuple(torch.empty(shape, dtype=torch.uint8) for _ in range(spec.num_views))
         self.labels: Tensor | None = None
+        self.tokens: Tensor | None = None
         self.masks: Tensor | None = None
         if spec.num_classes is not None:
             self.labels = torch.empty(num_samples, dtype=torch.int64)
+        if spec.tokens is not None:
+            self.tokens = torch.empty(num_samples, spec.tokens.context_length, dtype=torch.int64)
         if spec.mask is not None:
             self.masks = torch.empty(num_samples, spec.mask.num_patches, dtype=torch.bool)
+        self.draws: list[dict[str, Value]] = [{} for _ in range(num_samples)]
         self.seconds = {"read": 0.0, "decode": 0.0, "transform": 0.0}
 
     def batch(self, start: int, stop: int) -> Batch:
@@ -84,7 +124,9 @@ class Canvas:
             keys=tuple(self.keys[start:stop]),
             views=tuple(view[start:stop] for view in self.views),
             labels=None if self.labels is None else self.labels[start:stop],
+            tokens=None if self.tokens is None else self.tokens[start:stop],
             masks=None if self.masks is None else self.masks[start:stop],
+            augment={name: torch.tensor([row[name] for row in self.draws[start:stop]]) for name in self.draws[start]},
         )
 
 
@@ -95,12 +137,25 @@ class Assembler:
         dataset: where samples come from.
         spec: what a row holds.
         views: geometry of the views.
-        seed: of the views and the masks.
+        augment: photometry of each training view, drawn here for the device to apply; empty: none.
+        seed: of the views, the draws, the masks and the choice of captions.
         max_pixels: an image of more cannot be used.
+        captions: how they are read, where `spec` asks for tokens.
     """
 
-    def __init__(self, dataset: Dataset, spec: BatchSpec, views: ViewSpec, *, seed: int, max_pixels: int) -> None:
-        self.dataset, self.spec, self.views = dataset, spec, views
+    def __init__(
+        self,
+        dataset: Dataset,
+        spec: BatchSpec,
+        views: ViewSpec,
+        augment: tuple[Augmentation, ...] = (),
+        *,
+        seed: int,
+        max_pixels: int,
+        captions: Captions | None = None,
+    ) -> None:
+        self.dataset, self.spec, self.views, self.augment = dataset, spec, views, augment
+        self.captions = captions
         self.seed, self.max_pixels = seed, max_pixels
 
     def fill(self, canvas: Canvas, row: int, i: int, epoch: int | None) -> None:
@@ -117,6 +172,9 @@ class Assembler:
         canvas.keys[row] = sample.key
         if canvas.labels is not None:
             canvas.labels[row] = self._label(sample)
+        if canvas.tokens is not None:
+            assert self.captions is not None
+            canvas.tokens[row] = self.captions.tokens(sample, seed=self.seed, epoch=epoch)
         if epoch is None:
             self._evaluation_views(canvas, row, image)
         else:
@@ -153,6 +211,9 @@ class Assembler:
         size, key = self.spec.image_size, canvas.keys[row]
         for number, view in enumerate(canvas.views):
             view[row] = training_view(image, size, self.views, seed=self.seed, epoch=epoch, key=key, view=number)
+        canvas.draws[row] = {}
+        for number, spec in enumerate(self.augment):
+            canvas.draws[row] |= draw(spec, size=size, seed=self.seed, epoch=epoch, key=key, view=number)
 
     def _evaluation_views(self, canvas: Canvas, row: int, image: Image) -> None:
         size = self.spec.image_size

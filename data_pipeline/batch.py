@@ -26,6 +26,14 @@ class MaskSpec:
 
 
 @dataclass(frozen=True)
+class TokenSpec:
+    """Captions as tokens, [context_length] a sample, made on the host by the tokenizer of this name."""
+
+    tokenizer: str
+    context_length: int
+
+
+@dataclass(frozen=True)
 class BatchSpec:
     """What an objective needs of a batch; checked against the data before anything starts.
 
@@ -34,12 +42,14 @@ class BatchSpec:
         num_views: views per sample.
         num_classes: labels are needed, each in [0, num_classes); None: no labels.
         mask: patch masks are needed; None: no masks.
+        tokens: captions are needed, as tokens; None: no captions.
     """
 
     image_size: int
     num_views: int = 1
     num_classes: int | None = None
     mask: MaskSpec | None = None
+    tokens: TokenSpec | None = None
 
 
 @dataclass(frozen=True)

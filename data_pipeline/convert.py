@@ -1,38 +1,27 @@
-"""An image folder, or an archive of one -> shards: names into splits, classes and keys, and a keyed
-shuffle."""
+"""An image folder or an archive of one, a table, or other shards -> shards, in a keyed random order."""
 
 from __future__ import annotations
 
-import io
-import warnings
+import re
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
-from PIL import Image
+from numpy.typing import NDArray
 
 from data_pipeline import keyed
-from data_pipeline.decode import FORMATS, decode_image
-from data_pipeline.errors import SampleError
+from data_pipeline.errors import SampleError, SourceError
+from data_pipeline.intake import Intake
 from data_pipeline.layout import arrange
 from data_pipeline.manifest import Manifest
-from data_pipeline.sources import Entry, Reader, open_source
+from data_pipeline.reshard import are_shards, open_shards
+from data_pipeline.sources import KINDS, Entry, Reader, open_source
+from data_pipeline.spool import Rows
+from data_pipeline.tables import Columns, is_table, open_table
 from data_pipeline.write import Record, check_output, split_evenly, write_dataset
-
-EXTENSIONS = {
-    "JPEG": "jpg",
-    "MPO": "jpg",
-    "PNG": "png",
-    "WEBP": "webp",
-    "BMP": "bmp",
-    "GIF": "gif",
-    "PPM": "ppm",
-    "TIFF": "tiff",
-}
-JPEG_QUALITY = 95  # of what is made smaller; the loss is below what one more resize does
 
 
 @dataclass(frozen=True)
@@ -62,7 +51,7 @@ class Conversion:
 
     Attributes:
         manifests: of each dataset made, by its folder.
-        num_images: found in the source.
+        num_images: found in the source; rows of a table, samples of shards.
         num_others: files in the source that are no images.
         bad: images left out, with the reason; of those shards that were made this time.
     """
@@ -81,34 +70,93 @@ class Item(NamedTuple):
     entry: Entry
 
 
-def convert(path: Path, out: Path, options: ConvertOptions, *, skip_bad: bool = False, workers: int = 1) -> Conversion:
-    """Make shards in `out` of the images in `path`: a folder, zip, tar or tar.gz.
+def convert(
+    path: Path,
+    out: Path,
+    options: ConvertOptions,
+    *,
+    columns: Columns | None = None,
+    caption_field: str | None = None,
+    skip_bad: bool = False,
+    workers: int = 1,
+) -> Conversion:
+    """Make shards in `out` of what is at `path`.
 
-    Folders that all images share are passed over; of what remains, the first folder is the class, and classes
-    are numbered by name. Images that lie in no folder have no label.
+    An image folder, or a zip, tar or tar.gz of one: folders that all images share are passed over; of what
+    remains, the first folder is the class, and classes are numbered by name; images in no folder have no label.
+    A CSV, TSV or Parquet table of paths with captions or labels: see tables.py. A folder with tars at its top or a
+    brace pattern of tars: WebDataset shards, see reshard.py.
 
     Args:
+        columns: of a table.
+        caption_field: of shards; `FIELD` or `FIELD:KEY`.
         skip_bad: leave out images that cannot be used; else they end the conversion.
         workers: processes; their number changes nothing in the result.
 
     Raises:
-        SourceError: the source, or images in it, cannot be used.
-        DataError: `out` holds something else.
+        SourceError: the source, or images in it, cannot be used; an option that is not for this kind of source.
+        DataError: `out` holds something else; shards are damaged.
         RunError: a file could not be written.
     """
+    _check_options(path, options, columns, caption_field)
+    intake, spool_folder = Intake(options.short_side, options.max_pixels), _nearest_folder(out)
+    if is_table(path):
+        rows = open_table(path, columns or Columns(), intake, spool_folder)
+    elif are_shards(path):
+        rows = open_shards(path, caption_field, intake, spool_folder, workers=workers)
+    else:
+        return _convert_images(path, out, options, intake, skip_bad=skip_bad, workers=workers)
+    return _convert_rows(rows, out, options, skip_bad=skip_bad, workers=workers)
+
+
+def _check_options(path: Path, options: ConvertOptions, columns: Columns | None, caption_field: str | None) -> None:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        fix = "Copy it to a local folder; lists of URLs are img2dataset's to download."
+        raise SourceError(where=str(path), expected=KINDS, found="a URL", fix=fix)
+    table, shards = is_table(path), not is_table(path) and are_shards(path)
+    for name, given, fits, kind in (
+        ("--split-by-folder", options.split_by_folder, not table and not shards, "an image folder or an archive"),
+        ("--root, --allow-outside and --...-column", columns is not None, table, "a table (.csv, .tsv, .parquet)"),
+        ("--caption-field", caption_field is not None, shards, "WebDataset shards (a folder of tars, a pattern)"),
+    ):
+        if given and not fits:
+            raise SourceError(where=name, expected=kind, found=str(path), fix="Leave the option out.")
+
+
+def _convert_rows(rows: Rows, out: Path, options: ConvertOptions, *, skip_bad: bool, workers: int) -> Conversion:
+    items = rows.spool.offsets
+    if options.shuffle:
+        items = array("q", np.frombuffer(items, np.int64)[_permutation(len(items), options.seed)].tobytes())
+    plan = {"made_by": "convert 1", "source": rows.spool.identity, **rows.plan, **asdict(options)}
+    manifest, bad = write_dataset(
+        out,
+        plan,
+        split_evenly(items, options.shard_size),
+        rows.producer,
+        classes=rows.classes,
+        skip_bad=skip_bad,
+        workers=workers,
+        label="converting",
+    )
+    return Conversion({out: manifest}, len(items), 0, bad)
+
+
+def _convert_images(
+    path: Path, out: Path, options: ConvertOptions, intake: Intake, *, skip_bad: bool, workers: int
+) -> Conversion:
     source = open_source(path, _nearest_folder(out))
     splits, classes = arrange([entry.name for entry in source.images], options.split_by_folder, path)
     plans = {}
     for split in splits:
         plans[split] = {"made_by": "convert 1", "source": source.identity, "split": split, **asdict(options)}
         check_output(out / split, plans[split])
-    producer = ImageProducer(source.reader, options.short_side, options.max_pixels)
+    producer = ImageProducer(source.reader, intake)
     manifests: dict[Path, Manifest] = {}
     bad: list[SampleError] = []
     for split, (numbers, keys, labels) in splits.items():
         items = [Item(key, label, source.images[i]) for i, key, label in zip(numbers, keys, labels, strict=True)]
         if options.shuffle:
-            items = [items[i] for i in _permutation(len(items), options.seed)]
+            items = [items[i] for i in _permutation(len(items), options.seed).tolist()]
         manifests[out / split], left_out = write_dataset(
             out / split,
             plans[split],
@@ -125,63 +173,26 @@ def convert(path: Path, out: Path, options: ConvertOptions, *, skip_bad: bool = 
 
 @dataclass(frozen=True)
 class ImageProducer:
-    """Images as they lie in the source, each header looked at; or made smaller."""
+    """Images of a folder or archive, with the labels that their folders are."""
 
     reader: Reader
-    short_side: int | None
-    max_pixels: int
+    intake: Intake
 
     def produce(self, items: Sequence[Item]) -> Iterator[Record | SampleError]:
         for item in items:
             try:
-                members = self._image(item.entry)
+                extension, data = self.intake.member(self.reader.read(item.entry), item.entry.name)
             except SampleError as error:
                 yield error
                 continue
+            members = {extension: data}
             if item.label is not None:
                 members["cls"] = str(item.label).encode()
             yield item.key, members
 
-    def _image(self, entry: Entry) -> dict[str, bytes]:
-        data = self.reader.read(entry)
-        extension, size = image_header(data, entry.name)
-        if size[0] * size[1] > self.max_pixels:
-            raise SampleError(
-                where=entry.name,
-                expected=f"at most {self.max_pixels:,} pixels",
-                found=f"{size[0]} x {size[1]} pixels",
-            )
-        if self.short_side is None or min(size) <= self.short_side:
-            return {extension: data}
-        return {"jpg": _smaller(data, self.short_side, self.max_pixels, entry.name)}
 
-
-def image_header(data: bytes, where: str) -> tuple[str, tuple[int, int]]:
-    """(extension of the format it is in, (width, height)) from the header alone; raises SampleError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return EXTENSIONS[image.format or ""], image.size
-    except (OSError, ValueError, SyntaxError, KeyError, Image.DecompressionBombError) as error:
-        raise SampleError(
-            where=where, expected="an image", found=f"{len(data)} bytes that are none ({error})"
-        ) from error
-
-
-def _smaller(data: bytes, short_side: int, max_pixels: int, where: str) -> bytes:
-    image = Image.fromarray(decode_image(data, max_pixels=max_pixels, where=where))
-    scale = short_side / min(image.size)
-    size = (max(short_side, round(image.width * scale)), max(short_side, round(image.height * scale)))
-    pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-    encoded: bytes = simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY, colorsubsampling="420")
-    return encoded
-
-
-def _permutation(size: int, seed: int) -> list[int]:
-    slots = np.arange(size, dtype=np.int64)
-    order: list[int] = keyed.permute(slots, np.array([size]), keyed.key_of(seed)).tolist()
-    return order
+def _permutation(size: int, seed: int) -> NDArray[np.int64]:
+    return keyed.permute(np.arange(size, dtype=np.int64), np.array([size]), keyed.key_of(seed))
 
 
 def _nearest_folder(out: Path) -> Path:

@@ -22,6 +22,7 @@ NO_LABEL = -1
 MISSING = -1  # the offset of a member that a sample lacks
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff")  # in order of preference
 LABEL_FIELD = "cls"
+CAPTION_FIELD = "txt"
 
 
 class Keys(Sequence[str]):

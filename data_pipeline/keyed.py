@@ -74,7 +74,8 @@ def _feistel(x: Words, bits: Words, key: Words) -> Words:
 def uniforms(purpose: str, seed: int, epoch: int, view: int, key: str) -> Iterator[float]:
     """Endless numbers in [0, 1), of 53 bits each, for one view of one sample; cheap where few are taken.
 
-    `purpose` keeps unlike draws apart.
+    `purpose` keeps unlike draws apart. For a pair of a step's samples, the step stands for the epoch, the number of
+    the pair for the view, and the key is empty.
     """
     text = _text(purpose, seed, epoch, view, key)
     for block in itertools.count():

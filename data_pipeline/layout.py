@@ -54,24 +54,32 @@ def arrange(names: Sequence[str], split_by_folder: bool, path: Path) -> tuple[di
 
 
 def unique_keys(names: Sequence[str]) -> list[str]:
-    """A sample's key for each name: without extension, as webdataset reads it back, none twice.
+    """A sample's key for each name, none twice."""
+    keys = UniqueKeys()
+    return [keys.of(name) for name in names]
 
-    To webdataset an extension begins at the first dot and names in double underscores are its own.
-    """
-    seen: set[str] = set()
-    keys = []
-    for name in names:
+
+class UniqueKeys:
+    """Gives samples their keys and never one twice; all of them are held in memory."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def of(self, name: str) -> str:
+        """The file's name without its extension, as webdataset reads it back.
+
+        To webdataset an extension begins at the first dot and names in double underscores are its own.
+        """
         folder, slash, base = name.rpartition("/")
         stem = folder + slash + PurePosixPath(base).stem.replace(".", "_")
         stem = re.sub(r"[\x00-\x1f\x7f-\x9f\\\u2028\u2029]", "_", stem)
         stem = f"-{stem}" if stem.startswith("__") else stem
         key, count = stem, 1
-        while key in seen:
+        while key in self._seen:
             count += 1
             key = f"{stem}~{count}"
-        seen.add(key)
-        keys.append(key)
-    return keys
+        self._seen.add(key)
+        return key
 
 
 def _check_tops(tops: set[str], split_by_folder: bool, path: Path) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 
-import numpy as np
-
 from data_pipeline.assemble import Assembler, Canvas, check
 from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.captions import Captions
+from data_pipeline.draws import Augmentation, Mixing, draw_mix
 from data_pipeline.errors import DataError, RunError, SampleError
-from data_pipeline.order import Order
+from data_pipeline.mixture import order_of
+from data_pipeline.order import SampleOrder
 from data_pipeline.prefetch import prefetched
 from data_pipeline.read import Dataset
 from data_pipeline.views import ViewSpec
@@ -57,19 +58,22 @@ class TrainLoader:
     cursor alone.
 
     Args:
-        dataset: where samples come from.
+        dataset: where samples come from; of a mixture, each source is read in an order of its own.
         spec: what a batch holds.
         views: geometry of the views.
-        seed: of the order, the views and the masks.
+        augment: photometry of each view, drawn here for the device to apply; empty: none.
+        mixing: of neighbouring samples, likewise; `micro_size` must be even.
+        seed: of the order, the views, the draws, the masks and the choice of captions.
         lanes, window: of the order (order.py).
         global_size: B, samples of a step over all ranks and micro-batches.
         micro_size: samples of one micro-batch on this rank; `world_size * micro_size` divides `global_size`.
         rank, world_size: which piece of each step is this one's.
         num_workers: processes of one thread each that make steps ahead; 0: in this process.
         max_pixels: an image of more is a bad sample.
+        captions: how they are read, where `spec` asks for tokens.
 
     Raises:
-        DataError: `global_size` does not divide, or the data set is empty.
+        DataError: `global_size` does not divide, `micro_size` would cut pairs apart, or the data set is empty.
         FieldError: the data set lacks what `spec` needs (see `check`).
     """
 
@@ -78,6 +82,8 @@ class TrainLoader:
         dataset: Dataset,
         spec: BatchSpec,
         views: ViewSpec,
+        augment: tuple[Augmentation, ...] = (),
+        mixing: Mixing | None = None,
         *,
         seed: int,
         lanes: int,
@@ -88,6 +94,7 @@ class TrainLoader:
         world_size: int = 1,
         num_workers: int = 0,
         max_pixels: int,
+        captions: Captions | None = None,
     ) -> None:
         if global_size % (world_size * micro_size):
             raise DataError(
@@ -95,10 +102,14 @@ class TrainLoader:
                 expected=f"a multiple of {world_size} ranks x {micro_size} samples",
                 found=str(global_size),
             )
-        check(dataset, spec)
-        order = Order(dataset.shard_sizes, seed=seed, lanes=lanes, window=window)
-        assembler = Assembler(dataset, spec, views, seed=seed, max_pixels=max_pixels)
-        self._steps = _Steps(order, assembler, global_size, micro_size, rank, world_size)
+        if mixing is not None and micro_size % 2:
+            raise DataError(
+                where="batch.micro_size", expected="an even number, to mix samples in pairs", found=str(micro_size)
+            )
+        check(dataset, spec, captions)
+        order = order_of(dataset, seed=seed, lanes=lanes, window=window)
+        assembler = Assembler(dataset, spec, views, augment, seed=seed, max_pixels=max_pixels, captions=captions)
+        self._steps = _Steps(order, assembler, mixing, global_size, micro_size, rank, world_size)
         self._num_workers, self._lanes = num_workers, lanes
 
     def steps(self, cursor: int) -> Iterator[StepData]:
@@ -127,8 +138,9 @@ class TrainLoader:
 class _Steps:
     """Cursor -> the step that starts there."""
 
-    order: Order
+    order: SampleOrder
     assembler: Assembler
+    mixing: Mixing | None
     global_size: int
     micro_size: int
     rank: int
@@ -136,25 +148,42 @@ class _Steps:
 
     def __getitem__(self, cursor: int) -> StepData:
         positions = self.order.step_positions(cursor, self.global_size, self.rank, self.world_size)
-        indices = self.order.locate(positions)
+        places = zip(
+            positions.tolist(),
+            self.order.locate(positions).tolist(),
+            self.order.epochs(positions).tolist(),
+            strict=True,
+        )
         canvas = Canvas(len(positions), self.assembler.spec)
         bad = []
-        for row, (position, i) in enumerate(zip(positions.tolist(), indices.tolist(), strict=True)):
+        for row, (position, i, epoch) in enumerate(places):
             try:
-                self.assembler.fill(canvas, row, i, position // self.order.num_samples)
+                self.assembler.fill(canvas, row, i, epoch)
             except SampleError as error:
                 key, shard = self.assembler.dataset.origin(i)
-                replacement_key = self._replace(canvas, row, position, f"{shard}: {key}", error)
+                replacement_key = self._replace(canvas, row, position, epoch, f"{shard}: {key}", error)
                 bad.append(BadSample(position, key, shard, str(error), replacement_key))
+        self._draw_mixing(canvas, cursor)
         starts = range(0, len(positions), self.micro_size)
         micro_batches = tuple(canvas.batch(start, start + self.micro_size) for start in starts)
         return StepData(micro_batches, cursor + self.global_size, tuple(bad), canvas.seconds)
 
-    def _replace(self, canvas: Canvas, row: int, position: int, where: str, error: SampleError) -> str:
+    def _draw_mixing(self, canvas: Canvas, cursor: int) -> None:
+        """The same for both samples of a pair, whose number counts through the ranks."""
+        if self.mixing is None:
+            return
+        size, seed = self.assembler.spec.image_size, self.assembler.seed
+        local_size = len(canvas.draws)
+        for row in range(0, local_size, 2):
+            pair = (self.rank * local_size + row) // 2
+            drawn = draw_mix(self.mixing, size=size, seed=seed, cursor=cursor, pair=pair)
+            canvas.draws[row] |= drawn
+            canvas.draws[row + 1] |= drawn
+
+    def _replace(self, canvas: Canvas, row: int, position: int, epoch: int, where: str, error: SampleError) -> str:
         """Fill the row from the next usable position of its window, and return that sample's key."""
-        epoch, tried = position // self.order.num_samples, 0
-        for other in self.order.replacements(position):
-            i = int(self.order.locate(np.array([other]))[0])
+        tried = 0
+        for i in self.order.stand_ins(position):
             try:
                 self.assembler.fill(canvas, row, i, epoch)
             except SampleError:
@@ -180,6 +209,7 @@ def evaluation_batches(
     num_workers: int = 0,
     max_pixels: int,
     limit: int | None = None,
+    captions: Captions | None = None,
 ) -> Iterator[Batch]:
     """Every sample exactly once over the ranks, in the order of the data set, resized and centre cropped.
 
@@ -188,15 +218,16 @@ def evaluation_batches(
 
     Args:
         limit: the first samples only; None: all.
+        captions: how they are read, where `spec` asks for tokens; of several, the first.
 
     Raises:
         FieldError: the data set lacks what `spec` needs (see `check`); before anything is read.
         SampleError: a sample cannot be used: an evaluation leaves none out.
     """
-    check(dataset, spec)
+    check(dataset, spec, captions)
     total = dataset.num_samples if limit is None else min(limit, dataset.num_samples)
     first, end = total * rank // world_size, total * (rank + 1) // world_size
-    assembler = Assembler(dataset, spec, views, seed=0, max_pixels=max_pixels)
+    assembler = Assembler(dataset, spec, views, seed=0, max_pixels=max_pixels, captions=captions)
     return entries(_Pieces(assembler, batch_size, end), range(first, end, batch_size), num_workers)
 
 

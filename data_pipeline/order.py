@@ -11,12 +11,14 @@ With N samples, L lanes, windows of w:
 4. A step takes the B positions from its cursor on, sorted by (p % L, p), cut into W equal pieces, one a rank.
 
 The cursor is any p, so a run may go on with another batch size or world size, or stop anywhere.
+Several data sets in shares: mixture.py, whose order is made of these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, islice
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,26 @@ Integers = NDArray[np.int64]
 _SHARDS, _WINDOW = 1, 2  # what a key is for
 _LAYOUTS_KEPT = 4
 _LEAST_WINDOW = 64  # samples among which a stand-in is looked for
+
+
+class SampleOrder(Protocol):
+    """What a loader asks: all of it pure functions of positions."""
+
+    def step_positions(self, cursor: int, global_size: int, rank: int = 0, world_size: int = 1) -> Integers:
+        """This rank's positions of the step that starts at `cursor`, [B / W], in the order of rule 4."""
+        ...
+
+    def locate(self, positions: Integers) -> Integers:
+        """Index of the sample at each position, [n], counted through the data set."""
+        ...
+
+    def epochs(self, positions: Integers) -> Integers:
+        """How often the data set of the sample at each position was gone through before, [n]."""
+        ...
+
+    def stand_ins(self, position: int) -> Iterator[int]:
+        """Indices of samples that may take the place of a bad one, the nearest first."""
+        ...
 
 
 class Order:
@@ -72,6 +94,14 @@ class Order:
             shard = shards[at]
             indices[rows] = self._first[shard] + slots[rows] - (ends[at] - self.shard_sizes[shard])
         return indices
+
+    def epochs(self, positions: Integers) -> Integers:
+        return positions // self.num_samples
+
+    def stand_ins(self, position: int) -> Iterator[int]:
+        """The samples at the positions of `replacements`."""
+        for other in self.replacements(position):
+            yield int(self.locate(np.array([other]))[0])
 
     def replacements(self, position: int) -> Iterator[int]:
         """Where to look for a stand-in: the rest of the window, from the next position on and around.

@@ -14,7 +14,8 @@ import numpy as np
 
 from data_pipeline.cache import CacheSpec
 from data_pipeline.errors import DataError, PretrainError
-from data_pipeline.order import Integers, Order
+from data_pipeline.mixture import Mixture
+from data_pipeline.order import Integers, SampleOrder
 from data_pipeline.read import Dataset, ShardDataset
 from data_pipeline.remote import Remote
 
@@ -41,10 +42,14 @@ class Part(NamedTuple):
 
 
 def remote_parts(dataset: Dataset) -> tuple[Part, ...]:
-    """What of a data set has to be fetched."""
-    if isinstance(dataset, ShardDataset) and isinstance(dataset.manifest.root, Remote):
-        return (Part(dataset, 0, dataset.manifest.root.spec),)
-    return ()
+    """What of a data set or mixture has to be fetched."""
+    sources = [source.dataset for source in dataset.sources] if isinstance(dataset, Mixture) else [dataset]
+    parts, first = [], 0
+    for source in sources:
+        if isinstance(source, ShardDataset) and isinstance(source.manifest.root, Remote):
+            parts.append(Part(source, first, source.manifest.root.spec))
+        first += source.num_samples
+    return tuple(parts)
 
 
 def check_room(dataset: Dataset, *, lanes: int, window: int, world_size: int, local_size: int) -> None:
@@ -77,7 +82,7 @@ def check_room(dataset: Dataset, *, lanes: int, window: int, world_size: int, lo
 def prefetched(
     steps: Iterator[Step],
     dataset: Dataset,
-    order: Order,
+    order: SampleOrder,
     *,
     cursor: int,
     lanes: int,
@@ -167,7 +172,7 @@ class Prefetcher:
 
 
 def _coming(
-    parts: Sequence[Part], order: Order, cursor: int, lanes: int, global_size: int, rank: int, world_size: int
+    parts: Sequence[Part], order: SampleOrder, cursor: int, lanes: int, global_size: int, rank: int, world_size: int
 ) -> Iterator[tuple[int, Fetch]]:
     """Shards as a rank's steps come to them, each once while it stays among those that came last."""
     local_size = global_size // world_size

@@ -12,7 +12,6 @@ import hashlib
 import os
 import stat
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -23,11 +22,13 @@ from typing import BinaryIO, NamedTuple, Protocol, cast
 from data_pipeline import strict_tar
 from data_pipeline.errors import SampleError, SourceError
 from data_pipeline.index import IMAGE_FIELDS
+from data_pipeline.spool import nameless_file, path_of
 
 IMAGE_SUFFIXES = frozenset(f".{field}" for field in IMAGE_FIELDS)
 MAX_IMAGE_BYTES = 1 << 28  # of one file; a larger one is no photograph but an attack or a mistake
 MAX_RATIO = 200  # unpacked over packed: pictures hardly shrink, archives made to fill a disk shrink a thousandfold
 FREE_BYTES = 1 << 26  # the ratio counts only beyond this
+KINDS = "an image folder, or a zip, tar or tar.gz of one; a table (.csv, .tsv, .parquet); or WebDataset shards"
 
 
 class Entry(NamedTuple):
@@ -81,12 +82,12 @@ def open_source(path: Path, spool_folder: Path) -> Source:
     if path.is_dir():
         files, reader = _list_folder(path), FolderReader(path)
     elif not path.is_file():
-        raise _error(path, "an image folder, or a zip, tar or tar.gz of one", "nothing there")
+        raise _error(path, KINDS, "nothing there")
     elif zipfile.is_zipfile(path):
         files, reader = _list_zip(path), ZipReader(path)
     elif _is_gzip(path):
-        spool = cast(BinaryIO, tempfile.TemporaryFile(dir=spool_folder))  # noqa: SIM115
-        files, reader = _list_tar_gz(path, spool), FileReader(_path_of(spool))
+        spool = nameless_file(spool_folder)
+        files, reader = _list_tar_gz(path, spool), FileReader(path_of(spool))
     else:
         files, reader = _list_tar(path), FileReader(path)
     try:
@@ -188,7 +189,12 @@ def _list_zip(path: Path) -> Iterator[File]:
 def _list_tar(path: Path) -> Iterator[File]:
     with path.open("rb") as file:
         if not tarfile.is_tarfile(file):
-            raise _error(path, "an image folder, or a zip, tar or tar.gz of one", "another kind of file")
+            raise SourceError(
+                where=str(path),
+                expected=KINDS,
+                found="another kind of file",
+                fix="A list of URLs is img2dataset's to download; what it writes can be converted.",
+            )
         file.seek(0)
         for member in strict_tar.members(file, str(path), error=SourceError):
             yield Entry(_plain(member.name), member.offset_data, member.size), int(member.mtime)
@@ -206,11 +212,6 @@ def _list_tar_gz(path: Path, spool: BinaryIO) -> Iterator[File]:
                 spool.write(file.read(member.size))  # short only at a premature end, which is found next
             yield entry, int(member.mtime)
     spool.flush()
-
-
-def _path_of(file: BinaryIO) -> Path:
-    """Where other processes can open a file that has no name, as long as this one lives (Linux)."""
-    return Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
 def _sort_out(path: Path, files: Iterator[File]) -> tuple[list[Entry], int, str]:

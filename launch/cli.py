@@ -80,10 +80,10 @@ def show(recipe_path: RecipePath, overrides: Overrides = None, num_ranks: NumRan
     recipe = load_recipe(recipe_path, overrides)
     split_batch(recipe, num_ranks)
     from data_pipeline.errors import DataError
-    from data_pipeline.read import open_dataset
+    from data_pipeline.mixture import open_training
 
     try:
-        num_samples = open_dataset(recipe.data.train, recipe.data.cache.spec()).num_samples
+        num_samples = open_training(recipe.data.train, recipe.data.cache.spec()).num_samples
     except DataError as error:
         print(dump(recipe), end="")
         print(f"Without the data, no number of steps: {error}", file=sys.stderr)

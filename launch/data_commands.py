@@ -94,10 +94,21 @@ def make(
     epilog=_examples(
         "pretrain data convert cifar10.tar.gz data/cifar10 --split-by-folder",
         "pretrain data convert /datasets/imagenet/train data/imagenet/train --short-side 256 --workers 16",
+        "pretrain data convert captions.csv data/coco --root /datasets/coco/train2017",
+        "pretrain data convert birds.parquet data/birds --image-column file --label-column species",
+        "pretrain data convert /downloads/laion data/laion --skip-bad",
+        "pretrain data convert '/datasets/cc3m/{00000..00331}.tar' data/cc3m --caption-field json:caption",
     )
 )
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="An image folder, or a zip, tar or tar.gz of one.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="An image folder, or a zip, tar or tar.gz of one; a table (.csv, .tsv, .parquet); a folder or "
+            "brace pattern of WebDataset tars.",
+        ),
+    ],
     out: Out,
     shard_size: ShardSize = 1000,
     short_side: Annotated[
@@ -107,6 +118,31 @@ def convert(
     split_by_folder: Annotated[
         bool, typer.Option("--split-by-folder", help="Top folders (train, test, ...) become OUT/train, ...")
     ] = False,
+    root: Annotated[
+        Path | None, typer.Option("--root", metavar="DIR", help="Table: where its paths begin [its own folder].")
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option("--image-column", metavar="NAME", help="Table: paths [image, path, file_name, ...].")
+    ] = None,
+    caption_column: Annotated[
+        str | None,
+        typer.Option("--caption-column", metavar="NAME", help="Table: captions [caption, text, ...]."),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option("--label-column", metavar="NAME", help="Table: numbers or class names [label, class, cls]."),
+    ] = None,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Table: its paths may lead out of the root.")
+    ] = False,
+    caption_field: Annotated[
+        str | None,
+        typer.Option(
+            "--caption-field",
+            metavar="FIELD[:KEY]",
+            help="Shards: member, or entry of a JSON one, to be txt [txt].",
+        ),
+    ] = None,
     shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="In a random order, or by name.")] = True,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of that order.")] = 0,
     skip_bad: Annotated[
@@ -115,16 +151,28 @@ def convert(
     max_pixels: MaxPixels = 50_000_000,
     workers: Workers = 0,
 ) -> None:
-    """Turns an image folder, or an archive of one, into shards; archives stay packed.
+    """Turns images into shards: of a folder, an archive, a table of files, or other WebDataset shards.
 
-    Folders inside are the classes, numbered by name. Interrupted, it goes on when it is given again.
+    Of a folder or an archive, folders inside are the classes, numbered by name. A table gives each image its
+    caption, its label, or both. Shards, such as img2dataset writes, keep their members and are laid out anew.
+    Nothing is unpacked or downloaded. Interrupted, it goes on when it is given again.
     """
     from data_pipeline.convert import ConvertOptions
     from data_pipeline.convert import convert as convert_images
     from data_pipeline.parallel import num_cores
+    from data_pipeline.tables import Columns
 
     options = ConvertOptions(shard_size, short_side, split_by_folder, shuffle, seed, max_pixels)
-    done = convert_images(source, out, options, skip_bad=skip_bad, workers=workers or num_cores())
+    columns = Columns(image_column, caption_column, label_column, root, allow_outside)
+    done = convert_images(
+        source,
+        out,
+        options,
+        columns=None if columns == Columns() else columns,
+        caption_field=caption_field,
+        skip_bad=skip_bad,
+        workers=workers or num_cores(),
+    )
     for error in done.bad:
         print(f"left out: {error}")
     left_out = done.num_images - sum(manifest.total for manifest in done.manifests.values())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
+from data_pipeline.captions import Captions
 from data_pipeline.errors import InputError
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.read import Dataset, open_dataset
@@ -41,6 +42,7 @@ class Inline:
     Args:
         recipe: of the run.
         val: validation set; None: no validation.
+        captions: how its captions are read, where the objective asks for tokens.
         engine: holds the objective, whose loss is validated and whose encoder is judged.
         prepare: a host batch -> the normalised batch on the device.
         world: this process among the ranks.
@@ -51,12 +53,14 @@ class Inline:
         self,
         recipe: Recipe,
         val: Dataset | None,
+        captions: Captions | None,
         engine: Engine,
         prepare: Callable[[Batch], Batch],
         world: World,
         out: Path,
     ) -> None:
         self._recipe, self._val, self._engine, self._objective = recipe, val, engine, engine.objective
+        self._captions = captions
         self._prepare, self._world, self._out = prepare, world, out
         self._views = ViewSpec(**recipe.data.views.model_dump())
 
@@ -84,6 +88,7 @@ class Inline:
             rank=world.rank,
             world_size=world.size,
             max_pixels=self._recipe.data.max_pixels,
+            captions=self._captions,
         )
         sums: dict[str, Tensor] = {}
         # At ZeRO 3 each forward is a collective: ranks whose share is a batch shorter repeat their last, unweighted.

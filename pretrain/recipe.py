@@ -8,36 +8,19 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from data_pipeline.cache import CacheSpec
-
-
-class Group(BaseModel):
-    """Base of every group: frozen; an unknown key and a number that is not finite are errors.
-
-    A validator says "expected ..., found ..."; the loader puts the path before it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
-    if interval[0] > interval[1]:
-        raise ValueError(f"expected [smallest, largest], found {list(interval)}.")
-    return interval
-
-
-Share = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
+from pretrain.recipe_augment import Augment, Mixing
+from pretrain.recipe_group import Group, Positive, Probability, Share, ordered
 
 
 class Views(Group):
     """Geometry of a training view (random resized crop, flip) and an evaluation view (resize, centre)."""
 
-    scale: Annotated[tuple[Share, Share], AfterValidator(_ordered)] = (0.2, 1.0)  # of the image's area
-    ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ordered)] = (0.75, 4 / 3)  # width / height
-    flip: float = Field(0.5, ge=0, le=1)  # probability
+    scale: Annotated[tuple[Share, Share], AfterValidator(ordered)] = (0.2, 1.0)  # of the image's area
+    ratio: Annotated[tuple[Positive, Positive], AfterValidator(ordered)] = (0.75, 4 / 3)  # width / height
+    flip: Probability = 0.5
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     eval_crop: Share = 1.0  # side of the centre crop, as a share of the resized shorter side
 
@@ -54,12 +37,36 @@ class CacheConfig(Group):
         return CacheSpec(**self.model_dump())
 
 
+class Source(Group):
+    path: str
+    weight: float = Field(1, gt=0)  # share of the samples: this over the sum of all weights, whatever the sizes
+
+
+class Captions(Group):
+    """Where captions are, for objectives that read them; of several of one image, each epoch draws one."""
+
+    field: str = "txt"  # the member that holds them
+    key: str | None = None  # of a JSON member: the entry that is the caption, or a list of them
+    lines: bool = False  # of a text member: each line is a caption of its own
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Captions:
+        if self.key is not None and self.lines:
+            raise ValueError("expected key (of a JSON member) or lines (of a text member), found both.")
+        return self
+
+
 class Data(Group):
-    train: str  # a folder with a manifest, or a brace pattern of tars that has one beside it; or a URL of such
+    # A folder with a manifest, or a brace pattern of tars that has one beside it, here or behind a URL; or several
+    # of them, mixed. The epoch of a mixture, for the schedule, is as many samples as all of them have together.
+    train: str | Annotated[tuple[Source, ...], Field(min_length=1)]
     val: str | None = None
     lanes: int = Field(16, ge=1)  # contiguous stretches that are read side by side
     window: int = Field(1024, ge=1)  # samples of a lane that are shuffled among each other
     views: Views = Views()
+    augment: tuple[Augment, ...] = ()  # of training views: one entry for all, or one for each
+    mixing: Mixing = Mixing()
+    captions: Captions = Captions()
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     max_pixels: int = Field(50_000_000, ge=1)  # an image of more pixels is refused before it is decoded
@@ -73,7 +80,7 @@ class Model(Group):
     name: str
     image_size: int = Field(224, ge=1)
     patch_size: int | None = Field(None, ge=1)  # ViT only; None: the model's own
-    options: dict[str, int | float | bool | str | None] = {}
+    options: dict[str, int | float | bool | str | None] = {}  # noqa: RUF012  (pydantic copies it)
 
     @model_validator(mode="after")
     def _patches(self) -> Model:

@@ -14,6 +14,7 @@ import torch
 
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import CheckpointError, InputError
+from data_pipeline.mixture import open_training
 from data_pipeline.read import open_dataset
 from pretrain.checkpoint import complete_checkpoints, module_state, read_state
 from pretrain.evals.base import EvalReport, Interval, compare
@@ -155,7 +156,7 @@ def _reconstructions(recipe: Recipe, checkpoint: Path) -> list[list[Picture]]:
     if not isinstance(objective, Mae):
         return []
     load_strictly(objective, module_state(checkpoint), where=str(checkpoint))
-    dataset = open_dataset(recipe.data.val or recipe.data.train, recipe.data.cache.spec())
+    dataset = open_training(recipe.data.val or recipe.data.train, recipe.data.cache.spec())
     return reconstructions(objective, dataset, recipe, NUM_RECONSTRUCTIONS)
 
 
@@ -165,7 +166,7 @@ def _neighbours(run: Path, recipe: Recipe, trained: Encoder) -> list[Neighbours]
         return []
     return neighbours(
         {"trained": trained, "random start": load_source(str(run), random_init=True)},
-        open_dataset(recipe.data.train, recipe.data.cache.spec()),
+        open_training(recipe.data.train, recipe.data.cache.spec()),
         open_dataset(recipe.data.val, recipe.data.cache.spec()),
         num_queries=NUM_QUERIES,
         bank_size=BANK_SIZE,

@@ -16,12 +16,14 @@ import torch
 
 from data_pipeline.assemble import check
 from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.captions import Captions
 from data_pipeline.errors import DataError, RecipeError, RunError
 from data_pipeline.loader import StepData, TrainLoader
+from data_pipeline.mixture import open_training
 from data_pipeline.prefetch import check_room
 from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.views import ViewSpec
-from pretrain.augment import normalize
+from pretrain.augment import augmentations, mixing, prepare
 from pretrain.checkpoint import load, module_state
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World, process_group
@@ -32,6 +34,7 @@ from pretrain.loop import Limits, Parts, train
 from pretrain.metrics import MetricLog, flops_per_sample, measure_peak_flops, peak_memory_bytes
 from pretrain.models.attention import choose_attention
 from pretrain.models.encoders import save_encoder
+from pretrain.models.tokenizers import build_tokenizer
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import Recipe
@@ -51,6 +54,7 @@ class Plan:
     train: Dataset
     val: Dataset | None
     needs: BatchSpec
+    captions: Captions | None
     resolved: Resolved
 
 
@@ -61,13 +65,16 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
         InputError: of whichever is wrong.
     """
     cache = recipe.data.cache.spec()
-    train_data = open_dataset(recipe.data.train, cache)
+    train_data = open_training(recipe.data.train, cache)
     resolved = resolve(recipe, world_size, train_data.num_samples)
     with torch.device("meta"):  # the shapes alone
         objective = build_objective(recipe.model, recipe.objective)
     needs = objective.needs
     _refuse_split_batch_norm(recipe, objective, resolved)
-    check(train_data, needs)
+    augmentations(recipe, needs)
+    mixing(recipe, needs, resolved.micro_size)
+    captions = _captions(recipe, needs)
+    check(train_data, needs, captions)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     check_room(
         train_data,
@@ -78,10 +85,16 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     )
     val = open_dataset(recipe.data.val, cache) if recipe.data.val else None
     if val is not None:
-        check(val, needs)
+        check(val, needs, captions)
     knn_evaluators(recipe)
     refuse_other_run(recipe, train_data.fingerprint, resolved.total_steps, out)
-    return Plan(train_data, val, needs, resolved)
+    return Plan(train_data, val, needs, captions, resolved)
+
+
+def _captions(recipe: Recipe, needs: BatchSpec) -> Captions | None:
+    if needs.tokens is None:
+        return None
+    return Captions(build_tokenizer(needs.tokens), **recipe.data.captions.model_dump())
 
 
 def folder_of(out: Path, overfit_batch: bool) -> Path:
@@ -216,18 +229,18 @@ def _parts(
 ) -> Parts:
     recipe, resolved = job.recipe, job.plan.resolved
 
-    def prepare(batch: Batch) -> Batch:
-        return normalize(batch.to(job.device), recipe.data.mean, recipe.data.std)
+    def prepared(batch: Batch) -> Batch:
+        return prepare(batch, job.device, recipe.data.mean, recipe.data.std, job.plan.needs.num_classes)
 
     def rate(progress: Progress) -> float:
         warmup_steps = resolved.warmup_steps
         return learning_rate(progress, recipe.schedule, peak_lr=resolved.peak_lr, warmup_steps=warmup_steps)
 
-    inline = Inline(recipe, job.plan.val, engine, prepare, job.world, job.out)
+    inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepared, job.world, job.out)
     return Parts(
         engine=engine,
         steps=_steps(job, state.cursor),
-        prepare=prepare,
+        prepare=prepared,
         learning_rate=rate,
         log=log,
         rates=rates,
@@ -250,6 +263,8 @@ def _steps(job: _Job, cursor: int) -> Iterator[StepData]:
         job.plan.train,
         job.plan.needs,
         ViewSpec(**data.views.model_dump()),
+        augmentations(job.recipe, job.plan.needs),
+        mixing(job.recipe, job.plan.needs, job.plan.resolved.micro_size),
         seed=job.recipe.seed,
         lanes=data.lanes,
         window=data.window,
@@ -259,6 +274,7 @@ def _steps(job: _Job, cursor: int) -> Iterator[StepData]:
         world_size=job.world.size,
         num_workers=job.recipe.runtime.num_workers,
         max_pixels=data.max_pixels,
+        captions=job.plan.captions,
     )
     if not job.overfit_batch:
         return loader.steps(cursor)

@@ -322,3 +322,9 @@ def test_split_evenly(count: int, size: int) -> None:
     assert max(lengths) <= size
     assert max(lengths) - min(lengths) <= 1
     assert len(pieces) == int(np.ceil(count / size))
+
+
+def test_converting_does_not_load_torch() -> None:
+    """Its processes are spawned, each of which would load it anew: seconds, and hundreds of megabytes."""
+    command = "import sys, data_pipeline.convert; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0

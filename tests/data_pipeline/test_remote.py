@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import remote
+from data_pipeline import manifest, remote
 from data_pipeline.cache import Cache, CacheSpec
 from data_pipeline.errors import DataError, ManifestError, PretrainError, RunError, ShardError
+from data_pipeline.mixture import Mixture, Source
 from data_pipeline.order import Order
-from data_pipeline.prefetch import check_room
+from data_pipeline.prefetch import check_room, remote_parts
 from data_pipeline.read import ShardDataset, open_dataset
 from data_pipeline.scan import index_shards
 from data_pipeline.stats import stats
@@ -48,8 +49,9 @@ def server(local: ShardDataset) -> Iterator[FolderServer]:
 
 
 @pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(manifest, "_MAX_BYTES", 10**6)
 
 
 @pytest.fixture
@@ -213,6 +215,21 @@ def test_training_reads_the_same_rows_through_a_cache_smaller_than_the_data(
     assert len([name for name in server.requests if name.endswith(".tar")]) > len(SIZES)  # some were dropped
     kept = [path.stat().st_size for path in Path(spec.folder).iterdir() if not path.name.startswith(".")]
     assert sum(kept) <= small.max_bytes
+
+
+def test_a_mixture_of_near_and_far_is_that_of_the_disk(
+    tmp_path: Path, local: ShardDataset, server: FolderServer, spec: CacheSpec
+) -> None:
+    near = write_shards(tmp_path / "near", [4, 2])
+
+    def mixed(far: ShardDataset) -> Mixture:
+        return Mixture([Source("near", near, 1.0), Source("far", far, 2.0)])
+
+    dataset = mixed(opened(server.url, spec))
+    assert [(part.first, part.dataset.num_samples) for part in remote_parts(dataset)] == [(6, 16)]
+    assert dataset.fingerprint == mixed(local).fingerprint
+    got, expected = (steps(loader(source, lanes=2, window=3), 4, 12) for source in (dataset, mixed(local)))
+    assert [rows_of(step) for step in got] == [rows_of(step) for step in expected]
 
 
 def test_threads_fetch_what_the_next_steps_read(tmp_path: Path, spec: CacheSpec) -> None:
@@ -424,7 +441,7 @@ def test_a_full_disk_is_told_at_once_and_not_as_the_servers_fault(
     assert server.requests.count("part-000.idx") == 1
 
 
-def test_importing_the_reader_loads_no_network_library() -> None:
-    code = "import sys; import data_pipeline.read; print(*sys.modules)"
+def test_opening_local_data_loads_no_network_library() -> None:
+    code = "import sys; import data_pipeline.manifest; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"aiohttp", "s3fs", "botocore"} & set(done.stdout.split())

@@ -48,6 +48,17 @@ def changed(path: str, value: Any, tree: dict[str, Any] = SMALL) -> dict[str, An
     return tree
 
 
+def listed(path: str, tree: dict[str, Any] = SMALL) -> tuple[str, dict[str, Any]]:
+    """A path of the recipe's classes as one into the first entry of its lists, and the tree with such entries."""
+    if path.startswith("data.train."):
+        tree = changed("data.train", [{"path": "shards"}], tree)
+    if path.startswith("data.augment."):
+        tree = changed("data.augment", [{}], tree)
+    for key in ("evals.", "data.train.", "data.augment."):
+        path = path.replace(key, f"{key}0.")
+    return path, tree
+
+
 shares = st.floats(0.001, 1)
 sizes = st.integers(1, 10**6)
 numberlike = [

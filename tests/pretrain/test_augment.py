@@ -1,17 +1,32 @@
-"""Normalising on the device equals torchvision's on the host, for every value a pixel can have."""
+"""From the loader's batch to the objective's: normalised as torchvision does, and augmented as the host drew."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
-from data_pipeline.batch import Batch
-from pretrain.augment import normalize
+from data_pipeline import draws
+from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.draws import Augmentation, Blur, Erasing, Jitter, Mixing, Value, draw, draw_mix
+from data_pipeline.errors import RecipeError
+from data_pipeline.rand_augment import RandAugment
+from pretrain import recipe, recipe_augment
+from pretrain.augment import augmentations, mixing, normalize, prepare
+from tests.pretrain.recipes import SMALL, changed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CPU = torch.device("cpu")
+EVERYTHING = Augmentation(
+    RandAugment(), Jitter(0.8, 0.4, 0.4, 0.2, 0.1), grey=0.2, blur=Blur(0.5), solarise=0.2, erasing=Erasing(0.5)
+)
 
 
 def make_batch() -> Batch:
@@ -20,10 +35,40 @@ def make_batch() -> Batch:
     return Batch(("a", "b"), (every_value, noise), labels=torch.tensor([1, 0]), masks=torch.ones(2, 4).bool())
 
 
-def test_every_view_equals_torchvision_s() -> None:
+def drawn_batch(count: int, size: int, *specs: Augmentation, mix: Mixing | None = None, seed: int = 0) -> Batch:
+    """What the loader would hand out for `count` images of noise."""
+    rows: list[dict[str, Value]] = []
+    for i in range(count):
+        row: dict[str, Value] = {}
+        for view, spec in enumerate(specs):
+            row |= draw(spec, size=size, seed=seed, epoch=0, key=str(i), view=view)
+        if mix is not None:
+            row |= draw_mix(mix, size=size, seed=seed, cursor=0, pair=i // 2)
+        rows.append(row)
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    return Batch(
+        tuple(map(str, range(count))),
+        (pixels,) * len(specs),
+        labels=torch.arange(count) % 3,
+        augment={name: torch.tensor([row[name] for row in rows]) for name in rows[0]},
+    )
+
+
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    values: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    values["keys"] = batch.keys[start:stop]
+    values["views"] = tuple(view[start:stop] for view in batch.views)
+    values["labels"] = None if batch.labels is None else batch.labels[start:stop]
+    values["augment"] = {name: value[start:stop] for name, value in batch.augment.items()}
+    return Batch(**values)
+
+
+@pytest.mark.parametrize("function", [normalize, lambda batch, mean, std: prepare(batch, CPU, mean, std)])
+def test_a_batch_without_draws_is_torchvision_s_normalisation(function: Callable[..., Batch]) -> None:
     batch = make_batch()
     before = tuple(view.clone() for view in batch.views)
-    views = normalize(batch, MEAN, STD).views
+    views = function(batch, MEAN, STD).views
     assert len(views) == 2
     for view, original, was in zip(views, batch.views, before, strict=True):
         expected = reference.normalize(reference.to_dtype(original, torch.float32, scale=True), list(MEAN), list(STD))
@@ -40,3 +85,163 @@ def test_nothing_but_the_views_changes() -> None:
 def test_normalising_twice_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected uint8, found torch\.float32"):
         normalize(normalize(make_batch(), MEAN, STD), MEAN, STD)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    pairs=st.integers(1, 6),
+    at=st.integers(0, 6),
+    size=st.integers(2, 40),
+    seed=st.integers(0, 10**6),
+)
+def test_cutting_a_batch_changes_no_bit(pairs: int, at: int, size: int, seed: int) -> None:
+    """At a pair, with everything on, in both views: neither micro-batches nor ranks change a pixel."""
+    whole = drawn_batch(2 * pairs, size, EVERYTHING, EVERYTHING, mix=Mixing(0.8, 1.0), seed=seed)
+    parts = [cut(whole, 0, 2 * min(at, pairs)), cut(whole, 2 * min(at, pairs), 2 * pairs)]
+    together = prepare(whole, CPU, MEAN, STD, 3)
+    apart = [prepare(part, CPU, MEAN, STD, 3) for part in parts if len(part)]
+    for number, view in enumerate(together.views):
+        assert torch.equal(view, torch.cat([part.views[number] for part in apart]))
+    assert together.labels is not None
+    assert torch.equal(together.labels, torch.cat([part.labels for part in apart if part.labels is not None]))
+
+
+@pytest.mark.parametrize(
+    ("change", "chosen"),
+    [
+        ({"rand_augment": RandAugment()}, lambda d: (d["0/rand_augment"] >= 0).any(1)),
+        ({"jitter": Jitter(0.5, 0.4, 0.4, 0.2, 0.1)}, lambda d: d["0/jitter_order"][:, 0] >= 0),
+        ({"grey": 0.5}, lambda d: d["0/grey"]),
+        ({"blur": Blur(0.5, (0.5, 2.0))}, lambda d: d["0/blur"] > 0),
+        ({"solarise": 0.5}, lambda d: d["0/solarise"]),
+        ({"erasing": Erasing(0.5)}, lambda d: d["0/erasing"][:, 2] > 0),
+        ({"erasing": Erasing(0.5, mode="const")}, lambda d: d["0/erasing"][:, 2] > 0),
+    ],
+    ids=str,
+)
+def test_each_operation_changes_the_images_it_was_drawn_for_and_no_other(
+    change: dict[str, Any], chosen: Callable[[dict[str, Tensor]], Tensor]
+) -> None:
+    batch = drawn_batch(24, 20, replace(Augmentation(), **change))
+    before = batch.views[0].clone()
+    plain = normalize(replace(batch, augment={}), MEAN, STD).views[0]
+    found = prepare(batch, CPU, MEAN, STD)
+    same = (found.views[0] == plain).flatten(1).all(1)
+    expected = chosen(batch.augment)
+    assert 0 < expected.sum() < 24
+    if "rand_augment" in change:  # equalize, for one, may change nothing
+        assert same[~expected].all()
+        assert (~same).sum() > expected.sum() / 2
+    else:
+        assert torch.equal(~same, expected)
+    assert torch.equal(batch.views[0], before)
+    assert found.augment == {}
+    assert found.labels is batch.labels
+
+
+def test_operations_come_in_byol_s_order() -> None:
+    """The chain put together by hand from torchvision, for one image that has all of it."""
+    spec = Augmentation(jitter=Jitter(1.0, 0.4, 0.4, 0.2, 0.1), grey=0.5, blur=Blur(1.0, (1.0, 2.0)), solarise=1.0)
+    batch = drawn_batch(8, 50, spec)
+    found = prepare(batch, CPU, MEAN, STD).views[0]
+    adjust = (
+        reference.adjust_brightness,
+        reference.adjust_contrast,
+        reference.adjust_saturation,
+        reference.adjust_hue,
+    )
+    drawn = batch.augment
+    for row in range(8):
+        image = reference.to_dtype(batch.views[0][row], torch.float32, scale=True)
+        for turn in drawn["0/jitter_order"][row].tolist():
+            image = adjust[turn](image, float(drawn["0/jitter"][row, turn]))
+        if drawn["0/grey"][row]:
+            image = reference.rgb_to_grayscale(image, 3)
+        image = reference.gaussian_blur(image, [5, 5], [float(drawn["0/blur"][row])] * 2)
+        near_threshold = (image - 0.5).abs() < 1e-4
+        image = reference.normalize(reference.solarize(image, 0.5), list(MEAN), list(STD))
+        assert ((found[row] - image).abs()[~near_threshold] < 2e-4).all()
+    assert 0 < drawn["0/grey"].sum() < 8
+
+
+def test_autocast_leaves_it_in_fp32() -> None:
+    batch = drawn_batch(8, 32, EVERYTHING, mix=Mixing(0.8, 1.0))
+    expected = prepare(batch, CPU, MEAN, STD, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = prepare(batch, CPU, MEAN, STD, 3)
+    assert found.views[0].dtype == torch.float32
+    assert torch.equal(found.views[0], expected.views[0])
+
+
+def test_the_generators_of_the_training_are_left_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    prepare(drawn_batch(8, 32, EVERYTHING, mix=Mixing(0.8, 1.0)), CPU, MEAN, STD, 3)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def config(**data: Any) -> recipe.Recipe:
+    return recipe.Recipe.model_validate(changed("data", {"train": "shards"} | data))
+
+
+LABELS = BatchSpec(32, num_classes=3)
+
+
+class TestRecipe:
+    def test_off_by_default(self) -> None:
+        assert augmentations(config(), LABELS) == ()
+        assert mixing(config(), LABELS, micro_size=3) is None
+
+    def test_groups_become_what_the_host_draws_from(self) -> None:
+        byol = {
+            "jitter": {"probability": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1},
+            "grey": 0.2,
+            "blur": {"probability": 1.0},
+        }
+        second = {"rand_augment": {"magnitude": 7}, "solarise": 0.2, "erasing": {"probability": 0.25, "mode": "const"}}
+        found = augmentations(config(augment=[byol, second]), replace(LABELS, num_views=2))
+        assert found == (
+            Augmentation(jitter=Jitter(0.8, 0.4, 0.4, 0.2, 0.1), grey=0.2, blur=Blur(1.0, (0.1, 2.0))),
+            Augmentation(RandAugment(magnitude=7), solarise=0.2, erasing=Erasing(0.25, "const")),
+        )
+        assert mixing(config(mixing={"mixup": 0.8}), LABELS, micro_size=4) == Mixing(0.8, 0.0, 1.0, 0.5)
+
+    @pytest.mark.parametrize(
+        ("group", "spec"),
+        [
+            (recipe_augment.Augment, draws.Augmentation),
+            (recipe_augment.Jitter, draws.Jitter),
+            (recipe_augment.Blur, draws.Blur),
+            (recipe_augment.Erasing, draws.Erasing),
+            (recipe_augment.RandAugment, RandAugment),
+            (recipe_augment.Mixing, draws.Mixing),
+        ],
+    )
+    def test_a_group_and_what_it_becomes_have_the_same_keys(self, group: Any, spec: Any) -> None:
+        assert list(group.model_fields) == [f.name for f in fields(spec)]
+
+    def test_one_entry_serves_all_views(self) -> None:
+        found = augmentations(config(augment=[{"grey": 0.2}]), replace(LABELS, num_views=3))
+        assert found == (Augmentation(grey=0.2),) * 3
+
+    @pytest.mark.parametrize(("num_views", "entries", "expected"), [(1, 2, "one entry"), (2, 3, "one entry, or 2")])
+    def test_another_number_of_entries_is_refused(self, num_views: int, entries: int, expected: str) -> None:
+        with pytest.raises(RecipeError, match=rf"data\.augment: expected {expected}.*found {entries}"):
+            augmentations(config(augment=[{}] * entries), replace(LABELS, num_views=num_views))
+
+    def test_mixing_without_labels_is_refused(self) -> None:
+        with pytest.raises(RecipeError, match=r"data\.mixing: expected an objective with labels to mix, found mae"):
+            mixing(config(mixing={"cutmix": 1.0}), BatchSpec(32), micro_size=4)
+
+    def test_odd_micro_batches_are_refused(self) -> None:
+        with pytest.raises(RecipeError, match=r"batch\.micro_size: expected an even number.* found 3"):
+            mixing(config(mixing={"cutmix": 1.0}), LABELS, micro_size=3)
+
+    def test_recipes_of_before_keep_their_identity(self) -> None:
+        from pretrain.resolve import identity
+
+        plain = recipe.Recipe.model_validate(SMALL)
+        written_out = config(augment=[], mixing={"mixup": 0.0})
+        assert identity(plain) == identity(written_out)
+        assert identity(plain) != identity(config(augment=[{"grey": 0.2}]))

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import RecipeError
-from pretrain.recipe import Recipe
+from pretrain.recipe import Captions, Recipe, Source
 from pretrain.recipe_io import dump, load_recipe
 from pretrain.recipe_problems import _all_paths
+from pretrain.resolve import identity
 from pretrain.strict_yaml import write_yaml
-from tests.pretrain.recipes import SMALL, bounded, changed, load, scalars, trees, words, write
+from tests.pretrain.recipes import SMALL, bounded, changed, listed, load, scalars, trees, words, write
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -202,7 +203,8 @@ def test_a_slip_in_any_key_names_the_right_one(tmp_path: Path, path: str) -> Non
     tree = changed("objective", {"kind": "supervised", "num_classes": 3}) if "label" in path else SMALL
     if path == "objective.num_classes":
         tree = changed("objective", {"kind": "supervised"})
-    *parents, key = path.replace("evals.", "evals.0.").split(".")
+    path, tree = listed(path, tree)
+    *parents, key = path.split(".")
     slip = key[:2] + key[3] + key[2] + key[4:] if key[2] != key[3] else key + "s"
     misspelt = ".".join([*parents, slip])
     said = f"{misspelt}: unknown key. Did you mean {'.'.join([*parents, key])}?"
@@ -218,10 +220,10 @@ def test_whatever_stands_in_a_recipe_the_answer_is_a_recipe_or_its_problems(
     value = data.draw(
         st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(words, inner), max_leaves=4)
     )
-    path = path.replace("evals.", "evals.0.")
+    path, tree = listed(path)
     found: list[str] | None = None
     try:
-        load(tmp_path, write_yaml(changed(path, value)))
+        load(tmp_path, write_yaml(changed(path, value, tree)))
     except RecipeError as error:
         found = error.problems
     if found is not None:
@@ -246,3 +248,35 @@ def test_every_recipe_of_ours_loads_and_opens_with_what_to_expect(path: Path) ->
     opening = [line.split()[1] for line in path.read_text().splitlines()[:8] if re.match(r"# \w+:", line)]
     assert opening == ["Paper:", "Expected:", "Cost:", "Command:"]
     assert str(path.relative_to(CONFIGS.parent)) in path.read_text()
+
+
+def test_training_data_are_one_path_or_several_with_weights(tmp_path: Path) -> None:
+    several = load(tmp_path, changed("data.train", [{"path": "a", "weight": 3}, {"path": "b"}]))
+    assert several.data.train == (Source(path="a", weight=3), Source(path="b", weight=1))
+    assert load(tmp_path, dump(several)) == several
+    assert load(tmp_path, SMALL, ["data.train=[{path: a, weight: 3}, {path: b}]"]) == several
+    assert identity(several) == identity(load(tmp_path, SMALL))  # which data they are, the fingerprint says
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([], "data.train: expected"),
+        ([{"path": "a", "weight": 0}], "data.train.0.weight: expected more than 0, found 0."),
+        ([{"path": "a", "weigth": 2}], "data.train.0.weigth: unknown key. Did you mean data.train.0.weight?"),
+        ([{"weight": 2}], "data.train.0.path: expected a value, found nothing."),
+        ({"path": "a"}, "data.train: expected text or a list, found {path: a}."),
+        (["a", "b"], "data.train.0: expected a map, found 'a'."),
+    ],
+)
+def test_wrong_training_data_are_told(tmp_path: Path, value: Any, said: str) -> None:
+    assert any(said in problem for problem in problems(tmp_path, changed("data.train", value)))
+
+
+def test_captions_are_lines_or_an_entry_not_both(tmp_path: Path) -> None:
+    changed_captions = changed("data.captions", {"field": "json", "key": "texts"})
+    assert load(tmp_path, changed_captions).data.captions == Captions(field="json", key="texts")
+    wrong = changed("data.captions", {"key": "texts", "lines": True})
+    assert problems(tmp_path, wrong) == [
+        "data.captions: expected key (of a JSON member) or lines (of a text member), found both."
+    ]

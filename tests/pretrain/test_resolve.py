@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import RecipeError
+from pretrain.recipe_augment import Augment
 from pretrain.recipe_io import dump, resolved_yaml
 from pretrain.resolve import differences, identity, resolve
 from pretrain.strict_yaml import read_yaml, write_yaml
@@ -121,6 +122,10 @@ def test_every_other_key_of_these_groups_changes_the_identity_and_is_named(tmp_p
         "model.image_size": 64,
         "schedule.epochs": 4.0,
         "data.views.interpolation": "bilinear",
+        "data.augment": [Augment(grey=0.2).model_dump()],
+        "data.captions.field": "json",
+        "data.captions.key": "texts",
+        "data.captions.lines": True,
         "model.name": "vit_small_patch16_224",
         "data.views.scale": [0.1, 0.5],
         "data.views.ratio": [0.5, 0.6],

@@ -1,0 +1,287 @@
+"""A CSV, TSV or Parquet table of image files with captions or labels, on its way into shards.
+
+The table is read once, block by block; its rows wait in a spool, so that neither their number nor the length
+of their captions matters to the memory, but for the keys, which are held against each other.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import csv
+from pyarrow import parquet as pq
+
+from data_pipeline.errors import SampleError, SourceError
+from data_pipeline.index import CAPTION_FIELD, LABEL_FIELD
+from data_pipeline.intake import Intake
+from data_pipeline.layout import UniqueKeys
+from data_pipeline.scan import MAX_LABEL
+from data_pipeline.sources import MAX_IMAGE_BYTES
+from data_pipeline.spool import Rows, Spool, SpoolReader
+from data_pipeline.write import Record
+
+DELIMITERS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
+IMAGE_NAMES = ("image", "path", "filepath", "file_path", "image_path", "file_name", "filename")
+CAPTION_NAMES = ("caption", "text", "txt", "title")
+LABEL_NAMES = ("label", "class", "cls")
+
+_BLOCK_BYTES = 1 << 24  # of a CSV at a time; no row may be longer
+_BATCH_ROWS = 1 << 13  # of a Parquet file at a time
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_WHOLE = re.compile(r"(0|[1-9]\d*)(\.0*)?")  # pandas writes 3.0 where a column of integers has gaps
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what, and where the images are.
+
+    Attributes:
+        image, caption, label: names of columns; None: found by the usual names, and left out if there is none.
+        root: folder that the paths are relative to; None: that of the table.
+        allow_outside: paths may lead out of `root`.
+    """
+
+    image: str | None = None
+    caption: str | None = None
+    label: str | None = None
+    root: Path | None = None
+    allow_outside: bool = False
+
+
+def is_table(path: Path) -> bool:
+    """By its name."""
+    return _suffix(path) in DELIMITERS or _suffix(path) == ".parquet"
+
+
+def open_table(path: Path, columns: Columns, intake: Intake, spool_folder: Path) -> Rows:
+    """Read the table once: its rows checked one by one, its labels numbered.
+
+    Labels that are all whole numbers stay what they are; other labels are names, numbered in their order. A
+    row that lacks something its columns promise becomes a bad sample.
+
+    Args:
+        spool_folder: where a temporary file as large as the table's text may lie.
+
+    Raises:
+        SourceError: no table, or a damaged one; a column that is missing; a URL; a path that leaves the root;
+            labels that are numbers but not whole, or too large.
+    """
+    if not path.is_file():
+        raise SourceError(where=str(path), expected="a table", found="nothing there", fix="Correct the path.")
+    try:
+        names = _choose(path, _column_names(path), columns)
+        spool, labels = _read(path, names, columns, spool_folder)
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(
+            where=str(path), expected="a whole table that can be read", found=str(error).partition("\n")[0]
+        ) from error
+    numbers, classes = _number(path, labels)
+    root = columns.root or path.parent
+    producer = TableProducer(spool.reader(), str(path), root, intake, numbers)
+    return Rows(spool, producer, classes, {"columns": names})
+
+
+@dataclass(frozen=True)
+class TableProducer:
+    """Rows of a table -> samples: the image, its caption (`txt`) and its label (`cls`)."""
+
+    rows: SpoolReader
+    table: str
+    root: Path
+    intake: Intake
+    numbers: dict[str, int]  # of the labels
+
+    def produce(self, items: Sequence[int]) -> Iterator[Record | SampleError]:
+        for offset in items:
+            row = self.rows.read(offset)
+            where = f"{self.table}, row {row['row']}"
+            if "found" in row:
+                yield SampleError(where, row["expected"], row["found"])
+                continue
+            try:
+                extension, data = self.intake.member(_image_bytes(self.root, row["path"]), row["path"])
+            except SampleError as error:
+                yield SampleError(f"{where} ({row['path']})", error.expected, error.found)
+                continue
+            members = {extension: data}
+            if "caption" in row:
+                members[CAPTION_FIELD] = row["caption"].encode()
+            if "label" in row:
+                members[LABEL_FIELD] = str(self.numbers[row["label"]]).encode()
+            yield row["key"], members
+
+
+def _image_bytes(root: Path, name: str) -> bytes:
+    path = root / name
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_IMAGE_BYTES:
+            found = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else "a folder or device"
+            raise SampleError(where=name, expected=f"a file of at most {MAX_IMAGE_BYTES:,} bytes", found=found)
+        return path.read_bytes()
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise SampleError(where=name, expected="a readable file", found=found) from error
+
+
+def _suffix(path: Path) -> str:
+    return "".join(path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]).lower()
+
+
+def _column_names(path: Path) -> list[str]:
+    if _suffix(path) == ".parquet":
+        names: list[str] = pq.read_schema(path).names
+        return names
+    with csv.open_csv(path, csv.ReadOptions(use_threads=False), _parse_options(path, [])) as reader:
+        return list(reader.schema.names)
+
+
+def _choose(path: Path, found: list[str], columns: Columns) -> dict[str, str]:
+    """{"image": its column, ...}; without what there is no column for."""
+    chosen = {}
+    wanted = (
+        ("image", columns.image, IMAGE_NAMES),
+        ("caption", columns.caption, CAPTION_NAMES),
+        ("label", columns.label, LABEL_NAMES),
+    )
+    for role, given, usual in wanted:
+        known = {name.lower(): name for name in reversed(found)}
+        name = given or next((known[name] for name in usual if name in known), None)
+        if name is not None and found.count(name) == 1:
+            chosen[role] = name
+        elif name is not None or role == "image":
+            urls = role == "image" and name is None and any(other.lower().startswith("url") for other in found)
+            raise SourceError(
+                where=f"{path}, {role} column",
+                expected=f"one column {name!r}" if name else f"one of {', '.join(usual)}",
+                found=f"the columns {', '.join(found)}",
+                fix=_DOWNLOAD if urls else f"Give --{role}-column NAME.",
+            )
+    return chosen
+
+
+_DOWNLOAD = "Images behind URLs are img2dataset's to download; what it writes can be converted, by its folder."
+
+
+def _read(path: Path, names: dict[str, str], columns: Columns, spool_folder: Path) -> tuple[Spool, set[str]]:
+    """All rows in a spool, and the labels that occur."""
+    root = os.path.abspath(columns.root or path.parent)
+    spool, keys, labels, torn = Spool(spool_folder), UniqueKeys(), set[str](), list[str]()
+    for number, values in enumerate(_values(path, list(names.values()), torn), start=1):
+        row: dict[str, Any] = {"row": number}
+        for role, value in zip(names, values, strict=True):
+            text = _text(value)
+            if text is None or not text.strip() or "\0" in text:
+                found = "nothing" if not value else f"{value[:40]!r}"
+                row |= {"expected": f"text in UTF-8 in column {names[role]}", "found": found}
+                break
+            row[role] = text
+        else:
+            row["path"] = _inside(path, number, root, row.pop("image").strip(), columns.allow_outside)
+            row |= {"key": keys.of(row["path"].lstrip("/")), "file": _stamp(root, row["path"])}
+            if "label" in row:
+                row["label"] = row["label"].strip()
+                labels.add(row["label"])
+        spool.add(row)
+    for found in torn:  # arrow tells of them apart, in their order
+        spool.add({"row": "(torn)", "expected": "as many values as there are columns", "found": found})
+    if not spool.offsets:
+        raise SourceError(where=str(path), expected="a table with rows", found="none")
+    return spool, labels
+
+
+def _values(path: Path, names: list[str], torn: list[str]) -> Iterator[tuple[bytes | None, ...]]:
+    """The named columns of each row, as bytes; None where there is no value. Rows with too few or too many values
+    go to `torn`."""
+    unique = list(dict.fromkeys(names))
+    if _suffix(path) == ".parquet":
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_BATCH_ROWS, columns=unique):
+                yield from zip(*(_as_bytes(path, name, batch.column(name)) for name in names), strict=True)
+        return
+    # As bytes: else what a column holds is guessed from its first block, and one wrong letter ends it all.
+    types = csv.ConvertOptions(column_types=dict.fromkeys(unique, pa.binary()), include_columns=unique)
+    blocks = csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES)
+    with csv.open_csv(path, blocks, _parse_options(path, torn), types) as reader:
+        for batch in reader:
+            yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+
+
+def _parse_options(path: Path, torn: list[str]) -> csv.ParseOptions:
+    def keep(row: csv.InvalidRow) -> str:
+        torn.append(f"{row.actual_columns} for {row.expected_columns}: {(row.text or '')[:80]!r}")
+        return "skip"
+
+    return csv.ParseOptions(delimiter=DELIMITERS[_suffix(path)], newlines_in_values=True, invalid_row_handler=keep)
+
+
+def _as_bytes(path: Path, name: str, column: pa.Array) -> list[bytes | None]:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        column = column.cast(pa.string())
+    try:
+        values: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise SourceError(where=f"{path}, column {name}", expected="text or numbers", found=f"{column.type}") from error
+    return values
+
+
+def _text(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _inside(path: Path, number: int, root: str, name: str, allow_outside: bool) -> str:
+    """The path relative to the root, or whole where it lies outside."""
+    where = f"{path}, row {number}"
+    if _URL.match(name):
+        raise SourceError(where=where, expected="the path of an image", found=repr(name), fix=_DOWNLOAD)
+    whole = os.path.normpath(os.path.join(root, name))
+    if whole.startswith(root.rstrip("/") + "/"):
+        return os.path.relpath(whole, root)
+    if not allow_outside:
+        raise SourceError(
+            where=where,
+            expected=f"a path inside {root}",
+            found=repr(name),
+            fix="Give the images' folder as --root, or --allow-outside if the table is to be trusted.",
+        )
+    return whole
+
+
+def _stamp(root: str, name: str) -> list[int]:
+    """Size and time of change, so that a conversion does not go on with other images; nothing where there is none."""
+    try:
+        status = os.stat(os.path.join(root, name))
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _number(path: Path, labels: set[str]) -> tuple[dict[str, int], list[str] | None]:
+    """The number of each label, and the names by number where they are no numbers themselves."""
+    if all(_WHOLE.fullmatch(label) for label in labels):
+        numbers = {label: int(label.partition(".")[0]) for label in labels}
+        if too_large := [label for label, number in numbers.items() if number >= MAX_LABEL]:
+            raise _wrong_label(path, f"whole numbers below {MAX_LABEL:,}", too_large[0])
+        return numbers, None
+    if all(_NUMBER.fullmatch(label) for label in labels):
+        wrong = min(label for label in labels if not _WHOLE.fullmatch(label))
+        raise _wrong_label(path, "whole numbers from 0 on, or names", wrong)
+    names = sorted(labels)
+    return {name: number for number, name in enumerate(names)}, names
+
+
+def _wrong_label(path: Path, expected: str, found: str) -> SourceError:
+    return SourceError(where=f"{path}, label column", expected=expected, found=found)

@@ -1,0 +1,106 @@
+"""Tokenizers of captions: CLIP's own, which comes with open_clip, or merges of the same form in a local file."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import zlib
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from data_pipeline.batch import TokenSpec
+from data_pipeline.errors import RecipeError
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
+
+CLIP = "clip"
+
+_NUM_MERGES = 49152 - 256 - 2
+_CHARACTERS_PER_TOKEN = 100  # what lies behind is cut before it is looked at: a page of text, or an attack
+_WORDS_KEPT = 100_000
+
+
+class ClipTokenizer:
+    """Lower-cased byte pair encoding (Radford et al. 2021, sec. 2.4; Sennrich et al. 2016), as open_clip has it.
+
+    Row: start of text, the tokens, end of text, zeros. A longer caption is cut, its last token the end of text.
+
+    Args:
+        context_length: L, at least 3.
+        merges: a gzipped file of merges in CLIP's form; None: the one in open_clip's package.
+    """
+
+    def __init__(self, context_length: int, merges: Path | None = None) -> None:
+        self.context_length, self._merges = context_length, merges
+        self.name = CLIP if merges is None else str(merges)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ClipTokenizer, (self.context_length, self._merges)
+
+    def __call__(self, text: str) -> Tensor:
+        """Tokens of one caption, [L] int64."""
+        if len(self._bpe.cache) > _WORDS_KEPT:  # open_clip keeps every word it ever met
+            self._bpe.cache = {token: token for token in ("<start_of_text>", "<end_of_text>")}
+        tokens: Tensor = self._bpe(text[: _CHARACTERS_PER_TOKEN * self.context_length])[0]
+        return tokens
+
+    @cached_property
+    def _bpe(self) -> SimpleTokenizer:
+        from open_clip.tokenizer import SimpleTokenizer  # seconds, which a run without captions need not wait
+
+        given = {} if self._merges is None else {"bpe_path": str(self._merges)}
+        return SimpleTokenizer(context_length=self.context_length, **given)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._bpe.vocab_size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over the vocabulary in its order."""
+        return hashlib.sha256("\n".join(self._bpe.encoder).encode()).hexdigest()
+
+
+def build_tokenizer(spec: TokenSpec) -> ClipTokenizer:
+    """The tokenizer that an objective asks for; nothing is ever downloaded.
+
+    Raises:
+        RecipeError: neither "clip" nor a local file of merges; or too short a context.
+    """
+    if spec.context_length < 3:
+        problem = f"context_length: expected at least 3 (start, a token, end), found {spec.context_length}."
+        raise RecipeError("tokenizer", [problem])
+    if spec.tokenizer == CLIP:
+        return _ready(ClipTokenizer(spec.context_length))
+    path = Path(spec.tokenizer)
+    if found := _not_merges(path):
+        problem = (
+            f"expected {CLIP!r}, or a local file of merges in CLIP's form (bpe_*.txt.gz), found {found} at "
+            f"{spec.tokenizer}. Tokenizers from a hub are not downloaded."
+        )
+        raise RecipeError("tokenizer", [problem])
+    return _ready(ClipTokenizer(spec.context_length, path))
+
+
+def _ready(tokenizer: ClipTokenizer) -> ClipTokenizer:
+    """Read now, so that loader processes, which are forked, share what it read."""
+    tokenizer("")
+    return tokenizer
+
+
+def _not_merges(path: Path) -> str:
+    """What the file is instead of merges; empty if it is what it should be."""
+    if not path.is_file():
+        return "no file"
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")[1 : _NUM_MERGES + 1]
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        return f"no gzipped text ({error})"
+    if len(lines) < _NUM_MERGES or any(len(line.split()) != 2 for line in lines):
+        return f"a file without {_NUM_MERGES} merges"
+    return ""

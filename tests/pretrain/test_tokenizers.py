@@ -1,0 +1,102 @@
+"""Tokenizers: open_clip's own rows, in any process, with bounded memory and time; nothing downloaded."""
+
+from __future__ import annotations
+
+import gzip
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.tokenizer import default_bpe
+
+from data_pipeline.batch import TokenSpec
+from data_pipeline.errors import RecipeError
+from pretrain.models import tokenizers
+from pretrain.models.tokenizers import ClipTokenizer, build_tokenizer
+
+TEXTS = ["a red circle", "  Fish &amp; chips\n<b>now</b>", "日本語 😀", "x" * 300, "word " * 200, "é" * 5]
+
+
+@pytest.fixture(scope="module")
+def clip() -> ClipTokenizer:
+    return build_tokenizer(TokenSpec("clip", 77))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_rows_are_those_of_open_clip(clip: ClipTokenizer, text: str) -> None:
+    expected = open_clip.get_tokenizer("ViT-B-32")([text])[0]
+    assert torch.equal(clip(text), expected)
+    assert (clip(text).dtype, clip(text).shape) == (torch.int64, (77,))
+
+
+@pytest.fixture(scope="module")
+def short() -> ClipTokenizer:
+    return build_tokenizer(TokenSpec("clip", 5))
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60), cut=st.booleans())
+def test_a_row_starts_ends_and_is_filled_up(clip: ClipTokenizer, short: ClipTokenizer, text: str, cut: bool) -> None:
+    row = (short if cut else clip)(text)
+    end = clip.vocab_size - 1
+    assert row[0] == end - 1
+    assert (row == end).any()
+    first_end = int((row == end).int().argmax())
+    assert "<end_of_text>" in text or not row[first_end + 1 :].any()
+
+
+def test_it_travels_to_processes_forked_and_spawned(clip: ClipTokenizer) -> None:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert torch.equal(pool.apply(clip, (TEXTS[0],)), clip(TEXTS[0]))
+    sent = pickle.dumps(clip)
+    assert len(sent) < 1000
+    assert torch.equal(pickle.loads(sent)(TEXTS[0]), clip(TEXTS[0]))
+
+
+def test_words_it_met_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers, "_WORDS_KEPT", 50)
+    tokenizer, free = ClipTokenizer(16), ClipTokenizer(16)
+    for n in range(300):
+        text = "".join(chr(97 + int(digit)) for digit in str(n * 7919)) + "q end"
+        assert torch.equal(tokenizer(text), free(text))
+    assert len(tokenizer._bpe.cache) < 60
+
+
+def test_an_endless_text_is_cut_before_it_is_looked_at(clip: ClipTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merging takes time with the square of a word's length: a megabyte of letters would take hours."""
+    seen: list[int] = []
+    monkeypatch.setattr(clip._bpe, "clean_fn", lambda text: seen.append(len(text)) or text)
+    clip("ab " * 10**6)
+    assert seen == [7700]
+
+
+def test_a_local_file_of_merges_will_do(clip: ClipTokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "merges.txt.gz"
+    path.write_bytes(Path(default_bpe()).read_bytes())
+    local = build_tokenizer(TokenSpec(str(path), 77))
+    assert (local.name, local.context_length) == (str(path), 77)
+    assert torch.equal(local(TEXTS[1]), clip(TEXTS[1]))
+    assert local.fingerprint == clip.fingerprint
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/ViT-B-16-SigLIP", "ViT-B-32", "nowhere.txt.gz", ""])
+def test_what_would_be_downloaded_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"expected 'clip', or a local file.*not downloaded"):
+        build_tokenizer(TokenSpec(name, 77))
+
+
+@pytest.mark.parametrize("data", [b"", b"plain text", gzip.compress(b"a b\n" * 10), gzip.compress(b"\xff" * 99)])
+def test_a_file_of_something_else_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "merges.txt.gz").write_bytes(data)
+    with pytest.raises(RecipeError, match=r"found (no gzipped text|a file without 48894 merges)"):
+        build_tokenizer(TokenSpec(str(tmp_path / "merges.txt.gz"), 77))
+
+
+def test_too_short_a_context_is_refused() -> None:
+    with pytest.raises(RecipeError, match="context_length: expected at least 3"):
+        build_tokenizer(TokenSpec("clip", 2))
