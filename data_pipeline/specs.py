@@ -86,13 +86,21 @@ def is_inside(name: str) -> bool:
 
 def _expand(pattern: str) -> Iterator[str]:
     try:
+        if _largest_range(pattern) > MAX_NAMES:  # which would be held in memory before its first name came
+            raise ValueError(f"more than {MAX_NAMES:,} names")
         for i, name in enumerate(braceexpand(pattern)):
             if i == MAX_NAMES:
                 raise ValueError(f"more than {MAX_NAMES:,} names")
             yield name
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            where=pattern,
+            where=pattern if len(pattern) <= 200 else f"{pattern[:200]}...",
             expected="a brace pattern such as shard-{000000..000009}.tar",
-            found=str(error),
+            found=str(error)[:200],
         ) from error
+
+
+def _largest_range(pattern: str) -> int:
+    """Names that the longest `{first..last}` in the pattern stands for."""
+    bounds = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}", pattern)
+    return max((abs(int(last) - int(first)) + 1 for first, last in bounds), default=0)

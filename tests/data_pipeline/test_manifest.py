@@ -114,7 +114,10 @@ def test_urls_are_refused(url: str) -> None:
         load_manifest(url)
 
 
-@pytest.mark.parametrize("pattern", ["{a,b", "{/x,y}.tar", "{../x,y}.tar", "{0..99999999}.tar", "a.txt", ""])
+@pytest.mark.parametrize(
+    "pattern",
+    ["{a,b", "{/x,y}.tar", "{../x,y}.tar", "a{0..99999999999}.tar", "{a,{b,{c" * 300 + "}}}" * 300, "a.txt", ""],
+)
 def test_strange_patterns_are_our_errors(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("data_pipeline.specs.MAX_NAMES", 1000)
