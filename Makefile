@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test check bench lock clean
+.PHONY: setup demo test drills check bench lock clean
 
 setup: $(READY)
 
@@ -19,7 +19,11 @@ demo: $(READY)
 	$(BIN)/pretrain demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/drills --numprocesses 2 --dist loadfile --durations 10
+
+# The long ones: runs killed in every phase, storage and networks that fail, every byte of a shard damaged.
+drills: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/drills --numprocesses 2 --dist loadfile --durations 10 -rP
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import count
 from typing import NamedTuple, Protocol, TypeVar
@@ -17,9 +17,10 @@ from data_pipeline.errors import DataError, PretrainError
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import Integers, SampleOrder
 from data_pipeline.read import Dataset, ShardDataset
-from data_pipeline.remote import Remote
+from data_pipeline.remote import Remote, stop_thread_with
 
 _THREADS = 4
+_LONGEST_GOODBYE = 2.0  # seconds; only a server that is silent makes it long
 _SAMPLES_AT_ONCE = 16_384  # looked at together, to spare Python's overhead
 
 
@@ -128,18 +129,21 @@ class Prefetcher:
     What cannot be fetched is left to whoever reads it, to tell.
 
     Args:
-        coming: (position of the step that needs it first, fetch), in order, without end.
+        coming: (position of the step that needs it first, fetch), in order, without end; None in place of a fetch
+            once in a while, so that looking ahead has an end where nothing is to be fetched any more.
         ahead: how many.
     """
 
-    def __init__(self, coming: Iterator[tuple[int, Fetch]], ahead: int) -> None:
+    def __init__(self, coming: Iterator[tuple[int, Fetch | None]], ahead: int) -> None:
         self._coming, self._ahead = coming, ahead
         self._planning = threading.Lock()
         self._moved = threading.Condition()
         self._waiting: list[int] = []  # positions that need what was planned, as far as they were not reached
-        self._closed = False
-        for _ in range(min(_THREADS, ahead)):
-            threading.Thread(target=self._work, name="prefetch", daemon=True).start()
+        self._stop = threading.Event()
+        names = [f"prefetch-{number}" for number in range(min(_THREADS, ahead))]
+        self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
+        for thread in self._threads:
+            thread.start()
 
     def reached(self, cursor: int) -> None:
         """All steps before this position were made."""
@@ -148,33 +152,41 @@ class Prefetcher:
             self._moved.notify_all()
 
     def close(self) -> None:
+        self._give_up()
+        for thread in self._threads:  # one that is at work when the interpreter ends could bring it down
+            thread.join(_LONGEST_GOODBYE)
+
+    def _give_up(self) -> None:
+        self._stop.set()
         with self._moved:
-            self._closed = True
             self._moved.notify_all()
 
     def _work(self) -> None:
+        stop_thread_with(self._stop)
         while (fetch := self._next()) is not None:
             try:
                 fetch()
             except PretrainError:
-                self.close()
+                self._give_up()
 
-    def _next(self) -> Fetch | None:
+    def _next(self) -> Callable[[], None] | None:
         with self._planning:
             with self._moved:
-                self._moved.wait_for(lambda: self._closed or len(self._waiting) < self._ahead)
-                if self._closed:
+                self._moved.wait_for(lambda: self._stop.is_set() or len(self._waiting) < self._ahead)
+                if self._stop.is_set():
                     return None
             position, fetch = next(self._coming)
             with self._moved:
                 self._waiting.append(position)
-        return fetch
+        return _nothing if fetch is None else fetch.__call__
 
 
 def _coming(
     parts: Sequence[Part], order: SampleOrder, cursor: int, lanes: int, global_size: int, rank: int, world_size: int
-) -> Iterator[tuple[int, Fetch]]:
-    """Shards as a rank's steps come to them, each once while it stays among those that came last."""
+) -> Iterator[tuple[int, Fetch | None]]:
+    """Shards as a rank's steps come to them, each once while it stays among those that came last; and None, after
+    so many steps, for the last of them.
+    """
     local_size = global_size // world_size
     epoch = min(part.dataset.num_samples for part in parts)  # within less than half of one no shard comes twice
     num_steps = max(1, min(_SAMPLES_AT_ONCE // local_size, epoch // 2 // global_size))
@@ -191,6 +203,11 @@ def _coming(
             recent.move_to_end(fetch)
             while len(recent) > 4 * lanes * len(parts):
                 recent.popitem(last=False)
+        yield cursors[-1], None
+
+
+def _nothing() -> None:
+    pass
 
 
 def _first_uses(parts: Sequence[Part], indices: Integers) -> Iterator[tuple[int, Fetch]]:

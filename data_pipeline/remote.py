@@ -24,6 +24,7 @@ from data_pipeline.errors import DataError, ManifestError, PretrainError, RunErr
 
 T = TypeVar("T")
 
+_thread = threading.local()
 SCHEMES = ("http", "https", "s3")
 _WORTH_A_RETRY = (408, 425, 429)  # of the 4xx; the others say that the request is wrong
 _LEAST_RATE = 50_000  # bytes a second; a server that trickles is as good as dead
@@ -136,7 +137,7 @@ class Remote:
         for attempt in range(self.spec.retries + 1):
             if attempt:
                 pause = min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE)
-                time.sleep(pause * random.SystemRandom().uniform(0.5, 1.5))  # not the generators of the training
+                _stop_of_thread().wait(pause * random.SystemRandom().uniform(0.5, 1.5))  # not the training's generators
             try:
                 self._transfer(name, path, max_bytes)
                 return check(path)
@@ -173,11 +174,15 @@ class Remote:
         scheme, _, rest = self.join(name).partition("://")
         # Our names hold no escapes; what a URL cannot hold as it is, such as a space, has to be one.
         target = rest if scheme == "s3" else f"{scheme}://{quote(rest, safe='/:[]')}"
-        started = time.monotonic()
+        started, stop = time.monotonic(), _stop_of_thread()
+        if stop.is_set():
+            raise _RefusedError("nobody who waits for it")
 
         def bound(size: int | None, value: int, **_: object) -> None:
             if max(size or 0, value) > max_bytes:
                 raise _FailedError(f"more than the {max_bytes:,} bytes that were expected")
+            if stop.is_set():
+                raise _RefusedError("nobody who waits for it")
             seconds = time.monotonic() - started
             if seconds > self.spec.timeout_seconds + value / _LEAST_RATE:
                 raise _FailedError(f"{value:,} bytes in {seconds:.0f} s")
@@ -191,6 +196,16 @@ class Remote:
             if isinstance(problem, OSError) and problem.errno in _LOCAL_TROUBLE:
                 raise
             raise _explained(problem, self.spec.timeout_seconds) from None
+
+
+def stop_thread_with(stop: threading.Event) -> None:
+    """From now on, what the calling thread fetches is given up as soon as `stop` is set."""
+    _thread.stop = stop
+
+
+def _stop_of_thread() -> threading.Event:
+    stop: threading.Event = getattr(_thread, "stop", None) or threading.Event()
+    return stop
 
 
 class _FailedError(Exception):

@@ -25,7 +25,13 @@ def local_path(spec: str) -> Path:
             fix="Copy the data to a local or mounted folder and give its path. "
             "Training, evaluation and `pretrain data verify` and `stats` also read http://, https:// and s3://.",
         )
-    return Path(spec)
+    path = Path(spec)
+    try:
+        path.exists()
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise DataError(where=spec[:200], expected="a path that can be looked at", found=found) from error
+    return path
 
 
 def find_tars(spec: str) -> tuple[Path, list[str]]:

@@ -109,6 +109,9 @@ def train(
     overfit_batch: Annotated[
         bool, typer.Option("--overfit-batch", help="Trains on the first batch only, to debug.")
     ] = False,
+    profile: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Writes a PyTorch trace of N steps to RUN/profile.")
+    ] = None,
 ) -> None:
     """Trains a recipe on this machine, or goes on with a run that was interrupted."""
     from pretrain import __main__ as rank
@@ -120,10 +123,12 @@ def train(
     arguments += [f"--set={override}" for override in overrides or []]
     arguments += ["--max-steps", str(max_steps)] if max_steps else []
     arguments += ["--overfit-batch"] if overfit_batch else []
+    arguments += ["--profile", str(profile)] if profile else []
     if num_ranks == 1:
         raise typer.Exit(rank.main(arguments))
     from launch.local import launch
-    from pretrain.run import folder_of, preflight
+    from pretrain.preflight import preflight
+    from pretrain.run import folder_of
 
     preflight(recipe, num_ranks, folder_of(out, overfit_batch))  # one message, before anything is started
     raise typer.Exit(launch(arguments, num_ranks, threads=recipe.runtime.threads))

@@ -32,7 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pretrain import run  # after the recipe: loading torch takes seconds
 
         out = given.out or default_out(recipe)
-        run.run(recipe, out, max_steps=given.max_steps, overfit_batch=given.overfit_batch)
+        run.run(
+            recipe,
+            out,
+            max_steps=given.max_steps,
+            overfit_batch=given.overfit_batch,
+            profile_steps=given.profile,
+        )
     except InputError as error:
         if LOCAL_RANK:
             time.sleep(SECONDS_FOR_THE_FIRST_RANK)
@@ -80,6 +86,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a recipe key")
     parser.add_argument("--max-steps", type=_count, metavar="N", help="stops after N steps, to debug")
     parser.add_argument("--overfit-batch", action="store_true", help="trains on the first batch only, to debug")
+    parser.add_argument("--profile", type=_count, metavar="N", help="traces N steps to RUN/profile, to debug")
     return parser.parse_args(arguments)
 
 

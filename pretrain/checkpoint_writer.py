@@ -287,13 +287,18 @@ def _compare(path: Path, sha256: str) -> None:
 
 
 def _put(path: Path, data: bytes) -> None:
-    """Appears under its name only once it has been read back."""
+    """Read back before it appears under its name, and once it has: a rename can be lost as well as a byte."""
     with durable_file(path) as file:
         file.write(data)
         file.flush()
         file.seek(0)
-        if file.read() != data:
-            raise OSError(f"{path.name} does not give back what was written")
+        _refuse_other(path, file.read(), data)
+    _refuse_other(path, path.read_bytes() if path.exists() else b"", data)
+
+
+def _refuse_other(path: Path, found: bytes, written: bytes) -> None:
+    if found != written:
+        raise OSError(f"{path.name} does not give back what was written")
 
 
 def _retain(folder: Path, newest: Path, keep_last: int, unsound: Collection[Path]) -> None:

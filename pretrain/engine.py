@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from pretrain.objectives.base import LossOutput, Objective
 from pretrain.optim import build_optimizer, empty_state, step_counters
 from pretrain.recipe import EngineConfig, OptimConfig
 from pretrain.state import Progress
+from pretrain.timing import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Engine:
             objective, config.zero_stage, world, device, seed,
         )  # fmt: skip
         self.clip_norm = optim.clip_norm
+        self.clock = Stopwatch(device)
+        _time_collectives(deepspeed, self.clock)
         objective.to(device)
         self.names = {p: name for name, p in objective.named_parameters()}
         self.shapes = {name: tuple(p.shape) for p, name in self.names.items()}
@@ -110,11 +113,14 @@ class Engine:
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(micro_batches):
             self._deepspeed.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            output: LossOutput = self._deepspeed(batch, progress)
-            self._deepspeed.backward(_poisoned(output.loss))
+            with self.clock.part("forward"):
+                output: LossOutput = self._deepspeed(batch, progress)
+            with self.clock.part("backward"):
+                self._deepspeed.backward(_poisoned(output.loss))
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
                 sums[name] = sums[name] + value if name in sums else value
-        grad_norm, applied = self._apply()
+        with self.clock.part("optimizer"):
+            grad_norm, applied = self._apply()
         if applied:
             self._average_batch_norms()
         metrics = {name: value / len(micro_batches) for name, value in sums.items()}
@@ -293,6 +299,29 @@ def _deepspeed_config(
             "lower_precision_safe_modules": [],
         }
     return settings
+
+
+_COLLECTIVES = (
+    "all_reduce", "all_reduce_coalesced", "all_gather", "all_gather_into_tensor", "all_gather_coalesced",
+    "broadcast", "reduce", "reduce_scatter", "reduce_scatter_tensor",
+)  # fmt: skip
+
+
+def _time_collectives(deepspeed: Any, clock: Stopwatch) -> None:
+    """Books what DeepSpeed spends in collectives as "reduce"; the last engine of a process is the one that is timed."""
+    backend = deepspeed.comm.comm.cdb
+
+    def timed(name: str) -> Callable[..., Any]:
+        real = getattr(type(backend), name)
+
+        def collective(*args: Any, **kwargs: Any) -> Any:
+            with clock.part("reduce"):
+                return real(backend, *args, **kwargs)
+
+        return collective
+
+    for name in _COLLECTIVES:
+        setattr(backend, name, timed(name))
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -7,8 +7,9 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -16,18 +17,6 @@ import torch
 from data_pipeline.errors import InputError
 from pretrain.collectives import World
 from pretrain.recipe import Runtime
-
-_PACKAGES = (
-    "pretrain",
-    "torch",
-    "torchvision",
-    "deepspeed",
-    "timm",
-    "webdataset",
-    "numpy",
-    "simplejpeg",
-    "pillow",
-)
 
 
 def choose_device(runtime: Runtime, world: World) -> torch.device:
@@ -54,31 +43,39 @@ def pin_threads(runtime: Runtime, world: World) -> int:
     return threads
 
 
-def describe(world: World, device: torch.device, threads: int) -> str:
-    """Versions, commit, hardware and arguments as JSON; no environment variables, which may hold secrets."""
+def describe(world: World, device: torch.device, threads: int, hosts: Sequence[str]) -> str:
+    """Versions, commit, hardware and arguments as JSON; no environment variables, which may hold secrets.
+
+    Args:
+        hosts: the name of each rank's machine.
+    """
     return json.dumps(
         {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "arguments": sys.argv[1:],
             "python": platform.python_version(),
-            "packages": {name: _version(name) for name in _PACKAGES},
+            "packages": _packages(),
             "commit": _commit(),
             "platform": platform.platform(),
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "threads_per_rank": threads,
             "world_size": world.size,
+            "hosts": hosts,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "nccl": torch.cuda.nccl.version() if device.type == "cuda" else None,  # type: ignore[no-untyped-call]
         },
         indent=1,
     )
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _packages() -> dict[str, str]:
+    """Everything that is installed: what a number depends on is not known beforehand."""
+    found = {str(package.metadata["Name"]).lower(): package.version for package in distributions()}
+    return dict(sorted(found.items()))
 
 
 def _commit() -> str | None:

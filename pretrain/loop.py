@@ -6,7 +6,7 @@ Everything it uses is passed in; `run.py` makes it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from pretrain.collectives import gather_objects, mean_over_ranks
 from pretrain.engine import Engine, StepResult
 from pretrain.metrics import MetricLog
 from pretrain.state import Progress, RunState
+from pretrain.timing import PARTS, Stopwatch
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Parts:
         checkpoints: when and how the state is saved.
         limits: budgets.
         log_every: steps between logged ones.
+        advise: (values of a logged step) -> a sentence, where data is the brake.
+        after_step: called after every applied step; a profiler's.
     """
 
     engine: Engine
@@ -71,6 +74,8 @@ class Parts:
     checkpoints: Checkpoints
     limits: Limits
     log_every: int
+    advise: Callable[[Mapping[str, float]], str | None] = lambda _: None
+    after_step: Callable[[], None] = lambda: None
 
 
 def train(state: RunState, parts: Parts, stop_at: int) -> RunState:
@@ -80,11 +85,13 @@ def train(state: RunState, parts: Parts, stop_at: int) -> RunState:
         RunError: a budget is used up; the message names the samples.
     """
     meter = _Meter()
+    parts.engine.clock.take()  # what was booked while everything was made
     while state.progress.step < stop_at:
         with meter.waiting():
             data = next(parts.steps)
         lr = parts.learning_rate(state.progress)
-        batches = [parts.prepare(batch) for batch in data.micro_batches]
+        with parts.engine.clock.part("copy"):
+            batches = [parts.prepare(batch) for batch in data.micro_batches]
         result = parts.engine.step(batches, state.progress, lr)
         meter.add(data, num_samples=data.cursor - state.cursor)
         state = _advance(state, data, result)
@@ -98,16 +105,25 @@ def train(state: RunState, parts: Parts, stop_at: int) -> RunState:
             state = _count_bad_samples(state, meter, parts)
         if logged:
             _log_step(state, result, lr, meter, parts)
-        for evaluation in parts.evaluations:
-            if last or step % evaluation.every_steps == 0:
-                values = evaluation.evaluate(state)
-                parts.log.write(step, values)
-                parts.log.say("  ".join([f"step {step}", *(f"{name} {value:.4f}" for name, value in values.items())]))
+        with parts.engine.clock.part("evaluation"):
+            for evaluation in parts.evaluations:
+                if last or step % evaluation.every_steps == 0:
+                    _evaluate(evaluation, state, parts.log)
         if save:
-            parts.checkpoints.save(state)
+            with parts.engine.clock.part("checkpoint"):
+                parts.checkpoints.save(state)
         if logged or save:
             meter.restart()  # the next interval measures steps, not what came between them
+        parts.after_step()
     return state
+
+
+def _evaluate(evaluation: Periodic, state: RunState, log: MetricLog) -> None:
+    values = evaluation.evaluate(state)
+    if values:
+        step = state.progress.step
+        log.write(step, values)
+        log.say("  ".join([f"step {step}", *(f"{name} {value:.4f}" for name, value in values.items())]))
 
 
 def _advance(state: RunState, data: StepData, result: StepResult) -> RunState:
@@ -150,7 +166,7 @@ def _count_bad_samples(state: RunState, meter: _Meter, parts: Parts) -> RunState
 
 
 def _log_step(state: RunState, result: StepResult, lr: float, meter: _Meter, parts: Parts) -> None:
-    means = mean_over_ranks({**result.metrics, **meter.shares()})
+    means = mean_over_ranks({**result.metrics, **meter.shares(), **_time_shares(meter, parts.engine.clock)})
     images_per_second = meter.num_samples / meter.seconds
     values = {
         **means,
@@ -164,6 +180,16 @@ def _log_step(state: RunState, result: StepResult, lr: float, meter: _Meter, par
     }
     parts.log.write(state.progress.step, values)
     parts.log.progress(state.progress.step, values)
+    if (advice := parts.advise(values)) is not None:
+        parts.log.say(advice)
+
+
+def _time_shares(meter: _Meter, clock: Stopwatch) -> dict[str, torch.Tensor]:
+    """Of the time since the last logged step, all of it counted: what went to each part of the work."""
+    now = time.perf_counter()
+    seconds, meter.logged_at = max(now - meter.logged_at, 1e-9), now
+    taken = clock.take()
+    return {f"time_{part}": torch.tensor(taken.get(part, 0.0) / seconds) for part in PARTS}
 
 
 @dataclass
@@ -175,6 +201,7 @@ class _Meter:
     host: dict[str, float] = field(default_factory=dict)
     bad: list[BadSample] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
+    logged_at: float = field(default_factory=time.perf_counter)
 
     def waiting(self) -> _Waiting:
         return _Waiting(self)

@@ -7,29 +7,34 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import Batch, BatchSpec
+from pretrain.collectives import World
 from pretrain.objectives.base import Objective
+from pretrain.recipe import Recipe
+from pretrain.sinks import Sink
 from pretrain.state import Progress
 
 
 class MetricLog:
-    """Appends to `metrics.jsonl` and TensorBoard, and tells a person; on every rank but 0 it does nothing.
+    """Appends to `metrics.jsonl` and to its sinks, and tells a person; on every rank but 0 it does nothing.
 
     Args:
         folder: of the run. Lines of steps after `step`, which a resumed run takes again, are dropped.
         step: steps applied so far.
         total_steps: for the progress line.
         active: whether this rank writes.
-        tensorboard: whether to write event files as well.
+        sinks: take the same numbers.
     """
 
-    def __init__(self, folder: Path, *, step: int, total_steps: int, active: bool, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, *, step: int, total_steps: int, active: bool, sinks: Sequence[Sink] = ()) -> None:
         self._active, self._total_steps, self._started_at, self._first_step = (
             active,
             total_steps,
@@ -37,17 +42,13 @@ class MetricLog:
             step,
         )
         self._live = active and sys.stdout.isatty()
-        self._tensorboard: Any = None
+        self._sinks = sinks
         if not active:
             return
         path = folder / "metrics.jsonl"
         _drop_after(path, step)
         self._file = path.open("a")
         self._text = (folder / "log-rank0.txt").open("a")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of `metrics.jsonl`; `values` by name, in the units their names say."""
@@ -55,9 +56,13 @@ class MetricLog:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        """An image [H, W, 3]."""
+        for sink in self._sinks:
+            sink.picture(step, name, pixels)
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """The live line on a terminal; a plain line elsewhere."""
@@ -87,8 +92,8 @@ class MetricLog:
             print(flush=True)
         self._file.close()
         self._text.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for sink in self._sinks:
+            sink.close()
 
     def _log(self, line: str) -> None:
         if self._active:
@@ -178,3 +183,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Rates:
+    """Samples per second -> MFU and memory; FLOPs are counted and the peak measured once, before training."""
+
+    def __init__(self, recipe: Recipe, objective: Objective, device: torch.device, world: World) -> None:
+        self._flops, self._device, self._world = flops_per_sample(objective), device, world
+        stated = recipe.runtime.peak_tflops
+        dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+        self.peak = stated * 1e12 if stated else measure_peak_flops(device, dtype)
+
+    def __call__(self, images_per_second: float) -> dict[str, float]:
+        return {
+            "mfu": images_per_second * self._flops / (self.peak * self._world.size),
+            "memory_bytes": float(peak_memory_bytes(self._device)),
+        }

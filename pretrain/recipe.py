@@ -250,9 +250,19 @@ class Runtime(Group):
     max_skipped_steps: int = Field(10, ge=0)  # non-finite steps before the run stops
 
 
+class Wandb(Group):
+    """Weights & Biases; its key comes from its own login or from WANDB_API_KEY, never from a recipe."""
+
+    project: str = Field(min_length=1)
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
 class Logging(Group):
     every_steps: int = Field(10, ge=1)
     tensorboard: bool = True
+    wandb: Wandb | None = None
+    images_every_steps: int | None = Field(1000, ge=1)  # what the model sees and paints; None: never
 
 
 class CheckpointConfig(Group):

@@ -62,7 +62,7 @@ def _objective(config: recipe.Recipe) -> Objective:
     return objective
 
 
-def _batch(objective: Objective, size: int) -> Batch:
+def blank_batch(objective: Objective, size: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     spec = objective.needs
     assert spec.mask is not None
@@ -79,7 +79,7 @@ def _bare(config: recipe.Recipe, size: int) -> Callable[[], float]:
     optimizer = build_optimizer(objective, config.optim)
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
-    batch = _batch(objective, size)
+    batch = blank_batch(objective, size)
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16"):
@@ -92,19 +92,24 @@ def _bare(config: recipe.Recipe, size: int) -> Callable[[], float]:
     return step
 
 
-def _engine(config: recipe.Recipe, stage: int, size: int) -> Callable[[], float]:
+def engine_of(config: recipe.Recipe, stage: int, size: int, world: World) -> Engine:
+    """The recipe's engine on the CPU, at a stage and for micro-batches of `size`."""
     objective = _objective(config)
-    engine = Engine(
+    return Engine(
         objective,
         config.optim,
         config.engine.model_copy(update={"zero_stage": stage}),
-        world=World(),
+        world=world,
         device=torch.device("cpu"),
         micro_size=size,
         accumulation=1,
         seed=0,
     )
-    batch = _batch(objective, size)
+
+
+def _engine(config: recipe.Recipe, stage: int, size: int) -> Callable[[], float]:
+    engine = engine_of(config, stage, size, World())
+    batch = blank_batch(engine.objective, size)
     return lambda: float(engine.step([batch], Progress(0, 1, 0), 1e-4).metrics["loss"])
 
 

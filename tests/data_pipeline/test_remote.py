@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,7 @@ from data_pipeline.cache import Cache, CacheSpec
 from data_pipeline.errors import DataError, ManifestError, PretrainError, RunError, ShardError
 from data_pipeline.mixture import Mixture, Source
 from data_pipeline.order import Order
-from data_pipeline.prefetch import check_room, remote_parts
+from data_pipeline.prefetch import Prefetcher, check_room, remote_parts
 from data_pipeline.read import ShardDataset, open_dataset
 from data_pipeline.scan import index_shards
 from data_pipeline.stats import stats
@@ -255,6 +256,26 @@ def test_threads_fetch_what_the_next_steps_read(tmp_path: Path, spec: CacheSpec)
     assert len(expected) < len(local.shard_sizes)
 
 
+def test_looking_ahead_has_an_end_where_nothing_is_to_be_fetched() -> None:
+    looked: list[int] = []
+
+    def coming() -> Iterator[tuple[int, None]]:
+        for position in range(0, 10**9, 10):
+            looked.append(position)
+            yield position, None
+
+    prefetcher = Prefetcher(coming(), 3)
+    for cursor, expected in ((0, 3), (1, 4), (11, 5), (45, 8)):
+        prefetcher.reached(cursor)
+        deadline = time.monotonic() + 10
+        while len(looked) < expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert len(looked) == expected
+    prefetcher.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
 def test_a_dead_server_ends_the_loader_with_its_url(server: FolderServer, spec: CacheSpec) -> None:
     dataset = opened(server.url, spec)
     server.close()
@@ -349,12 +370,15 @@ def _hammer(folder: Path, seed: int) -> None:
 
         with cache.open(key(number), 96, fetch) as file:
             assert file.read() == content, "torn"
-        total = sum(path.stat().st_size for path in _still(folder))
-        assert total <= 500
+        assert sum(_sizes(folder)) <= 500
 
 
-def _still(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if len(path.name) == 68]
+def _sizes(folder: Path) -> Iterator[int]:
+    """Of the files that have their own name, also while some go."""
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            if not path.name.startswith("."):
+                yield path.stat().st_size
 
 
 def test_processes_share_the_folder_and_killed_ones_leave_nothing_that_looks_whole(tmp_path: Path) -> None:
@@ -373,8 +397,7 @@ def test_processes_share_the_folder_and_killed_ones_leave_nothing_that_looks_who
     for worker in workers:
         worker.join(30)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    for path in _still(tmp_path):
-        assert path.stat().st_size == 96
+    assert set(_sizes(tmp_path)) == {96}
     Cache(tmp_path, 500).open(key(99), 96, filled(b"x" * 96)).close()
     assert not list(tmp_path.glob(".*.tmp"))
 
@@ -426,8 +449,6 @@ def test_a_full_disk_is_told_at_once_and_not_as_the_servers_fault(
     claimed = Cache._claimed
 
     def full(*arguments: object) -> object:
-        from contextlib import contextmanager
-
         @contextmanager
         def inner() -> Iterator[Path | None]:
             with claimed(*arguments) as part:  # type: ignore[arg-type]

@@ -1,0 +1,94 @@
+"""What the model sees, and what it makes of it where it paints: a grid of a training batch's first samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from data_pipeline.batch import Batch
+from data_pipeline.durable import durable_file
+from pretrain.collectives import World
+from pretrain.engine import Engine
+from pretrain.metrics import MetricLog
+from pretrain.models.encoders import load_strictly
+from pretrain.objectives.build import build_objective
+from pretrain.objectives.mae import Mae
+from pretrain.recipe import Recipe
+from pretrain.state import RunState
+
+NUM_SAMPLES = 8
+
+
+class Pictures:
+    """Keeps the first samples of the latest batch, as the objective gets them, and paints them when asked.
+
+    Args:
+        recipe: of the run.
+        engine: holds the objective that paints.
+        log: takes the picture; it goes to `images/step_XXXXXXXX.png` in `out` as well.
+        world: this process among the ranks.
+        out: the run's folder.
+    """
+
+    def __init__(self, recipe: Recipe, engine: Engine, log: MetricLog, world: World, out: Path) -> None:
+        self._recipe, self._engine, self._log, self._world, self._out = recipe, engine, log, world, out
+        self._seen: Batch | None = None
+
+    def see(self, batch: Batch) -> Batch:
+        """The same batch, its first samples remembered."""
+        if self._world.is_main:
+            self._seen = replace(
+                batch,
+                keys=batch.keys[:NUM_SAMPLES],
+                views=tuple(view[:NUM_SAMPLES].clone() for view in batch.views),
+                labels=None,
+                weights=None,
+                tokens=None,
+                masks=None if batch.masks is None else batch.masks[:NUM_SAMPLES].clone(),
+                augment={},
+            )
+        return batch
+
+    def paint(self, state: RunState) -> dict[str, float]:
+        """Writes the picture; every rank calls it. Nothing of the training is touched, its random state least."""
+        columns: Sequence[Tensor] = ()
+        if isinstance(self._engine.objective, Mae):
+            columns = self._reconstruction()
+        elif self._seen is not None:
+            columns = self._seen.views
+        if self._world.is_main:
+            data = self._recipe.data
+            pixels = grid(columns, data.mean, data.std)
+            path = self._out / "images" / f"step_{state.progress.step:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            with durable_file(path) as file:
+                Image.fromarray(pixels).save(file, "PNG")
+            self._log.picture(state.progress.step, "images", pixels)
+        return {}
+
+    def _reconstruction(self) -> Sequence[Tensor]:
+        """By a copy with the whole weights, on rank 0: at ZeRO 3 no rank has them."""
+        weights = self._engine.materialize(self._engine.objective)
+        if not self._world.is_main or self._seen is None:
+            return ()
+        with torch.random.fork_rng(devices=[]):
+            objective = build_objective(self._recipe.model, self._recipe.objective)
+        assert isinstance(objective, Mae)
+        load_strictly(objective, weights, where="the objective")
+        shown = objective.to(self._engine.device).eval().reconstruct(self._seen)
+        return shown.original, shown.masked, shown.filled
+
+
+def grid(columns: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
+    """[H, W, 3]: a row for each sample, a column for each of the normalised [B, 3, S, S]."""
+    rows = torch.cat([torch.cat(tuple(column), dim=1) for column in columns], dim=2).float().cpu()  # [3, B*S, V*S]
+    pixels = rows * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+    found: NDArray[np.uint8] = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return found

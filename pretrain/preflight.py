@@ -1,0 +1,83 @@
+"""What is found out before anything starts: whether recipe, data, ranks and the run's folder go together."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.assemble import check
+from data_pipeline.batch import BatchSpec
+from data_pipeline.captions import Captions
+from data_pipeline.errors import RecipeError
+from data_pipeline.mixture import open_training
+from data_pipeline.prefetch import check_room
+from data_pipeline.read import Dataset, open_dataset
+from pretrain.augment import augmentations, mixing
+from pretrain.inline import knn_evaluators
+from pretrain.models.tokenizers import build_tokenizer
+from pretrain.objectives.base import Objective
+from pretrain.objectives.build import build_objective
+from pretrain.recipe import Recipe
+from pretrain.resolve import Resolved, resolve
+from pretrain.sinks import refuse_missing_wandb
+from pretrain.start import refuse_other_run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found to be right before anything started."""
+
+    train: Dataset
+    val: Dataset | None
+    needs: BatchSpec
+    captions: Captions | None
+    resolved: Resolved
+
+
+def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
+    """Checks the recipe against its data, the number of ranks and the run's folder; writes nothing.
+
+    Raises:
+        InputError: of whichever is wrong.
+    """
+    data, cache = recipe.data, recipe.data.cache.spec()
+    train_data = open_training(data.train, cache)
+    resolved = resolve(recipe, world_size, train_data.num_samples)
+    with torch.device("meta"):  # the shapes alone
+        objective = build_objective(recipe.model, recipe.objective)
+    needs = objective.needs
+    _refuse_split_batch_norm(recipe, objective, resolved)
+    augmentations(recipe, needs)
+    mixing(recipe, needs, resolved.micro_size)
+    captions = _captions(recipe, needs)
+    check(train_data, needs, captions)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    check_room(train_data, lanes=data.lanes, window=data.window, world_size=world_size, local_size=local_size)
+    val = open_dataset(data.val, cache) if data.val else None
+    if val is not None:
+        check(val, needs, captions)
+    knn_evaluators(recipe)
+    refuse_missing_wandb(recipe)
+    refuse_other_run(recipe, train_data.fingerprint, resolved.total_steps, out)
+    return Plan(train_data, val, needs, captions, resolved)
+
+
+def _captions(recipe: Recipe, needs: BatchSpec) -> Captions | None:
+    if needs.tokens is None:
+        return None
+    return Captions(build_tokenizer(needs.tokens), **recipe.data.captions.model_dump())
+
+
+def _refuse_split_batch_norm(recipe: Recipe, objective: Objective, resolved: Resolved) -> None:
+    """Statistics of a micro-batch are not those of the batch: accumulating would train by another algorithm."""
+    if resolved.accumulation > 1 and any(
+        isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in objective.modules()
+    ):
+        problem = (
+            f"batch.micro_size: expected {resolved.local_size} or nothing, as {recipe.model.name} has batch norm, "
+            f"whose statistics do not add up over micro-batches, found {resolved.micro_size}."
+        )
+        raise RecipeError(recipe.name, [problem])

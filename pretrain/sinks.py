@@ -1,0 +1,102 @@
+"""Where a run's numbers and pictures go besides its own folder: TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib.util
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.durable import durable_file
+from data_pipeline.errors import RecipeError
+from pretrain.recipe import Logging, Recipe
+
+
+class Sink(Protocol):
+    """Takes what is logged; rank 0 only."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        """`pixels` is [H, W, 3]."""
+
+    def close(self) -> None: ...
+
+
+def open_sinks(config: Logging, folder: Path, name: str, step: int) -> list[Sink]:
+    """Those that the recipe asks for; what they hold of steps after `step` is of no account."""
+    sinks: list[Sink] = []
+    if config.tensorboard:
+        sinks.append(TensorBoard(folder, step))
+    if config.wandb is not None:
+        sinks.append(Wandb(folder, name, config.wandb.model_dump()))
+    return sinks
+
+
+def refuse_missing_wandb(recipe: Recipe) -> None:
+    """Raises RecipeError where the recipe asks for Weights & Biases and it is not installed."""
+    if recipe.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
+        problem = (
+            "logging.wandb: expected the package wandb, found none. Install it with `pip install pretrain[wandb]`, "
+            "or set logging.wandb=null."
+        )
+        raise RecipeError(recipe.name, [problem])
+
+
+class TensorBoard:
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """One run there for one run here, however often it is started again: its id lies in the run's folder.
+
+    Its key comes from the environment or its own login, and is written nowhere by us; nor does it look at the
+    machine's console, code or environment.
+    """
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        id_path = folder / "wandb-id.txt"
+        if not id_path.is_file():
+            with durable_file(id_path) as file:
+                file.write(uuid.uuid4().hex[:16].encode())
+        self._run = wandb.init(
+            project=config["project"],
+            entity=config["entity"],
+            mode=config["mode"],
+            name=name,
+            id=id_path.read_text(),
+            resume="allow",
+            dir=str(folder),
+            settings=wandb.Settings(
+                console="off", disable_code=True, disable_git=True, x_disable_meta=True, x_disable_stats=True,
+                save_code=False, silent=True,
+            ),
+        )  # fmt: skip
+        self._picture = wandb.Image
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        self._run.log({name: self._picture(pixels)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
