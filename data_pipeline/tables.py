@@ -32,7 +32,7 @@ IMAGE_NAMES = ("image", "path", "filepath", "file_path", "image_path", "file_nam
 CAPTION_NAMES = ("caption", "text", "txt", "title")
 LABEL_NAMES = ("label", "class", "cls")
 
-_BLOCK_BYTES = 1 << 24  # of a CSV at a time; no row may be longer
+_BLOCK_BYTES = 1 << 22  # of a CSV at a time; no row may be longer
 _BATCH_ROWS = 1 << 13  # of a Parquet file at a time
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _WHOLE = re.compile(r"(0|[1-9]\d*)(\.0*)?")  # pandas writes 3.0 where a column of integers has gaps
