@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from data_pipeline import tables
 from data_pipeline.convert import ConvertOptions, convert
 from data_pipeline.errors import DataError, SourceError
 from data_pipeline.layout import UniqueKeys
@@ -134,6 +135,15 @@ def test_whatever_a_caption_says_it_arrives_or_is_bad(
     done = convert(table, folder / "out", ConvertOptions(shuffle=False), skip_bad=True)
     assert [sample["txt"].decode() for sample in samples(folder / "out")] == good
     assert len(done.bad) == len(texts) - len(good)
+
+
+def test_lines_within_a_caption_may_lie_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", 1000)
+    folder = as_folder(tmp_path, {"a.jpg": jpeg(0)})
+    texts = [f"line {n}\nand, more\n" * (n % 9 + 1) for n in range(100)]
+    table = write_csv(folder / "t.csv", [{"image": "a.jpg", "text": text} for text in texts])
+    convert(table, tmp_path / "out", ConvertOptions(shuffle=False))
+    assert [sample["txt"].decode() for sample in samples(tmp_path / "out")] == texts
 
 
 def test_an_image_may_have_several_rows(tmp_path: Path) -> None:
