@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
+from data_pipeline.cache import CacheSpec
 from pretrain.recipe_augment import Augment, Mixing
 from pretrain.recipe_group import Group, Positive, Probability, Share, ordered
 
@@ -22,6 +23,18 @@ class Views(Group):
     flip: Probability = 0.5
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     eval_crop: Share = 1.0  # side of the centre crop, as a share of the resized shorter side
+
+
+class CacheConfig(Group):
+    """How data behind http://, https:// or s3:// are fetched and kept on this machine."""
+
+    folder: str = "~/.cache/pretrain"  # on a local disk; shared by ranks, workers and runs
+    max_gb: float = Field(50, gt=0)  # the shard used longest ago goes first; 10^9 bytes each
+    timeout_seconds: float = Field(30, gt=0)  # that an answer, or its next bytes, may take
+    retries: int = Field(5, ge=0, le=100)  # attempts after the first
+
+    def spec(self) -> CacheSpec:
+        return CacheSpec(**self.model_dump())
 
 
 class Source(Group):
@@ -44,8 +57,8 @@ class Captions(Group):
 
 
 class Data(Group):
-    # A folder with a manifest, or a brace pattern of tars that has one beside it; or several of them, mixed. The
-    # epoch of a mixture, for the schedule, is as many samples as all of them have together.
+    # A folder with a manifest, or a brace pattern of tars that has one beside it, here or behind a URL; or several
+    # of them, mixed. The epoch of a mixture, for the schedule, is as many samples as all of them have together.
     train: str | Annotated[tuple[Source, ...], Field(min_length=1)]
     val: str | None = None
     lanes: int = Field(16, ge=1)  # contiguous stretches that are read side by side
@@ -59,6 +72,7 @@ class Data(Group):
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     max_pixels: int = Field(50_000_000, ge=1)  # an image of more pixels is refused before it is decoded
     max_bad_samples: int = Field(100, ge=0)  # replaced samples before the run stops
+    cache: CacheConfig = CacheConfig()
 
 
 class Model(Group):
