@@ -113,7 +113,8 @@ def _check_options(path: Path, options: ConvertOptions, columns: Columns | None,
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         fix = "Copy it to a local folder; lists of URLs are img2dataset's to download."
         raise SourceError(where=str(path), expected=KINDS, found="a URL", fix=fix)
-    table, shards = is_table(path), not is_table(path) and are_shards(path)
+    table = is_table(path)
+    shards = not table and are_shards(path)
     for name, given, fits, kind in (
         ("--split-by-folder", options.split_by_folder, not table and not shards, "an image folder or an archive"),
         ("--root, --allow-outside and --...-column", columns is not None, table, "a table (.csv, .tsv, .parquet)"),

@@ -14,6 +14,7 @@ from data_pipeline.errors import DataError, RunError, SampleError
 from data_pipeline.mixture import order_of
 from data_pipeline.order import SampleOrder
 from data_pipeline.read import Dataset
+from data_pipeline.repeats import Repeated
 from data_pipeline.views import ViewSpec
 from data_pipeline.workers import entries
 
@@ -64,6 +65,7 @@ class TrainLoader:
         mixing: of neighbouring samples, likewise; `micro_size` must be even.
         seed: of the order, the views, the draws, the masks and the choice of captions.
         lanes, window: of the order (order.py).
+        repeats: how often each sample comes in a row, drawn anew each time (repeats.py).
         global_size: B, samples of a step over all ranks and micro-batches.
         micro_size: samples of one micro-batch on this rank; `world_size * micro_size` divides `global_size`.
         rank, world_size: which piece of each step is this one's.
@@ -87,6 +89,7 @@ class TrainLoader:
         seed: int,
         lanes: int,
         window: int,
+        repeats: int = 1,
         global_size: int,
         micro_size: int,
         rank: int = 0,
@@ -107,6 +110,7 @@ class TrainLoader:
             )
         check(dataset, spec, captions)
         order = order_of(dataset, seed=seed, lanes=lanes, window=window)
+        order = Repeated(order, repeats) if repeats > 1 else order
         assembler = Assembler(dataset, spec, views, augment, seed=seed, max_pixels=max_pixels, captions=captions)
         self._steps = _Steps(order, assembler, mixing, global_size, micro_size, rank, world_size)
         self._num_workers = num_workers

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_pipeline.captions import read_captions
-from data_pipeline.errors import SampleError
+from data_pipeline.errors import SampleError, SourceError
 from data_pipeline.index import CAPTION_FIELD, IMAGE_FIELDS, MISSING, ShardIndex
 from data_pipeline.intake import Intake
 from data_pipeline.layout import UniqueKeys
@@ -30,8 +30,25 @@ _OPEN_TARS = 64  # per process
 
 
 def are_shards(path: Path) -> bool:
-    """A folder with tars at its top, or a brace pattern. A tar alone is an archive of an image folder."""
-    return any(path.glob("[!.]*.tar")) if path.is_dir() else "{" in str(path) and not path.exists()
+    """A folder with tars at its top, or a brace pattern. A tar alone is an archive of an image folder.
+
+    Raises:
+        SourceError: a folder with tars, and images or folders beside them.
+    """
+    if not path.is_dir():
+        return "{" in str(path) and not path.exists()
+    tars = next(path.glob("[!.]*.tar"), None)
+    if tars is None:
+        return False
+    for other in path.iterdir():
+        if other.name[0] not in "._" and (other.is_dir() or other.suffix[1:].lower() in IMAGE_FIELDS):
+            raise SourceError(
+                where=str(path),
+                expected="tars to be read as shards, or images",
+                found=f"both: {tars.name} and {other.name}",
+                fix="Give the tars as a brace pattern, or move them elsewhere to convert the images.",
+            )
+    return True
 
 
 def open_shards(path: Path, caption: str | None, intake: Intake, spool_folder: Path, *, workers: int = 1) -> Rows:

@@ -25,6 +25,8 @@ from pretrain.rand_augment import rand_augment
 from pretrain.recipe import Recipe
 from pretrain.rows import change_rows
 
+_PIXELS_IN_CACHE = 4 * 224 * 224
+
 
 def augmentations(config: Recipe, needs: BatchSpec) -> tuple[Augmentation, ...]:
     """What is drawn for each of the objective's views: one entry of `data.augment` each, or one for all.
@@ -101,10 +103,29 @@ def normalize(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Batc
 def _finished(view: Tensor, drawn: Mapping[str, Tensor], mean: Sequence[float], std: Sequence[float]) -> Tensor:
     if view.dtype != torch.uint8:
         raise ValueError(f"a view to normalise: expected uint8, found {view.dtype}")
+    images = torch.empty(view.shape, device=view.device)
+    for rows in _blocks(view):
+        of_rows = {name: values[rows] for name, values in drawn.items()}
+        _write(images[rows], view[rows], of_rows, mean, std)
+    return images
+
+
+def _blocks(view: Tensor) -> list[slice]:
+    """The whole batch on a GPU; on a CPU as many images at a time as a core's cache holds, twice as fast."""
+    at_once = len(view)
+    if view.device.type == "cpu":
+        at_once = max(1, _PIXELS_IN_CACHE // (view.shape[2] * view.shape[3]))
+    return [slice(first, first + at_once) for first in range(0, len(view), at_once)]
+
+
+def _write(
+    images: Tensor, view: Tensor, drawn: Mapping[str, Tensor], mean: Sequence[float], std: Sequence[float]
+) -> None:
+    """Augments and normalises a view into `images`, fp32."""
     if "rand_augment" in drawn:
         view = view.clone()  # on the host, it is the loader's memory
         rand_augment(view, drawn["rand_augment"], drawn["rand_augment_arguments"], fill=mean)
-    images = view.float().div_(255)
+    images.copy_(view).div_(255)
     _recolour(images, drawn)
     shift = torch.tensor(mean, device=view.device).view(3, 1, 1)
     scale = torch.tensor(std, device=view.device).view(3, 1, 1)
@@ -112,7 +133,6 @@ def _finished(view: Tensor, drawn: Mapping[str, Tensor], mean: Sequence[float], 
     if "erasing" in drawn:
         boxes = drawn["erasing"]
         change_rows(images, boxes[:, 2] > 0, erase, boxes, *_present(drawn, "erasing_noise"))
-    return images
 
 
 def _recolour(images: Tensor, drawn: Mapping[str, Tensor]) -> None:

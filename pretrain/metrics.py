@@ -150,13 +150,16 @@ def flops_per_sample(objective: Objective) -> float:
 
 
 def _blank_batch(spec: BatchSpec, size: int) -> Batch:
-    masks = None
+    masks, tokens = None, None
+    if spec.tokens is not None:
+        tokens = torch.zeros(size, spec.tokens.context_length, dtype=torch.int64)
     if spec.mask is not None:
         masks = (torch.arange(spec.mask.num_patches) < spec.mask.num_hidden).expand(size, -1)
     return Batch(
         keys=tuple(map(str, range(size))),
         views=tuple(torch.zeros(size, 3, spec.image_size, spec.image_size) for _ in range(spec.num_views)),
         labels=torch.zeros(size, dtype=torch.int64) if spec.num_classes is not None else None,
+        tokens=tokens,
         masks=masks,
     )
 

@@ -50,6 +50,7 @@ class Data(Group):
     val: str | None = None
     lanes: int = Field(16, ge=1)  # contiguous stretches that are read side by side
     window: int = Field(1024, ge=1)  # samples of a lane that are shuffled among each other
+    repeats: int = Field(1, ge=1)  # of each sample in a row, drawn anew; an epoch is still as many samples long
     views: Views = Views()
     augment: tuple[Augment, ...] = ()  # of training views: one entry for all, or one for each
     mixing: Mixing = Mixing()

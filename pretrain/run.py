@@ -234,6 +234,7 @@ def _steps(job: _Job, cursor: int) -> Iterator[StepData]:
         seed=job.recipe.seed,
         lanes=data.lanes,
         window=data.window,
+        repeats=data.repeats,
         global_size=job.recipe.batch.global_size,
         micro_size=job.plan.resolved.micro_size,
         rank=job.world.rank,

@@ -49,7 +49,10 @@ def refuse_other_run(recipe: Recipe, fingerprint: str, total_steps: int, out: Pa
     if is_longer(recipe, kept_recipe):
         problems = _not_longer(total_steps, int(kept["resolved"]["total_steps"]), out)
     if not problems and kept.get("data_fingerprint", fingerprint) != fingerprint:
-        problems = [f"data.train: expected the data with fingerprint {kept['data_fingerprint']}, found {fingerprint}."]
+        problems = [
+            f"data.train: expected the data (and weights, of a mixture) with fingerprint {kept['data_fingerprint']}, "
+            f"found {fingerprint}."
+        ]
     if problems:
         problems.append("Choose another folder with --out, or take this run's own recipe.")
         raise RecipeError(f"{out} holds another run", problems)

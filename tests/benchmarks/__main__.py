@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import bench_checkpoint, bench_loader, bench_scaling, bench_step
+from tests.benchmarks import bench_checkpoint, bench_loader, bench_scaling, bench_step, bench_views
 
 
 def help_seconds(runs: int = 7) -> list[list[str]]:
@@ -28,27 +28,28 @@ def help_seconds(runs: int = 7) -> list[list[str]]:
     return [["pretrain --help", f"{statistics.median(helps):.2f} s", spread, "<= 0.5 s"]]
 
 
-def loader() -> list[list[str]]:
-    """Images per second of the loader, on one thread, against open_clip over webdataset and a plain loop."""
+def photographs() -> list[list[str]]:
+    """Images per second on one thread: of the loader, and of two augmented views, each against others."""
     default = Path(__file__).resolve().parents[3] / "shared" / "data"
     photos = Path(os.environ.get("PRETRAIN_TEST_DATA", default)) / "photos.tar"
     if not photos.is_file():
-        return [["loader", "", f"no photographs at {photos}; set PRETRAIN_TEST_DATA", ""]]
+        return [["loader, views", "", f"no photographs at {photos}; set PRETRAIN_TEST_DATA", ""]]
     return [
         [
-            f"loader against {row.name}",
+            f"{what} against {row.name}",
             f"{row.ours:.0f} / {row.other:.0f} images/s",
             f"{row.ratio:.2f} ({row.lower:.2f} to {row.upper:.2f}, quartiles)",
             f">= {row.goal}" if row.goal else "",
         ]
-        for row in bench_loader.run(photos)
+        for what, bench in (("loader", bench_loader), ("views", bench_views))
+        for row in bench.run(photos)
     ]
 
 
 def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     rows = [["what", "median", "ratio (least to greatest)", "goal"]]
-    for part in (help_seconds, bench_step.run, bench_checkpoint.run, bench_scaling.run, loader):
+    for part in (help_seconds, bench_step.run, bench_checkpoint.run, bench_scaling.run, photographs):
         rows += part()
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:

@@ -19,7 +19,7 @@ import statistics
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -183,20 +183,21 @@ def run(photos: Path, *, samples: int = 2048) -> list[Row]:
         torch.set_num_threads(threads)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def of_arguments(description: str | None, run: Callable[..., list[Row]], *, default: int) -> None:
+    """A benchmark's command line: runs it and prints its rows."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = Path(os.environ.get("PRETRAIN_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
-    parser.add_argument("--samples", type=int, default=2048, help=f"of each side, from {2 * BATCH} on")
+    parser.add_argument("--samples", type=int, default=default, help=f"of each side, from {2 * BATCH} on")
     parser.add_argument("--photos", type=Path, default=data / "photos.tar", help="a tar of JPEGs")
     arguments = parser.parse_args()
     if not arguments.photos.is_file():
         parser.error(f"no photographs at {arguments.photos}; give --photos, or set PRETRAIN_TEST_DATA")
-    print(f"{'ours against':38} {'ours/s':>8} {'other/s':>8} {'ratio':>6}  {'quartiles':13} goal")
+    print(f"{'ours against':46} {'ours/s':>8} {'other/s':>8} {'ratio':>6}  {'quartiles':13} goal")
     for row in run(arguments.photos, samples=arguments.samples):
         goal = f">= {row.goal}" if row.goal else ""
         spread = f"{row.lower:.2f} .. {row.upper:.2f}"
-        print(f"{row.name:38} {row.ours:8.0f} {row.other:8.0f} {row.ratio:6.2f}  {spread:13} {goal}")
+        print(f"{row.name:46} {row.ours:8.0f} {row.other:8.0f} {row.ratio:6.2f}  {spread:13} {goal}")
 
 
 if __name__ == "__main__":
-    main()
+    of_arguments(__doc__, run, default=2048)

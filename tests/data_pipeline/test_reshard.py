@@ -179,3 +179,11 @@ def test_its_output_is_read_by_webdataset(laion: Path, tmp_path: Path) -> None:
     tars = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
     read_back = list(webdataset.WebDataset(tars, shardshuffle=False).decode("rgb8").to_tuple("jpg", "txt"))
     assert len(read_back) == 12
+
+
+@pytest.mark.parametrize("beside", ["cat/1.jpg", "1.JPEG"])
+def test_tars_beside_images_are_not_guessed_about(laion: Path, tmp_path: Path, beside: str) -> None:
+    as_folder(laion, {beside: jpeg(0), "_tmp/x": b""})
+    with pytest.raises(SourceError, match=r"found both: .*brace pattern"):
+        convert(laion, tmp_path / "out", SMALL)
+    convert(laion / "{00000..00002}.tar", tmp_path / "out", SMALL)

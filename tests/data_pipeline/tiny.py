@@ -83,7 +83,7 @@ def rows(batches: list[Batch]) -> list[Row]:
     for batch in batches:
         for row, key in enumerate(batch.keys):
             digest = hashlib.sha256()
-            for tensor in (*batch.views, batch.labels, batch.masks):
+            for tensor in (*batch.views, batch.labels, batch.masks, batch.tokens):
                 digest.update(b"" if tensor is None else tensor[row].numpy().tobytes())
             found.append((key, digest.hexdigest()))
     return found

@@ -126,3 +126,37 @@ def test_help_has_an_example(data: Run, command: str) -> None:
     status, out, _ = data(command, "--help")
     assert status == 0
     assert f"pretrain data {command}" in out.partition("Examples:")[2]
+
+
+def test_convert_a_table_from_the_command_line(data: Run, tmp_path: Path) -> None:
+    as_folder(tmp_path / "images", class_folders(6))
+    lines = [f"{name},{name[:3]},a photo of {name}" for name in class_folders(6)]
+    (tmp_path / "birds.csv").write_text("\n".join(["file,species,text", *lines, "cat/gone.jpg,cat,a ghost"]))
+    words = ("convert", "birds.csv", "out", "--root", "images", "--image-column", "file", "--workers", "1")
+    status, _, err = data(*words, "--label-column", "species")
+    assert (status, "row 7 (cat/gone.jpg): No such file" in err) == (2, True)
+    status, out, _ = data(*words, "--label-column", "species", "--skip-bad")
+    assert status == 0
+    assert "left out 1 bad images" in out
+    assert "out: 6 samples, 3 classes, 1 shard" in out
+    assert "fields cls jpg txt" in out
+    status, _, err = data(*words, "--caption-column", "words")
+    assert (status, "caption column: expected one column 'words', found the columns file, species, text" in err) == (
+        2,
+        True,
+    )
+
+
+def test_convert_other_shards_from_the_command_line(data: Run, tmp_path: Path) -> None:
+    for tar in (0, 1):
+        rows = {f"{tar}{i}.{field}": value for i in range(3) for field, value in told(i).items()}
+        (tmp_path / "laion").mkdir(exist_ok=True)
+        as_tar(tmp_path / f"laion/0000{tar}.tar", rows)
+    assert data("convert", "laion", "out", "--caption-field", "json:caption", "--workers", "1")[0] == 0
+    assert data("verify", "out", "--workers", "1")[1].startswith("out: sound; 6 samples in 1 shard")
+    status, _, err = data("convert", "laion", "other", "--image-column", "x")
+    assert (status, "expected a table" in err) == (2, True)
+
+
+def told(i: int) -> dict[str, bytes]:
+    return {"jpg": jpeg(i), "json": b'{"caption": "number %d"}' % i}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
-from data_pipeline import draws
-from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.batch import Batch
 from data_pipeline.draws import Augmentation, Blur, Erasing, Jitter, Mixing, Value, draw, draw_mix
-from data_pipeline.errors import RecipeError
+from data_pipeline.loader import evaluation_batches
 from data_pipeline.rand_augment import RandAugment
-from pretrain import recipe, recipe_augment
-from pretrain.augment import augmentations, mixing, normalize, prepare
-from tests.pretrain.recipes import SMALL, changed
+from data_pipeline.views import ViewSpec
+from pretrain import augment
+from pretrain.augment import normalize, prepare
+from tests.data_pipeline.tiny import SPEC, loader, steps, write_shards
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
@@ -181,67 +182,29 @@ def test_the_generators_of_the_training_are_left_alone() -> None:
     assert torch.equal(torch.rand(4), expected)
 
 
-def config(**data: Any) -> recipe.Recipe:
-    return recipe.Recipe.model_validate(changed("data", {"train": "shards"} | data))
+def test_neither_do_blocks_ranks_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From shards to pixels: the step of one rank in one go, and of two ranks in micro-batches, image by image."""
+    dataset = write_shards(tmp_path, [12])
+    options: dict[str, Any] = {"augment": (EVERYTHING,) * 2, "mixing": Mixing(0.8, 1.0), "global_size": 12}
+    (whole,) = steps(loader(dataset, **options), 0, 1)
+    expected = prepare(whole.micro_batches[0], CPU, MEAN, STD, 3)
+    monkeypatch.setattr(augment, "_PIXELS_IN_CACHE", 1)
+    found: list[Batch] = []
+    for rank in (0, 1):
+        (step,) = steps(loader(dataset, **options, rank=rank, world_size=2, micro_size=2, num_workers=1), 0, 1)
+        found += [prepare(batch, CPU, MEAN, STD, 3) for batch in step.micro_batches]
+    assert len(found) == 6
+    for number, view in enumerate(expected.views):
+        assert torch.equal(view, torch.cat([batch.views[number] for batch in found]))
+    assert expected.labels is not None
+    assert torch.equal(expected.labels, torch.cat([batch.labels for batch in found if batch.labels is not None]))
 
 
-LABELS = BatchSpec(32, num_classes=3)
-
-
-class TestRecipe:
-    def test_off_by_default(self) -> None:
-        assert augmentations(config(), LABELS) == ()
-        assert mixing(config(), LABELS, micro_size=3) is None
-
-    def test_groups_become_what_the_host_draws_from(self) -> None:
-        byol = {
-            "jitter": {"probability": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1},
-            "grey": 0.2,
-            "blur": {"probability": 1.0},
-        }
-        second = {"rand_augment": {"magnitude": 7}, "solarise": 0.2, "erasing": {"probability": 0.25, "mode": "const"}}
-        found = augmentations(config(augment=[byol, second]), replace(LABELS, num_views=2))
-        assert found == (
-            Augmentation(jitter=Jitter(0.8, 0.4, 0.4, 0.2, 0.1), grey=0.2, blur=Blur(1.0, (0.1, 2.0))),
-            Augmentation(RandAugment(magnitude=7), solarise=0.2, erasing=Erasing(0.25, "const")),
-        )
-        assert mixing(config(mixing={"mixup": 0.8}), LABELS, micro_size=4) == Mixing(0.8, 0.0, 1.0, 0.5)
-
-    @pytest.mark.parametrize(
-        ("group", "spec"),
-        [
-            (recipe_augment.Augment, draws.Augmentation),
-            (recipe_augment.Jitter, draws.Jitter),
-            (recipe_augment.Blur, draws.Blur),
-            (recipe_augment.Erasing, draws.Erasing),
-            (recipe_augment.RandAugment, RandAugment),
-            (recipe_augment.Mixing, draws.Mixing),
-        ],
-    )
-    def test_a_group_and_what_it_becomes_have_the_same_keys(self, group: Any, spec: Any) -> None:
-        assert list(group.model_fields) == [f.name for f in fields(spec)]
-
-    def test_one_entry_serves_all_views(self) -> None:
-        found = augmentations(config(augment=[{"grey": 0.2}]), replace(LABELS, num_views=3))
-        assert found == (Augmentation(grey=0.2),) * 3
-
-    @pytest.mark.parametrize(("num_views", "entries", "expected"), [(1, 2, "one entry"), (2, 3, "one entry, or 2")])
-    def test_another_number_of_entries_is_refused(self, num_views: int, entries: int, expected: str) -> None:
-        with pytest.raises(RecipeError, match=rf"data\.augment: expected {expected}.*found {entries}"):
-            augmentations(config(augment=[{}] * entries), replace(LABELS, num_views=num_views))
-
-    def test_mixing_without_labels_is_refused(self) -> None:
-        with pytest.raises(RecipeError, match=r"data\.mixing: expected an objective with labels to mix, found mae"):
-            mixing(config(mixing={"cutmix": 1.0}), BatchSpec(32), micro_size=4)
-
-    def test_odd_micro_batches_are_refused(self) -> None:
-        with pytest.raises(RecipeError, match=r"batch\.micro_size: expected an even number.* found 3"):
-            mixing(config(mixing={"cutmix": 1.0}), LABELS, micro_size=3)
-
-    def test_recipes_of_before_keep_their_identity(self) -> None:
-        from pretrain.resolve import identity
-
-        plain = recipe.Recipe.model_validate(SMALL)
-        written_out = config(augment=[], mixing={"mixup": 0.0})
-        assert identity(plain) == identity(written_out)
-        assert identity(plain) != identity(config(augment=[{"grey": 0.2}]))
+def test_what_is_for_evaluation_has_no_draws_and_plain_labels(tmp_path: Path) -> None:
+    dataset = write_shards(tmp_path, [5])
+    for batch in evaluation_batches(dataset, SPEC, ViewSpec(), batch_size=2, max_pixels=10**6):
+        assert batch.augment == {}
+        assert batch.labels is not None
+        prepared = prepare(batch, CPU, MEAN, STD, 3)
+        assert torch.equal(prepared.labels, batch.labels)  # type: ignore[arg-type]
+        assert torch.equal(prepared.views[0], normalize(batch, MEAN, STD).views[0])
