@@ -10,8 +10,8 @@ from typing import overload
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import ManifestError
@@ -102,9 +102,18 @@ class ShardIndex:
     def load(cls, path: Path) -> ShardIndex:
         """Read and check; raises ManifestError where the file is missing, damaged, or not an index."""
         try:
-            with safe_open(path, framework="np") as file:
-                header = json.loads((file.metadata() or {})["index"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            content = path.read_bytes()
+        except OSError as error:
+            found = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+            raise _no_index(str(path), found) from error
+        return cls.parse(content, str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> ShardIndex:
+        """The index in the bytes of a file; raises ManifestError, about `where`, if they are not one."""
+        try:
+            tensors = load(content)  # checks the header, which follows its length
+            header = json.loads(_metadata(content)["index"])
             if header["format"] != FORMAT:
                 raise ValueError(f"format {header['format']!r}")
             index = cls(
@@ -118,13 +127,8 @@ class ShardIndex:
                 shard_bytes=header["shard_bytes"],
             )
             index.check()
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ManifestError(
-                where=str(path),
-                expected="the index of a shard",
-                found="no such file" if isinstance(error, FileNotFoundError) else f"{error!r}",
-                fix="Make it again with `pretrain data index`, or copy it again with its shard.",
-            ) from error
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise _no_index(where, f"{error!r}") from error
         return index
 
     def check(self) -> None:
@@ -152,3 +156,19 @@ class ShardIndex:
         last_start = self.shard_bytes - self.sizes  # sizes are checked first, so this cannot overflow
         if (self.sizes < 0).any() or (present & ((self.offsets < 0) | (self.offsets > last_start))).any():
             raise ValueError("members lie outside the shard")
+
+
+def _no_index(where: str, found: str) -> ManifestError:
+    return ManifestError(
+        where=where,
+        expected="the index of a shard",
+        found=found,
+        fix="Make it again with `pretrain data index`, or copy it again with its shard.",
+    )
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """What safetensors calls so: strings in the header, which its reader of bytes does not give."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata: dict[str, str] = header["__metadata__"]
+    return metadata

@@ -13,6 +13,7 @@ from data_pipeline.draws import Augmentation, Mixing, draw_mix
 from data_pipeline.errors import DataError, RunError, SampleError
 from data_pipeline.mixture import order_of
 from data_pipeline.order import SampleOrder
+from data_pipeline.prefetch import prefetched
 from data_pipeline.read import Dataset
 from data_pipeline.repeats import Repeated
 from data_pipeline.views import ViewSpec
@@ -113,7 +114,7 @@ class TrainLoader:
         order = Repeated(order, repeats) if repeats > 1 else order
         assembler = Assembler(dataset, spec, views, augment, seed=seed, max_pixels=max_pixels, captions=captions)
         self._steps = _Steps(order, assembler, mixing, global_size, micro_size, rank, world_size)
-        self._num_workers = num_workers
+        self._num_workers, self._lanes = num_workers, lanes
 
     def steps(self, cursor: int) -> Iterator[StepData]:
         """Step after step from position `cursor` on, without end.
@@ -124,7 +125,17 @@ class TrainLoader:
             RunError: a sample and all that might stand in for it cannot be used, or a worker died.
             DataError: a shard cannot be read at all.
         """
-        return entries(self._steps, count(cursor, self._steps.global_size), self._num_workers)
+        made = entries(self._steps, count(cursor, self._steps.global_size), self._num_workers)
+        return prefetched(
+            made,
+            self._steps.assembler.dataset,
+            self._steps.order,
+            cursor=cursor,
+            lanes=self._lanes,
+            global_size=self._steps.global_size,
+            rank=self._steps.rank,
+            world_size=self._steps.world_size,
+        )
 
 
 @dataclass(frozen=True)

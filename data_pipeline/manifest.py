@@ -6,24 +6,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from data_pipeline.cache import DEFAULT, CacheSpec
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import ManifestError, ShardError
 from data_pipeline.index import SUFFIX, ShardIndex
-from data_pipeline.specs import find_tars, is_inside
+from data_pipeline.remote import Remote, remote_url
+from data_pipeline.specs import find_tars, is_inside, split_url
 from data_pipeline.specs import local_path as local_path
 
 FILE_NAME = "manifest.json"
 PLAN_NAME = "plan.json"  # written first by what makes shards; without a manifest beside it they are unfinished
+
+_MAX_BYTES = 2**28  # of a fetched manifest: one of a million shards
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
@@ -63,7 +68,7 @@ class Manifest:
     """S shards that make up one dataset.
 
     Attributes:
-        root: the folder that `names` are relative to.
+        root: the folder that `names` are relative to, here or behind a URL.
         names: the shards' files, [S].
         num_samples: per shard, [S].
         num_bytes: size of each tar, [S].
@@ -73,7 +78,7 @@ class Manifest:
         label_counts: histogram of the labels, [K]; None: no sample has one.
     """
 
-    root: Path
+    root: Path | Remote
     names: tuple[str, ...]
     num_samples: npt.NDArray[np.int64]
     num_bytes: npt.NDArray[np.int64]
@@ -84,7 +89,7 @@ class Manifest:
 
     @classmethod
     def of(
-        cls, root: Path, names: Sequence[str], shards: Iterable[ShardSummary], classes: Sequence[str] | None
+        cls, root: Path | Remote, names: Sequence[str], shards: Iterable[ShardSummary], classes: Sequence[str] | None
     ) -> Manifest:
         """The manifest of `shards`, one per name; raises ManifestError where a label has no class name."""
         shards = tuple(shards)
@@ -121,17 +126,50 @@ class Manifest:
         return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
 
     def path(self, i: int) -> Path:
+        """Of shard i, where the shards are files of this machine."""
+        assert isinstance(self.root, Path), f"{self.root} is no folder of this machine"
         return self.root / self.names[i]
 
     def index_path(self, i: int) -> Path:
         return self.path(i).with_suffix(SUFFIX)
 
+    def where(self, i: int) -> str:
+        """Path or URL of shard i, for messages."""
+        return self.root.join(self.names[i]) if isinstance(self.root, Remote) else str(self.path(i))
+
+    def open(self, i: int) -> BinaryIO:
+        """Shard i, opened for reading; what lies behind a URL is fetched first, unless the cache has it.
+
+        Raises:
+            ShardError: it cannot be read, or a fetched one is not as the manifest says.
+            RunError: it could not be fetched.
+        """
+        if isinstance(self.root, Remote):
+            return self.root.open_shard(self.names[i], int(self.num_bytes[i]), self.sha256[i])
+        try:
+            return self.path(i).open("rb", buffering=0)
+        except OSError as error:
+            raise ShardError(
+                where=self.where(i), expected="a readable shard", found=error.strerror or str(error)
+            ) from error
+
     def index(self, i: int) -> ShardIndex:
-        """The index of shard i; raises ManifestError where it is damaged or of another tar."""
-        index = ShardIndex.load(self.index_path(i))
+        """The index of shard i; raises ManifestError where it is damaged or of another tar, RunError as `open`."""
+        if isinstance(self.root, Path):
+            return self._own(ShardIndex.load(self.index_path(i)), str(self.index_path(i)), i)
+        name = str(PurePosixPath(self.names[i]).with_suffix(SUFFIX))
+        where = self.root.join(name)
+
+        def parse(content: bytes) -> ShardIndex:
+            return self._own(ShardIndex.parse(content, where), where, i)
+
+        return self.root.load_index(name, self.sha256[i], int(self.num_bytes[i]), parse)
+
+    def _own(self, index: ShardIndex, where: str, i: int) -> ShardIndex:
+        """`index` if it is that of shard i."""
         if index.shard_sha256 != self.sha256[i] or len(index) != self.num_samples[i]:
             raise ManifestError(
-                where=str(self.index_path(i)),
+                where=where,
                 expected=f"the index of {self.num_samples[i]} samples, sha256 {self.sha256[i][:12]}...",
                 found=f"that of {len(index)} samples, sha256 {index.shard_sha256[:12]}...",
                 fix="Copy the shard, its index and the manifest again, all three from one place.",
@@ -139,7 +177,8 @@ class Manifest:
         return index
 
     def save(self) -> None:
-        """Write `manifest.json` into the root, atomically."""
+        """Write `manifest.json` into the root, a folder of this machine, atomically."""
+        assert isinstance(self.root, Path)
         file = _File(
             fields=list(self.fields),
             classes=None if self.classes is None else list(self.classes),
@@ -185,7 +224,7 @@ class Manifest:
         known = {name: i for i, name in enumerate(self.names)}
         if unknown := [name for name in wanted if name not in known]:
             raise ManifestError(
-                where=str(self.root / FILE_NAME),
+                where=f"{self.root}/{FILE_NAME}",
                 expected="every shard of the pattern in the manifest",
                 found=f"no {unknown[0]} among its {len(self.names)} shards",
                 fix="Correct the pattern, or index the shards again.",
@@ -204,19 +243,23 @@ class Manifest:
         return Manifest.of(self.root, part.names, summaries, self.classes)
 
 
-def load_manifest(spec: str, *, check_files: bool = True) -> Manifest:
+def load_manifest(spec: str, *, check_files: bool = True, cache: CacheSpec = DEFAULT) -> Manifest:
     """The dataset that `spec` names.
 
     Args:
         spec: a folder with a `manifest.json`, that file, or a tar or brace pattern of tars
-            (`data/shard-{000000..000009}.tar`) in such a folder: then those shards only.
-        check_files: see that every shard is there at its right size, and its index.
+            (`data/shard-{000000..000009}.tar`) in such a folder: then those shards only. Or such a thing behind
+            http://, https:// or s3://.
+        check_files: see that every local shard is there at its right size, and its index.
+        cache: how what lies behind a URL is fetched and kept.
 
     Raises:
-        DataError: `spec` is a URL; only local files are read.
+        DataError: `spec` is another kind of URL, or has a password in it.
         ManifestError: no manifest, or a damaged one, or a shard's index is missing.
         ShardError: a shard is missing or has another size.
     """
+    if url := remote_url(spec):
+        return _fetch_manifest(url, cache)
     path = local_path(spec)
     if path.is_dir():
         manifest = Manifest.read(_existing(path / FILE_NAME))
@@ -228,6 +271,16 @@ def load_manifest(spec: str, *, check_files: bool = True) -> Manifest:
     for i in range(len(manifest.names) if check_files else 0):
         _check_files(manifest, i)
     return manifest
+
+
+def _fetch_manifest(url: str, cache: CacheSpec) -> Manifest:
+    folder, names = split_url(url)
+    root = Remote(folder, cache)
+    with tempfile.TemporaryDirectory() as place:
+        part = Path(place, FILE_NAME)
+        manifest = root.fetch(FILE_NAME, part, max_bytes=_MAX_BYTES, check=Manifest.read, error=ManifestError)
+    manifest = replace(manifest, root=root)
+    return manifest if names is None else manifest.select(names)
 
 
 def _existing(path: Path) -> Path:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from data_pipeline import keyed
 from data_pipeline.batch import Sample
+from data_pipeline.cache import DEFAULT, CacheSpec
 from data_pipeline.errors import DataError, FieldError
 from data_pipeline.order import Integers, Order, SampleOrder
 from data_pipeline.read import Dataset, open_dataset
@@ -182,17 +183,17 @@ class Share(Protocol):
     def weight(self) -> float: ...
 
 
-def open_training(train: str | Sequence[Share]) -> Dataset:
+def open_training(train: str | Sequence[Share], cache: CacheSpec = DEFAULT) -> Dataset:
     """The data set at a path, as `open_dataset` takes it, or a mixture of several. One alone is itself.
 
     Raises:
         DataError: as `open_dataset` and `Mixture` say.
     """
     if isinstance(train, str):
-        return open_dataset(train)
+        return open_dataset(train, cache)
     if len(train) == 1:
-        return open_dataset(train[0].path)
-    return Mixture([Source(share.path, open_dataset(share.path), share.weight) for share in train])
+        return open_dataset(train[0].path, cache)
+    return Mixture([Source(share.path, open_dataset(share.path, cache), share.weight) for share in train])
 
 
 def order_of(dataset: Dataset, *, seed: int, lanes: int, window: int) -> SampleOrder:

@@ -133,11 +133,12 @@ class Order:
 
     def _layout(self, epoch: int) -> tuple[Integers, Integers]:
         """Shards in the order of the epoch, and the slot at which each of them ends, both [S]."""
-        if epoch not in self._layouts:
-            if len(self._layouts) == _LAYOUTS_KEPT:
-                self._layouts.clear()
+        layout = self._layouts.get(epoch)
+        if layout is None:
+            if len(self._layouts) >= _LAYOUTS_KEPT:
+                self._layouts.clear()  # perhaps under the hands of another thread: each holds what it uses
             num_shards = len(self.shard_sizes)
             key = keyed.key_of(_SHARDS, self.seed, epoch)
             shards = keyed.permute(np.arange(num_shards), np.array([num_shards]), key)
-            self._layouts[epoch] = shards, np.cumsum(self.shard_sizes[shards])
-        return self._layouts[epoch]
+            layout = self._layouts[epoch] = shards, np.cumsum(self.shard_sizes[shards])
+        return layout

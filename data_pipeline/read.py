@@ -1,7 +1,7 @@
 """A data set to read from by sample number: shards by their byte index, or an image folder as it lies.
 
-Only local files. A scheme such as `pipe:` (webdataset runs a shell for it) and pickles in shards (reading one
-can run code) are refused; nothing here ever unpickles.
+Files of this machine, or behind http(s):// or s3://. Another scheme, such as `pipe:` (webdataset runs a shell
+for it), and pickles in shards (reading one can run code) are refused; nothing here ever unpickles.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from functools import lru_cache, partial
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.batch import Sample
+from data_pipeline.cache import DEFAULT, CacheSpec
 from data_pipeline.errors import DataError, SampleError, ShardError
 from data_pipeline.index import IMAGE_FIELDS, LABEL_FIELD, MISSING
 from data_pipeline.manifest import FILE_NAME, PLAN_NAME, Manifest, load_manifest, local_path
+from data_pipeline.remote import Remote, remote_url
 from data_pipeline.scan import PICKLE_FIELDS
 
 _OPEN_SHARDS = 128  # per process; a step reads one shard per lane, mostly
@@ -86,14 +88,14 @@ class ShardDataset:
         self.label_counts = manifest.label_counts
         self.fingerprint = manifest.fingerprint
         self._ends = np.cumsum(self.shard_sizes)
-        self._open = lru_cache(maxsize=_OPEN_SHARDS)(partial(_OpenShard, manifest))
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()  # the one used last at the end
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardDataset, (self.manifest,)  # a spawned process opens its own files
 
     def read(self, i: int) -> Sample:
         shard, row = self._find(i)
-        opened = self._open(shard)
+        opened = self._opened(shard)
         index = opened.index
         key = index.keys[row]
         members = {}
@@ -104,7 +106,7 @@ class ShardDataset:
             data = opened.read(offset, size)
             if zlib.crc32(data) != crc32:
                 raise SampleError(
-                    where=f"{opened.path}: {key}.{name}",
+                    where=f"{self.manifest.where(shard)}: {key}.{name}",
                     expected=f"{size} bytes with the crc32 of the index",
                     found="other bytes" if len(data) == size else f"{len(data)} bytes",
                     fix=f"Run `pretrain data verify {self.manifest.root}`.",
@@ -114,7 +116,27 @@ class ShardDataset:
 
     def origin(self, i: int) -> tuple[str, str]:
         shard, row = self._find(i)
-        return self._open(shard).index.keys[row], self.manifest.names[shard]
+        return self._opened(shard).index.keys[row], self.manifest.names[shard]
+
+    def _opened(self, shard: int) -> _OpenShard:
+        opened = self._open.get(shard)
+        if opened is None:
+            self._let_go_with_the_cache()
+            while len(self._open) >= _OPEN_SHARDS:
+                self._open.popitem(last=False)
+            opened = self._open[shard] = _OpenShard(self.manifest, shard)
+        self._open.move_to_end(shard)
+        return opened
+
+    def _let_go_with_the_cache(self) -> None:
+        """Close what the cache has dropped: its bound is one of the disk, which open files take up too."""
+        if isinstance(self.manifest.root, Remote):
+            for shard in [shard for shard, opened in self._open.items() if opened.is_nameless]:
+                del self._open[shard]
+
+    def shards_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of the shard that each sample lies in, [n]."""
+        return self._ends.searchsorted(indices, side="right")
 
     def _find(self, i: int) -> tuple[int, int]:
         if not 0 <= i < self.num_samples:
@@ -127,26 +149,26 @@ class _OpenShard:
     """A file descriptor and the shard's index; closed when the cache lets go of it."""
 
     def __init__(self, manifest: Manifest, shard: int) -> None:
-        self.path = manifest.path(shard)
+        self._where = manifest.where(shard)
         self.index = manifest.index(shard)
-        try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ShardError(
-                where=str(self.path), expected="a readable shard", found=error.strerror or str(error)
-            ) from error
+        self._file = manifest.open(shard)
+
+    @property
+    def is_nameless(self) -> bool:
+        """Whether the file was removed, and is kept on the disk by being open alone."""
+        return os.fstat(self._file.fileno()).st_nlink == 0
 
     def read(self, offset: int, size: int) -> bytes:
         try:
-            return os.pread(self._fd, size, offset)
+            return os.pread(self._file.fileno(), size, offset)
         except OSError as error:
             raise ShardError(
-                where=str(self.path), expected="a readable shard", found=error.strerror or str(error)
+                where=self._where, expected="a readable shard", found=error.strerror or str(error)
             ) from error
 
     def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
+        if hasattr(self, "_file"):
+            self._file.close()
 
 
 class FolderDataset:
@@ -217,12 +239,19 @@ def _extension(file: Path) -> str:
     return file.suffix[1:].lower()
 
 
-def open_dataset(spec: str) -> Dataset:
+def open_dataset(spec: str, cache: CacheSpec = DEFAULT) -> Dataset:
     """A folder with a manifest, a `manifest.json`, a brace pattern of tars beside one; or an image folder.
 
+    Args:
+        spec: where it is; shards may lie behind http://, https:// or s3://.
+        cache: how such shards are fetched and kept.
+
     Raises:
-        DataError: a scheme (`pipe:`, `http:`), or nothing there that can be read.
+        DataError: another scheme (`pipe:`), or nothing there that can be read.
+        RunError: a manifest that could not be fetched.
     """
+    if remote_url(spec):
+        return ShardDataset(load_manifest(spec, cache=cache))
     path = local_path(spec)
     of_shards = not path.is_dir() or any((path / name).exists() for name in (FILE_NAME, PLAN_NAME))
     if of_shards or any(path.glob("*.tar")):

@@ -6,11 +6,14 @@ webdataset's reader ends silently at a damaged header or a missing end; here bot
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -41,35 +44,41 @@ def scan_shard(path: Path) -> ShardIndex:
     """
     if not path.is_file():
         raise ShardError(where=str(path), expected="a tar", found="no such file", fix="Copy or make it again.")
-    content = mapped(path)
+    with path.open("rb") as file:
+        return scan(file, str(path))
+
+
+def scan(file: BinaryIO, where: str) -> ShardIndex:
+    """The index of an open tar; as `scan_shard`."""
+    content = mapped(file)
     keys: list[str] = []
     samples: list[dict[str, Member]] = []
     seen: set[str] = set()
-    for member in _members(path):
+    for member in strict_tar.members(file, where, error=ShardError):
         parts = _SAMPLE_NAME.match(member.name)
         if parts is None or _META_NAME.match(member.name):
             continue
         key, field = parts[1], parts[2].lower()
         if not keys or key != keys[-1]:
             if key in seen:
-                raise _refused(path, member, "the members of a sample side by side", "its key a second time")
+                raise _refused(where, member, "the members of a sample side by side", "its key a second time")
             seen.add(key)
             keys.append(key)
             samples.append({})
         if field in samples[-1]:
-            raise _refused(path, member, "one member of a name", "a second one")
+            raise _refused(where, member, "one member of a name", "a second one")
         if field.rpartition(".")[2] in PICKLE_FIELDS:
-            raise _refused(path, member, "members that are data", "a pickle, which is a program")
+            raise _refused(where, member, "members that are data", "a pickle, which is a program")
         data = content[member.offset_data : member.offset_data + member.size]
         samples[-1][field] = (member.offset_data, member.size, zlib.crc32(data))
-    return _index(path, content, keys, samples)
+    return _index(where, content, keys, samples)
 
 
-def mapped(path: Path) -> memoryview:
-    """The bytes of a file, read as they are looked at."""
-    if path.stat().st_size == 0:
+def mapped(file: BinaryIO) -> memoryview:
+    """The bytes of an open file, read as they are looked at."""
+    if os.fstat(file.fileno()).st_size == 0:
         return memoryview(b"")  # which cannot be mapped
-    return memoryview(np.memmap(path, dtype=np.uint8, mode="r"))  # type: ignore[arg-type]
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def index_shards(spec: str, *, classes: Sequence[str] | None = None, workers: int = 1) -> Manifest:
@@ -109,22 +118,17 @@ def index_shard(path: Path) -> ShardSummary:
     return ShardSummary.of(index)
 
 
-def _members(path: Path) -> Iterator[tarfile.TarInfo]:
-    with path.open("rb") as file:
-        yield from strict_tar.members(file, str(path), error=ShardError)
+def _refused(where: str, member: tarfile.TarInfo, expected: str, found: str) -> DataError:
+    return strict_tar.refused(member, where, expected, found, ShardError)
 
 
-def _refused(path: Path, member: tarfile.TarInfo, expected: str, found: str) -> DataError:
-    return strict_tar.refused(member, str(path), expected, found, ShardError)
-
-
-def _index(path: Path, content: memoryview, keys: list[str], samples: list[dict[str, Member]]) -> ShardIndex:
+def _index(where: str, content: memoryview, keys: list[str], samples: list[dict[str, Member]]) -> ShardIndex:
     fields = tuple(sorted({field for sample in samples for field in sample}))
     missing = (MISSING, 0, 0)
     rows = [sample.get(field, missing) for sample in samples for field in fields]
     table = np.array(rows, dtype=np.int64).reshape(len(samples), len(fields), 3)
     labels = [
-        _label(path, key, content, sample[LABEL_FIELD]) if LABEL_FIELD in sample else NO_LABEL
+        _label(where, key, content, sample[LABEL_FIELD]) if LABEL_FIELD in sample else NO_LABEL
         for key, sample in zip(keys, samples, strict=True)
     ]
     return ShardIndex(
@@ -139,14 +143,14 @@ def _index(path: Path, content: memoryview, keys: list[str], samples: list[dict[
     )
 
 
-def _label(path: Path, key: str, content: memoryview, member: Member) -> int:
+def _label(where: str, key: str, content: memoryview, member: Member) -> int:
     offset, size, _ = member
     text = content[offset : offset + min(size, 32)].tobytes()
     label = int(text) if re.fullmatch(rb"\s*\d{1,20}\s*", text) else MAX_LABEL
     if label < MAX_LABEL:
         return label
     raise ShardError(
-        where=f"{path}, member {f'{key}.{LABEL_FIELD}'!r}",
+        where=f"{where}, member {f'{key}.{LABEL_FIELD}'!r}",
         expected=f"a label: digits of an integer below {MAX_LABEL:,}",
         found=repr(text),
         fix="Write the shard again with integer labels.",

@@ -1,8 +1,9 @@
-"""What a user names shards by: a folder, a tar, a brace pattern of tars; local files only."""
+"""What a user names shards by: a folder, a tar, a brace pattern of tars; here, or behind a URL."""
 
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -16,14 +17,21 @@ MAX_NAMES = 10_000_000  # of a brace pattern; two more digits in it would fill t
 
 def local_path(spec: str) -> Path:
     """`spec` as a path; raises DataError for URLs: some readers would run a `pipe:` as a shell command."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", spec):
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", spec):
         raise DataError(
-            where=spec,
+            where=scheme[0],  # not all of it: a URL may hold a password
             expected="a local folder, file or brace pattern",
-            found=f"a {spec.split(':')[0]}: URL",
-            fix="Copy the data to a local or mounted folder and give its path.",
+            found=f"a {scheme[0]} URL",
+            fix="Copy the data to a local or mounted folder and give its path. "
+            "Training, evaluation and `pretrain data verify` and `stats` also read http://, https:// and s3://.",
         )
-    return Path(spec)
+    path = Path(spec)
+    try:
+        path.exists()
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise DataError(where=spec[:200], expected="a path that can be looked at", found=found) from error
+    return path
 
 
 def find_tars(spec: str) -> tuple[Path, list[str]]:
@@ -49,6 +57,33 @@ def find_tars(spec: str) -> tuple[Path, list[str]]:
     return root, names
 
 
+def split_url(url: str) -> tuple[str, list[str] | None]:
+    """(URL of the folder, names in it) of a URL as `load_manifest` takes it; None: all that the manifest has.
+
+    Raises:
+        DataError: not a brace pattern.
+        ShardError: what the pattern names are not tars of one folder.
+    """
+    folder, _, last = url.rpartition("/")
+    if last.endswith(".json"):
+        return folder, None
+    if not last.endswith(".tar") and "{" not in url:
+        return url, None
+    tars = list(_expand(url))
+    folder = posixpath.commonpath([posixpath.dirname(tar) for tar in tars]).replace(":/", "://", 1)
+    names = [tar[len(folder) + 1 :] for tar in tars]
+    wrong = [name for name in names if not is_inside(name)]
+    together = bool(folder.partition("://")[2])
+    if wrong or not together:
+        raise ShardError(
+            where=url,
+            expected="a pattern of tars in one folder",
+            found=wrong[0] if together else "several hosts or buckets",
+            fix="Correct the pattern.",
+        )
+    return folder, names
+
+
 def is_inside(name: str) -> bool:
     """Whether `name` is that of a tar in a folder or below it, and of nothing outside."""
     path = PurePosixPath(name)
@@ -57,13 +92,21 @@ def is_inside(name: str) -> bool:
 
 def _expand(pattern: str) -> Iterator[str]:
     try:
+        if _largest_range(pattern) > MAX_NAMES:  # which would be held in memory before its first name came
+            raise ValueError(f"more than {MAX_NAMES:,} names")
         for i, name in enumerate(braceexpand(pattern)):
             if i == MAX_NAMES:
                 raise ValueError(f"more than {MAX_NAMES:,} names")
             yield name
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            where=pattern,
+            where=pattern if len(pattern) <= 200 else f"{pattern[:200]}...",
             expected="a brace pattern such as shard-{000000..000009}.tar",
-            found=str(error),
+            found=str(error)[:200],
         ) from error
+
+
+def _largest_range(pattern: str) -> int:
+    """Names that the longest `{first..last}` in the pattern stands for."""
+    bounds = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}", pattern)
+    return max((abs(int(last) - int(first)) + 1 for first, last in bounds), default=0)

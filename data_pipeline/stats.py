@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from data_pipeline.cache import DEFAULT, CacheSpec
 from data_pipeline.decode import decode_image
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import FieldError
@@ -36,19 +37,20 @@ class Stats:
     pixels: NDArray[np.int64]
 
 
-def stats(spec: str, sheet: Path, *, max_pixels: int = 50_000_000) -> Stats:
+def stats(spec: str, sheet: Path, *, max_pixels: int = 50_000_000, cache: CacheSpec = DEFAULT) -> Stats:
     """Look through the indexes of `spec` and write a contact sheet of images spread evenly over it.
 
     Args:
         spec: as `load_manifest` takes it.
         sheet: the PNG to write.
         max_pixels: an image of more is not decoded.
+        cache: how shards behind a URL are fetched and kept.
 
     Raises:
         DataError: no dataset there, or a damaged one; SampleError where an image of the sheet is damaged.
         FieldError: it has no images.
     """
-    manifest = load_manifest(spec)
+    manifest = load_manifest(spec, cache=cache)
     if not set(IMAGE_FIELDS) & set(manifest.fields) or not manifest.total:
         raise FieldError(
             where=str(manifest.root),

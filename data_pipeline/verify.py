@@ -7,16 +7,19 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from data_pipeline.cache import DEFAULT, CacheSpec
 from data_pipeline.decode import decode_image
 from data_pipeline.errors import DataError, ManifestError, SampleError, ShardError
 from data_pipeline.index import IMAGE_FIELDS, LABEL_FIELD, MISSING, ShardIndex
 from data_pipeline.manifest import Manifest, ShardSummary, load_manifest
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
-from data_pipeline.scan import mapped, scan_shard
+from data_pipeline.scan import mapped, scan
 
 
 @dataclass(frozen=True)
@@ -41,17 +44,18 @@ class Verification:
     faults: tuple[Fault, ...]
 
 
-def verify(spec: str, *, max_pixels: int = 50_000_000, workers: int = 1) -> Verification:
+def verify(spec: str, *, max_pixels: int = 50_000_000, workers: int = 1, cache: CacheSpec = DEFAULT) -> Verification:
     """Read the whole dataset `spec` (as `load_manifest` takes it) and report what is wrong with it.
 
     Args:
         max_pixels: an image of more is a fault.
         workers: processes.
+        cache: how shards behind a URL are fetched and kept.
 
     Raises:
         DataError: there is no dataset to look at. Faults of its shards are returned, not raised.
     """
-    manifest = load_manifest(spec, check_files=False)
+    manifest = load_manifest(spec, check_files=False, cache=cache)
     check = partial(_check_shard, manifest, max_pixels)
     results = run_parallel(check, range(len(manifest.names)), workers=workers)
     checked = dict(track(results, label="verifying shards", total=len(manifest.names)))
@@ -64,12 +68,23 @@ def verify(spec: str, *, max_pixels: int = 50_000_000, workers: int = 1) -> Veri
 
 def _check_shard(manifest: Manifest, max_pixels: int, i: int) -> tuple[ShardSummary | None, list[Fault]]:
     """The summary of shard i as it is, None if it cannot be read, and its faults."""
-    name, path = manifest.names[i], manifest.path(i)
-    if not path.is_file():
+    name = manifest.names[i]
+    if isinstance(manifest.root, Path) and not manifest.path(i).is_file():
         return None, [Fault(name, None, "is missing")]
-    faults = []
+    try:
+        file = manifest.open(i)
+    except ShardError as error:
+        return None, [Fault(name, None, str(error))]
+    with file:
+        return _check_content(manifest, file, max_pixels, i)
+
+
+def _check_content(
+    manifest: Manifest, file: BinaryIO, max_pixels: int, i: int
+) -> tuple[ShardSummary | None, list[Fault]]:
+    name, faults = manifest.names[i], []
     summary = None
-    content = mapped(path)
+    content = mapped(file)
     if len(content) != manifest.num_bytes[i]:
         what = f"has {len(content):,} bytes, not the {manifest.num_bytes[i]:,} of the manifest"
         faults.append(Fault(name, None, what))
@@ -78,7 +93,7 @@ def _check_shard(manifest: Manifest, max_pixels: int, i: int) -> tuple[ShardSumm
     actual: ShardIndex | None = None
     index: ShardIndex | None = None
     try:
-        actual = scan_shard(path)
+        actual = scan(file, manifest.where(i))
         summary = ShardSummary.of(actual)
     except ShardError as error:
         faults.append(Fault(name, None, str(error)))

@@ -83,7 +83,7 @@ def show(recipe_path: RecipePath, overrides: Overrides = None, num_ranks: NumRan
     from data_pipeline.mixture import open_training
 
     try:
-        num_samples = open_training(recipe.data.train).num_samples
+        num_samples = open_training(recipe.data.train, recipe.data.cache.spec()).num_samples
     except DataError as error:
         print(dump(recipe), end="")
         print(f"Without the data, no number of steps: {error}", file=sys.stderr)

@@ -32,7 +32,8 @@ def knn_evaluators(recipe: Recipe) -> list[Knn]:
     Raises:
         InputError: of whichever is wrong.
     """
-    return [Knn(open_dataset(config.train), open_dataset(config.test), config) for config in recipe.evals]
+    cache = recipe.data.cache.spec()
+    return [Knn(open_dataset(config.train, cache), open_dataset(config.test, cache), config) for config in recipe.evals]
 
 
 class Inline:

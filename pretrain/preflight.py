@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from data_pipeline.batch import BatchSpec
 from data_pipeline.captions import Captions
 from data_pipeline.errors import RecipeError
 from data_pipeline.mixture import open_training
+from data_pipeline.prefetch import check_room
 from data_pipeline.read import Dataset, open_dataset
 from pretrain.augment import augmentations, mixing
 from pretrain.inline import knn_evaluators
@@ -41,7 +43,8 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     Raises:
         InputError: of whichever is wrong.
     """
-    train_data = open_training(recipe.data.train)
+    data, cache = recipe.data, recipe.data.cache.spec()
+    train_data = open_training(data.train, cache)
     resolved = resolve(recipe, world_size, train_data.num_samples)
     with torch.device("meta"):  # the shapes alone
         objective = build_objective(recipe.model, recipe.objective)
@@ -51,7 +54,9 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     mixing(recipe, needs, resolved.micro_size)
     captions = _captions(recipe, needs)
     check(train_data, needs, captions)
-    val = open_dataset(recipe.data.val) if recipe.data.val else None
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    check_room(train_data, lanes=data.lanes, window=data.window, world_size=world_size, local_size=local_size)
+    val = open_dataset(data.val, cache) if data.val else None
     if val is not None:
         check(val, needs, captions)
     knn_evaluators(recipe)

@@ -156,7 +156,7 @@ def _reconstructions(recipe: Recipe, checkpoint: Path) -> list[list[Picture]]:
     if not isinstance(objective, Mae):
         return []
     load_strictly(objective, module_state(checkpoint), where=str(checkpoint))
-    dataset = open_training(recipe.data.val or recipe.data.train)
+    dataset = open_training(recipe.data.val or recipe.data.train, recipe.data.cache.spec())
     return reconstructions(objective, dataset, recipe, NUM_RECONSTRUCTIONS)
 
 
@@ -166,8 +166,8 @@ def _neighbours(run: Path, recipe: Recipe, trained: Encoder) -> list[Neighbours]
         return []
     return neighbours(
         {"trained": trained, "random start": load_source(str(run), random_init=True)},
-        open_training(recipe.data.train),
-        open_dataset(recipe.data.val),
+        open_training(recipe.data.train, recipe.data.cache.spec()),
+        open_dataset(recipe.data.val, recipe.data.cache.spec()),
         num_queries=NUM_QUERIES,
         bank_size=BANK_SIZE,
         k=NUM_NEIGHBOURS,

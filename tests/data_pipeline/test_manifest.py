@@ -108,13 +108,16 @@ def test_index_of_another_tar_is_refused(dataset: Path, tmp_path: Path) -> None:
         load_manifest(str(root)).index(0)
 
 
-@pytest.mark.parametrize("url", ["pipe:cat x.tar", "http://host/x.tar", "s3://bucket/{0..9}.tar", "file:x"])
+@pytest.mark.parametrize("url", ["pipe:cat x.tar", "ftp://host/x.tar", "gs://bucket/{0..9}.tar", "file:x"])
 def test_urls_are_refused(url: str) -> None:
     with pytest.raises(DataError, match=r"expected a local folder.*URL"):
         load_manifest(url)
 
 
-@pytest.mark.parametrize("pattern", ["{a,b", "{/x,y}.tar", "{../x,y}.tar", "{0..99999999}.tar", "a.txt", ""])
+@pytest.mark.parametrize(
+    "pattern",
+    ["{a,b", "{/x,y}.tar", "{../x,y}.tar", "a{0..99999999999}.tar", "{a,{b,{c" * 300 + "}}}" * 300, "a.txt", ""],
+)
 def test_strange_patterns_are_our_errors(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("data_pipeline.specs.MAX_NAMES", 1000)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -223,3 +225,22 @@ def test_positions_far_out_are_exact() -> None:
 def test_an_empty_data_set_is_refused() -> None:
     with pytest.raises(DataError, match="at least one sample"):
         Order(np.array([0, 0]), seed=0, lanes=1, window=1)
+
+
+class SlowTable(dict[int, object]):
+    """Another thread gets its turn after whatever is put in."""
+
+    def __setitem__(self, key: int, value: object) -> None:
+        super().__setitem__(key, value)
+        time.sleep(1e-3)
+
+
+def test_threads_may_ask_one_order_for_different_epochs() -> None:
+    """Fetching ahead asks for epochs that the training has not come to, and only a few layouts are kept."""
+    order, fresh = (Order(np.array([3, 4, 5]), seed=1, lanes=2, window=4) for _ in range(2))
+    order._layouts = SlowTable()  # type: ignore[assignment]
+    expected = [sequence(fresh, 12 * epoch, 12 * epoch + 12) for epoch in range(30)]
+    with ThreadPoolExecutor(3) as pool:
+        asked = [*range(30), *range(15, 30), *range(15), *range(29, -1, -1)]
+        found = list(pool.map(lambda epoch: sequence(order, 12 * epoch, 12 * epoch + 12), asked))
+    assert found == [expected[epoch] for epoch in asked]

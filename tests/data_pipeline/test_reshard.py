@@ -58,7 +58,9 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("spec", ["{}", "{}/{{00000..00002}}.tar"])
 def test_what_img2dataset_wrote_arrives_whole(laion: Path, tmp_path: Path, spec: str) -> None:
+    before = contents(laion)
     done = convert(Path(spec.format(laion)), tmp_path / "out", SMALL)
+    assert contents(laion) == before
     assert read(tmp_path / "out") == dict(downloaded(i) for i in range(12))
     manifest = done.manifests[tmp_path / "out"]
     assert (manifest.fields, manifest.label_counts) == (("jpg", "json", "txt"), None)

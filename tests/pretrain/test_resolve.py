@@ -93,6 +93,8 @@ def test_the_identity_is_of_what_changes_results(tmp_path: Path) -> None:
         "data.max_bad_samples": 7,
         "batch.micro_size": 16,
         "runtime.threads": 3,
+        "data.cache.folder": "/tmp/cache",
+        "data.cache.max_gb": 7,
         "engine.zero_stage": 3,
         "logging.every_steps": 3,
         "checkpoint.keep_last": 9,
@@ -114,6 +116,7 @@ def test_every_other_key_of_these_groups_changes_the_identity_and_is_named(tmp_p
         path
         for group in ("seed", "data", "model", "objective", "optim", "schedule", "batch")
         for path in leaves(full[group], group)
+        if not path.startswith("data.cache.")
     } - excluded
     other_values = {
         "model.image_size": 64,

@@ -1,0 +1,229 @@
+"""Shards from afar, fetched before the step that reads them: the order is arithmetic, so what comes is known."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import count
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from data_pipeline.cache import CacheSpec
+from data_pipeline.errors import DataError, PretrainError
+from data_pipeline.mixture import Mixture
+from data_pipeline.order import Integers, SampleOrder
+from data_pipeline.read import Dataset, ShardDataset
+from data_pipeline.remote import Remote, stop_thread_with
+
+_THREADS = 4
+_LONGEST_GOODBYE = 2.0  # seconds; only a server that is silent makes it long
+_SAMPLES_AT_ONCE = 16_384  # looked at together, to spare Python's overhead
+
+
+class Stepped(Protocol):
+    """What a step is to whoever fetches for the next: the position that follows it."""
+
+    @property
+    def cursor(self) -> int: ...
+
+
+Step = TypeVar("Step", bound=Stepped)
+
+
+class Part(NamedTuple):
+    """A data set behind a URL, and the number of its first sample in the whole that it is read as a part of."""
+
+    dataset: ShardDataset
+    first: int
+    cache: CacheSpec
+
+
+def remote_parts(dataset: Dataset) -> tuple[Part, ...]:
+    """What of a data set or mixture has to be fetched."""
+    sources = [source.dataset for source in dataset.sources] if isinstance(dataset, Mixture) else [dataset]
+    parts, first = [], 0
+    for source in sources:
+        if isinstance(source, ShardDataset) and isinstance(source.manifest.root, Remote):
+            parts.append(Part(source, first, source.manifest.root.spec))
+        first += source.num_samples
+    return tuple(parts)
+
+
+def check_room(dataset: Dataset, *, lanes: int, window: int, world_size: int, local_size: int) -> None:
+    """See that the cache holds what is read at once, and one shard a lane besides; else it would be fetched anew
+    in every step.
+
+    Args:
+        lanes, window: of the order.
+        world_size: ranks; each reads about `lanes / world_size` lanes.
+        local_size: of them on this machine, sharing the cache.
+
+    Raises:
+        DataError: it does not.
+    """
+    parts = remote_parts(dataset)
+    lanes_here = min(lanes, local_size * _lanes_of_rank(lanes, world_size))
+    needed = sum(lanes_here * _bytes_of_lane(part.dataset, window) for part in parts)
+    total = sum(int(part.dataset.manifest.num_bytes.sum()) for part in parts)
+    needed = min(needed, total)
+    if parts and needed > parts[0].cache.max_bytes:
+        raise DataError(
+            where="data.cache.max_gb",
+            expected=f"at least {needed / 1e9:.3g}: {lanes_here} lanes are read side by side here, each in several "
+            f"shards of up to {max(int(part.dataset.manifest.num_bytes.max()) for part in parts) / 1e6:,.3g} MB",
+            found=f"{parts[0].cache.max_gb:g}",
+            fix="Raise it, lower data.lanes, or make smaller shards.",
+        )
+
+
+def prefetched(
+    steps: Iterator[Step],
+    dataset: Dataset,
+    order: SampleOrder,
+    *,
+    cursor: int,
+    lanes: int,
+    global_size: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[Step]:
+    """The same steps, while threads fetch what comes after them.
+
+    Args:
+        steps: from `cursor` on. They, or the processes that make them, fetch for themselves what is not there yet.
+        dataset, order, lanes, global_size, rank, world_size: as of the loader.
+    """
+    parts = remote_parts(dataset)
+    if not parts:
+        yield from steps
+        return
+    coming = _coming(parts, order, cursor, lanes, global_size, rank, world_size)
+    first = next(steps, None)  # by now worker processes have been forked, which threads would disturb
+    if first is None:
+        return
+    with closing(Prefetcher(coming, _lanes_of_rank(lanes, world_size) * len(parts))) as prefetcher:
+        yield first
+        for step in steps:
+            prefetcher.reached(step.cursor)
+            yield step
+
+
+class Fetch(NamedTuple):
+    """One shard to fetch, with its index."""
+
+    dataset: ShardDataset
+    shard: int
+
+    def __call__(self) -> None:
+        self.dataset.manifest.index(self.shard)
+        self.dataset.manifest.open(self.shard).close()
+
+
+class Prefetcher:
+    """Threads that fetch, in order, at most so many that no step has come to yet.
+
+    What cannot be fetched is left to whoever reads it, to tell.
+
+    Args:
+        coming: (position of the step that needs it first, fetch), in order, without end; None in place of a fetch
+            once in a while, so that looking ahead has an end where nothing is to be fetched any more.
+        ahead: how many.
+    """
+
+    def __init__(self, coming: Iterator[tuple[int, Fetch | None]], ahead: int) -> None:
+        self._coming, self._ahead = coming, ahead
+        self._planning = threading.Lock()
+        self._moved = threading.Condition()
+        self._waiting: list[int] = []  # positions that need what was planned, as far as they were not reached
+        self._stop = threading.Event()
+        names = [f"prefetch-{number}" for number in range(min(_THREADS, ahead))]
+        self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
+        for thread in self._threads:
+            thread.start()
+
+    def reached(self, cursor: int) -> None:
+        """All steps before this position were made."""
+        with self._moved:
+            self._waiting = [position for position in self._waiting if position >= cursor]
+            self._moved.notify_all()
+
+    def close(self) -> None:
+        self._give_up()
+        for thread in self._threads:  # one that is at work when the interpreter ends could bring it down
+            thread.join(_LONGEST_GOODBYE)
+
+    def _give_up(self) -> None:
+        self._stop.set()
+        with self._moved:
+            self._moved.notify_all()
+
+    def _work(self) -> None:
+        stop_thread_with(self._stop)
+        while (fetch := self._next()) is not None:
+            try:
+                fetch()
+            except PretrainError:
+                self._give_up()
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._planning:
+            with self._moved:
+                self._moved.wait_for(lambda: self._stop.is_set() or len(self._waiting) < self._ahead)
+                if self._stop.is_set():
+                    return None
+            position, fetch = next(self._coming)
+            with self._moved:
+                self._waiting.append(position)
+        return _nothing if fetch is None else fetch.__call__
+
+
+def _coming(
+    parts: Sequence[Part], order: SampleOrder, cursor: int, lanes: int, global_size: int, rank: int, world_size: int
+) -> Iterator[tuple[int, Fetch | None]]:
+    """Shards as a rank's steps come to them, each once while it stays among those that came last; and None, after
+    so many steps, for the last of them.
+    """
+    local_size = global_size // world_size
+    epoch = min(part.dataset.num_samples for part in parts)  # within less than half of one no shard comes twice
+    num_steps = max(1, min(_SAMPLES_AT_ONCE // local_size, epoch // 2 // global_size))
+    recent: OrderedDict[Fetch, None] = OrderedDict()
+    for start in count(cursor, num_steps * global_size):
+        cursors = range(start, start + num_steps * global_size, global_size)
+        indices = order.locate(
+            np.concatenate([order.step_positions(c, global_size, rank, world_size) for c in cursors])
+        )
+        for at, fetch in sorted(_first_uses(parts, indices), key=lambda use: use[0]):
+            if fetch not in recent:
+                yield cursors[at // local_size], fetch
+            recent[fetch] = None
+            recent.move_to_end(fetch)
+            while len(recent) > 4 * lanes * len(parts):
+                recent.popitem(last=False)
+        yield cursors[-1], None
+
+
+def _nothing() -> None:
+    pass
+
+
+def _first_uses(parts: Sequence[Part], indices: Integers) -> Iterator[tuple[int, Fetch]]:
+    """(where in `indices` it is used first, the shard) of each shard of a part."""
+    for dataset, first, _ in parts:
+        rows = np.flatnonzero((indices >= first) & (indices < first + dataset.num_samples))
+        shards, at = np.unique(dataset.shards_of(indices[rows] - first), return_index=True)
+        yield from zip(rows[at].tolist(), (Fetch(dataset, shard) for shard in shards.tolist()), strict=True)
+
+
+def _lanes_of_rank(lanes: int, world_size: int) -> int:
+    return min(lanes, math.ceil(lanes / world_size) + (world_size > 1))  # a cut may lie inside a lane
+
+
+def _bytes_of_lane(dataset: ShardDataset, window: int) -> int:
+    """Of the shards that a window lies in, and of the next."""
+    per_shard = max(1, dataset.num_samples // max(1, len(dataset.shard_sizes)))
+    num_shards = 1 + math.ceil((window - 1) / per_shard) + 1
+    return num_shards * int(dataset.manifest.num_bytes.max())

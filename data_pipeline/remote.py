@@ -1,0 +1,268 @@
+"""A folder behind http(s):// or s3://: its files fetched whole, each attempt bounded, and checked before use.
+
+Any fsspec backend could serve; these two are tested. Credentials come from where their libraries look for them
+(environment, ~/.aws, ~/.netrc), never from the URL, because a URL is written into recipes and messages.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote, urlsplit
+
+from data_pipeline.cache import Cache, CacheSpec
+from data_pipeline.errors import DataError, ManifestError, PretrainError, RunError, ShardError
+
+T = TypeVar("T")
+
+_thread = threading.local()
+SCHEMES = ("http", "https", "s3")
+_WORTH_A_RETRY = (408, 425, 429)  # of the 4xx; the others say that the request is wrong
+_LEAST_RATE = 50_000  # bytes a second; a server that trickles is as good as dead
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
+_LOCAL_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def remote_url(spec: str) -> str | None:
+    """`spec` without a slash at its end if it is a URL that can be read from, None if it is none of these schemes.
+
+    Raises:
+        DataError: the URL names no host or bucket, or holds a password or query.
+    """
+    scheme, separator, rest = spec.partition("://")
+    if not separator or scheme.lower() not in SCHEMES:
+        return None
+    host = rest.partition("/")[0]
+    shown = f"{scheme}://{host.rpartition('@')[2]}"
+    if "@" in host or "?" in rest or "#" in rest:
+        raise DataError(
+            where=shown,
+            expected="a URL without user, password, query or fragment",
+            found="one with them (not shown here)",
+            fix="Give credentials in the environment: AWS_* variables or ~/.aws for s3://, ~/.netrc for https://.",
+        )
+    try:
+        parts = urlsplit(f"{scheme}://{host}")
+        named = bool(parts.hostname) and parts.port != 0  # reading the port checks it
+    except ValueError:
+        named = False
+    if not named or any(character.isspace() or not character.isprintable() for character in spec):
+        expected = "a URL such as s3://bucket/folder or https://host/folder"
+        raise DataError(where=shown, expected=expected, found="another host, or a space in it")
+    return f"{scheme.lower()}://{rest}".rstrip("/")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """The files below a URL. Travels to worker processes; each makes its own connections.
+
+    Args:
+        url: of the folder, as `remote_url` gives it.
+        spec: how its files are fetched and kept.
+    """
+
+    url: str
+    spec: CacheSpec
+
+    def __str__(self) -> str:
+        return self.url
+
+    def join(self, name: str) -> str:
+        """URL of the file `name`."""
+        return f"{self.url}/{name}"
+
+    @property
+    def cache(self) -> Cache:
+        return Cache(Path(self.spec.folder).expanduser(), self.spec.max_bytes)
+
+    def open_shard(self, name: str, num_bytes: int, sha256: str) -> BinaryIO:
+        """The shard `name`, out of the cache or fetched into it, its size and hash compared.
+
+        Raises:
+            ShardError: it is not there, may not be read, or has other bytes each time.
+            RunError: the server did not send it, or the cache cannot be written.
+        """
+
+        def check(path: Path) -> None:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            size = path.stat().st_size
+            if (size, found) != (num_bytes, sha256):
+                raise ShardError(
+                    where=name,
+                    expected=f"a shard of {num_bytes:,} bytes, sha256 {sha256[:12]}..., as the manifest says",
+                    found=f"{size:,} bytes, sha256 {found[:12]}...",
+                    fix="Upload the shard and its manifest again, both from one place.",
+                )
+
+        def fetch(path: Path) -> None:
+            self.fetch(name, path, max_bytes=num_bytes, check=check, error=ShardError)
+
+        return self.cache.open(f"{sha256}.tar", num_bytes, fetch)
+
+    def load_index(self, name: str, sha256: str, num_bytes: int, parse: Callable[[bytes], T]) -> T:
+        """What `parse` makes of the index `name`, that of the shard with this hash and size, by way of the cache.
+
+        Raises:
+            ManifestError: it is not there, may not be read, or is damaged each time.
+            RunError: as `open_shard`.
+        """
+        most = num_bytes + 2**20  # each member has a header of 512 bytes in the tar, and fewer in the index
+
+        def fetch(path: Path) -> None:
+            self.fetch(name, path, max_bytes=most, check=lambda part: parse(part.read_bytes()), error=ManifestError)
+
+        with self.cache.open(f"{sha256}.idx", 0, fetch) as file:
+            return parse(file.read())
+
+    def fetch(self, name: str, path: Path, *, max_bytes: int, check: Callable[[Path], T], error: type[DataError]) -> T:
+        """Fetch the file `name` to `path`, as often as `spec.retries` allows; returns what `check` makes of it.
+
+        Args:
+            max_bytes: more are not taken.
+            check: of the file at `path`; a DataError counts as a failed attempt, as an error page may be sent
+                in place of the file.
+            error: raised where the file is not there or may not be read.
+        """
+        started = time.monotonic()
+        for attempt in range(self.spec.retries + 1):
+            if attempt:
+                pause = min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE)
+                _stop_of_thread().wait(pause * random.SystemRandom().uniform(0.5, 1.5))  # not the training's generators
+            try:
+                self._transfer(name, path, max_bytes)
+                return check(path)
+            except _RefusedError as refused:
+                raise error(
+                    where=self.join(name),
+                    expected="a file that can be fetched",
+                    found=str(refused),
+                    fix="Correct the URL, or give credentials in the environment. Beside the shards there must be "
+                    "their manifest.json and indexes (`pretrain data index`, before they are uploaded).",
+                ) from None
+            except _FailedError as failed:
+                last: PretrainError = RunError(
+                    where=self.join(name),
+                    expected="the file to be sent",
+                    found=str(failed),
+                    fix="See that the server is up and can be reached from here, and start again. "
+                    "How long it is waited for: data.cache.retries and data.cache.timeout_seconds.",
+                )
+            except DataError as wrong:
+                last = type(wrong)(self.join(name), wrong.expected, wrong.found, wrong.fix)
+        last.found += f" (the last of {self.spec.retries + 1} attempts in {time.monotonic() - started:.0f} s)"
+        raise type(last)(last.where, last.expected, last.found, last.fix)
+
+    def _transfer(self, name: str, path: Path, max_bytes: int) -> None:
+        """One attempt.
+
+        Raises:
+            _RefusedError: trying again would not help.
+            _FailedError: it might.
+        """
+        import fsspec
+
+        scheme, _, rest = self.join(name).partition("://")
+        # Our names hold no escapes; what a URL cannot hold as it is, such as a space, has to be one.
+        target = rest if scheme == "s3" else f"{scheme}://{quote(rest, safe='/:[]')}"
+        started, stop = time.monotonic(), _stop_of_thread()
+        if stop.is_set():
+            raise _RefusedError("nobody who waits for it")
+
+        def bound(size: int | None, value: int, **_: object) -> None:
+            if max(size or 0, value) > max_bytes:
+                raise _FailedError(f"more than the {max_bytes:,} bytes that were expected")
+            if stop.is_set():
+                raise _RefusedError("nobody who waits for it")
+            seconds = time.monotonic() - started
+            if seconds > self.spec.timeout_seconds + value / _LEAST_RATE:
+                raise _FailedError(f"{value:,} bytes in {seconds:.0f} s")
+
+        backend = _backend(scheme, self.spec.timeout_seconds, os.getpid(), threading.get_ident())
+        try:
+            backend.get_file(target, str(path), callback=fsspec.Callback(hooks={"bound": bound}))
+        except (_FailedError, _RefusedError):
+            raise
+        except Exception as problem:  # each backend has a tree of its own
+            if isinstance(problem, OSError) and problem.errno in _LOCAL_TROUBLE:
+                raise
+            raise _explained(problem, self.spec.timeout_seconds) from None
+
+
+def stop_thread_with(stop: threading.Event) -> None:
+    """From now on, what the calling thread fetches is given up as soon as `stop` is set."""
+    _thread.stop = stop
+
+
+def _stop_of_thread() -> threading.Event:
+    stop: threading.Event = getattr(_thread, "stop", None) or threading.Event()
+    return stop
+
+
+class _FailedError(Exception):
+    """An attempt that failed; the reason, without anything secret."""
+
+
+class _RefusedError(Exception):
+    """An answer that another attempt would not change."""
+
+
+@lru_cache(maxsize=16)
+def _backend(scheme: str, timeout_seconds: float, _process: int, _thread: int) -> Any:
+    """fsspec's file system of a thread: its connections survive no fork, and opening them no second thread."""
+    import fsspec
+
+    if scheme == "s3":
+        config = {"connect_timeout": timeout_seconds, "read_timeout": timeout_seconds, "retries": {"max_attempts": 0}}
+        s3 = fsspec.filesystem("s3", skip_instance_cache=True, config_kwargs=config, max_concurrency=1)
+        s3.retries = 1  # ours are the retries
+        return s3
+    import aiohttp
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(_same_scheme)
+    timeout = aiohttp.ClientTimeout(
+        total=None, connect=timeout_seconds, sock_connect=timeout_seconds, sock_read=timeout_seconds
+    )
+    client = {"timeout": timeout, "trace_configs": [trace], "trust_env": True}
+    return fsspec.filesystem(
+        scheme, skip_instance_cache=True, client_kwargs=client, headers={"Accept-Encoding": "identity"}
+    )
+
+
+async def _same_scheme(_session: object, _context: object, redirect: Any) -> None:
+    """Raises unless a redirect stays with its scheme, or goes from http to https."""
+    target = urlsplit(redirect.response.headers.get("Location", "")).scheme.lower()
+    if target not in ("", "https", redirect.url.scheme):
+        raise _RefusedError(f"a redirect from {redirect.url.scheme}: to {target}:")
+
+
+def _explained(problem: Exception, timeout_seconds: float) -> Exception:
+    """What went wrong in our words: a library's own would show signed URLs."""
+    status = getattr(problem, "status", None)
+    if isinstance(problem, FileNotFoundError):
+        return _RefusedError("no such file")
+    if isinstance(problem, PermissionError):
+        return _RefusedError("no permission to read it")
+    if type(problem).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
+        return _RefusedError("no credentials in the environment")
+    if isinstance(status, int) and 400 <= status < 500 and status not in _WORTH_A_RETRY:
+        return _RefusedError(f"HTTP status {status}")
+    if isinstance(status, int) and status:
+        return _FailedError(f"HTTP status {status}")
+    if isinstance(problem, TimeoutError) or "Timeout" in type(problem).__name__:
+        return _FailedError(f"no answer for {timeout_seconds:g} s")
+    if isinstance(problem, OSError) and problem.errno and "://" not in (problem.strerror or "://"):
+        return _FailedError(problem.strerror)
+    if "ConnectionError" in type(problem).__name__:
+        return _FailedError("no connection")
+    return _FailedError(f"a broken answer ({type(problem).__name__})")

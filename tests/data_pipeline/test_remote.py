@@ -1,0 +1,468 @@
+"""Shards behind URLs: the same samples as from the disk, whatever the server does; the cache keeps its bound."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline import manifest, remote
+from data_pipeline.cache import Cache, CacheSpec
+from data_pipeline.errors import DataError, ManifestError, PretrainError, RunError, ShardError
+from data_pipeline.mixture import Mixture, Source
+from data_pipeline.order import Order
+from data_pipeline.prefetch import Prefetcher, check_room, remote_parts
+from data_pipeline.read import ShardDataset, open_dataset
+from data_pipeline.scan import index_shards
+from data_pipeline.stats import stats
+from data_pipeline.verify import verify
+from tests.data_pipeline.servers import FolderServer, bucket, served
+from tests.data_pipeline.test_read import all_samples
+from tests.data_pipeline.tiny import loader, rows_of, steps, write_shards
+
+SIZES = [3, 0, 5, 1, 4, 3]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
+    return write_shards(tmp_path_factory.mktemp("local"), SIZES)
+
+
+@pytest.fixture
+def server(local: ShardDataset) -> Iterator[FolderServer]:
+    assert isinstance(local.manifest.root, Path)
+    with served(local.manifest.root) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(manifest, "_MAX_BYTES", 10**6)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> CacheSpec:
+    return CacheSpec(str(tmp_path / "cache"), max_gb=1.0, timeout_seconds=10, retries=2)
+
+
+def files(spec: CacheSpec) -> set[str]:
+    """What lies in the cache, the lock apart."""
+    folder = Path(spec.folder)
+    return {path.name for path in folder.iterdir() if path.name != ".lock"} if folder.exists() else set()
+
+
+def opened(url: str, spec: CacheSpec) -> ShardDataset:
+    dataset = open_dataset(url, spec)
+    assert isinstance(dataset, ShardDataset)
+    return dataset
+
+
+def test_http_gives_the_samples_of_the_disk_and_asks_once(
+    local: ShardDataset, server: FolderServer, spec: CacheSpec
+) -> None:
+    dataset = opened(server.url, spec)
+    assert all_samples(dataset) == all_samples(local)
+    assert dataset.fingerprint == local.fingerprint
+    assert sorted(server.requests) == sorted(set(server.requests))
+    asked = len(server.requests)
+    assert all_samples(pickle.loads(pickle.dumps(dataset))) == all_samples(local)
+    assert all_samples(opened(f"{server.url}/", spec)) == all_samples(local)
+    assert server.requests[asked:] == ["manifest.json"]
+    assert dataset.origin(4) == local.origin(4)
+
+
+def test_s3_gives_the_samples_of_the_disk(
+    local: ShardDataset, spec: CacheSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(local.manifest.root, Path)
+    with bucket(local.manifest.root, monkeypatch) as url:
+        assert all_samples(opened(url, spec)) == all_samples(local)
+        with pytest.raises(ManifestError, match=r"s3://shards/none/manifest.json: .* no such file"):
+            open_dataset("s3://shards/none", spec)
+    with pytest.raises(RunError, match=r"s3://shards/a/manifest.json: .* no connection .* 3 attempts") as caught:
+        open_dataset(url, spec)
+    assert "sesame" not in str(caught.value)
+
+
+def test_a_pattern_behind_a_url_opens_its_shards_only(
+    local: ShardDataset, server: FolderServer, spec: CacheSpec
+) -> None:
+    whole = all_samples(local)
+    assert all_samples(opened(f"{server.url}/part-{{002..003}}.tar", spec)) == whole[3:9]
+    assert all_samples(opened(f"{server.url}/manifest.json", spec)) == whole
+    with pytest.raises(ManifestError, match=r"no part-009\.tar"):
+        open_dataset(f"{server.url}/part-009.tar", spec)
+    with pytest.raises(ShardError, match="several hosts"):
+        open_dataset(f"http://{{a,b}}.{server.url[7:]}/x.tar", spec)
+
+
+def test_verify_and_stats_read_urls(tmp_path: Path, local: ShardDataset, server: FolderServer, spec: CacheSpec) -> None:
+    assert isinstance(local.manifest.root, Path)
+    assert verify(server.url, cache=spec) == verify(str(local.manifest.root))
+    found = stats(server.url, tmp_path / "sheet.png", cache=spec)
+    assert sorted(found.image_bytes) == sorted(len(sample.fields["jpg"]) for sample in all_samples(local))
+    server.choose = lambda number, name: "404" if name == "part-002.tar" else None
+    faults = [str(fault) for fault in verify(server.url, cache=replace(spec, folder=str(tmp_path / "fresh"))).faults]
+    assert len(faults) == 1
+    assert "part-002.tar" in faults[0]
+    assert "no such file" in faults[0]
+    with pytest.raises(DataError, match="local folder"):
+        index_shards(server.url)
+
+
+def quick(spec: CacheSpec, fault: str) -> CacheSpec:
+    """Not waiting long where nothing will come."""
+    return replace(spec, timeout_seconds=0.5) if fault in ("stall", "trickle") else spec
+
+
+TRANSIENT = ["500", "503", "429", "page", "truncate", "short", "stall", "endless", "trickle"]
+LASTING = ["404", "403", "redirect file:///etc/passwd", "redirect ftp://127.0.0.1/x"]
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_what_fails_once_is_tried_again(local: ShardDataset, server: FolderServer, spec: CacheSpec, fault: str) -> None:
+    """The first request for each file fails; every second one for the same file does not."""
+    server.choose = lambda number, name: None if name in server.requests else fault
+    dataset = opened(server.url, quick(spec, fault))
+    assert dataset.read(4) == local.read(4)
+    assert server.requests == ["manifest.json"] * 2 + ["part-002.idx"] * 2 + ["part-002.tar"] * 2
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "part-002.idx", "part-002.tar"])
+@pytest.mark.parametrize("fault", TRANSIENT + LASTING)
+def test_what_fails_always_is_told_after_bounded_attempts(
+    server: FolderServer, spec: CacheSpec, fault: str, name: str
+) -> None:
+    server.choose = lambda number, asked: fault if asked == name else None
+    with pytest.raises(PretrainError) as caught:
+        opened(server.url, quick(spec, fault)).read(4)
+    assert caught.value.where == f"{server.url}/{name}"
+    attempts = 1 if fault in LASTING else 3
+    assert server.requests.count(name) == attempts
+    assert ("3 attempts" in str(caught.value)) == (attempts == 3)
+    wrong_content = fault in LASTING or fault in ("page", "short")
+    assert isinstance(caught.value, RunError) != wrong_content
+    assert not [left for left in files(spec) if left.startswith(".")]
+    server.choose = lambda number, asked: None
+    assert opened(server.url, spec).read(4).key == "0004"
+
+
+def test_other_bytes_of_the_right_size_are_never_used(server: FolderServer, spec: CacheSpec) -> None:
+    server.choose = lambda number, name: "flip" if name == "part-002.tar" else None
+    with pytest.raises(ShardError, match=r"part-002.tar: expected a shard of .* sha256"):
+        opened(server.url, spec).read(4)
+    assert not [name for name in files(spec) if name.endswith(".tar")]
+
+
+def test_a_redirect_within_http_is_followed(local: ShardDataset, server: FolderServer, spec: CacheSpec) -> None:
+    assert isinstance(local.manifest.root, Path)
+    with served(local.manifest.root) as other:
+        server.choose = lambda number, name: f"redirect {other.url}/{name}"
+        assert opened(server.url, spec).read(4) == local.read(4)
+    assert other.requests == server.requests
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:sesame@host/a", "https://host/a?X-Amz-Signature=sesame", "s3://key:sesame@b/a", "pipe:sesame"]
+)
+def test_what_may_be_a_secret_is_refused_and_not_repeated(url: str, spec: CacheSpec) -> None:
+    with pytest.raises(DataError) as caught:
+        open_dataset(url, spec)
+    assert "sesame" not in f"{caught.value}{caught.value!r}"
+
+
+@pytest.mark.parametrize("url", ["http:///a", "s3://", "http://host:abc/a", "http://host:0/a", "http://a b/c"])
+def test_urls_without_a_host_are_refused(url: str, spec: CacheSpec) -> None:
+    with pytest.raises(DataError, match="a URL such as"):
+        open_dataset(url, spec)
+
+
+def test_a_signed_url_that_a_server_redirects_to_is_not_told(server: FolderServer, spec: CacheSpec) -> None:
+    server.choose = lambda number, name: "redirect http://127.0.0.1:9/x?Signature=sesame"
+    with pytest.raises(RunError) as caught:
+        open_dataset(server.url, spec)
+    assert "sesame" not in f"{caught.value}{caught.value!r}{caught.value.__cause__!r}"
+    assert caught.value.__suppress_context__ or "sesame" not in repr(caught.value.__context__)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_reads_the_same_rows_through_a_cache_smaller_than_the_data(
+    local: ShardDataset, server: FolderServer, spec: CacheSpec, num_workers: int
+) -> None:
+    """One request in seven fails; the parent has connections of its own when it forks the workers."""
+    server.choose = lambda number, name: (None, "500", "truncate")[number % 14 // 7 + 1] if number % 7 == 3 else None
+    largest = int(local.manifest.num_bytes.max())
+    small = replace(spec, max_gb=(2 * largest + 20_000) / 1e9, retries=5)
+    dataset = opened(server.url, small)
+    got = steps(loader(dataset, lanes=2, window=3, num_workers=num_workers), 4, 24)
+    expected = steps(loader(local, lanes=2, window=3), 4, 24)
+    assert [rows_of(step) for step in got] == [rows_of(step) for step in expected]
+    assert len([name for name in server.requests if name.endswith(".tar")]) > len(SIZES)  # some were dropped
+    kept = [path.stat().st_size for path in Path(spec.folder).iterdir() if not path.name.startswith(".")]
+    assert sum(kept) <= small.max_bytes
+
+
+def test_a_mixture_of_near_and_far_is_that_of_the_disk(
+    tmp_path: Path, local: ShardDataset, server: FolderServer, spec: CacheSpec
+) -> None:
+    near = write_shards(tmp_path / "near", [4, 2])
+
+    def mixed(far: ShardDataset) -> Mixture:
+        return Mixture([Source("near", near, 1.0), Source("far", far, 2.0)])
+
+    dataset = mixed(opened(server.url, spec))
+    assert [(part.first, part.dataset.num_samples) for part in remote_parts(dataset)] == [(6, 16)]
+    assert dataset.fingerprint == mixed(local).fingerprint
+    got, expected = (steps(loader(source, lanes=2, window=3), 4, 12) for source in (dataset, mixed(local)))
+    assert [rows_of(step) for step in got] == [rows_of(step) for step in expected]
+
+
+def test_threads_fetch_what_the_next_steps_read(tmp_path: Path, spec: CacheSpec) -> None:
+    """After each step, the shards of the next ones come without being read, and no more than a few."""
+    local = write_shards(tmp_path / "many", [8] * 12)
+    with served(tmp_path / "many") as server:
+        dataset = opened(server.url, spec)
+        order = Order(dataset.shard_sizes, seed=5, lanes=2, window=4)
+        stream = loader(dataset, lanes=2, window=4, global_size=4).steps(0)
+        for _ in islice(stream, 3):
+            pass
+        coming = [np.unique(dataset.shards_of(order.locate(order.step_positions(c, 4)))) for c in range(0, 96, 4)]
+        in_order = list(dict.fromkeys(int(shard) for shards in coming for shard in shards))
+        taken = {int(shard) for shards in coming[:3] for shard in shards}
+        expected = [f"part-{shard:03d}.tar" for shard in in_order[: len(taken) + 2]]
+        deadline = time.monotonic() + 10
+        while len([n for n in server.requests if n.endswith(".tar")]) < len(expected):
+            assert time.monotonic() < deadline, server.requests
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert {name for name in server.requests if name.endswith(".tar")} == set(expected)
+        stream.close()  # type: ignore[attr-defined]
+    assert len(expected) < len(local.shard_sizes)
+
+
+def test_looking_ahead_has_an_end_where_nothing_is_to_be_fetched() -> None:
+    looked: list[int] = []
+
+    def coming() -> Iterator[tuple[int, None]]:
+        for position in range(0, 10**9, 10):
+            looked.append(position)
+            yield position, None
+
+    prefetcher = Prefetcher(coming(), 3)
+    for cursor, expected in ((0, 3), (1, 4), (11, 5), (45, 8)):
+        prefetcher.reached(cursor)
+        deadline = time.monotonic() + 10
+        while len(looked) < expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert len(looked) == expected
+    prefetcher.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_a_dead_server_ends_the_loader_with_its_url(server: FolderServer, spec: CacheSpec) -> None:
+    dataset = opened(server.url, spec)
+    server.close()
+    with pytest.raises(RunError, match=rf"{server.url}/part-.*3 attempts"):
+        steps(loader(dataset, num_workers=1), 0, 5)
+
+
+def test_a_bound_below_what_is_read_at_once_is_told_before_anything_starts(tmp_path: Path, spec: CacheSpec) -> None:
+    """Two lanes, each in two shards with one more to come: six of ten."""
+    local = write_shards(tmp_path / "ten", [4] * 10)
+    largest = int(local.manifest.num_bytes.max())
+    options = {"lanes": 2, "window": 2, "world_size": 1, "local_size": 1}
+    with served(tmp_path / "ten") as server:
+        five, six = (opened(server.url, replace(spec, max_gb=(n * largest + 1) / 1e9)) for n in (5, 6))
+        with pytest.raises(DataError, match=r"data.cache.max_gb: expected at least .* 2 lanes"):
+            check_room(five, **options)
+        check_room(six, **options)
+        check_room(five, **(options | {"lanes": 1}))
+        check_room(five, **(options | {"lanes": 4, "world_size": 8, "local_size": 1, "window": 1}))
+        check_room(local, **(options | {"lanes": 1000}))
+        with pytest.raises(DataError, match=r"data.cache.max_gb: expected room"):
+            opened(server.url, replace(spec, max_gb=(largest - 1) / 1e9)).manifest.open(2)
+
+
+def key(number: int) -> str:
+    return f"{hashlib.sha256(str(number).encode()).hexdigest()}.tar"
+
+
+def filled(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
+def test_the_file_used_longest_ago_goes_first_and_stays_readable(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 100)
+    oldest = cache.open(key(0), 40, filled(b"0" * 40))
+    cache.open(key(1), 40, filled(b"1" * 40)).close()
+    time.sleep(0.02)
+    cache.open(key(0), 40, filled(b"?")).close()  # used again
+    (tmp_path / "notes.txt").write_bytes(b"mine" * 1000)
+    cache.open(key(2), 40, filled(b"2" * 40)).close()
+    assert {path.name for path in tmp_path.iterdir()} == {key(0), key(2), "notes.txt", ".lock"}
+    cache.open(key(3), 90, filled(b"3" * 90)).close()
+    assert {path.name for path in tmp_path.iterdir()} == {key(3), "notes.txt", ".lock"}
+    assert oldest.read() == b"0" * 40
+
+
+def test_a_reader_closes_what_the_cache_has_dropped(local: ShardDataset, server: FolderServer, spec: CacheSpec) -> None:
+    dataset = opened(server.url, spec)
+    dataset.read(0)
+    dataset.read(4)
+    for path in Path(spec.folder).glob("*.tar"):
+        path.unlink()
+    assert dataset.read(0) == local.read(0)  # still open
+    dataset.read(9)
+    descriptors = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    assert not [name for name in descriptors if name.startswith(spec.folder) and name.endswith("(deleted)")]
+    assert all_samples(dataset) == all_samples(local)
+
+
+def test_one_of_many_threads_fetches(tmp_path: Path) -> None:
+    cache, fetched = Cache(tmp_path, 1000), []
+
+    def fetch(path: Path) -> None:
+        fetched.append(path)
+        time.sleep(0.05)
+        path.write_bytes(b"whole")
+
+    found: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda n=n: found.append(cache.open(key(n % 3), 5, fetch).read())) for n in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert found == [b"whole"] * 12
+    assert len(fetched) == 3
+
+
+def _hammer(folder: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    cache = Cache(folder, 500)
+    for number in rng.integers(0, 12, 60).tolist():
+        content = hashlib.sha256(str(number).encode()).digest() * 3
+
+        def fetch(path: Path, content: bytes = content) -> None:
+            with path.open("wb") as file:
+                for byte in range(0, 96, 32):
+                    file.write(content[byte : byte + 32])
+                    file.flush()
+                    time.sleep(0.0005)
+
+        with cache.open(key(number), 96, fetch) as file:
+            assert file.read() == content, "torn"
+        assert sum(_sizes(folder)) <= 500
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    """Of the files that have their own name, also while some go."""
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            if not path.name.startswith("."):
+                yield path.stat().st_size
+
+
+def test_processes_share_the_folder_and_killed_ones_leave_nothing_that_looks_whole(tmp_path: Path) -> None:
+    """Three processes over twelve files in the room of five; a fourth is killed again and again on its way."""
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_hammer_until_done, args=(tmp_path, seed)) for seed in range(3)]
+    for worker in workers:
+        worker.start()
+    rng = np.random.default_rng(7)
+    for seed in range(100, 108):
+        victim = context.Process(target=_hammer_until_done, args=(tmp_path, seed))
+        victim.start()
+        time.sleep(float(rng.uniform(0.01, 0.06)))
+        os.kill(victim.pid or 0, signal.SIGKILL)
+        victim.join()
+    for worker in workers:
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert set(_sizes(tmp_path)) == {96}
+    Cache(tmp_path, 500).open(key(99), 96, filled(b"x" * 96)).close()
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def _hammer_until_done(folder: Path, seed: int) -> None:
+    os._exit(0 if _passes(folder, seed) else 1)
+
+
+def _passes(folder: Path, seed: int) -> bool:
+    try:
+        _hammer(folder, seed)
+    except (AssertionError, PretrainError, OSError) as error:
+        print(repr(error), file=sys.stderr)
+        return False
+    return True
+
+
+def test_a_lock_does_not_outlive_its_holder_in_a_forked_child(tmp_path: Path) -> None:
+    """A worker forked in the middle of a download has the lock's descriptor too, for as long as it lives."""
+    cache, children = Cache(tmp_path, 100), []
+
+    def fetch(path: Path) -> None:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+        child.start()
+        children.append(child)
+        path.write_bytes(b"1")
+
+    cache.open(key(0), 1, fetch).close()
+    (tmp_path / key(0)).unlink()
+    waiting = threading.Thread(target=lambda: cache.open(key(0), 1, filled(b"2")).close(), daemon=True)
+    waiting.start()
+    waiting.join(5)
+    children[0].kill()
+    assert not waiting.is_alive()
+
+
+def test_a_folder_that_cannot_be_written_is_told(server: FolderServer, spec: CacheSpec, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    dataset = opened(server.url, replace(spec, folder=str(tmp_path / "file")))
+    with pytest.raises(RunError, match=r"file \(data.cache.folder\)"):
+        dataset.read(0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_told_at_once_and_not_as_the_servers_fault(
+    server: FolderServer, spec: CacheSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = opened(server.url, spec)
+    claimed = Cache._claimed
+
+    def full(*arguments: object) -> object:
+        @contextmanager
+        def inner() -> Iterator[Path | None]:
+            with claimed(*arguments) as part:  # type: ignore[arg-type]
+                yield None if part is None else Path("/dev/full")
+
+        return inner()
+
+    monkeypatch.setattr(Cache, "_claimed", full)
+    with pytest.raises(RunError, match=r"cache.*No space left.*max_gb"):
+        dataset.read(0)
+    assert server.requests.count("part-000.idx") == 1
+
+
+def test_opening_local_data_loads_no_network_library() -> None:
+    code = "import sys; import data_pipeline.manifest; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"aiohttp", "s3fs", "botocore"} & set(done.stdout.split())
