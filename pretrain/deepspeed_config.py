@@ -19,7 +19,8 @@ def deepspeed_config(
         micro_size: samples of one forward pass on one rank.
         accumulation: forward passes of one step on one rank.
     """
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    # Its own choice, ten times as many elements, takes 2 GB in fp32 at stage 3 whatever the size of the model.
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": 50_000_000}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     settings: dict[str, Any] = {

@@ -32,7 +32,9 @@ VIT = recipe.Model(
         "drop_path_rate": 0.3, "proj_drop_rate": 0.1,
     },
 )  # fmt: skip
+STILL = VIT.model_copy(update={"options": {**VIT.options, "drop_path_rate": 0.0, "proj_drop_rate": 0.0}})
 MODELS = {
+    "mae, nothing dropped": (STILL, recipe.Mae(kind="mae", decoder_width=16, decoder_depth=2, decoder_heads=2)),
     "mae": (VIT, recipe.Mae(kind="mae", decoder_width=16, decoder_depth=2, decoder_heads=2)),
     "resnet": (
         recipe.Model(name="test_resnet", image_size=16),
@@ -54,7 +56,7 @@ def batch_of(kind: str, at: int) -> Batch:
         keys=tuple("abcdefgh"),
         views=(torch.randn(8, 3, 16, 16, generator=generator),),
         labels=torch.randint(0, 3, (8,), generator=generator),
-        masks=torch.rand(8, 16, generator=generator).argsort(1) < 12 if kind == "mae" else None,
+        masks=torch.rand(8, 16, generator=generator).argsort(1) < 12 if kind.startswith("mae") else None,
     )
 
 

@@ -1,0 +1,152 @@
+"""What a rank keeps at each ZeRO stage against the formula; what activation checkpointing saves of activations."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.batch import Batch, BatchSpec
+from pretrain import recipe
+from pretrain.activation_checkpointing import checkpoint_activations
+from pretrain.collectives import World
+from pretrain.models.blocks import repeated_blocks
+from pretrain.objectives.base import LossOutput, Objective
+from pretrain.objectives.build import build_objective
+from pretrain.state import Progress
+from tests.pretrain.test_engine import STAGES, make_engine
+from tests.ranks import run_ranks
+from tests.toy import split, toy_batch
+
+WORLD_SIZE = 2
+WIDTHS = (301, 601, 901)  # 0.4, 1.5 and 3.3 million parameters
+
+
+def model_state_bytes(num_parameters: int, stage: int, world_size: int) -> float:
+    """Bytes of parameters, gradients and AdamW's state on one rank while it steps, in fp32.
+
+    Rajbhandari et al. 2019 (arXiv:1910.02054), section 3.1, counts (2 + 2 + 12) bytes per parameter of mixed precision:
+    working weights and gradients in 16 bits; master, momentum and variance in 32. Here everything is 32 bits, and
+    DeepSpeed, whose partitions these are, has more copies than the paper:
+
+    - ZeRO 0: weight, gradient, two moments. No master, as the weights are fp32 themselves.
+    - ZeRO 1, 2: all the working weights; of the rank's share the master, two moments, the gradient as it was reduced,
+      and its copy in one flat tensor, which is what the optimizer is given. Stage 1 holds whole gradients in the
+      backward pass, and by the time of the step has let go of them.
+    - ZeRO 3: of the rank's share, the same and the working weight.
+    """
+    share = 1 / world_size
+    copies = {0: 4.0, 1: 1 + 5 * share, 2: 1 + 5 * share, 3: 6 * share}[stage]
+    return 4 * num_parameters * copies
+
+
+class Mlp(Objective):
+    """Nearly all of it in a few large matrices, of odd width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.needs = BatchSpec(image_size=5, num_classes=3)
+        hidden = (nn.Linear(width, width) for _ in range(4))
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(75, width), *hidden, nn.Linear(width, 3))
+
+    def forward(self, batch: Batch, progress: Progress) -> LossOutput:
+        assert batch.labels is not None
+        return LossOutput(nn.functional.cross_entropy(self.encoder(batch.views[0]), batch.labels))
+
+
+def storages() -> dict[int, int]:
+    """Bytes of every storage that a living tensor lies in, by address; those shared are counted once."""
+    found = {}
+    for item in gc.get_objects():
+        if type(item) in (Tensor, nn.Parameter) and item.numel():
+            storage = item.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def kept_while_stepping(world: World, width: int) -> dict[int, tuple[int, int]]:
+    """Number of parameters, and bytes of tensors that are new since before the engine was built, by stage.
+
+    Looked at as the optimizer begins on each parameter group; gradients of a group are let go of after its step.
+    """
+    found = {}
+    for stage in STAGES:
+        gc.collect()
+        before = storages()
+        objective = Mlp(width)
+        num_parameters = sum(p.numel() for p in objective.parameters())
+        engine = make_engine(world, stage, objective=objective)
+        seen: list[int] = []
+
+        def look(*_: Any, before: dict[int, int] = before, seen: list[int] = seen) -> None:
+            gc.collect()
+            seen.append(sum(size for at, size in storages().items() if at not in before))
+
+        engine.optimizer.register_step_pre_hook(look)
+        for at in range(2):
+            engine.step(split(toy_batch(at), world.rank, world.size, 1), Progress(at, 9, 0), 1e-3)
+        bucket = engine._deepspeed.zero_reduce_bucket_size() * 4 if stage == 3 else 0
+        found[stage] = (num_parameters, max(seen) - bucket)
+        del engine, objective
+    return found
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_rank_keeps_what_the_formula_says(width: int) -> None:
+    """The bucket in which ZeRO 3 reduces gradients, whose size does not depend on the model, is left out."""
+    for found in run_ranks(kept_while_stepping, WORLD_SIZE, width):
+        for stage, (num_parameters, kept) in found.items():
+            formula = model_state_bytes(num_parameters, stage, WORLD_SIZE)
+            print(
+                f"{num_parameters} parameters, ZeRO {stage}: {kept / num_parameters:.2f} bytes a parameter, "
+                f"formula {formula / num_parameters:.2f}, ratio {kept / formula:.3f}"
+            )
+            assert kept == pytest.approx(formula, rel=0.1)
+
+
+VIT = recipe.Model(
+    name="vit_tiny_patch16_224",
+    image_size=64,
+    patch_size=8,
+    options={"depth": 6, "class_token": False, "global_pool": "avg", "fc_norm": False},
+)
+
+
+def saved_for_backward(checkpointed: bool) -> tuple[int, int]:
+    """Bytes that autograd keeps between the passes, parameters apart; and bytes of the inputs of all blocks."""
+    torch.manual_seed(0)
+    objective = build_objective(VIT, recipe.Supervised(kind="supervised", num_classes=3))
+    blocks = list(repeated_blocks(objective).values())
+    if checkpointed:
+        checkpoint_activations(blocks, device=torch.device("cpu"), dtype=None, offload=False)
+    inputs: list[int] = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].nbytes))
+    parameters = {p.untyped_storage().data_ptr() for p in objective.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = Batch(tuple("abcdefgh"), (torch.randn(8, 3, 64, 64),), labels=torch.zeros(8, dtype=torch.int64))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = objective(batch, Progress(0, 1, 0)).loss
+    kept = sum(saved.values())
+    loss.backward()
+    return kept, sum(inputs)
+
+
+def test_checkpointed_blocks_keep_their_inputs_and_nothing_else() -> None:
+    """What is left beside them is the stem's and the head's."""
+    whole, _ = saved_for_backward(checkpointed=False)
+    kept, inputs = saved_for_backward(checkpointed=True)
+    print(f"kept for the backward pass: {whole / 2**20:.1f} MiB; with checkpointing {kept / 2**20:.1f} MiB")
+    print(f"inputs of the blocks: {inputs / 2**20:.1f} MiB")
+    assert inputs <= kept < 2 * inputs
+    assert kept < 0.2 * whole
