@@ -1,21 +1,24 @@
 """A CSV, TSV or Parquet table of image files with captions or labels, on its way into shards.
 
-The table is read once, block by block; its rows wait in a spool, so that neither their number nor the length
+The table is read once, from front to back; its rows wait in a spool, so that neither their number nor the length
 of their captions matters to the memory, but for the keys, which are held against each other.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import itertools
 import os
 import re
 import stat
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import pyarrow as pa
-from pyarrow import csv
 from pyarrow import parquet as pq
 
 from data_pipeline.errors import SampleError, SourceError
@@ -25,6 +28,7 @@ from data_pipeline.layout import UniqueKeys
 from data_pipeline.scan import MAX_LABEL
 from data_pipeline.sources import MAX_IMAGE_BYTES
 from data_pipeline.spool import Rows, Spool, SpoolReader
+from data_pipeline.strict_tar import is_utf8
 from data_pipeline.write import Record
 
 DELIMITERS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
@@ -32,11 +36,11 @@ IMAGE_NAMES = ("image", "path", "filepath", "file_path", "image_path", "file_nam
 CAPTION_NAMES = ("caption", "text", "txt", "title")
 LABEL_NAMES = ("label", "class", "cls")
 
-_BLOCK_BYTES = 1 << 24  # of a CSV at a time; no row may be longer
+_MAX_VALUE = 1 << 22  # characters of one value in a CSV; more is a quotation mark without its other half
 _BATCH_ROWS = 1 << 13  # of a Parquet file at a time
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_WHOLE = re.compile(r"(0|[1-9]\d*)(\.0*)?")  # pandas writes 3.0 where a column of integers has gaps
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_WHOLE = re.compile(r"(0|[1-9][0-9]{0,15})(\.0*)?")  # pandas writes 3.0 where a column of integers has gaps
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,9 @@ def open_table(path: Path, columns: Columns, intake: Intake, spool_folder: Path)
     try:
         names = _choose(path, _column_names(path), columns)
         spool, labels = _read(path, names, columns, spool_folder)
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(
-            where=str(path), expected="a whole table that can be read", found=str(error).partition("\n")[0]
-        ) from error
+    except (pa.ArrowException, csv.Error, zlib.error, OSError, EOFError, UnicodeError) as error:
+        found = str(error).partition("\n")[0]
+        raise SourceError(where=str(path), expected="a whole table that can be read", found=found) from error
     numbers, classes = _number(path, labels)
     root = columns.root or path.parent
     producer = TableProducer(spool.reader(), str(path), root, intake, numbers)
@@ -102,7 +105,7 @@ class TableProducer:
     def produce(self, items: Sequence[int]) -> Iterator[Record | SampleError]:
         for offset in items:
             row = self.rows.read(offset)
-            where = f"{self.table}, row {row['row']}"
+            where = f"{self.table}, {row['row']}"
             if "found" in row:
                 yield SampleError(where, row["expected"], row["found"])
                 continue
@@ -140,8 +143,8 @@ def _column_names(path: Path) -> list[str]:
     if _suffix(path) == ".parquet":
         names: list[str] = pq.read_schema(path).names
         return names
-    with csv.open_csv(path, csv.ReadOptions(use_threads=False), _parse_options(path, [])) as reader:
-        return list(reader.schema.names)
+    with _opened(path) as file:
+        return next(_csv_reader(path, file), [])
 
 
 def _choose(path: Path, found: list[str], columns: Columns) -> dict[str, str]:
@@ -162,7 +165,7 @@ def _choose(path: Path, found: list[str], columns: Columns) -> dict[str, str]:
             raise SourceError(
                 where=f"{path}, {role} column",
                 expected=f"one column {name!r}" if name else f"one of {', '.join(usual)}",
-                found=f"the columns {', '.join(found)}",
+                found=f"the columns {', '.join(found)}" if found else "no columns",
                 fix=_DOWNLOAD if urls else f"Give --{role}-column NAME.",
             )
     return chosen
@@ -174,56 +177,66 @@ _DOWNLOAD = "Images behind URLs are img2dataset's to download; what it writes ca
 def _read(path: Path, names: dict[str, str], columns: Columns, spool_folder: Path) -> tuple[Spool, set[str]]:
     """All rows in a spool, and the labels that occur."""
     root = os.path.abspath(columns.root or path.parent)
-    spool, keys, labels, torn = Spool(spool_folder), UniqueKeys(), set[str](), list[str]()
-    for number, values in enumerate(_values(path, list(names.values()), torn), start=1):
-        row: dict[str, Any] = {"row": number}
-        for role, value in zip(names, values, strict=True):
-            text = _text(value)
-            if text is None or not text.strip() or "\0" in text:
-                found = "nothing" if not value else f"{value[:40]!r}"
+    spool, keys, labels = Spool(spool_folder), UniqueKeys(), set[str]()
+    for place, values in _values(path, list(names.values())):
+        row: dict[str, Any] = {"row": place}
+        if isinstance(values, str):
+            spool.add(row | {"expected": "as many values as there are columns", "found": values})
+            continue
+        for role, text in zip(names, values, strict=True):
+            if text is None or not text.strip() or "\0" in text or not is_utf8(text):
+                found = f"{text[:40]!r}" if text else "nothing"
                 row |= {"expected": f"text in UTF-8 in column {names[role]}", "found": found}
                 break
             row[role] = text
         else:
-            row["path"] = _inside(path, number, root, row.pop("image").strip(), columns.allow_outside)
+            row["path"] = _inside(f"{path}, {place}", root, row.pop("image").strip(), columns.allow_outside)
             row |= {"key": keys.of(row["path"].lstrip("/")), "file": _stamp(root, row["path"])}
             if "label" in row:
                 row["label"] = row["label"].strip()
                 labels.add(row["label"])
         spool.add(row)
-    for found in torn:  # arrow tells of them apart, in their order
-        spool.add({"row": "(torn)", "expected": "as many values as there are columns", "found": found})
     if not spool.offsets:
         raise SourceError(where=str(path), expected="a table with rows", found="none")
     return spool, labels
 
 
-def _values(path: Path, names: list[str], torn: list[str]) -> Iterator[tuple[bytes | None, ...]]:
-    """The named columns of each row, as bytes; None where there is no value. Rows with too few or too many values
-    go to `torn`."""
-    unique = list(dict.fromkeys(names))
+def _values(path: Path, names: list[str]) -> Iterator[tuple[str, tuple[str | None, ...] | str]]:
+    """(place, values of the named columns) of each row; a text in their stead says what is wrong with the row.
+
+    Bytes that are not UTF-8 come as lone surrogates, so that one wrong letter does not end it all.
+    """
     if _suffix(path) == ".parquet":
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_BATCH_ROWS, columns=unique):
-                yield from zip(*(_as_bytes(path, name, batch.column(name)) for name in names), strict=True)
+        number = itertools.count(1)
+        with pq.ParquetFile(path) as parquet:
+            for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(dict.fromkeys(names))):
+                columns = [_texts(path, name, batch.column(name)) for name in names]
+                yield from ((f"row {next(number)}", values) for values in zip(*columns, strict=True))
         return
-    # As bytes: else what a column holds is guessed from its first block, and one wrong letter ends it all.
-    types = csv.ConvertOptions(column_types=dict.fromkeys(unique, pa.binary()), include_columns=unique)
-    blocks = csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES)
-    with csv.open_csv(path, blocks, _parse_options(path, torn), types) as reader:
-        for batch in reader:
-            yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+    with _opened(path) as file:
+        reader = _csv_reader(path, file)
+        header = next(reader)
+        places = [header.index(name) for name in names]
+        for row in reader:
+            where = f"line {reader.line_num}"  # type: ignore[attr-defined]
+            if len(row) == len(header):
+                yield where, tuple(row[place] for place in places)
+            elif row:
+                yield where, f"{len(row)} for {len(header)}"
 
 
-def _parse_options(path: Path, torn: list[str]) -> csv.ParseOptions:
-    def keep(row: csv.InvalidRow) -> str:
-        torn.append(f"{row.actual_columns} for {row.expected_columns}: {(row.text or '')[:80]!r}")
-        return "skip"
-
-    return csv.ParseOptions(delimiter=DELIMITERS[_suffix(path)], newlines_in_values=True, invalid_row_handler=keep)
+def _opened(path: Path) -> TextIO:
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    return cast(TextIO, opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=""))
 
 
-def _as_bytes(path: Path, name: str, column: pa.Array) -> list[bytes | None]:
+def _csv_reader(path: Path, file: TextIO) -> Iterator[list[str]]:
+    """Python's own: arrow's guesses types, and drops a row of the wrong length that is not UTF-8 without a word."""
+    csv.field_size_limit(_MAX_VALUE)
+    return csv.reader(file, delimiter=DELIMITERS[_suffix(path)], strict=True)
+
+
+def _texts(path: Path, name: str, column: pa.Array) -> list[str | None]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
@@ -232,19 +245,11 @@ def _as_bytes(path: Path, name: str, column: pa.Array) -> list[bytes | None]:
         values: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
         raise SourceError(where=f"{path}, column {name}", expected="text or numbers", found=f"{column.type}") from error
-    return values
+    return [None if value is None else value.decode(errors="surrogateescape") for value in values]
 
 
-def _text(value: bytes | None) -> str | None:
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def _inside(path: Path, number: int, root: str, name: str, allow_outside: bool) -> str:
+def _inside(where: str, root: str, name: str, allow_outside: bool) -> str:
     """The path relative to the root, or whole where it lies outside."""
-    where = f"{path}, row {number}"
     if _URL.match(name):
         raise SourceError(where=where, expected="the path of an image", found=repr(name), fix=_DOWNLOAD)
     whole = os.path.normpath(os.path.join(root, name))

@@ -7,7 +7,7 @@ A checkpoint is a folder of logical tensors by parameter name, so that any world
       state.json                            progress, shapes of the logical tensors, parameter groups
       COMPLETE                              SHA-256 of every file; written last, its presence makes the checkpoint
 
-Names are `param/<parameter>`, `optim/<key>/<parameter>` and `buffer/<buffer>`.
+Names are `param/<parameter>`, `ema/<parameter>`, `optim/<key>/<parameter>` and `buffer/<buffer>`.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def load(checkpoint: Checkpoint, engine: Engine) -> RunState:
 
 
 def module_state(path: Path, prefix: str = "", *, verified: bool = False) -> dict[str, Tensor]:
-    """Parameters and buffers whose names begin with `prefix`, which is cut off: for evaluation and export.
+    """Parameters, or their moving averages, and buffers whose names begin with `prefix`, which is cut off.
 
     Args:
         path: a complete checkpoint; read by this process alone.
@@ -180,7 +180,7 @@ def module_state(path: Path, prefix: str = "", *, verified: bool = False) -> dic
         _verify(path, World())
     stored = Tensors(path)
     found = {}
-    for kind in ("param/", "buffer/"):
+    for kind in ("param/", "ema/", "buffer/"):  # an average takes the place of its parameter
         for name in stored.shapes:
             if name.startswith(kind + prefix):
                 found[name.removeprefix(kind + prefix)] = stored.whole(name)

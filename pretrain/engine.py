@@ -5,17 +5,24 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
+from data_pipeline.errors import InputError
+from pretrain.activation_checkpointing import checkpoint_activations
 from pretrain.collectives import World, sum_over_ranks
+from pretrain.deepspeed_config import deepspeed_config
+from pretrain.ema import WeightEma, follow
+from pretrain.models.blocks import repeated_blocks
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.optim import build_optimizer, empty_state, step_counters
-from pretrain.recipe import EngineConfig, OptimConfig
+from pretrain.partitions import Partitions
+from pretrain.recipe import EngineConfig
+from pretrain.recipe_optim import Ema, OptimConfig
 from pretrain.state import Progress
 from pretrain.timing import Stopwatch
 
@@ -40,7 +47,7 @@ class Fragment:
     """A contiguous stretch of a logical tensor that this rank keeps; writing into `data` changes the state.
 
     Attributes:
-        name: `param/<name>`, `buffer/<name>` or `optim/<key>/<name>`.
+        name: `param/<name>`, `ema/<name>`, `optim/<key>/<name>` or `buffer/<name>`.
         shape: of the whole logical tensor.
         start: index of the first element in the flattened logical tensor.
         data: the elements, flat, a live view.
@@ -60,12 +67,16 @@ class Engine:
     Args:
         objective: the whole model, on the CPU, equal on all ranks; the engine moves it to `device`.
         optim: optimizer and clipping.
-        config: ZeRO stage and precision.
+        config: ZeRO stage, precision, and how a step is computed.
+        ema: moving average of the trained weights; None: there is none.
         world: this process among the ranks; the process group is initialised already.
         device: where this rank computes.
         micro_size: samples of a micro-batch on one rank.
         accumulation: micro-batches of a step on one rank.
         seed: of the run; dropout and drop path are keyed by (seed, step, rank).
+
+    Raises:
+        InputError: activations are to be checkpointed, or blocks compiled, and the objective has no blocks.
     """
 
     def __init__(
@@ -79,31 +90,43 @@ class Engine:
         micro_size: int,
         accumulation: int,
         seed: int,
+        ema: Ema | None = None,
     ) -> None:
         deepspeed = _import_deepspeed(device)
         self.objective, self.stage, self.world, self.device, self.seed = (
             objective, config.zero_stage, world, device, seed,
         )  # fmt: skip
-        self.clip_norm = optim.clip_norm
+        self.clip_norm, self._channels_last = optim.clip_norm, config.channels_last
         self.clock = Stopwatch(device)
         _time_collectives(deepspeed, self.clock)
         objective.to(device)
+        _choose_computation(objective, config, device)
         self.names = {p: name for name, p in objective.named_parameters()}
         self.shapes = {name: tuple(p.shape) for p, name in self.names.items()}
-        self.optimizer = build_optimizer(objective, optim)
+        self.optimizer = build_optimizer(objective, optim, fused=config.fused_adamw)
         self.group_names = [str(group["name"]) for group in self.optimizer.param_groups]
         self._deepspeed, *_ = deepspeed.initialize(
             model=objective,
             optimizer=self.optimizer,
             dist_init_required=False,
-            config=_deepspeed_config(config, optim, world, micro_size, accumulation),
+            config=deepspeed_config(
+                config,
+                clip_norm=optim.clip_norm,
+                world_size=world.size,
+                micro_size=micro_size,
+                accumulation=accumulation,
+            ),
         )
         if self.stage == 3:
             self._register_shared_parameters(deepspeed)
+        self._partitions = Partitions(self._deepspeed, self.optimizer, self.stage)
         self._batch_norms = [m for m in objective.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        stepped = []
         for group in self.optimizer.param_groups:
-            for kept in self._kept_by(group):
+            for kept in self._partitions.stepped(group):
                 self.optimizer.state[kept] = empty_state(self.optimizer, group, kept)
+                stepped.append(kept)
+        self._ema = WeightEma(ema, stepped) if ema is not None else None
 
     def step(self, micro_batches: Sequence[Batch], progress: Progress, lr: float) -> StepResult:
         """Forward and backward of every micro-batch, then one optimizer step with learning rate `lr`."""
@@ -114,15 +137,16 @@ class Engine:
         for i, batch in enumerate(micro_batches):
             self._deepspeed.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             with self.clock.part("forward"):
-                output: LossOutput = self._deepspeed(batch, progress)
+                output: LossOutput = self._deepspeed(self._laid_out(batch), progress)
             with self.clock.part("backward"):
                 self._deepspeed.backward(_poisoned(output.loss))
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
                 sums[name] = sums[name] + value if name in sums else value
         with self.clock.part("optimizer"):
             grad_norm, applied = self._apply()
-        if applied:
-            self._average_batch_norms()
+            if applied:
+                self._average_batch_norms()
+                self._move_averages(progress)
         metrics = {name: value / len(micro_batches) for name, value in sums.items()}
         return StepResult(metrics, grad_norm, applied)
 
@@ -130,15 +154,22 @@ class Engine:
     def evaluate(self, batch: Batch, progress: Progress) -> LossOutput:
         """The loss in evaluation mode. At ZeRO 3 weights are gathered on the way: every rank must call it."""
         self.objective.eval()
-        output: LossOutput = self._deepspeed(batch, progress)
+        output: LossOutput = self._deepspeed(self._laid_out(batch), progress)
         self.objective.train()
         return output
 
-    def materialize(self, module: nn.Module) -> dict[str, Tensor]:
-        """Whole fp32 weights and buffers of a submodule, on the CPU, on every rank; every rank must call it."""
+    def materialize(self, module: nn.Module, *, averaged: bool = True) -> dict[str, Tensor]:
+        """Whole fp32 weights and buffers of a submodule, on the CPU, on every rank; every rank must call it.
+
+        Args:
+            module: of the objective.
+            averaged: the moving average of the weights, where the recipe has one; buffers are those of training.
+        """
         state = {}
         for name, value in module.state_dict(keep_vars=True).items():
-            if isinstance(value, nn.Parameter) and self.stage == 3:
+            if averaged and self._ema is not None and value.requires_grad:
+                state[name] = self._whole_average(value, self._ema)
+            elif isinstance(value, nn.Parameter) and self.stage == 3:
                 import deepspeed
 
                 with deepspeed.zero.GatheredParameters([value]):
@@ -148,14 +179,15 @@ class Engine:
         return state
 
     def fragments(self) -> list[Fragment]:
-        """The whole training state that this rank keeps: parameters, optimizer state, buffers, as live views.
+        """The whole training state that this rank keeps: weights, averages, optimizer state, buffers, as live views.
 
-        Together the ranks' fragments cover every logical tensor; at ZeRO 0, and for buffers, every rank has all.
+        Together the ranks' fragments cover every logical tensor. What is not sharded every rank has whole.
         """
         found = []
         for p, name in self.names.items():
+            replicated = self._partitions.is_replicated(p)
             for kind, data, start in self._parameter_fragments(p):
-                found.append(Fragment(f"{kind}/{name}", self.shapes[name], start, data, self.stage == 0))
+                found.append(Fragment(f"{kind}/{name}", self.shapes[name], start, data, replicated))
         for name, buffer in self._persistent_buffers():
             found.append(Fragment(f"buffer/{name}", tuple(buffer.shape), 0, buffer.view(-1), True))
         return found
@@ -164,7 +196,9 @@ class Engine:
         """Name, hyperparameters and step count of each parameter group: the optimizer's state that is no tensor."""
         values = []
         for name, group in zip(self.group_names, self.optimizer.param_groups, strict=True):
-            steps = [float(counter) for counter in step_counters(self.optimizer, group, self._kept_by(group))]
+            steps = [
+                float(counter) for counter in step_counters(self.optimizer, group, self._partitions.stepped(group))
+            ]
             hyper = {
                 k: v for k, v in group.items() if isinstance(v, int | float | bool | tuple | list) and k != "params"
             }
@@ -175,16 +209,9 @@ class Engine:
         """Call once the fragments are written: takes the groups' step counts and refreshes the working weights."""
         steps = {group["name"]: float(group["step"]) for group in groups}
         for name, group in zip(self.group_names, self.optimizer.param_groups, strict=True):
-            for counter in step_counters(self.optimizer, group, self._kept_by(group)):
+            for counter in step_counters(self.optimizer, group, self._partitions.stepped(group)):
                 counter.fill_(steps[name])
-        zero = self._deepspeed.optimizer
-        if self.stage in (1, 2):
-            zero.update_lp_params()
-        elif self.stage == 3:
-            zero.checkpoint_event_prologue()
-            for sub_group in range(len(zero.fp16_groups)):
-                zero._reassign_or_swap_out_partitioned_parameters(sub_group)
-            zero.checkpoint_event_epilogue()
+        self._partitions.refresh_weights()
 
     def _apply(self) -> tuple[float, bool]:
         """ZeRO 1-3 find a non-finite gradient themselves and skip the step; stage 0 would apply it."""
@@ -213,41 +240,43 @@ class Engine:
                 for p in module.parameters(recurse=False):
                     deepspeed.zero.register_external_parameter(self.objective, p)
 
-    def _kept_by(self, group: dict[str, Any]) -> list[Tensor]:
-        """The tensors that the base optimizer steps for a group: parameters at stage 0, else flat partitions."""
-        if self.stage < 3:
-            return list(group["params"])
-        zero = self._deepspeed.optimizer
-        index = next(i for i, g in enumerate(self.optimizer.param_groups) if g is group)
-        return [
-            flat
-            for sub_group, flat in enumerate(zero.fp32_partitioned_groups_flat)
-            if zero.sub_group_to_group_id[sub_group] == index
-        ]
-
-    def _parameter_fragments(self, p: Any) -> Iterator[tuple[str, Tensor, int]]:
-        """(kind, live flat view, start) of the parameter itself and of each of its optimizer states."""
-        if self.stage == 0:
-            kept, offset, start, numel = p, 0, 0, p.numel()
-        elif self.stage < 3:
-            mapping = p._hp_mapping
-            if mapping is None:  # no element of it lies in this rank's partition
-                return
-            kept = self._deepspeed.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-            address = mapping.get_hp_fragment_address()
-            offset, start, numel = address.start, mapping.lp_fragment_address.start, address.numel
-        else:
-            zero = self._deepspeed.optimizer
-            sub_group, offset, padded = zero.grad_position[zero.get_param_id(p)]
-            kept = zero.fp32_partitioned_groups_flat[sub_group]
-            start = padded * zero._get_param_partition_rank(p)
-            numel = max(0, min(padded, p.ds_numel - start))  # the rest is padding
-        if numel == 0:
+    def _parameter_fragments(self, p: nn.Parameter) -> Iterator[tuple[str, Tensor, int]]:
+        """(kind, live flat view, start) of the parameter itself, of its average, of each of its optimizer states."""
+        piece = self._partitions.piece(p)
+        if piece is None:
             return
-        yield "param", kept.data.view(-1).narrow(0, offset, numel), start
-        for key, value in self.optimizer.state[kept].items():
-            if isinstance(value, Tensor) and value.shape == kept.shape:
-                yield f"optim/{key}", value.view(-1).narrow(0, offset, numel), start
+        yield "param", piece.of(piece.kept), piece.start
+        average = self._ema.of(piece.kept) if self._ema is not None else None
+        if average is not None:
+            yield "ema", piece.of(average), piece.start
+        for key, value in self.optimizer.state.get(piece.kept, {}).items():
+            if isinstance(value, Tensor) and value.shape == piece.kept.shape:
+                yield f"optim/{key}", piece.of(value), piece.start
+
+    def _whole_average(self, p: nn.Parameter, ema: WeightEma) -> Tensor:
+        """On the CPU of every rank; each rank contributes what it keeps, and exact zeros elsewhere."""
+        whole = torch.zeros(self.shapes[self.names[p]], device=self.device)
+        piece = self._partitions.piece(p)
+        if piece is not None:
+            average = ema.of(piece.kept)
+            assert average is not None
+            whole.view(-1).narrow(0, piece.start, piece.numel).copy_(piece.of(average))
+        if not self._partitions.is_replicated(p):
+            sum_over_ranks(whole)
+        return whole.cpu()
+
+    def _move_averages(self, progress: Progress) -> None:
+        """After an applied step: the average of the weights, and the objective's momentum teachers."""
+        if self._ema is not None:
+            self._ema.update(progress.step + 1)
+        decay, pairs = self.objective.ema(progress)
+        if pairs:
+            with self._partitions.local_weights():
+                targets, online = (
+                    [self._partitions.local_weight(p) for modules in pairs for p in modules[side].parameters()]
+                    for side in (0, 1)
+                )
+                follow(targets, online, decay)
 
     def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
         parameters = set(self.shapes)
@@ -265,6 +294,12 @@ class Engine:
         for tensor, mean in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
+    def _laid_out(self, batch: Batch) -> Batch:
+        """Convolutions take their memory format from the images; weights keep one layout, which checkpoints rely on."""
+        if not self._channels_last:
+            return batch
+        return replace(batch, views=tuple(view.contiguous(memory_format=torch.channels_last) for view in batch.views))
+
     def _seed(self, step: int) -> None:
         torch.manual_seed((self.seed * 1_000_003 + step) * 65_537 + self.world.rank)
 
@@ -278,27 +313,27 @@ def _poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
 
 
-def _deepspeed_config(
-    config: EngineConfig, optim: OptimConfig, world: World, micro_size: int, accumulation: int
-) -> dict[str, Any]:
-    clip = 0.0 if config.zero_stage == 0 or optim.clip_norm is None else optim.clip_norm
-    settings: dict[str, Any] = {
-        "train_batch_size": micro_size * accumulation * world.size,
-        "train_micro_batch_size_per_gpu": micro_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip,  # DeepSpeed clips to 1.0 where nothing is said
-        "zero_optimization": {"stage": config.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**12,
-    }
-    if config.precision == "bf16":
-        # No lower-precision modules: parameters, gradients and their reduction stay fp32.
-        settings["torch_autocast"] = {
-            "enabled": True,
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],
-        }
-    return settings
+def _choose_computation(objective: Objective, config: EngineConfig, device: torch.device) -> None:
+    """How the same mathematics is computed: TF32, recomputed blocks, compiled blocks."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+        torch.backends.cudnn.allow_tf32 = config.tf32
+    if config.activation_checkpointing == "none" and not config.compile:
+        return
+    blocks = repeated_blocks(objective).values()
+    if not blocks:
+        raise InputError(
+            where="engine.compile" if config.compile else "engine.activation_checkpointing",
+            expected="a model with repeated blocks, which are taken one by one",
+            found=f"{type(objective.encoder).__name__} without any",
+            fix="Leave the option out.",
+        )
+    if config.activation_checkpointing == "blocks":
+        dtype = torch.bfloat16 if config.precision == "bf16" else None
+        checkpoint_activations(blocks, device=device, dtype=dtype, offload=config.offload_activations)
+    if config.compile:
+        for block in blocks:
+            block.compile()
 
 
 _COLLECTIVES = (

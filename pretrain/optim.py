@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any, assert_never
 
 import torch
+from timm import optim as timm_optim
 from timm.models import group_parameters
-from timm.optim import Lamb, Lars
 from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
-from pretrain import recipe
+from pretrain.recipe_optim import AdamW, Lamb, Lars, OptimConfig, Sgd
 
 _UNDECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token")
 
 
-def param_groups(module: nn.Module, optim: recipe.OptimConfig) -> list[dict[str, Any]]:
+def param_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Groups by name: `decay` and `no_decay`, with layer decay one such pair per layer (`layer_3_decay`).
 
     Biases, norms, tokens and position embeddings are not decayed. With layer decay (BEiT, Bao et al. 2021,
@@ -47,7 +47,7 @@ def param_groups(module: nn.Module, optim: recipe.OptimConfig) -> list[dict[str,
     return [groups[key] for key in sorted(groups)]
 
 
-def build_optimizer(module: nn.Module, optim: recipe.OptimConfig, *, fused: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, optim: OptimConfig, *, fused: bool = False) -> torch.optim.Optimizer:
     """torch's AdamW or SGD, or timm's LARS or LAMB; the learning rate is set before every step.
 
     LARS is You et al. 2017 (arXiv:1708.03888), Eq. 6, with momentum over the adapted gradient; LAMB is You et al. 2019
@@ -61,20 +61,20 @@ def build_optimizer(module: nn.Module, optim: recipe.OptimConfig, *, fused: bool
     groups = param_groups(module, optim)
     optimizer: torch.optim.Optimizer
     match optim:
-        case recipe.AdamW():
+        case AdamW():
             # Not False: that would also switch off torch's choice of the multi-tensor form.
             return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=fused or None)
-        case recipe.Sgd():
+        case Sgd():
             return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov)
-        case recipe.Lars():
-            optimizer = Lars(groups, lr=0.0, momentum=optim.momentum, trust_coeff=optim.eta)
-        case recipe.Lamb():
-            optimizer = Lamb(groups, lr=0.0, betas=optim.betas, eps=optim.eps, max_grad_norm=None)
+        case Lars():
+            optimizer = timm_optim.Lars(groups, lr=0.0, momentum=optim.momentum, trust_coeff=optim.eta)
+        case Lamb():
+            optimizer = timm_optim.Lamb(groups, lr=0.0, betas=optim.betas, eps=optim.eps, max_grad_norm=None)
         case _:
             assert_never(optim)
     for group in optimizer.param_groups:
         group["always_adapt"] = not group["name"].endswith("no_decay")
-        if isinstance(optimizer, Lamb):
+        if isinstance(optimizer, timm_optim.Lamb):
             group["step"] = torch.tensor(0.0)
     return optimizer
 
@@ -88,7 +88,7 @@ def empty_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], kept: T
         case torch.optim.AdamW():
             step = torch.zeros((), dtype=torch.float32, device=kept.device if group["fused"] else "cpu")
             return {"step": step, "exp_avg": torch.zeros_like(kept), "exp_avg_sq": torch.zeros_like(kept)}
-        case Lamb():
+        case timm_optim.Lamb():
             return {"exp_avg": torch.zeros_like(kept), "exp_avg_sq": torch.zeros_like(kept)}
         case _:
             return {"momentum_buffer": torch.zeros_like(kept)} if group["momentum"] else {}

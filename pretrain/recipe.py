@@ -5,14 +5,14 @@ How a recipe is read from YAML and written back: recipe_io.py. What follows from
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from data_pipeline.cache import CacheSpec
 from pretrain.recipe_augment import Augment, Mixing
 from pretrain.recipe_group import Group, Positive, Probability, Share, ordered
+from pretrain.recipe_optim import Ema, OptimConfig, Schedule
 
 
 class Views(Group):
@@ -118,119 +118,6 @@ class Mae(Group):
 
 
 ObjectiveConfig = Annotated[Supervised | Mae, Field(discriminator="kind")]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class _Optimizer(Group):
-    """What every optimizer has. Biases, norms, tokens and position embeddings are never decayed."""
-
-    base_lr: float = Field(gt=0)  # peak_lr = base_lr * global_size / lr_batch
-    lr_batch: int | None = Field(256, ge=1)  # None: base_lr is the peak_lr
-    layer_decay: float = Field(1.0, gt=0, le=1)  # learning rate of a layer, as a share of that of the layer above
-    clip_norm: float | None = Field(None, gt=0)  # of the global gradient; None: no clipping
-
-
-class AdamW(_Optimizer):
-    kind: Literal["adamw"] = "adamw"
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-
-
-class Sgd(_Optimizer):
-    kind: Literal["sgd"]
-    momentum: Decay = 0.9
-    nesterov: bool = False
-    weight_decay: float = Field(1e-4, ge=0)  # as an L2 penalty: part of the gradient
-
-    @model_validator(mode="after")
-    def _nesterov(self) -> Sgd:
-        if self.nesterov and not self.momentum:
-            raise ValueError("expected a momentum above 0 with nesterov, found 0.")
-        return self
-
-
-class Lars(_Optimizer):
-    """What is not decayed is not adapted either, as in BYOL. ZeRO 0 only."""
-
-    kind: Literal["lars"]
-    momentum: Decay = 0.9
-    eta: float = Field(1e-3, gt=0)  # of the trust ratio
-    weight_decay: float = Field(1.5e-6, ge=0)  # as an L2 penalty
-
-
-class Lamb(_Optimizer):
-    """What is not decayed is not adapted either. ZeRO 0 only."""
-
-    kind: Literal["lamb"]
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: float = Field(1e-6, gt=0)
-    weight_decay: float = Field(0.02, ge=0)
-
-
-def _kind_or(default: str) -> Discriminator:
-    """Recipes may leave the commonest kind out."""
-    return Discriminator(lambda v: v.get("kind", default) if isinstance(v, dict) else getattr(v, "kind", default))
-
-
-OptimConfig = Annotated[
-    Annotated[AdamW, Tag("adamw")]
-    | Annotated[Sgd, Tag("sgd")]
-    | Annotated[Lars, Tag("lars")]
-    | Annotated[Lamb, Tag("lamb")],
-    _kind_or("adamw"),
-]
-
-
-class _Schedule(Group):
-    """Linear warmup, then what the kind says. Exactly one of epochs, steps, samples says how long."""
-
-    epochs: float | None = Field(None, gt=0, le=1e6)
-    steps: int | None = Field(None, ge=1)
-    samples: int | None = Field(None, ge=1)
-    warmup: float = Field(0.05, ge=0, lt=1)  # share of the run
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        given = [key for key in ("epochs", "steps", "samples") if getattr(self, key) is not None]
-        if len(given) != 1:
-            fix = " Set those you do not want to null." if given else ""
-            raise ValueError(
-                f"expected exactly one of epochs, steps, samples, found {' and '.join(given) or 'none'}.{fix}"
-            )
-        return self
-
-
-class Cosine(_Schedule):
-    kind: Literal["cosine"] = "cosine"
-    final_lr: float = Field(0.0, ge=0, le=1)  # as a share of peak_lr
-
-
-class Steps(_Schedule):
-    """The learning rate is multiplied by gamma at each milestone."""
-
-    kind: Literal["step"]
-    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(min_length=1)  # shares of the run
-    gamma: float = Field(0.1, gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Steps:
-        given = [self.warmup, *self.milestones]
-        if any(a >= b for a, b in pairwise(given)):
-            raise ValueError(
-                f"expected milestones that ascend from above warmup {self.warmup}, found {list(self.milestones)}."
-            )
-        return self
-
-
-class Constant(_Schedule):
-    kind: Literal["constant"]
-
-
-Schedule = Annotated[
-    Annotated[Cosine, Tag("cosine")] | Annotated[Steps, Tag("step")] | Annotated[Constant, Tag("constant")],
-    _kind_or("cosine"),
-]
 
 
 class BatchSize(Group):
@@ -241,6 +128,28 @@ class BatchSize(Group):
 class EngineConfig(Group):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16 is autocast: parameters and optimizer state stay fp32
+    activation_checkpointing: Literal["none", "blocks"] = "none"  # blocks: each is computed again in the backward pass
+    offload_activations: bool = False  # what checkpointed blocks keep lies in CPU memory
+    offload_optimizer: bool = False  # fp32 partitions and optimizer state lie in CPU memory, and are stepped there
+    sdpa: Literal["auto", "on", "off"] = "auto"  # torch's fused attention; auto: where it is the faster
+    tf32: bool = False  # of fp32 matrix products and convolutions on CUDA
+    channels_last: bool = False  # memory format of the images, and so of convolutions
+    fused_adamw: bool = False
+    compile: bool = False  # torch.compile of each block
+
+    @model_validator(mode="after")
+    def _go_together(self) -> EngineConfig:
+        if self.offload_activations and self.activation_checkpointing == "none":
+            raise ValueError("expected activation_checkpointing blocks with offload_activations, found none.")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("expected zero_stage 1, 2 or 3 with offload_optimizer, found 0.")
+        if self.compile and (self.zero_stage == 3 or self.activation_checkpointing != "none"):
+            raise ValueError(
+                "expected zero_stage 0, 1 or 2 and activation_checkpointing none with compile, as compiled blocks "
+                "neither see weights that are gathered around them nor are recomputed reliably, "
+                f"found {self.zero_stage} and {self.activation_checkpointing}."
+            )
+        return self
 
 
 class Runtime(Group):
@@ -298,6 +207,7 @@ class Recipe(Group):
     optim: OptimConfig
     schedule: Schedule
     batch: BatchSize
+    ema: Ema | None = None
     resume_from: str | None = None  # a checkpoint or run: its whole state, where this run has no checkpoint of its own
     init_from: str | None = None  # a run, checkpoint, encoder folder or safetensors file: its weights alone
 
@@ -309,10 +219,12 @@ class Recipe(Group):
     evals: tuple[InlineKnn, ...] = ()
 
     @model_validator(mode="after")
-    def _whole_parameters(self) -> Recipe:
+    def _optimizer_and_engine(self) -> Recipe:
         if self.optim.kind in ("lars", "lamb") and self.engine.zero_stage:
             raise ValueError(
                 f"expected engine.zero_stage 0 with optim.kind {self.optim.kind}, which takes the norm of each whole "
                 f"parameter where ZeRO steps pieces of them, found {self.engine.zero_stage}."
             )
+        if self.engine.fused_adamw and self.optim.kind != "adamw":
+            raise ValueError(f"expected optim.kind adamw with engine.fused_adamw, found {self.optim.kind}.")
         return self

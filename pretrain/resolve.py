@@ -109,7 +109,7 @@ def _either(values: list[int]) -> str:
 
 # The groups that change results, and in them the keys that do not: where the data lie and how they come here (the
 # manifest's fingerprint says which data they are), what is only measured on, a budget, how a rank cuts up its share.
-_INCLUDED = {"seed", "data", "model", "objective", "optim", "schedule", "batch", "resume_from", "init_from"}
+_INCLUDED = {"seed", "data", "model", "objective", "optim", "schedule", "batch", "ema", "resume_from", "init_from"}
 _EXCLUDED = {"data": {"train", "val", "max_bad_samples", "cache"}, "batch": {"micro_size"}}
 
 

@@ -79,7 +79,7 @@ def run(
         torch.manual_seed(recipe.seed)
         objective = build_objective(recipe.model, recipe.objective)
         start = find_start(recipe, objective, None if overfit_batch else job.checkpoints, world)
-        choose_attention(objective, device, recipe.engine.precision)
+        choose_attention(objective, device, recipe.engine.precision, recipe.engine.sdpa)
         rates = Rates(recipe, objective, device, world)
         engine = Engine(
             objective,
@@ -90,6 +90,7 @@ def run(
             micro_size=plan.resolved.micro_size,
             accumulation=plan.resolved.accumulation,
             seed=recipe.seed,
+            ema=recipe.ema,
         )
         state = _resumed(job, engine, start)
         hosts = gather_objects(platform.node())

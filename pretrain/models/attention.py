@@ -8,13 +8,18 @@ import torch
 from torch import nn
 
 
-def choose_attention(module: nn.Module, device: torch.device, precision: Literal["fp32", "bf16"]) -> None:
-    """Sets `fused_attn` of every attention in `module`.
+def choose_attention(
+    module: nn.Module,
+    device: torch.device,
+    precision: Literal["fp32", "bf16"],
+    sdpa: Literal["auto", "on", "off"] = "auto",
+) -> None:
+    """Sets `fused_attn` of every attention in `module`: torch's scaled_dot_product_attention, or plain products.
 
-    torch's fused attention wins everywhere but in bf16 on a CPU, where its backward takes two to six times as
-    long as plain matrix products (17 to 785 tokens, one core, torch 2.15): half the step of a small ViT.
+    With "auto", torch's wins everywhere but in bf16 on a CPU, where its backward takes two to six times as long as
+    plain matrix products (17 to 785 tokens, one core, torch 2.15): half the step of a small ViT.
     """
-    fused = precision == "fp32" or device.type != "cpu"
+    fused = sdpa == "on" or (sdpa == "auto" and (precision == "fp32" or device.type != "cpu"))
     attention: Any
     for attention in module.modules():
         if hasattr(attention, "fused_attn"):

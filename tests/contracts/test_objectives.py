@@ -17,6 +17,7 @@ from pretrain.objectives.base import LossOutput, Objective
 from pretrain.objectives.build import build_objective
 from pretrain.optim import build_optimizer, param_groups
 from pretrain.recipe_io import load_recipe
+from pretrain.recipe_optim import AdamW
 from pretrain.state import Progress
 from tests.ranks import run_ranks
 
@@ -190,7 +191,7 @@ def test_evaluation_mode_draws_no_random_numbers_and_changes_no_buffer(case: Cas
 def test_a_few_steps_on_one_batch_lower_its_loss(case: Case) -> None:
     objective = case.build()
     batch = batch_for(objective.needs)
-    optimizer = build_optimizer(objective, recipe.AdamW(base_lr=1e-3))
+    optimizer = build_optimizer(objective, AdamW(base_lr=1e-3))
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 3e-3
     losses = []
     for _ in range(12):
@@ -205,11 +206,11 @@ def test_a_few_steps_on_one_batch_lower_its_loss(case: Case) -> None:
 @every_case
 def test_every_trainable_parameter_is_in_exactly_one_group(case: Case) -> None:
     objective = case.build()
-    grouped = [id(p) for group in param_groups(objective, recipe.AdamW(base_lr=1e-3)) for p in group["params"]]
+    grouped = [id(p) for group in param_groups(objective, AdamW(base_lr=1e-3)) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in objective.parameters() if p.requires_grad)
 
 
-OPTIM = recipe.AdamW(base_lr=1e-3)
+OPTIM = AdamW(base_lr=1e-3)
 
 
 def sharded_losses(world: World) -> dict[str, list[float]]:

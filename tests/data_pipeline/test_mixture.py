@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import keyed
+from data_pipeline.decode import decode_image
 from data_pipeline.errors import DataError, FieldError
 from data_pipeline.mixture import PERIOD, MixedOrder, Mixture, Source, _slots, open_training, order_of
 from data_pipeline.order import Order
 from data_pipeline.read import ShardDataset
+from data_pipeline.views import ViewSpec, training_view
 from tests.data_pipeline.tiny import SPEC, loader, rows_of, steps, write_shards
 
 some = settings(max_examples=30, deadline=None)
@@ -194,6 +197,20 @@ def test_neither_ranks_nor_workers_nor_a_new_start_change_a_mixed_run(pair: list
     order = order_of(both, seed=5, lanes=3, window=4)
     keys = [f"{'0' if i < 9 else '1'}:{i % 9:04d}" for i in order.locate(order.step_positions(8, 8)).tolist()]
     assert [key for key, _ in rows_of(alone[1])] == keys
+
+
+def test_what_is_drawn_for_a_sample_depends_on_its_sources_own_epoch(pair: list[ShardDataset]) -> None:
+    both = mixture(pair, [1, 4])
+    order = order_of(both, seed=5, lanes=3, window=4)
+    positions = order.step_positions(32, 8)
+    epochs, indices = order.epochs(positions).tolist(), order.locate(positions).tolist()
+    assert len(set(epochs)) > 1
+    (step,) = steps(loader(both, global_size=8), 32, 1)
+    for row, (epoch, i) in enumerate(zip(epochs, indices, strict=True)):
+        sample = both.read(i)
+        image = decode_image(sample.fields["jpg"], max_pixels=10**6, where="")
+        view = training_view(image, 8, ViewSpec(), seed=5, epoch=epoch, key=sample.key, view=0)
+        assert torch.equal(step.micro_batches[0].views[0][row], view)
 
 
 def test_a_list_of_one_is_that_data_set(pair: list[ShardDataset]) -> None:

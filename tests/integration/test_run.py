@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -10,12 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from pretrain.collectives import World
+from tests.ranks import started
 from tests.runs import MODEL, losses, train, write_recipe
 from tests.shards import write_shards
 
@@ -59,21 +63,21 @@ def ranks_of(launcher: int) -> list[int]:
 
 
 def test_killed_in_mid_epoch_it_goes_on_to_the_bit(recipe: Path, tmp_path: Path) -> None:
-    """SIGKILL of all ranks, twice, then to the end: every loss equals the uninterrupted run's."""
+    """SIGKILL of all ranks, then to the end: every loss equals the uninterrupted run's. tests/drills has more kills."""
     train(recipe, tmp_path / "whole", 2)
     expected = losses(tmp_path / "whole")
     assert sorted(expected) == list(range(1, 41))
     out = tmp_path / "killed"
-    for at in (8, 23):  # neither a checkpoint nor the end of an epoch
-        process = subprocess.Popen(
-            command("train", recipe, "--nproc", 2, "--out", out),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
-        )  # fmt: skip
-        wait_for(lambda at=at: (out / "metrics.jsonl").is_file() and max(losses(out), default=0) >= at, process)  # type: ignore[misc]
-        for pid in ranks_of(process.pid):
-            os.kill(pid, signal.SIGKILL)
-        process.communicate(timeout=30)
-        assert process.returncode != 0
+    process = subprocess.Popen(
+        command("train", recipe, "--nproc", 2, "--out", out),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    # Neither a checkpoint nor the end of an epoch.
+    wait_for(lambda: (out / "metrics.jsonl").is_file() and max(losses(out), default=0) >= 23, process)
+    for pid in ranks_of(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
     last = pretrain("train", recipe, "--nproc", 2, "--out", out)
     assert "from scratch" not in last.stdout
     assert losses(out) == expected
@@ -154,6 +158,21 @@ def test_a_budget_of_skipped_steps_names_the_samples(shards: Path, tmp_path: Pat
     assert "skipped" in failed.stdout
 
 
+def rank_says(*arguments: object) -> tuple[int, str]:
+    """Exit status and stderr of `python -m pretrain ARGUMENTS`, in a process that has imported it already."""
+    with started(_rank_says, 1, list(map(str, arguments)), joined=False) as ranks:
+        ((status, message),) = ranks.results()
+    return status, message
+
+
+def _rank_says(_: World, arguments: list[str]) -> tuple[int, str]:
+    from pretrain.__main__ import main
+
+    with redirect_stderr(io.StringIO()) as said:
+        status = main(arguments)
+    return status, said.getvalue()
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -161,20 +180,25 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 class TestWrongInput:
     """Exit status 2, one message that says what to do, and nothing changed on disk."""
 
-    def refused(self, folder: Path, *arguments: object) -> str:
+    def refused(self, folder: Path, *arguments: object, nproc: int | None = None) -> str:
+        """By `pretrain train --nproc N`; else, quicker, by what each of its ranks runs."""
         before = snapshot(folder)
-        done = pretrain("train", *arguments, "--out", folder / "run", status=2)
+        if nproc is not None:
+            message = pretrain("train", *arguments, "--nproc", nproc, "--out", folder / "run", status=2).stderr
+        else:
+            status, message = rank_says(*arguments, "--out", folder / "run")
+            assert status == 2, message
         assert snapshot(folder) == before
-        assert "Traceback" not in done.stderr
-        assert done.stderr.count("error:") == 1
-        return done.stderr
+        assert "Traceback" not in message
+        assert message.count("error:") == 1
+        return message
 
     @pytest.mark.parametrize("nproc", [1, 2])
     def test_missing_shard(self, recipe: Path, shards: Path, tmp_path: Path, nproc: int) -> None:
         copy = tmp_path / "data"
         shutil.copytree(shards, copy)
         (copy / "shard-000001.tar").unlink()
-        message = self.refused(tmp_path, recipe, "--set", f"data.train={copy}", "--nproc", nproc)
+        message = self.refused(tmp_path, recipe, "--set", f"data.train={copy}", nproc=nproc)
         assert "shard-000001.tar" in message
 
     def test_missing_folder(self, recipe: Path, tmp_path: Path) -> None:
@@ -209,7 +233,7 @@ class TestWrongInput:
         assert "image" in self.refused(tmp_path, recipe, "--set", f"data.train={tmp_path}/noimage")
 
     def test_batch_not_divisible(self, recipe: Path, tmp_path: Path) -> None:
-        message = self.refused(tmp_path, recipe, "--nproc", 3)
+        message = self.refused(tmp_path, recipe, nproc=3)
         assert "6 or 9" in message
 
     def test_folder_of_another_run(self, recipe: Path, shards: Path, tmp_path: Path) -> None:

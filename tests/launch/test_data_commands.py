@@ -134,7 +134,7 @@ def test_convert_a_table_from_the_command_line(data: Run, tmp_path: Path) -> Non
     (tmp_path / "birds.csv").write_text("\n".join(["file,species,text", *lines, "cat/gone.jpg,cat,a ghost"]))
     words = ("convert", "birds.csv", "out", "--root", "images", "--image-column", "file", "--workers", "1")
     status, _, err = data(*words, "--label-column", "species")
-    assert (status, "row 7 (cat/gone.jpg): No such file" in err) == (2, True)
+    assert (status, "line 8 (cat/gone.jpg): No such file" in err) == (2, True)
     status, out, _ = data(*words, "--label-column", "species", "--skip-bad")
     assert status == 0
     assert "left out 1 bad images" in out

@@ -15,7 +15,8 @@ from pretrain.engine import Engine
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.optim import build_optimizer
-from pretrain.recipe import AdamW, EngineConfig, Lamb, Lars, OptimConfig, Sgd
+from pretrain.recipe import EngineConfig
+from pretrain.recipe_optim import AdamW, Ema, Lamb, Lars, OptimConfig, Sgd
 from pretrain.state import Progress
 from tests.ranks import run_ranks
 from tests.toy import Toy, split, toy_batch
@@ -31,18 +32,22 @@ def make_engine(
     *,
     objective: Objective | None = None,
     optim: OptimConfig = OPTIM,
+    ema: Ema | None = None,
+    options: dict[str, Any] = {},  # noqa: B006  (never written to)
     precision: Any = "fp32",
+    global_size: int = 8,
     **toy: Any,
 ) -> Engine:
     return Engine(
         objective or Toy(**toy),
         optim,
-        EngineConfig(zero_stage=stage, precision=precision),
+        EngineConfig(zero_stage=stage, precision=precision, **options),
         world=world,
         device=torch.device("cpu"),
-        micro_size=8 // world.size // accumulation,
+        micro_size=global_size // world.size // accumulation,
         accumulation=accumulation,
         seed=0,
+        ema=ema,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.recipe import Constant, Cosine, Schedule, Steps
+from pretrain.recipe_optim import Constant, Cosine, Schedule, Steps
 from pretrain.schedules import learning_rate
 from pretrain.state import Progress
 

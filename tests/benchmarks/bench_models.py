@@ -1,0 +1,150 @@
+"""MAE of whole models on one device: images per second and MFU, beside a bare loop and timm's own training step.
+
+    python -m tests.benchmarks.bench_models --model vit_base_patch16_224 --batch 256
+    python -m tests.benchmarks.bench_models --model vit_large_patch16_224 --batch 128
+
+All in one process and one run, in rounds, each against the bare loop of its round: the objective under autocast with
+torch's AdamW. timm's step is supervised and sees every patch where MAE sees a quarter, so its images per second are
+no measure for MAE's; its MFU is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import Batch
+from pretrain.collectives import World, process_group
+from pretrain.engine import Engine
+from pretrain.metrics import flops_per_sample, measure_peak_flops
+from pretrain.objectives.base import Objective
+from pretrain.objectives.build import build_objective
+from pretrain.recipe import AdamW, EngineConfig, Mae, Model, Supervised
+from pretrain.state import Progress
+from tests.benchmarks.bench_step import blank_batch
+
+VARIANTS = {
+    "ZeRO 1": {},
+    "ZeRO 1, sdpa off": {"sdpa": "off"},
+    "ZeRO 1, channels_last": {"channels_last": True},
+    "ZeRO 1, fused AdamW": {"fused_adamw": True},
+    "ZeRO 1, compile": {"compile": True},
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    step: Callable[[], float]
+    flops: float  # of a sample
+
+
+def run(model: Model, batch_size: int, device: torch.device, rounds: int, steps: int) -> list[list[str]]:
+    """Rows of the table: what, images/s, MFU, ratio to the bare loop with its spread over rounds."""
+    peak = measure_peak_flops(device, torch.bfloat16)
+    times: dict[str, list[float]] = {}
+    with process_group(World(), device):
+        contestants = {
+            "bare loop": _bare(model, batch_size, device),
+            "timm, supervised": _timm(model, batch_size, device),
+        }
+        for name, options in VARIANTS.items():
+            contestants[name] = _ours(model, batch_size, device, EngineConfig(**options))
+        for contestant in contestants.values():
+            for _ in range(3):
+                contestant.step()  # what is made once, and compiled
+        for _ in range(rounds):
+            for name, contestant in contestants.items():
+                start = time.perf_counter()
+                for _ in range(steps):
+                    contestant.step()  # returns a number, so the device is waited for
+                times.setdefault(name, []).append((time.perf_counter() - start) / steps)
+    rows = []
+    for name, seconds in times.items():
+        rates = [batch_size / second for second in seconds]
+        ratios = sorted(bare / second for second, bare in zip(seconds, times["bare loop"], strict=True))
+        mfu = statistics.median(rates) * contestants[name].flops / peak
+        spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        rows.append([f"{model.name}, {name}", f"{statistics.median(rates):.0f}", f"{mfu:.1%}", spread])
+    return rows
+
+
+def _objective(model: Model, device: torch.device) -> Objective:
+    torch.manual_seed(0)
+    return build_objective(model, Mae(kind="mae")).to(device)
+
+
+def _bare(model: Model, size: int, device: torch.device) -> Contestant:
+    objective = _objective(model, device)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+    batch = blank_batch(objective, size).to(device)
+    return Contestant(
+        _loop(lambda: objective(batch, Progress(0, 1, 0)).loss, optimizer, device), flops_per_sample(objective)
+    )
+
+
+def _timm(model: Model, size: int, device: torch.device) -> Contestant:
+    torch.manual_seed(0)
+    net = timm.create_model(model.name, img_size=model.image_size, num_classes=1000).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+    images = torch.randn(size, 3, model.image_size, model.image_size, device=device)
+    labels = torch.zeros(size, dtype=torch.int64, device=device)
+    counted = build_objective(model, Supervised(kind="supervised", num_classes=1000))
+    return Contestant(
+        _loop(lambda: torch.nn.functional.cross_entropy(net(images).float(), labels), optimizer, device),
+        flops_per_sample(counted),
+    )
+
+
+def _loop(loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer, device: torch.device) -> Callable[[], float]:
+    def step() -> float:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def _ours(model: Model, size: int, device: torch.device, config: EngineConfig) -> Contestant:
+    objective = _objective(model, torch.device("cpu"))
+    flops = flops_per_sample(objective)
+    engine = Engine(
+        objective,
+        AdamW(base_lr=1e-4),
+        config,
+        world=World(),
+        device=device,
+        micro_size=size,
+        accumulation=1,
+        seed=0,
+    )
+    batch: Batch = blank_batch(objective, size).to(device)
+    return Contestant(lambda: float(engine.step([batch], Progress(0, 1, 0), 1e-4).metrics["loss"]), flops)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=5)
+    given = parser.parse_args()
+    model = Model(name=given.model, image_size=given.image_size, options={"global_pool": "avg", "fc_norm": False})
+    print("what | images/s | MFU | against the bare loop")
+    for row in run(model, given.batch, torch.device(given.device), given.rounds, given.steps):
+        print(" | ".join(row))
+
+
+if __name__ == "__main__":
+    main()
