@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from time import perf_counter
 
 import numpy as np
@@ -126,8 +127,13 @@ class Canvas:
             labels=None if self.labels is None else self.labels[start:stop],
             tokens=None if self.tokens is None else self.tokens[start:stop],
             masks=None if self.masks is None else self.masks[start:stop],
-            augment={name: torch.tensor([row[name] for row in self.draws[start:stop]]) for name in self.draws[start]},
+            augment={name: values[start:stop] for name, values in self._augment.items()},
         )
+
+    @cached_property
+    def _augment(self) -> dict[str, Tensor]:
+        """The draws of all rows, once they are filled: one storage each, as every one takes a file descriptor."""
+        return {name: torch.tensor([row[name] for row in self.draws]) for name in self.draws[0]}
 
 
 class Assembler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from data_pipeline.cache import DEFAULT, CacheSpec
 from data_pipeline.decode import decode_image
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import FieldError
-from data_pipeline.index import IMAGE_FIELDS, LABEL_FIELD
+from data_pipeline.index import CAPTION_FIELD, IMAGE_FIELDS, LABEL_FIELD
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.progress import track
 from data_pipeline.read import ShardDataset
@@ -86,14 +87,16 @@ def _thumbnails(manifest: Manifest, max_pixels: int) -> tuple[list[tuple[Image.I
         pixels.append(image.size)
         scale = THUMBNAIL / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        thumbnails.append((image.resize(size), _caption(manifest, sample.fields.get(LABEL_FIELD))))
+        thumbnails.append((image.resize(size), _caption(manifest, sample.fields)))
     return thumbnails, pixels
 
 
-def _caption(manifest: Manifest, label: bytes | None) -> str:
-    if label is None:
-        return ""
-    number = int(label)
+def _caption(manifest: Manifest, fields: Mapping[str, bytes]) -> str:
+    """The class, or else the beginning of the caption."""
+    if LABEL_FIELD not in fields:
+        words = fields.get(CAPTION_FIELD, b"").decode(errors="replace").split()
+        return " ".join(words).encode("ascii", "replace").decode()  # the font has no more
+    number = int(fields[LABEL_FIELD])
     known = manifest.classes is not None and number < len(manifest.classes)
     return manifest.classes[number] if known and manifest.classes else str(number)
 

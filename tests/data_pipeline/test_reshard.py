@@ -17,6 +17,7 @@ from data_pipeline.convert import ConvertOptions, convert
 from data_pipeline.errors import DataError, ShardError, SourceError
 from data_pipeline.manifest import load_manifest
 from data_pipeline.scan import index_shards
+from data_pipeline.stats import _caption, stats
 from tests.data_pipeline.archives import as_folder, contents, jpeg
 from tests.data_pipeline.test_convert import SMALL, png, samples, shards
 
@@ -189,3 +190,18 @@ def test_tars_beside_images_are_not_guessed_about(laion: Path, tmp_path: Path, b
     with pytest.raises(SourceError, match=r"found both: .*brace pattern"):
         convert(laion, tmp_path / "out", SMALL)
     convert(laion / "{00000..00002}.tar", tmp_path / "out", SMALL)
+
+
+def test_the_contact_sheet_shows_captions_where_there_are_no_labels(laion: Path, tmp_path: Path) -> None:
+    convert(laion, tmp_path / "with", SMALL)
+    manifest = load_manifest(str(tmp_path / "with"))
+    assert _caption(manifest, {"txt": "a  \n Grüße".encode()}) == "a Gr??e"
+    assert _caption(manifest, {"txt": b"\xff words", "cls": b"7"}) == "7"
+    assert _caption(manifest, {"txt": b"\xff words"}) == "? words"
+    stats(str(tmp_path / "with"), tmp_path / "sheet.png")
+    other = tmp_path / "other"
+    rows = [(key, {**members, "txt": b"unlike the others"}) for key, members in map(downloaded, range(12))]
+    write_tar(tmp_path / "in/x.tar", rows)
+    convert(tmp_path / "in", other, SMALL)
+    stats(str(other), tmp_path / "others.png")
+    assert (tmp_path / "sheet.png").read_bytes() != (tmp_path / "others.png").read_bytes()

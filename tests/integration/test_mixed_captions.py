@@ -1,4 +1,4 @@
-"""A whole run over a mixture of captioned shards: tokens reach the objective, and resuming changes nothing."""
+"""A run over a mixture of captioned shards: tokens reach the objective; what is wrong is told before it starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pretrain.recipe_io import load_recipe
 from pretrain.state import Progress
 from tests.data_pipeline.archives import as_folder, jpeg
 from tests.ranks import started
-from tests.runs import losses, write_recipe
+from tests.runs import write_recipe
 
 
 class Captioned(Objective):
@@ -66,10 +66,15 @@ def captioned(folder: Path, count: int) -> Path:
     return folder / "shards"
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+def make_sources(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    """Two, of 25 and 14 samples, in shares of 3 and 1."""
     paths = [captioned(tmp_path_factory.mktemp("data"), count) for count in (25, 14)]
     return [{"path": str(path), "weight": weight} for path, weight in zip(paths, (3, 1), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    return make_sources(tmp_path_factory)
 
 
 def with_data(path: Path, train: object, **more: object) -> Path:
@@ -80,20 +85,6 @@ def with_data(path: Path, train: object, **more: object) -> Path:
         schedule={"steps": 6, "warmup": 0.1},
         checkpoint={"every_steps": 3},
     )
-
-
-def test_it_is_resumed_at_another_number_of_ranks(sources: list[dict[str, object]], tmp_path: Path) -> None:
-    path = with_data(tmp_path / "r.yaml", sources)
-    log = run(path, tmp_path / "whole", 1)
-    assert "39 samples" in log
-    expected = losses(tmp_path / "whole")
-    assert expected[6] < expected[1]
-    run(path, tmp_path / "cut", 2, max_steps=4)
-    run(path, tmp_path / "cut", 1)
-    found = losses(tmp_path / "cut")
-    assert found.keys() == expected.keys()
-    for step, loss in expected.items():
-        torch.testing.assert_close(found[step], loss, rtol=1e-5, atol=0)
 
 
 def test_other_weights_make_another_run_and_moved_data_the_same(

@@ -140,6 +140,14 @@ def test_each_operation_changes_the_images_it_was_drawn_for_and_no_other(
     assert found.labels is batch.labels
 
 
+def test_each_view_has_its_own_draws() -> None:
+    batch = drawn_batch(4, 8, Augmentation(solarise=1.0), Augmentation(grey=1.0))
+    plain = normalize(replace(batch, augment={}), (0, 0, 0), (1, 1, 1)).views
+    found = prepare(batch, CPU, (0, 0, 0), (1, 1, 1)).views
+    assert torch.equal(found[0], reference.solarize(plain[0], 0.5))
+    torch.testing.assert_close(found[1], reference.rgb_to_grayscale(plain[1], 3))
+
+
 def test_operations_come_in_byol_s_order() -> None:
     """The chain put together by hand from torchvision, for one image that has all of it."""
     spec = Augmentation(jitter=Jitter(1.0, 0.4, 0.4, 0.2, 0.1), grey=0.5, blur=Blur(1.0, (1.0, 2.0)), solarise=1.0)

@@ -98,6 +98,18 @@ def test_geometry(operation: RandOp, picture: np.ndarray, level: float, sign: in
     assert on_border.mean() < 0.2 or picture.size < 3 * 200
 
 
+@pytest.mark.parametrize("operation", [RandOp.TRANSLATE_X, RandOp.TRANSLATE_Y])
+@pytest.mark.parametrize("pixels", [-9, 1, 4])
+def test_a_shift_by_whole_pixels_is_exact(operation: RandOp, pixels: int) -> None:
+    """fp32 falls a little short of some whole levels, and cutting off fractions would darken them by one."""
+    picture = np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8)
+    options: dict[str, Any] = {"resample": Image.Resampling.BILINEAR, "fillcolor": (124, 116, 104)}
+    expected = np.array(GEOMETRY[operation](Image.fromarray(picture), pixels / 30, **options))
+    batch = planes(picture)
+    rand_augment(batch, torch.tensor([[operation]]), torch.tensor([[pixels / 30]]), FILL)
+    assert np.array_equal(batch[0].permute(1, 2, 0).numpy(), expected)
+
+
 def test_each_image_has_its_own_operations_layer_by_layer() -> None:
     rng = np.random.default_rng(0)
     batch = torch.from_numpy(rng.integers(0, 256, (60, 3, 12, 14), np.uint8))
