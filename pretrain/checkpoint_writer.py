@@ -222,7 +222,8 @@ class _Snapshot:
 
     def gather(self, fragments: Sequence[Fragment], world: World) -> None:
         """Copies the stretches that this rank alone keeps, and its part of those that every rank has."""
-        own = [f for i, f in enumerate(fragments) if not f.replicated or i % world.size == world.rank]
+        shared = [f for f in fragments if f.replicated]  # alike on every rank, and in one order; the others are not
+        own = [f for f in fragments if not f.replicated] + shared[world.rank :: world.size]
         own.sort(key=lambda fragment: -fragment.data.itemsize)  # each type is then aligned to its own size
         self.shapes = {fragment.name: fragment.shape for fragment in own}
         offsets = list(accumulate((fragment.data.nbytes for fragment in own), initial=0))

@@ -13,6 +13,7 @@ from data_pipeline.errors import CheckpointError, RunError
 from pretrain import checkpoint, checkpoint_writer
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World, barrier
+from pretrain.engine import Fragment
 from pretrain.state import Progress, RunState
 from tests.pretrain.test_engine import make_engine, whole_state
 from tests.ranks import run_ranks
@@ -67,6 +68,18 @@ def save_batch_norm(world: World, folder: Path, stage: int) -> dict[str, Any]:
     steps(engine, world, 0, 2)
     save(folder, engine, RunState(Progress(2, 99, 16)), world)
     return {name: t for name, t in whole_state(engine).items() if name.startswith("buffer/")}
+
+
+def test_what_every_rank_has_is_written_once_however_many_pieces_each_has_besides() -> None:
+    """At ZeRO 1 and 2 a rank keeps nothing of some parameters, so that buffers stand elsewhere in each rank's list."""
+    shared = [Fragment(f"buffer/{i}", (2,), 0, torch.zeros(2), True) for i in range(5)]
+    written: list[str] = []
+    for rank in range(3):
+        own = [Fragment(f"param/{i}", (9,), 3 * rank, torch.zeros(3), False) for i in range(rank)]
+        snapshot = checkpoint_writer._Snapshot()
+        snapshot.gather([*own, *shared], World(rank=rank, size=3))
+        written += [name for name in snapshot.shapes if name.startswith("buffer/")]
+    assert sorted(written) == [fragment.name for fragment in shared]
 
 
 @pytest.mark.parametrize("stage", [0, 3])

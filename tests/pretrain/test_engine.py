@@ -35,6 +35,7 @@ def make_engine(
     ema: Ema | None = None,
     options: dict[str, Any] = {},  # noqa: B006  (never written to)
     precision: Any = "fp32",
+    global_size: int = 8,
     **toy: Any,
 ) -> Engine:
     return Engine(
@@ -43,7 +44,7 @@ def make_engine(
         EngineConfig(zero_stage=stage, precision=precision, **options),
         world=world,
         device=torch.device("cpu"),
-        micro_size=8 // world.size // accumulation,
+        micro_size=global_size // world.size // accumulation,
         accumulation=accumulation,
         seed=0,
         ema=ema,
