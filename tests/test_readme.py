@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shards import write_images
+from tests.shards import write_images, write_shards
 
 ROOT = Path(__file__).parents[1]
 TARGETS = {"make demo", "make test"}  # run by whoever runs this, and by a person
@@ -45,6 +45,10 @@ def test_every_command_runs(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for split in ("train", "test"):
         write_images(tmp_path / "cifar10" / split, 12)
+    write_images(tmp_path / "photos", 6)
+    rows = [f"{path.relative_to(tmp_path / 'photos')},a photo" for path in (tmp_path / "photos").rglob("*.jpg")]
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    write_shards(tmp_path / "downloads", 20)
     with tarfile.open(tmp_path / "cifar10.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "cifar10", "cifar10")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
