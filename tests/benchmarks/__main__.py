@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import bench_checkpoint, bench_loader, bench_scaling, bench_step, bench_views
+from tests.benchmarks import bench_checkpoint, bench_loader, bench_scale, bench_scaling, bench_step, bench_views
 
 
 def help_seconds(runs: int = 7) -> list[list[str]]:
@@ -49,7 +49,7 @@ def photographs() -> list[list[str]]:
 def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     rows = [["what", "median", "ratio (least to greatest)", "goal"]]
-    for part in (help_seconds, bench_step.run, bench_checkpoint.run, bench_scaling.run, photographs):
+    for part in (help_seconds, bench_step.run, bench_checkpoint.run, bench_scaling.run, bench_scale.run, photographs):
         rows += part()
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:

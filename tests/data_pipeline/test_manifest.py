@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError, ManifestError, ShardError
 from data_pipeline.index import MISSING, NO_LABEL, Keys, ShardIndex
-from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.manifest import Manifest, _as_json, load_manifest
 from data_pipeline.scan import index_shards
 from tests.data_pipeline.archives import as_tar, contents, jpeg
 
@@ -180,6 +180,11 @@ def test_damage_to_manifest_or_index_gives_our_errors_only(dataset: Path, data: 
             Manifest.read(damaged)
         else:
             ShardIndex.load(damaged).keys[:]
+
+
+@given(names=st.lists(st.text()), counts=st.lists(st.integers(0, 2**62)), at_once=st.integers(1, 5))
+def test_json_in_pieces_is_that_of_the_whole(names: list[str], counts: list[int], at_once: int) -> None:
+    assert "".join(_as_json([names, counts, names], at_once)) == json.dumps([names, counts, names])
 
 
 @settings(max_examples=100, deadline=None)
