@@ -207,3 +207,11 @@ def test_both_attentions_compute_the_same() -> None:
     torch.testing.assert_close(features["bf16"], features["fp32"], rtol=1e-5, atol=1e-5)
     choose_attention(encoder, torch.device("cuda"), "bf16")
     assert encoder.blocks[0].attn.fused_attn
+
+
+@pytest.mark.parametrize(("sdpa", "fused"), [("on", True), ("off", False)])
+def test_a_recipe_may_choose_the_attention(sdpa: Any, fused: bool) -> None:
+    encoder = built(VIT)
+    for precision in ("fp32", "bf16"):
+        choose_attention(encoder, torch.device("cpu"), precision, sdpa)  # type: ignore[arg-type]
+        assert {block.attn.fused_attn for block in encoder.blocks} == {fused}

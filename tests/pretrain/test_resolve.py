@@ -170,3 +170,10 @@ def test_the_resolved_recipe_says_all_there_is(tmp_path: Path) -> None:
     assert said.pop("resolved") == vars(resolved)
     assert said.pop("identity") == identity(recipe)
     assert load(tmp_path, write_yaml(said)) == recipe
+
+
+def test_the_average_of_weights_is_part_of_a_run_and_its_absence_is_not(tmp_path: Path) -> None:
+    without = identity(load(tmp_path, SMALL))
+    assert identity(load(tmp_path, changed("ema", None))) == without
+    averaged = {identity(load(tmp_path, changed("ema", {"decay": decay}))) for decay in (0.99, 0.999)}
+    assert len(averaged | {without}) == 3
