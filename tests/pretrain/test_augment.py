@@ -118,7 +118,7 @@ def test_cutting_a_batch_changes_no_bit(pairs: int, at: int, size: int, seed: in
         ({"erasing": Erasing(0.5)}, lambda d: d["0/erasing"][:, 2] > 0),
         ({"erasing": Erasing(0.5, mode="const")}, lambda d: d["0/erasing"][:, 2] > 0),
     ],
-    ids=str,
+    ids=["rand_augment", "jitter", "grey", "blur", "solarise", "erasing pixel", "erasing const"],
 )
 def test_each_operation_changes_the_images_it_was_drawn_for_and_no_other(
     change: dict[str, Any], chosen: Callable[[dict[str, Tensor]], Tensor]

@@ -90,7 +90,11 @@ def test_what_would_be_downloaded_is_refused(name: str) -> None:
         build_tokenizer(TokenSpec(name, 77))
 
 
-@pytest.mark.parametrize("data", [b"", b"plain text", gzip.compress(b"a b\n" * 10), gzip.compress(b"\xff" * 99)])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"plain text", gzip.compress(b"a b\n" * 10), gzip.compress(b"\xff" * 99)],
+    ids=["empty", "text", "other lines", "no text"],
+)
 def test_a_file_of_something_else_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "merges.txt.gz").write_bytes(data)
     with pytest.raises(RecipeError, match=r"found (no gzipped text|a file without 48894 merges)"):
