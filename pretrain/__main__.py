@@ -43,16 +43,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if LOCAL_RANK:
             time.sleep(SECONDS_FOR_THE_FIRST_RANK)
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return _end(error.exit_status)
     except PretrainError as error:
         _tell(f"error: {error}")
-        return error.exit_status
+        return _end(error.exit_status)
     except KeyboardInterrupt:
-        return 130
+        return _end(130)
     except Exception:
         _tell(traceback.format_exc())
-        return 1
+        return _end(1)
     return 0
+
+
+def _end(status: int) -> int:
+    """Of several ranks, ends this one at once: to tear the process group down is to wait for the others, and they wait
+    for this one.
+    """
+    if WORLD_SIZE > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def default_out(recipe: Recipe) -> Path:

@@ -26,8 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data_pipeline.errors import CheckpointError
-from pretrain.collectives import World, gather_objects
+from data_pipeline.errors import CheckpointError, PretrainError, RunError
+from pretrain.collectives import World, from_main, gather_objects
 from pretrain.state import Progress, RunState
 
 if TYPE_CHECKING:
@@ -87,6 +87,10 @@ class Checkpoint:
     state: State
     tensors: Tensors
 
+    def close(self) -> None:
+        """Lets go of its files; no tensor can be read any more."""
+        self.tensors.close()
+
 
 def folder_name(step: int) -> str:
     return f"step_{step:08d}"
@@ -110,16 +114,23 @@ def open_checkpoint(path: Path, world: World) -> Checkpoint:
 
     Raises:
         CheckpointError: torn or damaged; told alike on every rank, also by those that found nothing.
+        RunError: it could not be read, which says nothing of what it holds; or ranks see different ones.
     """
-    problem: CheckpointError | None = None
+    problem: PretrainError | None = None
     try:
         _verify(path, world)
         opened = Checkpoint(path, _read_state(path), Tensors(path))
-    except CheckpointError as error:
-        problem = error
-    for found in gather_objects(problem):
+        seen = sha256_of(path / COMPLETE)
+    except PretrainError as error:
+        problem, seen = error, ""
+    for found, other in (answers := gather_objects((problem, seen))):
         if found is not None:
             raise found
+        if other != answers[0][1]:
+            raise RunError(
+                where=str(path), expected="the same checkpoint on every rank", found="others of this name",
+                fix="Let all ranks see one folder, and its newest state.",
+            )  # fmt: skip
     return opened
 
 
@@ -128,9 +139,10 @@ def newest_sound(folder: Path, world: World) -> tuple[Checkpoint | None, list[Ch
 
     Raises:
         CheckpointError: there are complete ones, and none is sound: starting again would lose the run silently.
+        RunError: one could not be read; it may be sound.
     """
     passed_over: list[CheckpointError] = []
-    for path in reversed(complete_checkpoints(folder)):
+    for path in reversed(from_main(complete_checkpoints(folder))):
         try:
             return open_checkpoint(path, world), passed_over
         except CheckpointError as error:
@@ -235,6 +247,8 @@ class Tensors:
                 until = min(last, end)
                 pieces.append(file.get_slice(key)[at - first : until - first])
                 at = until
+        if numel == 0:
+            return torch.empty(0)
         if at != end or len({piece.dtype for piece in pieces}) != 1:
             raise damaged(self._where, f"element {at} of {name} in no file")
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
@@ -246,6 +260,9 @@ class Tensors:
             numel *= side
         return self.read(name, 0, numel).view(shape)
 
+    def close(self) -> None:
+        self._stretches.clear()
+
     def _list_stretches(self, path: Path) -> None:
         try:
             file = safe_open(path, framework="pt")
@@ -253,14 +270,26 @@ class Tensors:
                 name, _, start = key.rpartition("@")
                 (numel,) = file.get_slice(key).get_shape()  # type: ignore[no-untyped-call]
                 self._stretches[name].append((int(start), int(start) + numel, file, key))
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, ValueError) as error:
             raise damaged(path, str(error)) from None
+        except OSError as error:
+            raise unreadable(path, error) from None
 
 
 def damaged(path: Path, found: str) -> CheckpointError:
     return CheckpointError(
         where=str(path), expected="an undamaged part of a checkpoint", found=found, fix="Choose another checkpoint."
     )
+
+
+def unreadable(path: Path, error: OSError) -> PretrainError:
+    """A file that is not there is damage; one that the system does not give may be sound."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return damaged(path, "no such file")
+    return RunError(
+        where=str(path), expected="a file that can be read", found=error.strerror or str(error),
+        fix="Mend the storage and start again; nothing was changed.",
+    )  # fmt: skip
 
 
 def sha256_of(path: Path) -> str:
@@ -277,7 +306,9 @@ def _verify(path: Path, world: World) -> None:
             where=str(path), expected="a complete checkpoint", found=f"no {COMPLETE} in it",
             fix="It was torn while being written; choose another one.",
         ) from None  # fmt: skip
-    except (OSError, ValidationError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(path / COMPLETE, error) from None
+    except (ValidationError, ValueError) as error:
         raise damaged(path / COMPLETE, _brief(error)) from None
     names = {name for name, _ in complete}
     present = {file.name for file in path.glob("tensors-*.safetensors")} | {STATE}
@@ -287,7 +318,7 @@ def _verify(path: Path, world: World) -> None:
         try:
             found = sha256_of(path / name)
         except OSError as error:
-            raise damaged(path / name, error.strerror or str(error)) from None
+            raise unreadable(path / name, error) from None
         if found != digest:
             raise damaged(path / name, "other bytes than were written (SHA-256 differs)")
 
@@ -295,7 +326,9 @@ def _verify(path: Path, world: World) -> None:
 def _read_state(path: Path) -> State:
     try:
         return State.model_validate_json((path / STATE).read_bytes())
-    except (OSError, ValidationError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(path / STATE, error) from None
+    except (ValidationError, ValueError) as error:
         raise damaged(path / STATE, _brief(error)) from None
 
 

@@ -62,6 +62,7 @@ class _Outcome:
     path: Path
     error: str = ""
     complete: bool = False
+    alone: bool = False  # the ranks could not agree: this is what one of them knows
 
 
 class CheckpointWriter:
@@ -142,7 +143,9 @@ class CheckpointWriter:
         self._thread = None
         outcome = self._outcome
         assert outcome is not None
-        self._failures = self._failures + 1 if outcome.error else 0
+        if outcome.alone:
+            raise self._failed(outcome)
+        self._failures = 0 if outcome.complete else self._failures + 1
         if self._failures >= self._max_failures:
             raise self._failed(outcome)
         return outcome
@@ -159,7 +162,7 @@ class CheckpointWriter:
         try:
             self._outcome = self._write(target, described)
         except Exception as error:  # of the agreeing itself: a rank is gone, and the main thread will hear of it
-            self._outcome = _Outcome(target, f"{type(error).__name__}: {error}")
+            self._outcome = _Outcome(target, f"{type(error).__name__}: {error}", alone=True)
         if self._world.is_main:
             what = "saved" if self._outcome.complete else "NOT saved:"
             self._say(f"{what} {target}{f' ({self._outcome.error})' if self._outcome.error else ''}")
@@ -175,7 +178,7 @@ class CheckpointWriter:
         if not problems:
             problems = self._agree(lambda: self._mark_complete(target, described, shares))
         if problems:
-            self._agree(lambda: shutil.rmtree(target) if self._world.is_main else None)
+            self._agree(lambda: _remove(target) if self._world.is_main else None)
             return _Outcome(target, problems)
         problems = self._agree(lambda: self._after(target))
         return _Outcome(target, problems, complete=True)
@@ -271,6 +274,7 @@ class _Share:
                 digest.update(piece)
                 _write_all(descriptor, piece)
             os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache
         finally:
             os.close(descriptor)
         self.sha256 = digest.hexdigest()

@@ -51,10 +51,8 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     store = torch._C._distributed_c10d.HashStore() if world.size == 1 else None
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=30))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not after an error: NCCL would wait there for ranks that wait for this one
 
 
 def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
@@ -62,11 +60,18 @@ def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
     if not values:
         return {}
     names = sorted(values)
-    stacked = torch.stack([values[name].detach().double().reshape(()) for name in names])
+    device = _device_of_collectives()
+    stacked = torch.stack([values[name].detach().to(device, torch.float64).reshape(()) for name in names])
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(stacked)
         stacked /= dist.get_world_size()
     return dict(zip(names, stacked.tolist(), strict=True))
+
+
+def _device_of_collectives() -> torch.device:
+    """Where tensors must lie to be reduced; host times and losses on a GPU are reduced together."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -77,10 +82,14 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def side_group() -> Group:
-    """All ranks once more, over gloo: for a thread beside the training's, or where no GPU should be waited for."""
+    """All ranks once more, over gloo: for a thread beside the training's, or where no GPU should be waited for.
+
+    It is patient: what is waited for may be a slow disk or an evaluation on one rank. A rank that died is noticed at
+    once all the same, by its closed connection.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(days=1)))
 
 
 def gather_objects(value: T, group: Group = None) -> list[T]:
@@ -101,12 +110,12 @@ def on_any_rank(flag: bool, group: Group = None) -> bool:
     return bool(found)
 
 
-def from_main(value: T) -> T:
+def from_main(value: T, group: Group = None) -> T:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 

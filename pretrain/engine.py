@@ -301,7 +301,7 @@ class Engine:
         return replace(batch, views=tuple(view.contiguous(memory_format=torch.channels_last) for view in batch.views))
 
     def _seed(self, step: int) -> None:
-        torch.manual_seed((self.seed * 1_000_003 + step) * 65_537 + self.world.rank)
+        torch.manual_seed(((self.seed * 1_000_003 + step) * 65_537 + self.world.rank) % 2**63)
 
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

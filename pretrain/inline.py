@@ -16,7 +16,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.views import ViewSpec
-from pretrain.collectives import World, barrier, from_main, sum_over_ranks
+from pretrain.collectives import World, from_main, side_group, sum_over_ranks
 from pretrain.engine import Engine
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import Knn
@@ -62,6 +62,7 @@ class Inline:
         self._recipe, self._val, self._engine, self._objective = recipe, val, engine, engine.objective
         self._captions = captions
         self._prepare, self._world, self._out = prepare, world, out
+        self._group = side_group()  # rank 0 may take long, and NCCL's patience is short
         self._views = ViewSpec(**recipe.data.views.model_dump())
 
     def periodic(self, steps_per_epoch: float) -> tuple[Periodic, ...]:
@@ -126,8 +127,7 @@ class Inline:
                 report = knn.run(self._encoder(weights, step))
                 report.save(self._out / "evals" / f"knn_step_{step:08d}.json")
                 values = {f"knn/top1_k{config.k}": report.value}
-            barrier()
-            return from_main(values)
+            return from_main(values, self._group)
 
         return judge
 

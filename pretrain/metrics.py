@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class MetricLog:
             step,
         )
         self._live = active and sys.stdout.isatty()
-        self._sinks = sinks
+        self._sinks, self._failing = sinks, False
         if not active:
             return
         path = folder / "metrics.jsonl"
@@ -54,8 +55,7 @@ class MetricLog:
         """One line of `metrics.jsonl`; `values` by name, in the units their names say."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._append(self._file, json.dumps({"step": step, **values}))
         for sink in self._sinks:
             sink.write(step, values)
 
@@ -97,8 +97,19 @@ class MetricLog:
 
     def _log(self, line: str) -> None:
         if self._active:
-            self._text.write(line + "\n")
-            self._text.flush()
+            self._append(self._text, line)
+
+    def _append(self, file: TextIO, line: str) -> None:
+        """A disk that is full costs lines of the log, not the run."""
+        try:
+            file.write(line + "\n")
+            file.flush()
+        except OSError as error:
+            if not self._failing:
+                print(f"{file.name}: {error.strerror}; the run goes on without", file=sys.stderr, flush=True)
+            self._failing = True
+        else:
+            self._failing = False
 
 
 _SHOWN = {"loss": ".4f", "top1": ".3f", "lr": ".2e", "grad_norm": ".3f", "images_per_second": ".0f",
@@ -189,10 +200,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Rates:
-    """Samples per second -> MFU and memory; FLOPs are counted and the peak measured once, before training."""
+    """Samples per second -> MFU and memory; `flops` are those of a sample, the peak is stated or measured here once."""
 
-    def __init__(self, recipe: Recipe, objective: Objective, device: torch.device, world: World) -> None:
-        self._flops, self._device, self._world = flops_per_sample(objective), device, world
+    def __init__(self, recipe: Recipe, flops: float, device: torch.device, world: World) -> None:
+        self._flops, self._device, self._world = flops, device, world
         stated = recipe.runtime.peak_tflops
         dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
         self.peak = stated * 1e12 if stated else measure_peak_flops(device, dtype)

@@ -67,9 +67,12 @@ class Pictures:
             data = self._recipe.data
             pixels = grid(columns, data.mean, data.std)
             path = self._out / "images" / f"step_{state.progress.step:08d}.png"
-            path.parent.mkdir(exist_ok=True)
-            with durable_file(path) as file:
-                Image.fromarray(pixels).save(file, "PNG")
+            try:
+                path.parent.mkdir(exist_ok=True)
+                with durable_file(path) as file:
+                    Image.fromarray(pixels).save(file, "PNG")
+            except OSError as error:  # no picture is worth a run
+                self._log.say(f"no picture: {path}: {error.strerror}")
             self._log.picture(state.progress.step, "images", pixels)
         return {}
 

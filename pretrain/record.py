@@ -1,16 +1,43 @@
-"""What a run writes of itself before its first step: recipe, what follows from it, and what it runs on."""
+"""A run's folder: whose it is, and what a run writes of itself before its first step."""
 
 from __future__ import annotations
 
-import shutil
+import fcntl
 from pathlib import Path
+from typing import BinaryIO
 
 from data_pipeline.durable import durable_file
+from data_pipeline.errors import RunError
+from pretrain.collectives import World, from_main
 from pretrain.preflight import Plan
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import dump, load_recipe, resolved_yaml
 from pretrain.resolve import is_longer
 from pretrain.strict_yaml import read_yaml
+
+
+def claim(out: Path, world: World) -> BinaryIO | None:
+    """The run's folder for this job alone, until what is returned is closed or rank 0 ends. Every rank calls it.
+
+    Raises:
+        RunError: another job has it; told alike on every rank.
+    """
+    lock: BinaryIO | None = None
+    problem: RunError | None = None
+    if world.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("ab")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's own: forked workers do not keep it
+        except OSError as error:
+            problem = RunError(
+                where=str(out), expected="one job at a time in a run's folder",
+                found=f"another at work in it, or no locks there ({error.strerror})",
+                fix="Wait for it or stop it, or choose another folder with --out.",
+            )  # fmt: skip
+    if (found := from_main(problem)) is not None:
+        raise found
+    return lock
 
 
 def record_run(out: Path, recipe: Recipe, plan: Plan, environment: str) -> None:
@@ -30,4 +57,5 @@ def _keep_the_shorter(out: Path, recipe: Recipe) -> None:
     given, resolved = out / "recipe.yaml", out / "resolved.yaml"
     if given.is_file() and resolved.is_file() and is_longer(recipe, load_recipe(given)):
         total_steps = read_yaml(resolved.read_text())[0]["resolved"]["total_steps"]
-        shutil.copyfile(given, out / f"recipe-until-step-{total_steps:08d}.yaml")
+        with durable_file(out / f"recipe-until-step-{total_steps:08d}.yaml") as file:
+            file.write(given.read_bytes())

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import torch
 
 from data_pipeline.batch import Batch
-from data_pipeline.errors import DataError, RunError
+from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.views import ViewSpec
 from pretrain.augment import augmentations, mixing, prepare
@@ -26,18 +27,18 @@ from pretrain.engine import Engine
 from pretrain.environment import choose_device, describe, pin_threads
 from pretrain.inline import Inline
 from pretrain.loop import Limits, Parts, Periodic, train
-from pretrain.metrics import MetricLog, Rates
+from pretrain.metrics import MetricLog, Rates, flops_per_sample
 from pretrain.models.attention import choose_attention
 from pretrain.models.encoders import save_encoder
 from pretrain.objectives.build import build_objective
 from pretrain.pictures import Pictures
 from pretrain.preflight import Plan, preflight
 from pretrain.recipe import Recipe
-from pretrain.record import record_run
+from pretrain.record import claim, record_run
 from pretrain.saving import Demand, TimedCheckpoints
 from pretrain.schedules import learning_rate
 from pretrain.sinks import open_sinks
-from pretrain.start import Start, find_start
+from pretrain.start import Start, find_start, not_longer
 from pretrain.state import Progress, RunState
 from pretrain.timing import DataBrake, profiled
 
@@ -72,6 +73,8 @@ def run(
     device = choose_device(recipe.runtime, world)
     threads = pin_threads(recipe.runtime, world)
     out = folder_of(out, overfit_batch)
+    if overfit_batch:
+        recipe = recipe.model_copy(update={"resume_from": None})
     plan = preflight(recipe, world.size, out)
     job = _Job(recipe, plan, world, device, out, overfit_batch)
     demand = Demand()
@@ -80,7 +83,7 @@ def run(
         objective = build_objective(recipe.model, recipe.objective)
         start = find_start(recipe, objective, None if overfit_batch else job.checkpoints, world)
         choose_attention(objective, device, recipe.engine.precision, recipe.engine.sdpa)
-        rates = Rates(recipe, objective, device, world)
+        flops = flops_per_sample(objective)
         engine = Engine(
             objective,
             recipe.optim,
@@ -92,8 +95,11 @@ def run(
             seed=recipe.seed,
             ema=recipe.ema,
         )
+        rates = Rates(recipe, flops, device, world)
         state = _resumed(job, engine, start)
+        first_step = state.progress.step
         hosts = gather_objects(platform.node())
+        lock = claim(out, world)
         if world.is_main:
             record_run(out, recipe, plan, describe(world, device, threads, hosts))
         log = MetricLog(
@@ -112,15 +118,17 @@ def run(
                 state = train(state, replace(parts, after_step=after_step), stop_at=_last_step(job, max_steps))
             if writer is not None:
                 writer.finish()
-        except DataError as error:  # what was given was right when it was looked at
+            if state.progress.step == first_step:
+                _export_again(job, start)
+            log.say(_closing(job, state))
+        except InputError as error:  # what was given was right when it was looked at
             raise RunError(error.where, error.expected, error.found, error.fix) from error
         finally:
             if writer is not None:
                 writer.abandon()
-        done = "finished" if state.progress.step == plan.resolved.total_steps else "stopped"
-        kept = "" if writer is None else f"; the encoder is in {out / 'encoder'}"
-        log.say(f"{done} at step {state.progress.step} of {plan.resolved.total_steps}{kept}")
-        log.close()
+            log.close()
+            if lock is not None:
+                lock.close()
 
 
 @dataclass(frozen=True)
@@ -149,17 +157,16 @@ def _resumed(job: _Job, engine: Engine, start: Start) -> RunState:
     if start.checkpoint is None:
         return RunState(Progress(0, job.plan.resolved.total_steps, 0))
     state = load(start.checkpoint, engine)
+    start.checkpoint.close()  # or its files would be held, removed or not, for as long as the run goes on
+    own = start.checkpoint.path.parent == job.checkpoints
+    if own and (problems := not_longer(job.plan.resolved.total_steps, state.progress)):
+        raise RecipeError(f"{job.out} holds another run", problems)  # its last checkpoint was passed over
     return replace(state, progress=replace(state.progress, total_steps=job.plan.resolved.total_steps))
 
 
 def _writer(job: _Job, engine: Engine, log: MetricLog, start: Start) -> CheckpointWriter | None:
     """A trial on one batch has nothing to keep."""
     recipe = job.recipe
-
-    def export(checkpoint: Path) -> None:
-        weights = module_state(checkpoint, "encoder.", verified=True)
-        data = recipe.data
-        save_encoder(job.out / "encoder", weights, recipe.model, data.mean, data.std, data.views)
 
     if job.overfit_batch:
         return None
@@ -170,8 +177,21 @@ def _writer(job: _Job, engine: Engine, log: MetricLog, start: Start) -> Checkpoi
         keep_last=recipe.checkpoint.keep_last,
         say=log.say,
         unsound=start.unsound,
-        exported=export,
+        exported=partial(_export, job),
     )
+
+
+def _export(job: _Job, checkpoint: Path) -> None:
+    """Writes the encoder of a complete checkpoint, out of its files."""
+    weights, recipe = module_state(checkpoint, "encoder.", verified=True), job.recipe
+    data = recipe.data
+    save_encoder(job.out / "encoder", weights, recipe.model, data.mean, data.std, data.views)
+
+
+def _export_again(job: _Job, start: Start) -> None:
+    """Where no step was left to take: the process before may have died between a checkpoint and its export."""
+    if start.checkpoint is not None and job.world.is_main:
+        _export(job, start.checkpoint.path)
 
 
 def _parts(
@@ -194,13 +214,15 @@ def _parts(
 
     inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepared, job.world, job.out)
     evaluations = inline.periodic(resolved.steps_per_epoch)
-    pictures = Pictures(recipe, engine, log, job.world, job.out)
+    see: Callable[[Batch], Batch] = lambda batch: batch  # noqa: E731
     if recipe.logging.images_every_steps is not None:
+        pictures = Pictures(recipe, engine, log, job.world, job.out)
         evaluations = (*evaluations, Periodic(recipe.logging.images_every_steps, pictures.paint))
+        see = pictures.see
     return Parts(
         engine=engine,
         steps=_steps(job, state.cursor),
-        prepare=lambda batch: pictures.see(prepared(batch)),
+        prepare=lambda batch: see(prepared(batch)),
         learning_rate=rate,
         log=log,
         rates=rates,
@@ -247,7 +269,15 @@ def _steps(job: _Job, cursor: int) -> Iterator[StepData]:
     if not job.overfit_batch:
         return loader.steps(cursor)
     first = next(loader.steps(0))
-    return (replace(first, cursor=first.cursor * step) for step in count(1))
+    again = replace(first, bad=(), seconds=dict.fromkeys(first.seconds, 0.0))
+    return (replace(again if step > 1 else first, cursor=first.cursor * step) for step in count(1))
+
+
+def _closing(job: _Job, state: RunState) -> str:
+    step, total_steps = state.progress.step, state.progress.total_steps
+    encoder = job.out / "encoder"
+    where = f"; the encoder is in {encoder}" if encoder.is_dir() else ""
+    return f"{'finished' if step == total_steps else 'stopped'} at step {step} of {total_steps}{where}"
 
 
 def _opening(job: _Job, state: RunState, start: Start) -> str:

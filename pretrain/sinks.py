@@ -38,7 +38,10 @@ def open_sinks(config: Logging, folder: Path, name: str, step: int) -> list[Sink
 
 def refuse_missing_wandb(recipe: Recipe) -> None:
     """Raises RecipeError where the recipe asks for Weights & Biases and it is not installed."""
-    if recipe.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
+    if recipe.logging.wandb is None:
+        return
+    found = importlib.util.find_spec("wandb")
+    if found is None or found.origin is None:  # a folder `wandb`, as its runs leave behind, is no package
         problem = (
             "logging.wandb: expected the package wandb, found none. Install it with `pip install pretrain[wandb]`, "
             "or set logging.wandb=null."
@@ -90,13 +93,15 @@ class Wandb:
                 save_code=False, silent=True,
             ),
         )  # fmt: skip
+        # Steps that are taken again after a kill are logged again, which its own step counter would drop.
+        self._run.define_metric("*", step_metric="step")
         self._picture = wandb.Image
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({"step": step, **values})
 
     def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
-        self._run.log({name: self._picture(pixels)}, step=step)
+        self._run.log({"step": step, name: self._picture(pixels)})
 
     def close(self) -> None:
         self._run.finish()

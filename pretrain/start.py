@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data_pipeline.errors import CheckpointError, RecipeError
+from data_pipeline.errors import CheckpointError, PretrainError, RecipeError
 from pretrain.checkpoint import (
     COMPLETE,
     STATE,
@@ -29,6 +29,7 @@ from pretrain.models.encoders import CONFIG, WEIGHTS
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 from pretrain.resolve import differences, is_longer
+from pretrain.state import Progress
 from pretrain.strict_yaml import read_yaml
 
 
@@ -47,7 +48,7 @@ def refuse_other_run(recipe: Recipe, fingerprint: str, total_steps: int, out: Pa
     kept = read_yaml(resolved.read_text())[0] if resolved.is_file() else {}
     problems = differences(recipe, kept_recipe)
     if is_longer(recipe, kept_recipe):
-        problems = _not_longer(total_steps, int(kept["resolved"]["total_steps"]), out)
+        problems = _not_longer(total_steps, out)
     if not problems and kept.get("data_fingerprint", fingerprint) != fingerprint:
         problems = [
             f"data.train: expected the data (and weights, of a mixture) with fingerprint {kept['data_fingerprint']}, "
@@ -58,14 +59,18 @@ def refuse_other_run(recipe: Recipe, fingerprint: str, total_steps: int, out: Pa
         raise RecipeError(f"{out} holds another run", problems)
 
 
-def _not_longer(given: int, kept: int, out: Path) -> list[str]:
-    """Only at its end is a run independent of how long it was to be: the learning rate depends on that."""
+def _not_longer(given: int, out: Path) -> list[str]:
     complete = complete_checkpoints(out / "checkpoints")
-    step = read_state(complete[-1]).progress.step if complete else 0
-    if step < kept:
-        return [f"schedule: expected the {kept} steps of this run, which is at step {step}, found {given}."]
-    if given < kept:
-        return [f"schedule: expected more than the {kept} steps that this run has done, found {given}."]
+    return not_longer(given, read_state(complete[-1]).progress) if complete else []
+
+
+def not_longer(given: int, kept: Progress) -> list[str]:
+    """Only at its end is a run independent of how long it was to be: the learning rate depends on that."""
+    step, total_steps = kept.step, kept.total_steps
+    if given != total_steps and step < total_steps:
+        return [f"schedule: expected the {total_steps} steps of this run, which is at step {step}, found {given}."]
+    if given < total_steps:
+        return [f"schedule: expected more than the {total_steps} steps that this run has done, found {given}."]
     return []
 
 
@@ -138,11 +143,11 @@ def _checkpoint_of(damaged: Path) -> Path:
 
 def _initialize(objective: nn.Module, path: Path, world: World) -> tuple[str, ...]:
     """Takes the encoder whole, and of the rest what has the same name and shape; says what it did not take."""
-    problem: CheckpointError | None = None
+    problem: PretrainError | None = None
     try:
-        stored = _weights(path)
+        stored = _weights(path, world)
         _refuse_other_encoder(objective, stored, path)
-    except CheckpointError as error:
+    except PretrainError as error:
         problem = error
     for found in gather_objects(problem):
         if found is not None:
@@ -157,15 +162,15 @@ def _initialize(objective: nn.Module, path: Path, world: World) -> tuple[str, ..
     )
 
 
-def _weights(path: Path) -> Mapping[str, Tensor]:
+def _weights(path: Path, world: World) -> Mapping[str, Tensor]:
     """Parameters and buffers under the objective's names, of a run, a checkpoint, an encoder folder or a file."""
     if (path / "checkpoints").is_dir():
-        newest, passed_over = newest_sound(path / "checkpoints", World())
+        newest, passed_over = newest_sound(path / "checkpoints", world)
         if passed_over:
             raise passed_over[0]
         path = newest.path if newest is not None else path / "encoder"
     if (path / COMPLETE).is_file() or (path / STATE).is_file():
-        return module_state(path)
+        return module_state(open_checkpoint(path, world).path, verified=True)
     file = path / WEIGHTS if (path / CONFIG).is_file() else path
     try:
         return {f"encoder.{name}": tensor for name, tensor in load_file(file).items()}

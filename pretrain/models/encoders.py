@@ -159,7 +159,7 @@ def save_encoder(
         views: the geometry of evaluation views is taken from it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS}.{os.getpid()}"
+    partial = folder / f".{WEIGHTS}.tmp"
     save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, partial, {"format": "pt"})
     config = {
         "architecture": model.name,
@@ -182,7 +182,7 @@ def save_encoder(
         "file_sha256": _sha256(partial),
     }
     _publish(partial, folder / WEIGHTS)
-    partial = folder / f".{CONFIG}.{os.getpid()}"
+    partial = folder / f".{CONFIG}.tmp"
     partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _publish(partial, folder / CONFIG)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 import random
 import signal
 import time
@@ -17,6 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
+from pretrain.checkpoint import complete_checkpoints, module_state
 from pretrain.collectives import World
 from tests.ranks import Ranks, started
 from tests.runs import losses, train, write_recipe
@@ -165,4 +168,7 @@ def test_killed_anywhere_it_goes_on_to_the_bit(tmp_path: Path) -> None:
     every_key = sorted(f"{i:06d}" for i in range(PER_EPOCH))
     for first in range(0, STEPS, PER_EPOCH // BATCH):
         assert sorted(key for step in range(first, first + PER_EPOCH // BATCH) for key in keys[step]) == every_key
-    assert os.listdir(out / "checkpoints")
+    newest = complete_checkpoints(out / "checkpoints")[-1]
+    exported = load_file(out / "encoder" / "model.safetensors")
+    for name, value in module_state(newest, "encoder.").items():
+        assert torch.equal(exported[name], value)

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pretrain.checkpoint import complete_checkpoints, digests, module_state
 from tests.runs import MODEL, losses, running, train, write_recipe
@@ -59,6 +61,8 @@ def test_a_signal_to_any_rank_saves_at_the_next_step(recipe: Path, tmp_path: Pat
         while max(losses(out)) < at + 3:  # and the run goes on
             time.sleep(0.01)
         assert complete_checkpoints(out / "checkpoints") == saved
+        with pytest.raises(AssertionError, match=r"(?s)RunError.*one job at a time"):
+            train(recipe, out, 1, "schedule.steps=100000", "checkpoint={every_steps: null, every_minutes: 60}")
 
 
 def test_a_damaged_one_is_named_and_the_one_before_goes_on_to_the_bit(
@@ -127,6 +131,26 @@ def test_init_from_takes_the_encoder_and_says_so(shards: Path, finished: Path, t
     found = module_state(complete_checkpoints(tmp_path / "run" / "checkpoints")[-1], "encoder.")
     assert found.keys() == expected.keys()
     assert all((found[name] - expected[name]).abs().max() < 1e-9 for name in expected)
+
+
+def test_an_export_that_was_lost_is_made_up(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    """Killed between the last checkpoint and its encoder: started again, there is no step left to take."""
+    out = copied(finished, tmp_path)
+    shutil.rmtree(out / "encoder")
+    log = train(recipe, out)
+    assert log.splitlines()[-1].endswith(f"the encoder is in {out / 'encoder'}")
+    expected = module_state(complete_checkpoints(out / "checkpoints")[-1], "encoder.")
+    found = load_file(out / "encoder" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_whose_end_is_damaged_is_not_made_longer(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    out = copied(finished, tmp_path)
+    flip(next(complete_checkpoints(out / "checkpoints")[-1].glob("tensors-*")))
+    with pytest.raises(AssertionError, match=r"(?s)RecipeError.*the 12 steps of this run, which is at step 10"):
+        train(recipe, out, 1, "schedule.steps=16")
+    assert "steps: 12" in (out / "recipe.yaml").read_text()
 
 
 def test_init_from_refuses_part_of_an_encoder(shards: Path, finished: Path, tmp_path: Path) -> None:

@@ -178,6 +178,34 @@ def test_none_sound_is_an_error_not_a_fresh_start(saved: Path, tmp_path: Path) -
     assert checkpoint.newest_sound(tmp_path, World()) == (None, [])
 
 
+def unreadable_at_rank_1(world: World, source: Path) -> str:
+    if world.rank == 1:
+        checkpoint.sha256_of = lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+    with pytest.raises(RunError) as caught:
+        checkpoint.newest_sound(source.parent, world)
+    return str(caught.value)
+
+
+def test_what_cannot_be_read_is_not_taken_for_damaged(saved: Path) -> None:
+    """A hiccup of the storage must not cost a good checkpoint: the run stops, and nothing is passed over."""
+    for message in run_ranks(unreadable_at_rank_1, 2, saved):
+        assert "Input/output error" in message
+
+
+def test_no_rank_goes_on_from_another_checkpoint(saved: Path, tmp_path: Path) -> None:
+    other = copied(saved, tmp_path)
+    complete = json.loads((other / "COMPLETE").read_text())
+    (other / "COMPLETE").write_text(json.dumps(complete))  # the same digests, other bytes
+    for message in run_ranks(open_different, 2, [saved, other]):
+        assert "the same checkpoint on every rank" in message
+
+
+def open_different(world: World, folders: list[Path]) -> str:
+    with pytest.raises(RunError) as caught:
+        checkpoint.open_checkpoint(folders[world.rank], world)
+    return str(caught.value)
+
+
 def buffers_of_two_saves(world: World, folder: Path) -> tuple[int, int, bool]:
     """Training goes on while a copy is written: what is stored is the state of the step that was saved."""
     engine = make_engine(world, 1)
