@@ -16,3 +16,9 @@ def shared_data() -> Path:
     if not (folder / "cifar10.tar.gz").is_file():
         pytest.skip(f"real images not found in {folder}; set PRETRAIN_TEST_DATA")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: two processes share the files, and one would be left alone with the last."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

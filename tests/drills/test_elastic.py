@@ -20,6 +20,8 @@ from tests.pretrain.test_engine import make_engine
 from tests.ranks import run_ranks
 from tests.toy import Toy, split, toy_batch
 
+pytestmark = pytest.mark.slow
+
 OPTIMS: dict[str, OptimConfig] = {
     "adamw": AdamW(base_lr=1e-2, weight_decay=0.1, clip_norm=0.5, layer_decay=0.5),
     "sgd": Sgd(kind="sgd", base_lr=1e-2, nesterov=True, weight_decay=0.1, layer_decay=0.5),

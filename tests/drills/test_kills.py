@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -24,6 +25,8 @@ from pretrain.collectives import World
 from tests.ranks import Ranks, started
 from tests.runs import losses, train, write_recipe
 from tests.shards import write_shards
+
+pytestmark = pytest.mark.slow
 
 PHASES = ("start", "step", "evaluation", "gathering", "writing", "hashing", "marking complete")
 KILLS_IN_EACH = 6

@@ -16,6 +16,8 @@ from pretrain.checkpoint import complete_checkpoints, digests, module_state
 from tests.runs import MODEL, losses, running, train, write_recipe
 from tests.shards import write_shards
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:

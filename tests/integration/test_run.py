@@ -23,6 +23,8 @@ from tests.ranks import started
 from tests.runs import MODEL, losses, train, write_recipe
 from tests.shards import write_shards
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

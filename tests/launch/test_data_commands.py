@@ -101,7 +101,7 @@ def test_verify_lists_faults_and_ends_with_status_2(data: Run, tmp_path: Path) -
     ("words", "said"),
     [
         (("verify", "pipe:touch hacked"), "a pipe: URL"),
-        (("stats", "https://host/{0..9}.tar"), "a https: URL"),
+        (("stats", "ftp://host/{0..9}.tar"), "a ftp: URL"),
         (("index", "nowhere"), "nowhere"),
         (("convert", "nowhere", "out"), "nothing there"),
         (("convert", "images", "images"), "other files"),

@@ -15,6 +15,8 @@ from pretrain.recipe_io import load_recipe
 from pretrain.strict_yaml import read_yaml
 
 TOTAL, EVERY = 24, 4
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "schedule.samples=null", f"schedule.steps={TOTAL}", "batch.global_size=8", f"checkpoint.every_steps={EVERY}",
     "logging.every_steps=1", "logging.tensorboard=false", "runtime.peak_tflops=0.1", "validation.every_epochs=99",
