@@ -30,6 +30,7 @@ from pretrain.loop import Limits, Parts, Periodic, train
 from pretrain.metrics import MetricLog, Rates, flops_per_sample
 from pretrain.models.attention import choose_attention
 from pretrain.models.encoders import save_encoder
+from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.pictures import Pictures
 from pretrain.preflight import Plan, preflight
@@ -82,24 +83,10 @@ def run(
         torch.manual_seed(recipe.seed)
         objective = build_objective(recipe.model, recipe.objective)
         start = find_start(recipe, objective, None if overfit_batch else job.checkpoints, world)
-        choose_attention(objective, device, recipe.engine.precision, recipe.engine.sdpa)
-        flops = flops_per_sample(objective)
-        engine = Engine(
-            objective,
-            recipe.optim,
-            recipe.engine,
-            world=world,
-            device=device,
-            micro_size=plan.resolved.micro_size,
-            accumulation=plan.resolved.accumulation,
-            seed=recipe.seed,
-            ema=recipe.ema,
-        )
-        rates = Rates(recipe, flops, device, world)
+        engine, rates = _engine(job, objective)
         state = _resumed(job, engine, start)
-        first_step = state.progress.step
-        hosts = gather_objects(platform.node())
         lock = claim(out, world)
+        hosts = gather_objects(platform.node())
         if world.is_main:
             record_run(out, recipe, plan, describe(world, device, threads, hosts))
         log = MetricLog(
@@ -115,12 +102,7 @@ def run(
         parts = _parts(job, engine, state, log, rates, writer, demand)
         try:
             with profiled(profile_steps, out / "profile" / f"rank{world.rank}.json.gz") as after_step:
-                state = train(state, replace(parts, after_step=after_step), stop_at=_last_step(job, max_steps))
-            if writer is not None:
-                writer.finish()
-            if state.progress.step == first_step:
-                _export_again(job, start)
-            log.say(_closing(job, state))
+                _train(job, state, replace(parts, after_step=after_step), max_steps, writer, start)
         except InputError as error:  # what was given was right when it was looked at
             raise RunError(error.where, error.expected, error.found, error.fix) from error
         finally:
@@ -147,9 +129,36 @@ class _Job:
         return self.out / "checkpoints"
 
 
-def _last_step(job: _Job, max_steps: int | None) -> int:
-    total_steps = job.plan.resolved.total_steps
-    return min(total_steps, max_steps or total_steps)
+def _engine(job: _Job, objective: Objective) -> tuple[Engine, Rates]:
+    """What trains, and what its speed is measured against; both before the first step."""
+    recipe, resolved = job.recipe, job.plan.resolved
+    choose_attention(objective, job.device, recipe.engine.precision, recipe.engine.sdpa)
+    flops = flops_per_sample(objective)  # while the weights are whole
+    engine = Engine(
+        objective,
+        recipe.optim,
+        recipe.engine,
+        world=job.world,
+        device=job.device,
+        micro_size=resolved.micro_size,
+        accumulation=resolved.accumulation,
+        seed=recipe.seed,
+        ema=recipe.ema,
+    )
+    return engine, Rates(recipe, flops, job.device, job.world)
+
+
+def _train(
+    job: _Job, state: RunState, parts: Parts, max_steps: int | None, writer: CheckpointWriter | None, start: Start
+) -> None:
+    """The loop, and the last checkpoint on disk."""
+    first_step, total_steps = state.progress.step, job.plan.resolved.total_steps
+    state = train(state, parts, stop_at=min(total_steps, max_steps or total_steps))
+    if writer is not None:
+        writer.finish()
+    if state.progress.step == first_step and start.checkpoint is not None and job.world.is_main:
+        _export(job, start.checkpoint.path)  # the process before may have died between a checkpoint and its export
+    parts.log.say(_closing(job, state))
 
 
 def _resumed(job: _Job, engine: Engine, start: Start) -> RunState:
@@ -186,12 +195,6 @@ def _export(job: _Job, checkpoint: Path) -> None:
     weights, recipe = module_state(checkpoint, "encoder.", verified=True), job.recipe
     data = recipe.data
     save_encoder(job.out / "encoder", weights, recipe.model, data.mean, data.std, data.views)
-
-
-def _export_again(job: _Job, start: Start) -> None:
-    """Where no step was left to take: the process before may have died between a checkpoint and its export."""
-    if start.checkpoint is not None and job.world.is_main:
-        _export(job, start.checkpoint.path)
 
 
 def _parts(
