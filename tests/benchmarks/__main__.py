@@ -52,7 +52,7 @@ def photographs() -> list[list[str]]:
 def _alone(part: Callable[[], list[list[str]]]) -> list[list[str]]:
     """In a process of its own, with all cores: DeepSpeed keeps the process groups of the first that used it."""
     threads = len(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(threads,)) as process:
         return process.submit(part).result()
 
