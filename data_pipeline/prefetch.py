@@ -53,7 +53,9 @@ def remote_parts(dataset: Dataset) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def check_room(dataset: Dataset, *, lanes: int, window: int, world_size: int, local_size: int) -> None:
+def check_room(
+    dataset: Dataset, *, lanes: int, window: int, world_size: int, local_size: int, repeats: int = 1
+) -> None:
     """See that the cache holds what is read at once, and one shard a lane besides; else it would be fetched anew
     in every step.
 
@@ -61,12 +63,13 @@ def check_room(dataset: Dataset, *, lanes: int, window: int, world_size: int, lo
         lanes, window: of the order.
         world_size: ranks; each reads about `lanes / world_size` lanes.
         local_size: of them on this machine, sharing the cache.
+        repeats: of each sample (repeats.py); a rank's piece of a step runs through the lanes of each.
 
     Raises:
         DataError: it does not.
     """
     parts = remote_parts(dataset)
-    lanes_here = min(lanes, local_size * _lanes_of_rank(lanes, world_size))
+    lanes_here = min(lanes, local_size * repeats * _lanes_of_rank(lanes, world_size))
     needed = sum(lanes_here * _bytes_of_lane(part.dataset, window) for part in parts)
     total = sum(int(part.dataset.manifest.num_bytes.sum()) for part in parts)
     needed = min(needed, total)

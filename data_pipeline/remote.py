@@ -29,7 +29,9 @@ SCHEMES = ("http", "https", "s3")
 _WORTH_A_RETRY = (408, 425, 429)  # of the 4xx; the others say that the request is wrong
 _LEAST_RATE = 50_000  # bytes a second; a server that trickles is as good as dead
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
-_LOCAL_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_LOCAL_TROUBLE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EFBIG, errno.ENOMEM,
+)  # fmt: skip
 
 
 def remote_url(spec: str) -> str | None:

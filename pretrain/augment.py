@@ -2,8 +2,8 @@
 
 Everything random was drawn on the host (data_pipeline/draws.py) and came with the batch. A batch that brings no
 draws, as every one for evaluation, is normalised and nothing else. All of it is fp32, whatever precision trains.
-Which samples an operation takes is read on the host, so a GPU is never waited for; the other samples stay as they
-are, to the bit, and so does every sample however the batch is cut.
+Which samples an operation takes is read on the host; the other samples stay as they are, to the bit, and so does
+every sample however the batch is cut, on one kind of device.
 """
 
 from __future__ import annotations

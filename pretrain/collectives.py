@@ -101,8 +101,8 @@ def gather_objects(value: T, group: Group = None) -> list[T]:
     return values
 
 
-def on_any_rank(flag: bool, group: Group = None) -> bool:
-    """Whether any rank passed True."""
+def on_any_rank(flag: bool, group: Group) -> bool:
+    """Whether any rank passed True; `group` is one of `side_group`."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return flag
     found = torch.tensor(int(flag))

@@ -147,6 +147,9 @@ class Engine:
             if applied:
                 self._average_batch_norms()
                 self._move_averages(progress)
+            if self.stage == 3 and self.device.type == "cuda":
+                # DeepSpeed gathers weights on a stream of its own, which does not wait for what was just written.
+                torch.cuda.current_stream().synchronize()
         metrics = {name: value / len(micro_batches) for name, value in sums.items()}
         return StepResult(metrics, grad_norm, applied)
 

@@ -6,9 +6,9 @@ Everything it uses is passed in; `run.py` makes it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, overload
 
 import torch
 
@@ -90,8 +90,7 @@ def train(state: RunState, parts: Parts, stop_at: int) -> RunState:
         with meter.waiting():
             data = next(parts.steps)
         lr = parts.learning_rate(state.progress)
-        with parts.engine.clock.part("copy"):
-            batches = [parts.prepare(batch) for batch in data.micro_batches]
+        batches = _Prepared(data.micro_batches, parts.prepare, parts.engine.clock)
         result = parts.engine.step(batches, state.progress, lr)
         meter.add(data, num_samples=data.cursor - state.cursor)
         state = _advance(state, data, result)
@@ -190,6 +189,28 @@ def _time_shares(meter: _Meter, clock: Stopwatch) -> dict[str, torch.Tensor]:
     seconds, meter.logged_at = max(now - meter.logged_at, 1e-9), now
     taken = clock.take()
     return {f"time_{part}": torch.tensor(taken.get(part, 0.0) / seconds) for part in PARTS}
+
+
+@dataclass(frozen=True)
+class _Prepared(Sequence[Batch]):
+    """Micro-batches, each on the device only when its turn comes: accumulation is there to bound memory."""
+
+    batches: tuple[Batch, ...]
+    prepare: Callable[[Batch], Batch]
+    clock: Stopwatch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @overload
+    def __getitem__(self, i: int) -> Batch: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Batch]: ...
+    def __getitem__(self, i: int | slice) -> Batch | list[Batch]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
+        with self.clock.part("copy"):
+            return self.prepare(self.batches[i])
 
 
 @dataclass

@@ -55,7 +55,14 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     captions = _captions(recipe, needs)
     check(train_data, needs, captions)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    check_room(train_data, lanes=data.lanes, window=data.window, world_size=world_size, local_size=local_size)
+    check_room(
+        train_data,
+        lanes=data.lanes,
+        window=data.window,
+        world_size=world_size,
+        local_size=local_size,
+        repeats=data.repeats,
+    )
     val = open_dataset(data.val, cache) if data.val else None
     if val is not None:
         check(val, needs, captions)
