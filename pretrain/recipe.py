@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from data_pipeline.cache import CacheSpec
 from pretrain.recipe_augment import Augment, Mixing
 from pretrain.recipe_group import Group, Positive, Probability, Share, ordered
+from pretrain.recipe_objective import ObjectiveConfig
 from pretrain.recipe_optim import Ema, OptimConfig, Schedule
 
 
@@ -92,32 +93,6 @@ class Model(Group):
                 f"Nearest: {below + self.patch_size}{f' or {below}' * (below > 0)}."
             )
         return self
-
-
-class Supervised(Group):
-    kind: Literal["supervised"]
-    num_classes: int = Field(ge=2)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-
-
-class Mae(Group):
-    kind: Literal["mae"]
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
-    decoder_width: int = Field(512, ge=1)
-    decoder_depth: int = Field(8, ge=1)
-    decoder_heads: int = Field(16, ge=1)
-    normalize_target: bool = True
-
-    @model_validator(mode="after")
-    def _heads(self) -> Mae:
-        if self.decoder_width % self.decoder_heads:
-            raise ValueError(
-                f"expected a decoder_width that decoder_heads {self.decoder_heads} divides, found {self.decoder_width}."
-            )
-        return self
-
-
-ObjectiveConfig = Annotated[Supervised | Mae, Field(discriminator="kind")]
 
 
 class BatchSize(Group):

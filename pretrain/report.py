@@ -23,9 +23,9 @@ from pretrain.evals.sources import load_source
 from pretrain.models.encoders import load_strictly
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.mae import Mae
-from pretrain.recipe import Mae as MaeConfig
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
+from pretrain.recipe_objective import Mae as MaeConfig
 from pretrain.report_figures import Neighbours, Picture, Series, curve, neighbours, reconstructions
 
 FILE_NAME = "report.html"

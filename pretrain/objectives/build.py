@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from pretrain import recipe
+from pretrain import recipe, recipe_objective
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.base import Objective
 from pretrain.objectives.mae import Mae
 from pretrain.objectives.supervised import Supervised
 
 
-def build_objective(model: recipe.Model, config: recipe.ObjectiveConfig) -> Objective:
+def build_objective(model: recipe.Model, config: recipe_objective.ObjectiveConfig) -> Objective:
     """An encoder and its objective on the CPU, initialised from torch's global seed.
 
     Raises:
@@ -19,9 +19,9 @@ def build_objective(model: recipe.Model, config: recipe.ObjectiveConfig) -> Obje
     """
     encoder = build_encoder(model)
     match config:
-        case recipe.Mae():
+        case recipe_objective.Mae():
             return Mae(encoder, config)
-        case recipe.Supervised():
+        case recipe_objective.Supervised():
             return Supervised(encoder, model.image_size, config)
         case _:
             assert_never(config)

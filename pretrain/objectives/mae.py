@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from data_pipeline.batch import Batch, BatchSpec, MaskSpec
 from data_pipeline.errors import InputError
-from pretrain import recipe
+from pretrain import recipe_objective
 from pretrain.models.mae_decoder import MaeDecoder
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.state import Progress
@@ -47,7 +47,7 @@ class Mae(Objective):
             width, a number of heads or the mask ratio cannot be.
     """
 
-    def __init__(self, encoder: nn.Module, config: recipe.Mae) -> None:
+    def __init__(self, encoder: nn.Module, config: recipe_objective.Mae) -> None:
         super().__init__()
         vit = _checked_vit(encoder)
         num_patches: int = vit.patch_embed.num_patches
@@ -191,7 +191,7 @@ def _checked_vit(encoder: nn.Module) -> VisionTransformer:
     return encoder
 
 
-def _check_sizes(width: int, num_patches: int, num_hidden: int, config: recipe.Mae) -> None:
+def _check_sizes(width: int, num_patches: int, num_hidden: int, config: recipe_objective.Mae) -> None:
     if not 0 < num_hidden < num_patches:
         raise InputError(
             where="objective.mask_ratio",

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain import recipe
+from pretrain import recipe_objective
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.state import Progress
 
@@ -20,7 +20,7 @@ class Supervised(Objective):
         config: number of classes K and label smoothing.
     """
 
-    def __init__(self, encoder: nn.Module, image_size: int, config: recipe.Supervised) -> None:
+    def __init__(self, encoder: nn.Module, image_size: int, config: recipe_objective.Supervised) -> None:
         super().__init__()
         self.encoder = encoder
         self.needs = BatchSpec(image_size, num_classes=config.num_classes)

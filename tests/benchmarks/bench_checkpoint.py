@@ -20,8 +20,9 @@ from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World, process_group
 from pretrain.engine import Engine
 from pretrain.objectives.build import build_objective
-from pretrain.recipe import EngineConfig, Mae, Model
+from pretrain.recipe import EngineConfig, Model
 from pretrain.recipe_io import load_recipe
+from pretrain.recipe_objective import Mae
 from pretrain.recipe_optim import AdamW
 from pretrain.state import Progress, RunState
 from tests.benchmarks.bench_step import RECIPE, blank_batch, engine_of

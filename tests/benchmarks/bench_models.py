@@ -26,7 +26,8 @@ from pretrain.engine import Engine
 from pretrain.metrics import flops_per_sample, measure_peak_flops
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
-from pretrain.recipe import EngineConfig, Mae, Model, Supervised
+from pretrain.recipe import EngineConfig, Model
+from pretrain.recipe_objective import Mae, Supervised
 from pretrain.recipe_optim import AdamW
 from pretrain.state import Progress
 from tests.benchmarks.bench_step import blank_batch

@@ -11,7 +11,7 @@ import timm
 import torch
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain import recipe
+from pretrain import recipe, recipe_objective
 from pretrain.collectives import World
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.objectives.build import build_objective
@@ -22,7 +22,7 @@ from pretrain.state import Progress
 from tests.ranks import run_ranks
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
-CONFIGS: tuple[type[recipe.Group], ...] = typing.get_args(typing.get_args(recipe.ObjectiveConfig)[0])
+CONFIGS: tuple[type[recipe.Group], ...] = typing.get_args(typing.get_args(recipe_objective.ObjectiveConfig)[0])
 PROGRESS = Progress(3, 10, 24)
 
 TINY_VIT = recipe.Model(
@@ -47,15 +47,15 @@ TINY_RESNET = recipe.Model(name="test_resnet", image_size=32)
 @dataclass(frozen=True)
 class Case:
     model: recipe.Model
-    config: recipe.ObjectiveConfig
+    config: recipe_objective.ObjectiveConfig
 
     def build(self, seed: int = 0) -> Objective:
         torch.manual_seed(seed)
         return build_objective(self.model, self.config)
 
 
-MAE = recipe.Mae(kind="mae", decoder_width=16, decoder_depth=1, decoder_heads=2)
-SUPERVISED = recipe.Supervised(kind="supervised", num_classes=6, label_smoothing=0.1)
+MAE = recipe_objective.Mae(kind="mae", decoder_width=16, decoder_depth=1, decoder_heads=2)
+SUPERVISED = recipe_objective.Supervised(kind="supervised", num_classes=6, label_smoothing=0.1)
 CASES = {
     "mae": Case(TINY_VIT, MAE),
     "mae, class token and registers": Case(CLASS_TOKEN_VIT, MAE),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain import recipe
+from pretrain import recipe, recipe_objective
 from pretrain.activation_checkpointing import checkpoint_activations
 from pretrain.collectives import World
 from pretrain.models.blocks import repeated_blocks
@@ -118,7 +118,7 @@ VIT = recipe.Model(
 def saved_for_backward(checkpointed: bool) -> tuple[int, int]:
     """Bytes that autograd keeps between the passes, parameters apart; and bytes of the inputs of all blocks."""
     torch.manual_seed(0)
-    objective = build_objective(VIT, recipe.Supervised(kind="supervised", num_classes=3))
+    objective = build_objective(VIT, recipe_objective.Supervised(kind="supervised", num_classes=3))
     blocks = list(repeated_blocks(objective).values())
     if checkpointed:
         checkpoint_activations(blocks, device=torch.device("cpu"), dtype=None, offload=False)

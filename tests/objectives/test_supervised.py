@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from pretrain import recipe
+from pretrain import recipe, recipe_objective
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.supervised import Supervised
 from pretrain.state import Progress
@@ -28,7 +28,7 @@ def make(num_classes: int = 4, smoothing: float = 0.0, class_token: bool = False
         name="vit_tiny_patch16_224", image_size=6, patch_size=2,
         options={"embed_dim": 8, "depth": 1, "num_heads": 2, "class_token": class_token, **pool},
     )  # fmt: skip
-    config = recipe.Supervised(kind="supervised", num_classes=num_classes, label_smoothing=smoothing)
+    config = recipe_objective.Supervised(kind="supervised", num_classes=num_classes, label_smoothing=smoothing)
     objective = build_objective(model, config)
     assert isinstance(objective, Supervised)
     return objective

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_pipeline.batch import Batch
-from pretrain import recipe
+from pretrain import recipe, recipe_objective
 from pretrain.collectives import World, gather_objects
 from pretrain.engine import Engine
 from pretrain.objectives.base import Objective
@@ -134,9 +134,9 @@ VIT = recipe.Model(
     patch_size=4,
     options={"embed_dim": 24, "depth": 2, "num_heads": 3, "class_token": False, "global_pool": "avg", "fc_norm": False},
 )
-OBJECTIVES: dict[str, recipe.ObjectiveConfig] = {
-    "mae": recipe.Mae(kind="mae", decoder_width=16, decoder_depth=1, decoder_heads=2),
-    "supervised": recipe.Supervised(kind="supervised", num_classes=3),
+OBJECTIVES: dict[str, recipe_objective.ObjectiveConfig] = {
+    "mae": recipe_objective.Mae(kind="mae", decoder_width=16, decoder_depth=1, decoder_heads=2),
+    "supervised": recipe_objective.Supervised(kind="supervised", num_classes=3),
 }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
-from pretrain import checkpoint, recipe
+from pretrain import checkpoint, recipe, recipe_objective
 from pretrain.collectives import World
 from pretrain.engine import Engine
 from pretrain.models.blocks import repeated_blocks
@@ -33,12 +33,13 @@ VIT = recipe.Model(
     },
 )  # fmt: skip
 STILL = VIT.model_copy(update={"options": {**VIT.options, "drop_path_rate": 0.0, "proj_drop_rate": 0.0}})
+MAE = recipe_objective.Mae(kind="mae", decoder_width=16, decoder_depth=2, decoder_heads=2)
 MODELS = {
-    "mae, nothing dropped": (STILL, recipe.Mae(kind="mae", decoder_width=16, decoder_depth=2, decoder_heads=2)),
-    "mae": (VIT, recipe.Mae(kind="mae", decoder_width=16, decoder_depth=2, decoder_heads=2)),
+    "mae, nothing dropped": (STILL, MAE),
+    "mae": (VIT, MAE),
     "resnet": (
         recipe.Model(name="test_resnet", image_size=16),
-        recipe.Supervised(kind="supervised", num_classes=3),
+        recipe_objective.Supervised(kind="supervised", num_classes=3),
     ),
 }
 CHECKPOINTED = {"activation_checkpointing": "blocks"}
