@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pretrain.recipe_group import Group
+from pretrain.recipe_model import TextTower
 
 
 class Supervised(Group):
@@ -32,4 +33,33 @@ class Mae(Group):
         return self
 
 
-ObjectiveConfig = Annotated[Supervised | Mae, Field(discriminator="kind")]
+class _ImageText(Group):
+    """Images against their captions. The text tower is the model's own with model.library open_clip."""
+
+    embed_dim: int | None = Field(None, ge=1)  # with model.library timm, and so is text
+    text: TextTower | None = None
+    tokenizer: str = "clip"  # CLIP's own, or a local file of merges in its form, or a local folder of a tokenizer
+    # LiT: a tower keeps the weights it starts with; a number leaves so many of its last groups of layers unlocked.
+    lock_image: bool | Annotated[int, Field(ge=1)] = False
+    lock_text: bool | Annotated[int, Field(ge=1)] = False
+
+
+class Clip(_ImageText):
+    kind: Literal["clip"]
+    initial_scale: float = Field(1 / 0.07, gt=0)  # factor of the cosines
+    max_scale: float = Field(100.0, gt=0)
+
+    @model_validator(mode="after")
+    def _scale(self) -> Clip:
+        if self.initial_scale > self.max_scale:
+            raise ValueError(f"expected an initial_scale up to max_scale {self.max_scale}, found {self.initial_scale}.")
+        return self
+
+
+class Siglip(_ImageText):
+    kind: Literal["siglip"]
+    initial_scale: float = Field(10.0, gt=0)
+    initial_bias: float = -10.0
+
+
+ObjectiveConfig = Annotated[Supervised | Mae | Clip | Siglip, Field(discriminator="kind")]

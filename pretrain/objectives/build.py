@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from pretrain import recipe, recipe_objective
+from data_pipeline.errors import InputError
+from pretrain import recipe_objective
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.base import Objective
 from pretrain.objectives.mae import Mae
 from pretrain.objectives.supervised import Supervised
+from pretrain.recipe_model import Model, ModelConfig
 
 
-def build_objective(model: recipe.Model, config: recipe_objective.ObjectiveConfig) -> Objective:
+def build_objective(model: ModelConfig, config: recipe_objective.ObjectiveConfig) -> Objective:
     """An encoder and its objective on the CPU, initialised from torch's global seed.
 
     Raises:
         InputError: a model that cannot be built, or that the objective cannot train.
     """
+    if isinstance(config, recipe_objective.Clip | recipe_objective.Siglip):
+        from pretrain.objectives.image_text import ImageText  # open_clip takes seconds, which others need not wait
+
+        return ImageText(model, config)
+    if not isinstance(model, Model):
+        raise InputError(
+            where="model.library",
+            expected=f"timm, as objective.kind {config.kind} trains one encoder",
+            found=f"{model.library}, which has two towers",
+        )
     encoder = build_encoder(model)
     match config:
         case recipe_objective.Mae():

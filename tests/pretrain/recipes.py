@@ -10,9 +10,11 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
+from pretrain.recipe_problems import _groups_in, _kinds, _tag_of
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -57,6 +59,20 @@ def listed(path: str, tree: dict[str, Any] = SMALL) -> tuple[str, dict[str, Any]
     for key in ("evals.", "data.train.", "data.augment."):
         path = path.replace(key, f"{key}0.")
     return path, tree
+
+
+def members(group: str) -> list[type[BaseModel]]:
+    """Those of a union that is a group of the recipe."""
+    return list(_groups_in(Recipe.model_fields[group].annotation))
+
+
+def holding(path: str, tree: dict[str, Any] = SMALL) -> dict[str, Any]:
+    """The tree, with a member of the union at the path's first key that has its second; the member is not whole."""
+    group, *rest = path.split(".")
+    if group not in ("model", "objective") or not rest or rest[0] in tree[group] | {"kind": None, "library": None}:
+        return tree
+    owner = next(member for member in members(group) if rest[0] in member.model_fields)
+    return changed(group, {_tag_of(owner): _kinds(owner)[0]}, tree)
 
 
 shares = st.floats(0.001, 1)

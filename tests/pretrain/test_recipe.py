@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from data_pipeline.errors import RecipeError
 from pretrain.recipe import Captions, Recipe, Source
 from pretrain.recipe_io import dump, load_recipe
-from pretrain.recipe_problems import _all_paths
+from pretrain.recipe_problems import _all_paths, _kinds
 from pretrain.resolve import identity
 from pretrain.strict_yaml import write_yaml
-from tests.pretrain.recipes import SMALL, bounded, changed, listed, load, scalars, trees, words, write
+from tests.pretrain.recipes import SMALL, bounded, changed, holding, listed, load, members, scalars, trees, words, write
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+KINDS = ", ".join(repr(kind) for member in members("objective") for kind in _kinds(member))
 
 
 def problems(folder: Path, tree: Any, overrides: list[str] | None = None) -> list[str]:
@@ -151,13 +152,14 @@ def test_all_problems_are_told_at_once_each_with_its_path(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("path", "value", "problem"),
     [
-        ("objective", {}, "objective.kind: expected one of 'supervised', 'mae', found nothing."),
+        ("objective", {}, f"objective.kind: expected one of {KINDS}, found nothing."),
         (
             "objective.kind",
             "mea",
-            "objective.kind: expected one of 'supervised', 'mae', found 'mea'.",
+            f"objective.kind: expected one of {KINDS}, found 'mea'.",
         ),
         ("objective", "mae", "objective: expected a map, found 'mae'."),
+        ("model.library", "tmim", "model.library: expected one of 'timm', 'open_clip', found 'tmim'."),
         ("evals.0.kind", "linear", "evals.0.kind: expected 'knn', found 'linear'."),
         (
             "model.patch_size",
@@ -200,10 +202,7 @@ def test_optimizers_that_take_norms_of_parameters_are_refused_where_there_are_on
 @pytest.mark.parametrize("path", [path for path in _all_paths(Recipe) if len(path.split(".")[-1]) > 4])
 def test_a_slip_in_any_key_names_the_right_one(tmp_path: Path, path: str) -> None:
     """Two letters swapped, at every place of the recipe that a key can stand."""
-    tree = changed("objective", {"kind": "supervised", "num_classes": 3}) if "label" in path else SMALL
-    if path == "objective.num_classes":
-        tree = changed("objective", {"kind": "supervised"})
-    path, tree = listed(path, tree)
+    path, tree = listed(path, holding(path))
     *parents, key = path.split(".")
     slip = key[:2] + key[3] + key[2] + key[4:] if key[2] != key[3] else key + "s"
     misspelt = ".".join([*parents, slip])
