@@ -34,6 +34,7 @@ from pretrain.models.towers import SIGLIP_BIAS, Parts, TwoTowers, build_text
 from pretrain.recipe import Views
 from pretrain.recipe_model import Model, ModelConfig, TextTower
 
+_SCALARS = ("logit_scale", "logit_bias")  # of shape [1] here, as in the objective
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", WEIGHTS)
 
 Loaded = tuple[TwoTowers, EncoderConfig, TokenSpec]
@@ -94,7 +95,7 @@ def save_towers(
         "tokenizer": tokenizer,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    renamed = {_to_open_clip(name): tensor for name, tensor in state.items()}
+    renamed = {_to_open_clip(name): t.reshape(()) if name in _SCALARS else t for name, t in state.items()}
     save_weights(folder / _OPEN_CLIP_WEIGHTS[0], renamed, folder / OPEN_CLIP_CONFIG, told)
 
 
@@ -205,7 +206,8 @@ def _open_clip(told: dict[str, Any], state: dict[str, Tensor] | None, *, where: 
     if "positional_embedding" in state:  # the text tower's parts at the top, as in CLIP's own weights
         state = convert_to_custom_text_state_dict(state)
     towers = TwoTowers(parts, has_bias="logit_bias" in state)
-    load_strictly(towers, {_from_open_clip(name): tensor for name, tensor in state.items()}, where=where)
+    renamed = {_from_open_clip(name): t.reshape(1) if name in _SCALARS else t for name, t in state.items()}
+    load_strictly(towers, renamed, where=where)
     return towers, encoder_config, spec
 
 
@@ -239,7 +241,7 @@ def _weights(path: Path, told: Mapping[str, Any]) -> dict[str, Tensor]:
             found=digest[:12],
             fix="It was damaged, or its saving was interrupted: export it again.",
         )
-    return {name: t.reshape(()) if name in ("logit_scale", "logit_bias") else t for name, t in state.items()}
+    return state
 
 
 @contextmanager

@@ -103,9 +103,9 @@ class TwoTowers(nn.Module):
     def __init__(self, parts: Parts, *, has_bias: bool) -> None:
         super().__init__()
         self.encoder, self.projection, self.text = parts
-        self.logit_scale = nn.Parameter(torch.tensor(SIGLIP_SCALE if has_bias else CLIP_SCALE))  # log of the factor
+        self.logit_scale = nn.Parameter(torch.tensor([SIGLIP_SCALE if has_bias else CLIP_SCALE]))  # log of the factor
         if has_bias:
-            self.logit_bias = nn.Parameter(torch.tensor(SIGLIP_BIAS))
+            self.logit_bias = nn.Parameter(torch.tensor([SIGLIP_BIAS]))
 
     @property
     def parts(self) -> Parts:

@@ -43,10 +43,11 @@ class ImageText(Contrastive):
         self.encoder, self.projection, self.text = parts
         tokens = TokenSpec(config.tokenizer, parts.context_length, parts.vocab_size)
         self.needs = BatchSpec(model.image_size, tokens=tokens)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(config.initial_scale)))
+        # Of one dimension, as DeepSpeed cannot broadcast what has none.
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(config.initial_scale)]))
         self.max_scale = math.inf
         if isinstance(config, Siglip):
-            self.logit_bias = nn.Parameter(torch.tensor(config.initial_bias))
+            self.logit_bias = nn.Parameter(torch.tensor([config.initial_bias]))
         else:
             self.max_scale = config.max_scale
         self._sigmoid = isinstance(config, Siglip)
@@ -61,8 +62,8 @@ class ImageText(Contrastive):
         return Features(
             embed_images(parts, images),
             embed_tokens(parts, tokens, images.dtype),
-            self.logit_scale.exp(),
-            self.logit_bias if self._sigmoid else self.logit_scale.new_zeros(()),
+            self.logit_scale.exp().squeeze(),
+            self.logit_bias.squeeze() if self._sigmoid else self.logit_scale.new_zeros(()),
         )
 
     def loss(self, features: Features, progress: Progress) -> LossOutput:
