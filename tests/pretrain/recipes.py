@@ -6,15 +6,14 @@ import copy
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
 
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
-from pretrain.recipe_problems import _groups_in, _kinds, _tag_of
+from pretrain.recipe_objective import ObjectiveConfig
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -51,30 +50,46 @@ def changed(path: str, value: Any, tree: dict[str, Any] = SMALL) -> dict[str, An
 
 
 def listed(path: str, tree: dict[str, Any] = SMALL) -> tuple[str, dict[str, Any]]:
-    """A path of the recipe's classes as one into the first entry of its lists, and the tree with such entries."""
+    """A path of the recipe's classes as one into the first entry of its lists, and the tree with such entries.
+
+    The objective is one that has the key; a sum has one term, whose objective is.
+    """
     if path.startswith("data.train."):
         tree = changed("data.train", [{"path": "shards"}], tree)
     if path.startswith("data.augment."):
         tree = changed("data.augment", [{}], tree)
-    for key in ("evals.", "data.train.", "data.augment."):
+    if path.startswith("model.") and path.split(".")[1] in {
+        "context_length",
+        "vocab_size",
+        "embed_dim",
+        "image",
+        "text",
+    }:
+        tree = changed("model", {"library": "open_clip"}, tree)
+    if path.startswith("objective."):
+        *groups, key = path.split(".")
+        objective = {"kind": _kind_with("terms" if "terms" in groups else path.split(".")[1])}
+        if "terms" in groups:
+            objective["terms"] = [{"objective": {"kind": _kind_with(key)}}] if groups[-1] == "objective" else [{}]
+        tree = changed("objective", objective, tree)
+    for key in ("evals.", "data.train.", "data.augment.", "objective.terms."):
         path = path.replace(key, f"{key}0.")
     return path, tree
 
 
-def members(group: str) -> list[type[BaseModel]]:
-    """Those of a union that is a group of the recipe."""
-    return list(_groups_in(Recipe.model_fields[group].annotation))
+def _members() -> list[Any]:
+    return list(get_args(get_args(ObjectiveConfig)[0]))
 
 
-def holding(path: str, tree: dict[str, Any] = SMALL) -> dict[str, Any]:
-    """The tree, with a member of the union at the path's first key that has its second; the member is not whole."""
-    group, *rest = path.split(".")
-    if group not in ("model", "objective") or not rest or rest[0] in tree[group] | {"kind": None, "library": None}:
-        return tree
-    owner = next(member for member in members(group) if rest[0] in member.model_fields)
-    return changed(group, {_tag_of(owner): _kinds(owner)[0]}, tree)
+def _kind_of(config: Any) -> str:
+    return str(get_args(config.model_fields["kind"].annotation)[0])
 
 
+def _kind_with(key: str) -> str:
+    return next(_kind_of(config) for config in _members() if key in config.model_fields)
+
+
+KINDS = ", ".join(repr(_kind_of(config)) for config in _members())
 shares = st.floats(0.001, 1)
 sizes = st.integers(1, 10**6)
 numberlike = [
@@ -96,7 +111,7 @@ numberlike = [
 words = st.sampled_from(numberlike) | st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), words)
 intervals = st.tuples(shares, shares).map(lambda pair: sorted(pair))
-objectives = st.one_of(
+_single = st.one_of(
     st.fixed_dictionaries(
         {"kind": st.just("supervised"), "num_classes": st.integers(2, 999)},
         optional={"label_smoothing": st.floats(0, 0.99)},
@@ -105,7 +120,17 @@ objectives = st.one_of(
         {"kind": st.just("mae")},
         optional={"mask_ratio": st.floats(0.01, 0.99), "normalize_target": st.booleans()},
     ),
+    st.fixed_dictionaries({"kind": st.just("simmim")}, optional={"mask_patch": st.integers(1, 64)}),
 )
+_sums = st.lists(_single, min_size=2, max_size=3, unique_by=lambda objective: objective["kind"]).flatmap(
+    lambda terms: st.fixed_dictionaries(
+        {
+            "kind": st.just("sum"),
+            "terms": st.just([{"weight": 0.5, "objective": terms[0]}, *({"objective": t} for t in terms[1:])]),
+        }
+    )
+)
+objectives = _single | _sums
 optimizers = st.sampled_from([{}, {"kind": "adamw"}, {"kind": "sgd", "momentum": 0.5}]).flatmap(
     lambda given: st.fixed_dictionaries(
         {**{key: st.just(value) for key, value in given.items()}, "base_lr": st.floats(1e-12, 1e3)},

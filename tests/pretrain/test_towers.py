@@ -60,10 +60,12 @@ def test_loaded_towers_are_those_that_were_saved(tmp_path: Path, kind: str, besi
     found = load_towers(str(tmp_path))
     batch = towers.captioned(3)
     assert batch.tokens is not None
+    weights = objective.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.module.state_dict().items())
     with torch.no_grad():  # attention is computed in another way where it needs no gradient
         expected = objective.features(batch, PROGRESS)
-    assert torch.equal(found.encode_image(batch.views[0]), expected.image)
-    assert torch.equal(found.encode_text(batch.tokens), expected.text)
+        assert torch.equal(found.encode_image(batch.views[0]), expected.image)
+        assert torch.equal(found.encode_text(batch.tokens), expected.text)
     assert found.logit_scale == pytest.approx(float(expected.logit_scale))
     assert found.logit_bias == pytest.approx(float(expected.logit_bias))
     assert (found.image_size, found.mean, found.std) == (16, MEAN, STD)
