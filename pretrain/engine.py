@@ -19,7 +19,7 @@ from pretrain.deepspeed_config import deepspeed_config
 from pretrain.ema import WeightEma, follow
 from pretrain.models.blocks import repeated_blocks
 from pretrain.objectives.base import LossOutput, Objective
-from pretrain.optim import build_optimizer, empty_state, step_counters
+from pretrain.optim import UNDECAYED, build_optimizer, empty_state, step_counters
 from pretrain.partitions import Partitions
 from pretrain.recipe import EngineConfig
 from pretrain.recipe_optim import Ema, OptimConfig
@@ -128,11 +128,20 @@ class Engine:
                 stepped.append(kept)
         self._ema = WeightEma(ema, stepped) if ema is not None else None
 
-    def step(self, micro_batches: Sequence[Batch], progress: Progress, lr: float) -> StepResult:
-        """Forward and backward of every micro-batch, then one optimizer step with learning rate `lr`."""
+    def step(
+        self, micro_batches: Sequence[Batch], progress: Progress, lr: float, undecayed_lr: float | None = None
+    ) -> StepResult:
+        """Forward and backward of every micro-batch, then one optimizer step.
+
+        Args:
+            micro_batches: this rank's share.
+            progress: before the step.
+            lr: learning rate.
+            undecayed_lr: that of modules whose learning rate does not decay; None: `lr` as well.
+        """
         self._seed(progress.step)
         self.objective.train()
-        self._set_lr(lr)
+        self._set_lr(lr, lr if undecayed_lr is None else undecayed_lr)
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(micro_batches):
             self._deepspeed.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
@@ -306,9 +315,9 @@ class Engine:
     def _seed(self, step: int) -> None:
         torch.manual_seed(((self.seed * 1_000_003 + step) * 65_537 + self.world.rank) % 2**63)
 
-    def _set_lr(self, lr: float) -> None:
+    def _set_lr(self, lr: float, undecayed_lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = (undecayed_lr if group["name"].startswith(UNDECAYED) else lr) * group["lr_scale"]
 
 
 def _poisoned(loss: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, InputError
+from pretrain.models import cifar_resnet
 from pretrain.recipe import Model, Views
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -103,7 +104,7 @@ def model_args(model: Model) -> dict[str, Any]:
     Raises:
         InputError: an unknown name or option, or a patch size for a ResNet.
     """
-    known = _names("vision_transformer") | _names("deit") | _names("resnet")
+    known = _names("vision_transformer") | _names("deit") | _resnets()
     if model.name not in known:
         raise InputError(
             where="model.name",
@@ -256,7 +257,11 @@ def _names(timm_module: str) -> frozenset[str]:
 
 
 def _is_vit(name: str) -> bool:
-    return name not in _names("resnet")
+    return name not in _resnets()
+
+
+def _resnets() -> frozenset[str]:
+    return _names("resnet") | _names(cifar_resnet.__name__.rpartition(".")[2])
 
 
 def _nearest(name: str, known: frozenset[str] | set[str]) -> str:

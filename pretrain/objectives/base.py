@@ -42,3 +42,7 @@ class Objective(nn.Module, ABC):
     def ema(self, progress: Progress) -> tuple[float, list[tuple[nn.Module, nn.Module]]]:
         """Decay and (target, online) modules of a momentum teacher; the engine applies it after each step."""
         return 0.0, []
+
+    def undecayed(self) -> list[nn.Module]:
+        """Modules whose learning rate stays at its peak after the warmup, whatever the schedule."""
+        return []

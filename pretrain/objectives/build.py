@@ -7,7 +7,9 @@ from typing import assert_never
 from pretrain import recipe, recipe_objective
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.base import Objective
+from pretrain.objectives.byol import Byol
 from pretrain.objectives.mae import Mae
+from pretrain.objectives.simsiam import SimSiam
 from pretrain.objectives.supervised import Supervised
 
 
@@ -23,5 +25,9 @@ def build_objective(model: recipe.Model, config: recipe_objective.ObjectiveConfi
             return Mae(encoder, config)
         case recipe_objective.Supervised():
             return Supervised(encoder, model.image_size, config)
+        case recipe_objective.Byol():
+            return Byol(encoder, model.image_size, config)
+        case recipe_objective.SimSiam():
+            return SimSiam(encoder, model.image_size, config)
         case _:
             assert_never(config)

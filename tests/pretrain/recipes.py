@@ -89,6 +89,10 @@ objectives = st.one_of(
         {"kind": st.just("mae")},
         optional={"mask_ratio": st.floats(0.01, 0.99), "normalize_target": st.booleans()},
     ),
+    st.fixed_dictionaries(
+        {"kind": st.just("byol")}, optional={"base_decay": st.floats(0, 0.999), "out_width": st.integers(1, 512)}
+    ),
+    st.fixed_dictionaries({"kind": st.just("simsiam")}, optional={"fixed_predictor_lr": st.booleans()}),
 )
 optimizers = st.sampled_from([{}, {"kind": "adamw"}, {"kind": "sgd", "momentum": 0.5}]).flatmap(
     lambda given: st.fixed_dictionaries(

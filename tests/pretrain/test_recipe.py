@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from hypothesis import strategies as st
 from data_pipeline.errors import RecipeError
 from pretrain.recipe import Captions, Recipe, Source
 from pretrain.recipe_io import dump, load_recipe
+from pretrain.recipe_objective import ObjectiveConfig
 from pretrain.recipe_problems import _all_paths
 from pretrain.resolve import identity
 from pretrain.strict_yaml import write_yaml
 from tests.pretrain.recipes import SMALL, bounded, changed, listed, load, scalars, trees, words, write
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+OBJECTIVES = typing.get_args(typing.get_args(ObjectiveConfig)[0])
+KINDS = ", ".join(repr(typing.get_args(config.model_fields["kind"].annotation)[0]) for config in OBJECTIVES)
 
 
 def problems(folder: Path, tree: Any, overrides: list[str] | None = None) -> list[str]:
@@ -151,11 +155,11 @@ def test_all_problems_are_told_at_once_each_with_its_path(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("path", "value", "problem"),
     [
-        ("objective", {}, "objective.kind: expected one of 'supervised', 'mae', found nothing."),
+        ("objective", {}, f"objective.kind: expected one of {KINDS}, found nothing."),
         (
             "objective.kind",
             "mea",
-            "objective.kind: expected one of 'supervised', 'mae', found 'mea'.",
+            f"objective.kind: expected one of {KINDS}, found 'mea'.",
         ),
         ("objective", "mae", "objective: expected a map, found 'mae'."),
         ("evals.0.kind", "linear", "evals.0.kind: expected 'knn', found 'linear'."),
@@ -197,13 +201,18 @@ def test_optimizers_that_take_norms_of_parameters_are_refused_where_there_are_on
     assert load(tmp_path, changed("engine.zero_stage", 0, tree)).optim.kind == kind
 
 
+def objective_with(path: str) -> dict[str, Any]:
+    """The first objective that has the key, with whatever else it must be given."""
+    key = path.split(".")[1]
+    fields = next(config.model_fields for config in OBJECTIVES if key in config.model_fields)
+    needed = {name: 3 for name, field in fields.items() if field.is_required() and name not in (key, "kind")}
+    return {"kind": typing.get_args(fields["kind"].annotation)[0], **needed}
+
+
 @pytest.mark.parametrize("path", [path for path in _all_paths(Recipe) if len(path.split(".")[-1]) > 4])
 def test_a_slip_in_any_key_names_the_right_one(tmp_path: Path, path: str) -> None:
     """Two letters swapped, at every place of the recipe that a key can stand."""
-    tree = changed("objective", {"kind": "supervised", "num_classes": 3}) if "label" in path else SMALL
-    if path == "objective.num_classes":
-        tree = changed("objective", {"kind": "supervised"})
-    path, tree = listed(path, tree)
+    path, tree = listed(path, changed("objective", objective_with(path)) if path.startswith("objective.") else SMALL)
     *parents, key = path.split(".")
     slip = key[:2] + key[3] + key[2] + key[4:] if key[2] != key[3] else key + "s"
     misspelt = ".".join([*parents, slip])
