@@ -25,7 +25,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """Random patch masks, drawn on the host per sample: exactly `num_hidden` of `num_patches` are hidden."""
+    """Random masks, drawn on the host per sample: exactly `num_hidden` of `num_patches` are hidden.
+
+    What a patch is, is the objective's to say: one of the encoder's, or a larger block of pixels.
+    """
 
     num_patches: int
     num_hidden: int

@@ -79,12 +79,12 @@ class Data(Group):
 
 
 class Model(Group):
-    """A timm ViT or ResNet. `options` go to its constructor (embed_dim, depth, num_heads, ...)."""
+    """A timm ViT, Swin or ResNet. `options` go to its constructor (embed_dim, depth, window_size, ...)."""
 
     name: str
     image_size: int = Field(224, ge=1)
-    patch_size: int | None = Field(None, ge=1)  # ViT only; None: the model's own
-    options: dict[str, int | float | bool | str | None] = {}  # noqa: RUF012  (pydantic copies it)
+    patch_size: int | None = Field(None, ge=1)  # not of a ResNet; None: the model's own
+    options: dict[str, int | float | bool | str | tuple[int, ...] | None] = {}  # noqa: RUF012  (pydantic copies it)
 
     @model_validator(mode="after")
     def _patches(self) -> Model:
