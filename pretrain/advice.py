@@ -28,8 +28,9 @@ class Lasting:
 
 def collapse(values: Mapping[str, float]) -> str | None:
     """A sentence where `embedding_std` says that all images get nearly the same embedding; else None."""
-    std = values.get("embedding_std")
-    if std is None or std >= _COLLAPSED:
+    found = [value for name, value in values.items() if name.rpartition("/")[2] == "embedding_std"]  # or of a term
+    std = min(found, default=1.0)
+    if std >= _COLLAPSED:
         return None
     return (
         f"the embeddings collapse: embedding_std is {std:.3f} (1 = spread evenly, 0 = the same for every image), and "
