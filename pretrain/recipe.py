@@ -43,6 +43,8 @@ class CacheConfig(Group):
 class Source(Group):
     path: str
     weight: float = Field(1, gt=0)  # share of the samples: this over the sum of all weights, whatever the sizes
+    labels: str | None = None  # a folder of soft labels (`pretrain data label`), which take the place of its own
+    select: str | None = None  # a file (`pretrain data select`): these of its samples only, with repeats and labels
 
 
 class Captions(Group):

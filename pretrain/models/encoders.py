@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, InputError
+from pretrain.models import cifar_resnet  # noqa: F401  (names its models in timm's registry)
 from pretrain.models.folders import file_sha256, save_weights
 from pretrain.recipe import Views
 from pretrain.recipe_model import Model, ModelConfig
@@ -51,6 +52,7 @@ _FAMILIES: dict[str, type[nn.Module]] = {  # by timm's module; what takes a fixe
     "swin_transformer": SwinTransformer,
     "swin_transformer_v2": SwinTransformerV2,
     "resnet": ResNet,
+    "cifar_resnet": ResNet,  # ours
 }
 
 

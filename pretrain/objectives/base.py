@@ -48,6 +48,10 @@ class Objective(nn.Module, ABC):
         """Parameters with the least and greatest value they may have; the engine clamps them after each step."""
         return []
 
+    def undecayed(self) -> list[nn.Module]:
+        """Modules whose learning rate stays at its peak after the warmup, whatever the schedule."""
+        return []
+
 
 class Features(NamedTuple):
     """What a contrastive loss is made of, all fp32; a tuple, as `LossOutput` is.

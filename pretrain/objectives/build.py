@@ -10,9 +10,11 @@ from data_pipeline.errors import InputError
 from pretrain import recipe_objective
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.base import Objective
+from pretrain.objectives.byol import Byol
 from pretrain.objectives.combined import Combined
 from pretrain.objectives.mae import Mae
 from pretrain.objectives.simmim import Simmim
+from pretrain.objectives.simsiam import SimSiam
 from pretrain.objectives.supervised import Supervised
 from pretrain.recipe_model import Model, ModelConfig
 
@@ -48,5 +50,9 @@ def _build(model: Model, encoder: nn.Module, config: recipe_objective.Single) ->
             return Simmim(encoder, config)
         case recipe_objective.Supervised():
             return Supervised(encoder, model.image_size, config)
+        case recipe_objective.Byol():
+            return Byol(encoder, model.image_size, config)
+        case recipe_objective.SimSiam():
+            return SimSiam(encoder, model.image_size, config)
         case _:
             assert_never(config)
