@@ -62,6 +62,7 @@ CASES = {
     "supervised": Case(TINY_VIT, SUPERVISED),
     "supervised, class token and registers": Case(CLASS_TOKEN_VIT, SUPERVISED),
     "supervised, resnet": Case(TINY_RESNET, SUPERVISED),
+    "supervised, binary": Case(TINY_VIT, SUPERVISED.model_copy(update={"loss": "bce", "over_classes": "sum"})),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
