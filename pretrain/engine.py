@@ -17,14 +17,16 @@ from pretrain.activation_checkpointing import checkpoint_activations
 from pretrain.collectives import World, sum_over_ranks
 from pretrain.deepspeed_config import deepspeed_config
 from pretrain.ema import WeightEma, follow
+from pretrain.models.batch_norm import synchronise_batch_norms
 from pretrain.models.blocks import repeated_blocks
-from pretrain.objectives.base import LossOutput, Objective
+from pretrain.objectives.base import Contrastive, Features, LossOutput, Objective
 from pretrain.optim import build_optimizer, empty_state, step_counters
 from pretrain.partitions import Partitions
 from pretrain.recipe import EngineConfig
 from pretrain.recipe_optim import Ema, OptimConfig
 from pretrain.state import Progress
 from pretrain.timing import Stopwatch
+from pretrain.two_passes import loss_and_gradients, poisoned
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Engine:
         device: where this rank computes.
         micro_size: samples of a micro-batch on one rank.
         accumulation: micro-batches of a step on one rank.
-        seed: of the run; dropout and drop path are keyed by (seed, step, rank).
+        seed: of the run; dropout and drop path are keyed by (seed, step, rank, micro-batch).
 
     Raises:
         InputError: activations are to be checkpointed, or blocks compiled, and the objective has no blocks.
@@ -100,6 +102,8 @@ class Engine:
         self.clock = Stopwatch(device)
         _time_collectives(deepspeed, self.clock)
         objective.to(device)
+        if world.size > 1:
+            synchronise_batch_norms(objective, device)
         _choose_computation(objective, config, device)
         self.names = {p: name for name, p in objective.named_parameters()}
         self.shapes = {name: tuple(p.shape) for p, name in self.names.items()}
@@ -120,37 +124,33 @@ class Engine:
         if self.stage == 3:
             self._register_shared_parameters(deepspeed)
         self._partitions = Partitions(self._deepspeed, self.optimizer, self.stage)
-        self._batch_norms = [m for m in objective.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         stepped = []
         for group in self.optimizer.param_groups:
             for kept in self._partitions.stepped(group):
                 self.optimizer.state[kept] = empty_state(self.optimizer, group, kept)
                 stepped.append(kept)
         self._ema = WeightEma(ema, stepped) if ema is not None else None
+        self._buffers = [buffer for _, buffer in self._persistent_buffers()]
 
     def step(self, micro_batches: Sequence[Batch], progress: Progress, lr: float) -> StepResult:
         """Forward and backward of every micro-batch, then one optimizer step with learning rate `lr`."""
-        self._seed(progress.step)
         self.objective.train()
         self._set_lr(lr)
-        sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(micro_batches):
-            self._deepspeed.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            with self.clock.part("forward"):
-                output: LossOutput = self._deepspeed(self._laid_out(batch), progress)
-            with self.clock.part("backward"):
-                self._deepspeed.backward(_poisoned(output.loss))
-            for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
-                sums[name] = sums[name] + value if name in sums else value
+        buffers = [(buffer, buffer.clone()) for buffer in self._buffers]
+        if isinstance(self.objective, Contrastive) and len(micro_batches) > 1:
+            metrics = self._in_two_passes(self.objective, micro_batches, progress)
+        else:
+            metrics = self._in_one_pass(micro_batches, progress)
         with self.clock.part("optimizer"):
             grad_norm, applied = self._apply()
             if applied:
-                self._average_batch_norms()
                 self._move_averages(progress)
+            else:  # running statistics took part in a forward pass that was not finite
+                for buffer, before in buffers:
+                    buffer.copy_(before)
             if self.stage == 3 and self.device.type == "cuda":
                 # DeepSpeed gathers weights on a stream of its own, which does not wait for what was just written.
                 torch.cuda.current_stream().synchronize()
-        metrics = {name: value / len(micro_batches) for name, value in sums.items()}
         return StepResult(metrics, grad_norm, applied)
 
     @torch.no_grad()
@@ -215,6 +215,40 @@ class Engine:
             for counter in step_counters(self.optimizer, group, self._partitions.stepped(group)):
                 counter.fill_(steps[name])
         self._partitions.refresh_weights()
+
+    def _in_one_pass(self, micro_batches: Sequence[Batch], progress: Progress) -> dict[str, Tensor]:
+        """Gradients of a loss that is a mean over samples; its metrics."""
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(micro_batches):
+            output = self._forward_backward(i, i == len(micro_batches) - 1, batch, progress)
+            for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        return {name: value / len(micro_batches) for name, value in sums.items()}
+
+    def _in_two_passes(
+        self, objective: Contrastive, micro_batches: Sequence[Batch], progress: Progress
+    ) -> dict[str, Tensor]:
+        """Gradients of a loss over the whole batch, in the memory of one micro-batch; its metrics."""
+        parts: list[Features] = []
+        with self.clock.part("forward"), torch.no_grad():
+            for i, batch in enumerate(micro_batches):
+                self._seed(progress.step, i)
+                parts.append(self._deepspeed(self._laid_out(batch), progress, features_only=True))
+            output, gradients = loss_and_gradients(objective, parts, progress)
+        for i, (batch, gradient) in enumerate(zip(micro_batches, gradients, strict=True)):
+            # DeepSpeed divides by the number of micro-batches, and these gradients add up.
+            scaled = Features(*(g * len(micro_batches) for g in gradient))
+            self._forward_backward(i, i == len(micro_batches) - 1, batch, progress, scaled)
+        return {"loss": output.loss.detach(), **output.metrics}
+
+    def _forward_backward(self, i: int, last: bool, batch: Batch, progress: Progress, *more: Features) -> LossOutput:
+        self._seed(progress.step, i)
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        with self.clock.part("forward"):
+            output: LossOutput = self._deepspeed(self._laid_out(batch), progress, *more)
+        with self.clock.part("backward"):
+            self._deepspeed.backward(poisoned(output.loss))
+        return output
 
     def _apply(self) -> tuple[float, bool]:
         """ZeRO 1-3 find a non-finite gradient themselves and skip the step; stage 0 would apply it."""
@@ -287,33 +321,20 @@ class Engine:
             if name not in parameters:
                 yield name, value
 
-    @torch.no_grad()
-    def _average_batch_norms(self) -> None:
-        """DeepSpeed never synchronises buffers; running statistics that drift would depend on who saves them."""
-        if not self._batch_norms or self.world.size == 1:
-            return
-        tensors = [t for m in self._batch_norms for t in (m.running_mean, m.running_var) if t is not None]
-        flat = sum_over_ranks(torch.cat([t.view(-1) for t in tensors])) / self.world.size
-        for tensor, mean in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
-
     def _laid_out(self, batch: Batch) -> Batch:
         """Convolutions take their memory format from the images; weights keep one layout, which checkpoints rely on."""
         if not self._channels_last:
             return batch
         return replace(batch, views=tuple(view.contiguous(memory_format=torch.channels_last) for view in batch.views))
 
-    def _seed(self, step: int) -> None:
-        torch.manual_seed(((self.seed * 1_000_003 + step) * 65_537 + self.world.rank) % 2**63)
+    def _seed(self, step: int, micro_batch: int) -> None:
+        """A micro-batch draws the same in each of two passes."""
+        key = ((self.seed * 1_000_003 + step) * 65_537 + self.world.rank) * 8_191 + micro_batch
+        torch.manual_seed(key % 2**63)
 
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-
-
-def _poisoned(loss: Tensor) -> Tensor:
-    """A loss that is not finite gets gradients that are not, so that the one check on gradients finds both."""
-    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
 
 
 def _choose_computation(objective: Objective, config: EngineConfig, device: torch.device) -> None:
@@ -323,7 +344,8 @@ def _choose_computation(objective: Objective, config: EngineConfig, device: torc
         torch.backends.cudnn.allow_tf32 = config.tf32
     if config.activation_checkpointing == "none" and not config.compile:
         return
-    blocks = repeated_blocks(objective).values()
+    # Of a teacher nothing is kept for a backward pass anyway.
+    blocks = [b for b in repeated_blocks(objective).values() if any(p.requires_grad for p in b.parameters())]
     if not blocks:
         raise InputError(
             where="engine.compile" if config.compile else "engine.activation_checkpointing",

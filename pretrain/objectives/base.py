@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
@@ -42,3 +43,64 @@ class Objective(nn.Module, ABC):
     def ema(self, progress: Progress) -> tuple[float, list[tuple[nn.Module, nn.Module]]]:
         """Decay and (target, online) modules of a momentum teacher; the engine applies it after each step."""
         return 0.0, []
+
+
+class Features(NamedTuple):
+    """What a contrastive loss is made of, all fp32; a tuple, as `LossOutput` is.
+
+    Attributes:
+        image: embeddings of unit length, [B, D].
+        text: likewise, of the captions in the same order.
+        logit_scale: factor of the cosines, a scalar; the exponential is already taken.
+        logit_bias: added to the logits, a scalar; zero where the loss has none.
+    """
+
+    image: Tensor
+    text: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor
+
+
+class Contrastive(Objective):
+    """An objective whose loss relates all samples of the batch, so that it does not add up over micro-batches.
+
+    The engine accumulates it exactly, in two passes (Gao et al. 2021, arXiv:2101.06983): the features of the whole
+    batch, without gradient; the gradient of the loss with respect to them; then, micro-batch by micro-batch, the
+    features once more and that gradient through them.
+    """
+
+    @abstractmethod
+    def features(self, batch: Batch, progress: Progress) -> Features:
+        """Those of one micro-batch; every parameter of the objective acts through them."""
+
+    @abstractmethod
+    def loss(self, features: Features, progress: Progress) -> LossOutput:
+        """The loss of the local batch against those of all ranks; a function of the features alone.
+
+        Its mean over ranks is the loss of the global batch.
+        """
+
+    def forward(  # type: ignore[override]
+        self,
+        batch: Batch,
+        progress: Progress,
+        gradient: Features | None = None,
+        *,
+        features_only: bool = False,
+    ) -> LossOutput | Features:
+        """The loss, or one of the two passes over a micro-batch, which go this way for ZeRO 3 to see them.
+
+        Args:
+            batch: as in `Objective`.
+            progress: likewise.
+            gradient: of the loss with respect to this micro-batch's features; the "loss" is then
+                <features, gradient>, whose gradients are the true loss's.
+            features_only: return the features.
+        """
+        features = Features(*(value.float() for value in self.features(batch, progress)))
+        if features_only:
+            return features
+        with torch.autocast(features.image.device.type, enabled=False):
+            if gradient is not None:
+                return LossOutput(torch.stack([(f * g).sum() for f, g in zip(features, gradient, strict=True)]).sum())
+            return self.loss(features, progress)
