@@ -18,7 +18,7 @@ from data_pipeline.read import Dataset, open_dataset
 from pretrain.augment import augmentations, mixing
 from pretrain.inline import knn_evaluators
 from pretrain.models.tokenizers import build_tokenizer
-from pretrain.objectives.base import Objective
+from pretrain.objectives.base import Contrastive, Objective
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import Recipe
 from pretrain.resolve import Resolved, resolve
@@ -50,6 +50,7 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
         objective = build_objective(recipe.model, recipe.objective)
     needs = objective.needs
     _refuse_split_batch_norm(recipe, objective, resolved)
+    _refuse_split_contrast(recipe, objective, resolved)
     augmentations(recipe, needs)
     mixing(recipe, needs, resolved.micro_size)
     captions = _captions(recipe, needs)
@@ -86,5 +87,15 @@ def _refuse_split_batch_norm(recipe: Recipe, objective: Objective, resolved: Res
         problem = (
             f"batch.micro_size: expected {resolved.local_size} or nothing, as {recipe.model.name} has batch norm, "
             f"whose statistics do not add up over micro-batches, found {resolved.micro_size}."
+        )
+        raise RecipeError(recipe.name, [problem])
+
+
+def _refuse_split_contrast(recipe: Recipe, objective: Objective, resolved: Resolved) -> None:
+    """Two passes make a contrastive loss exact over micro-batches, where it is the whole loss and not a term of it."""
+    if resolved.accumulation > 1 and any(isinstance(m, Contrastive) for m in list(objective.modules())[1:]):
+        problem = (
+            f"batch.micro_size: expected {resolved.local_size} or nothing, as a term of the sum relates all samples of "
+            f"a batch to each other, found {resolved.micro_size}."
         )
         raise RecipeError(recipe.name, [problem])
