@@ -51,6 +51,21 @@ class Mae(Group):
         return self
 
 
+class Byol(Group):
+    kind: Literal["byol"]
+    hidden_width: int = Field(4096, ge=1)  # of projector and predictor
+    out_width: int = Field(256, ge=1)
+    base_decay: float = Field(0.996, ge=0, lt=1)  # of the target at the start; a half cosine raises it to 1
+
+
+class SimSiam(Group):
+    kind: Literal["simsiam"]
+    projector_layers: int = Field(3, ge=1)
+    projector_width: int = Field(2048, ge=1)  # of every layer, the last too
+    predictor_width: int = Field(512, ge=1)  # of the hidden layer
+    fixed_predictor_lr: bool = True  # the predictor's learning rate stays at its peak
+
+
 class Simmim(Group):
     kind: Literal["simmim"]
     mask_ratio: float = Field(0.6, gt=0, lt=1)
@@ -58,7 +73,7 @@ class Simmim(Group):
 
 
 # One objective; those of the union below that are no sum of others.
-Single = Supervised | Mae | Simmim
+Single = Supervised | Mae | Simmim | Byol | SimSiam
 
 
 class Term(Group):

@@ -24,6 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, InputError
+from pretrain.models import cifar_resnet  # noqa: F401  (names its models in timm's registry)
 from pretrain.recipe import Model, Views
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -49,6 +50,7 @@ _FAMILIES: dict[str, type[nn.Module]] = {  # by timm's module; what takes a fixe
     "swin_transformer": SwinTransformer,
     "swin_transformer_v2": SwinTransformerV2,
     "resnet": ResNet,
+    "cifar_resnet": ResNet,  # ours
 }
 
 
