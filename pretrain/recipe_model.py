@@ -16,12 +16,17 @@ class Model(Group):
     name: str
     image_size: int = Field(224, ge=1)
     patch_size: int | None = Field(None, ge=1)  # not of a ResNet; None: the model's own
+    eval_size: int | None = Field(None, ge=1)  # ResNet only: side of the images it is judged on; None: image_size
     options: dict[str, int | float | bool | str | tuple[int, ...] | None] = {}  # noqa: RUF012  (pydantic copies it)
 
     @model_validator(mode="after")
     def _patches(self) -> Model:
         _divides(self.patch_size, self.image_size)
         return self
+
+    @property
+    def judged_size(self) -> int:
+        return self.eval_size or self.image_size
 
 
 class ImageTower(Group):
@@ -81,6 +86,10 @@ class OpenClip(Group):
         if self.image is not None:
             _divides(self.image.patch_size, self.image_size)
         return self
+
+    @property
+    def judged_size(self) -> int:
+        return self.image_size
 
 
 ModelConfig = Annotated[

@@ -82,6 +82,7 @@ CASES = {
     "supervised": Case(TINY_VIT, SUPERVISED),
     "supervised, class token and registers": Case(CLASS_TOKEN_VIT, SUPERVISED),
     "supervised, resnet": Case(TINY_RESNET, SUPERVISED),
+    "supervised, binary": Case(TINY_VIT, SUPERVISED.model_copy(update={"loss": "bce", "over_classes": "sum"})),
     "byol": Case(TINY_RESNET, BYOL),
     "byol, vit": Case(TINY_VIT, BYOL),
     "simsiam": Case(TINY_RESNET, SIMSIAM, bf16_atol=1e-2),
