@@ -18,7 +18,7 @@ from data_pipeline.read import Dataset, open_dataset
 from pretrain.augment import augmentations, mixing
 from pretrain.inline import knn_evaluators
 from pretrain.models.tokenizers import build_tokenizer
-from pretrain.objectives.base import Objective
+from pretrain.objectives.base import Contrastive, Objective
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import Recipe
 from pretrain.resolve import Resolved, resolve
@@ -49,7 +49,7 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     with torch.device("meta"):  # the shapes alone
         objective = build_objective(recipe.model, recipe.objective)
     needs = objective.needs
-    _refuse_split_batch_norm(recipe, objective, resolved)
+    _refuse_inexact_accumulation(recipe, objective, resolved)
     augmentations(recipe, needs)
     mixing(recipe, needs, resolved.micro_size)
     captions = _captions(recipe, needs)
@@ -78,13 +78,21 @@ def _captions(recipe: Recipe, needs: BatchSpec) -> Captions | None:
     return Captions(build_tokenizer(needs.tokens), **recipe.data.captions.model_dump())
 
 
-def _refuse_split_batch_norm(recipe: Recipe, objective: Objective, resolved: Resolved) -> None:
-    """Statistics of a micro-batch are not those of the batch: accumulating would train by another algorithm."""
-    if resolved.accumulation > 1 and any(
-        isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in objective.modules()
-    ):
+def _refuse_inexact_accumulation(recipe: Recipe, objective: Objective, resolved: Resolved) -> None:
+    """Accumulating would silently train by another algorithm."""
+    if resolved.accumulation > 1 and (reason := cannot_accumulate(objective)):
         problem = (
-            f"batch.micro_size: expected {resolved.local_size} or nothing, as {recipe.model.name} has batch norm, "
-            f"whose statistics do not add up over micro-batches, found {resolved.micro_size}."
+            f"batch.micro_size: expected {resolved.local_size} or nothing, as {recipe.model.name} with "
+            f"{recipe.objective.kind} has {reason}, found {resolved.micro_size}."
         )
         raise RecipeError(recipe.name, [problem])
+
+
+def cannot_accumulate(objective: Objective) -> str:
+    """What in an objective does not add up over micro-batches; empty: all of it does, or the engine sees to it."""
+    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in objective.modules()):
+        return "batch norm, whose statistics do not add up over micro-batches"
+    parts = [m for m in objective.modules() if m is not objective]
+    if any(isinstance(m, Contrastive) for m in parts):
+        return "a contrastive part, which accumulates exactly only by itself"
+    return ""
