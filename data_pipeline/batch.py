@@ -5,21 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it lies in a shard: the member's bytes by field name (`jpg`, `cls`, `txt`, ...)."""
+    """One sample as it lies in a shard: the member's bytes by field name (`jpg`, `cls`, `txt`, ...).
+
+    `label` is one that lies beside the shard, and takes the place of that in `cls`: a number, or soft, [K] fp32.
+    """
 
     key: str
     fields: Mapping[str, bytes]
+    label: int | NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """Random patch masks, drawn on the host per sample: exactly `num_hidden` of `num_patches` are hidden."""
+    """Random masks, drawn on the host per sample: exactly `num_hidden` of `num_patches` are hidden.
+
+    What a patch is, is the objective's to say: one of the encoder's, or a larger block of pixels.
+    """
 
     num_patches: int
     num_hidden: int

@@ -19,7 +19,7 @@ from pretrain.engine import Engine
 from pretrain.metrics import MetricLog
 from pretrain.models.encoders import load_strictly
 from pretrain.objectives.build import build_objective
-from pretrain.objectives.mae import Mae
+from pretrain.objectives.masked import find_painter
 from pretrain.recipe import Recipe
 from pretrain.state import RunState
 
@@ -59,7 +59,7 @@ class Pictures:
     def paint(self, state: RunState) -> dict[str, float]:
         """Writes the picture; every rank calls it. Nothing of the training is touched, its random state least."""
         columns: Sequence[Tensor] = ()
-        if isinstance(self._engine.objective, Mae):
+        if find_painter(self._engine.objective) is not None:
             columns = self._reconstruction()
         elif self._seen is not None:
             columns = self._seen.views
@@ -83,9 +83,10 @@ class Pictures:
             return ()
         with torch.random.fork_rng(devices=[]):
             objective = build_objective(self._recipe.model, self._recipe.objective)
-        assert isinstance(objective, Mae)
         load_strictly(objective, weights, where="the objective")
-        shown = objective.to(self._engine.device).eval().reconstruct(self._seen)
+        painter = find_painter(objective.to(self._engine.device).eval())
+        assert painter is not None
+        shown = painter.reconstruct(self._seen)
         return shown.original, shown.masked, shown.filled
 
 

@@ -94,5 +94,5 @@ def cannot_accumulate(objective: Objective) -> str:
         return "batch norm, whose statistics do not add up over micro-batches"
     parts = [m for m in objective.modules() if m is not objective]
     if any(isinstance(m, Contrastive) for m in parts):
-        return "a contrastive part, which accumulates exactly only by itself"
+        return "a term that relates all samples of a batch to each other"
     return ""

@@ -41,6 +41,8 @@ class CacheConfig(Group):
 class Source(Group):
     path: str
     weight: float = Field(1, gt=0)  # share of the samples: this over the sum of all weights, whatever the sizes
+    labels: str | None = None  # a folder of soft labels (`pretrain data label`), which take the place of its own
+    select: str | None = None  # a file (`pretrain data select`): these of its samples only, with repeats and labels
 
 
 class Captions(Group):
@@ -77,12 +79,12 @@ class Data(Group):
 
 
 class Model(Group):
-    """A timm ViT or ResNet. `options` go to its constructor (embed_dim, depth, num_heads, ...)."""
+    """A timm ViT, Swin or ResNet. `options` go to its constructor (embed_dim, depth, window_size, ...)."""
 
     name: str
     image_size: int = Field(224, ge=1)
-    patch_size: int | None = Field(None, ge=1)  # ViT only; None: the model's own
-    options: dict[str, int | float | bool | str | None] = {}  # noqa: RUF012  (pydantic copies it)
+    patch_size: int | None = Field(None, ge=1)  # not of a ResNet; None: the model's own
+    options: dict[str, int | float | bool | str | tuple[int, ...] | None] = {}  # noqa: RUF012  (pydantic copies it)
 
     @model_validator(mode="after")
     def _patches(self) -> Model:

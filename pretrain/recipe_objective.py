@@ -32,4 +32,33 @@ class Mae(Group):
         return self
 
 
-ObjectiveConfig = Annotated[Supervised | Mae, Field(discriminator="kind")]
+class Simmim(Group):
+    kind: Literal["simmim"]
+    mask_ratio: float = Field(0.6, gt=0, lt=1)
+    mask_patch: int = Field(32, ge=1)  # side of what is hidden at once, pixels; whatever the encoder's patches
+
+
+# One objective; those of the union below that are no sum of others.
+Single = Supervised | Mae | Simmim
+
+
+class Term(Group):
+    weight: float = Field(1.0, gt=0)  # of its loss in the sum
+    objective: Single = Field(discriminator="kind")
+
+
+class Sum(Group):
+    """Several objectives over one encoder; each has its own heads, and its own forward pass of the encoder."""
+
+    kind: Literal["sum"]
+    terms: tuple[Term, ...] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> Sum:
+        kinds = [term.objective.kind for term in self.terms]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"expected terms of different kinds, by which they are named, found {', '.join(kinds)}.")
+        return self
+
+
+ObjectiveConfig = Annotated[Single | Sum, Field(discriminator="kind")]

@@ -97,13 +97,21 @@ def _unknown(path: tuple[str, ...], tree: dict[str, Any]) -> str:
     """The nearest key at the same level if one is near, else the nearest anywhere, else all of this level."""
     *parents, key = path
     siblings = [".".join((*parents, name)) for name in _of_kind(*_members_at(parents, tree)).model_fields]
-    elsewhere = [name for name in _all_paths(Recipe) if name != ".".join(path)]  # another kind's key
+    groups = [name for name in _all_paths(Recipe) if not _within_other_kind(name, parents, siblings)]
+    elsewhere = [name for name in groups if name != ".".join(path)]  # another kind's key
     for candidates, cutoff in ((siblings, 0.6), (elsewhere, 0.8)):
         likeness = {name: _likeness(key, name.rpartition(".")[2]) for name in candidates}
         best = max(likeness, key=likeness.__getitem__)
         if likeness[best] >= cutoff:
             return f"unknown key. Did you mean {best}?"
     return f"unknown key. Known here: {', '.join(name.rpartition('.')[2] for name in siblings)}."
+
+
+def _within_other_kind(name: str, parents: Sequence[str], siblings: Sequence[str]) -> bool:
+    """Whether a key lies in a group below `parents` that the kind given there does not have."""
+    here = "".join(f"{part}." for part in parents)
+    inside, _, deeper = name.removeprefix(here).partition(".")
+    return name.startswith(here) and bool(deeper) and here + inside not in siblings
 
 
 def _likeness(given: str, known: str) -> float:

@@ -22,10 +22,9 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources import load_source
 from pretrain.models.encoders import load_strictly
 from pretrain.objectives.build import build_objective
-from pretrain.objectives.mae import Mae
+from pretrain.objectives.masked import Painter, find_painter
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
-from pretrain.recipe_objective import Mae as MaeConfig
 from pretrain.report_figures import Neighbours, Picture, Series, curve, neighbours, reconstructions
 
 FILE_NAME = "report.html"
@@ -67,6 +66,7 @@ def write_report(run: Path, *, notes: Sequence[str] = ()) -> Path:
         )
     progress = read_state(checkpoint).progress
     trained = load_source(str(checkpoint))
+    painter = _painter(recipe, checkpoint)
     comparisons = find_comparisons(run / "evals", trained.weights_sha256())
     page = {
         "name": recipe.name,
@@ -77,9 +77,9 @@ def write_report(run: Path, *, notes: Sequence[str] = ()) -> Path:
         "num_classes": comparisons[0].trained.data["num_classes"] if comparisons else None,
         "notes": notes,
         "curves": _curves(_metrics(run / "metrics.jsonl")),
-        "triples": _reconstructions(recipe, checkpoint),
-        "mask_ratio": recipe.objective.mask_ratio if isinstance(recipe.objective, MaeConfig) else 0.0,
-        "normalized": isinstance(recipe.objective, MaeConfig) and recipe.objective.normalize_target,
+        "triples": _reconstructions(recipe, painter) if painter is not None else [],
+        "mask_ratio": _hidden_share(painter),
+        "normalized": painter is not None and painter.normalize_target,
         "neighbours": _neighbours(run, recipe, trained),
         "environment": _environment(run / "environment.json"),
         "recipe": (run / "recipe.yaml").read_text("utf-8"),
@@ -149,15 +149,24 @@ def _curves(metrics: Sequence[dict[str, float]]) -> list[Picture]:
     ]
 
 
-def _reconstructions(recipe: Recipe, checkpoint: Path) -> list[list[Picture]]:
-    """Nothing where the objective does not paint."""
+def _painter(recipe: Recipe, checkpoint: Path) -> Painter | None:
+    """The objective with the weights of the checkpoint, where it paints."""
     with torch.random.fork_rng(devices=[]):
         objective = build_objective(recipe.model, recipe.objective)
-    if not isinstance(objective, Mae):
-        return []
-    load_strictly(objective, module_state(checkpoint), where=str(checkpoint))
+    painter = find_painter(objective)
+    if painter is not None:
+        load_strictly(objective, module_state(checkpoint), where=str(checkpoint))
+    return painter
+
+
+def _reconstructions(recipe: Recipe, painter: Painter) -> list[list[Picture]]:
     dataset = open_training(recipe.data.val or recipe.data.train, recipe.data.cache.spec())
-    return reconstructions(objective, dataset, recipe, NUM_RECONSTRUCTIONS)
+    return reconstructions(painter, dataset, recipe, NUM_RECONSTRUCTIONS)
+
+
+def _hidden_share(painter: Painter | None) -> float:
+    mask = painter.needs.mask if painter is not None else None
+    return mask.num_hidden / mask.num_patches if mask is not None else 0.0
 
 
 def _neighbours(run: Path, recipe: Recipe, trained: Encoder) -> list[Neighbours]:

@@ -1,4 +1,4 @@
-"""What a report shows, as data: URIs: curves of a run, what MAE paints, and what an encoder finds alike."""
+"""What a report shows, as data: URIs: curves of a run, what the objective paints, and what an encoder finds alike."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from data_pipeline.views import ViewSpec
 from pretrain.augment import normalize
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import nearest
-from pretrain.objectives.mae import Mae
+from pretrain.objectives.masked import Painter
 from pretrain.recipe import Recipe
 
 # Legible on white and on black alike, since an image does not know on which of them it is shown.
@@ -80,25 +80,25 @@ def curve(title: str, series: Sequence[Series], *, from_zero: bool = True) -> Pi
     return Picture(_uri("image/svg+xml", file.getvalue()), 400, 240, title)
 
 
-def reconstructions(objective: Mae, dataset: Dataset, recipe: Recipe, num_images: int) -> list[list[Picture]]:
+def reconstructions(painter: Painter, dataset: Dataset, recipe: Recipe, num_images: int) -> list[list[Picture]]:
     """Rows of an original, what is left of it, and what the model makes of that.
 
     Args:
-        objective: with the weights of the run, on the CPU.
+        painter: with the weights of the run, on the CPU.
         dataset: whose first images are taken; their masks depend on their keys alone.
         recipe: of the run.
         num_images: rows.
     """
     batches = evaluation_batches(
         dataset,
-        objective.needs,
+        painter.needs,
         ViewSpec(**recipe.data.views.model_dump()),
         batch_size=num_images,
         max_pixels=recipe.data.max_pixels,
         limit=num_images,
     )
     batch = normalize(next(batches), recipe.data.mean, recipe.data.std)
-    shown = objective.eval().reconstruct(batch)
+    shown = painter.eval().reconstruct(batch)
     columns = [
         [picture(_pixels(image, recipe.data.mean, recipe.data.std)) for image in images]
         for images in (shown.original, shown.masked, shown.filled)

@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models.resnet import ResNet
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -34,10 +36,19 @@ _RESERVED = {
     "patch_size",
     "dynamic_img_size",
     "dynamic_img_pad",
+    "strict_img_size",
     "block",
     "layers",
     "device",
     "dtype",
+}
+
+_FAMILIES: dict[str, type[nn.Module]] = {  # by timm's module; what takes a fixed image size, but for ResNets
+    "vision_transformer": VisionTransformer,
+    "deit": VisionTransformer,
+    "swin_transformer": SwinTransformer,
+    "swin_transformer_v2": SwinTransformerV2,
+    "resnet": ResNet,
 }
 
 
@@ -67,7 +78,7 @@ class EncoderConfig:
 
 
 def build_encoder(model: Model) -> nn.Module:
-    """A timm ViT or ResNet without head, initialised from torch's global seed; nothing is ever downloaded.
+    """A timm ViT, Swin or ResNet without head, initialised from torch's global seed; nothing is ever downloaded.
 
     Returns:
         A module from normalised images [B, 3, S, S] to features [B, D]; D is its `head_hidden_size`.
@@ -85,7 +96,7 @@ def build_encoder(model: Model) -> nn.Module:
             expected=f"values with which timm can build {model.name}",
             found=f"{model.options} ({type(error).__name__}: {error})",
         ) from error
-    if _is_vit(model.name):
+    if _has_patches(model.name):
         patch = max(encoder.patch_embed.patch_size)  # type: ignore[union-attr, arg-type]
         if model.image_size % patch:
             raise InputError(
@@ -103,15 +114,15 @@ def model_args(model: Model) -> dict[str, Any]:
     Raises:
         InputError: an unknown name or option, or a patch size for a ResNet.
     """
-    known = _names("vision_transformer") | _names("deit") | _names("resnet")
+    known = frozenset[str]().union(*map(_names, _FAMILIES))
     if model.name not in known:
         raise InputError(
             where="model.name",
-            expected="the name of a timm ViT or ResNet",
+            expected="the name of a timm ViT, Swin or ResNet",
             found=repr(model.name),
             fix=_nearest(model.name, known),
         )
-    accepted = set(inspect.signature(VisionTransformer if _is_vit(model.name) else ResNet).parameters) - _RESERVED
+    accepted = set(inspect.signature(_family(model.name)).parameters) - _RESERVED
     for option in model.options:
         if option not in accepted:
             raise InputError(
@@ -123,7 +134,7 @@ def model_args(model: Model) -> dict[str, Any]:
     if model.options.get("global_pool") == "":
         raise InputError(where="model.options.global_pool", expected="a pooling, as features are [B, D]", found="none")
     args: dict[str, Any] = {"num_classes": 0, **model.options}
-    if _is_vit(model.name):
+    if _has_patches(model.name):
         args |= {"img_size": model.image_size, "dynamic_img_size": False}
         if model.patch_size is not None:
             args["patch_size"] = model.patch_size
@@ -167,7 +178,7 @@ def save_encoder(
         "model_args": model_args(model),
         "pretrained_cfg": {
             "input_size": [3, model.image_size, model.image_size],
-            "fixed_input_size": _is_vit(model.name),
+            "fixed_input_size": _has_patches(model.name),
             "interpolation": views.interpolation,
             "crop_pct": views.eval_crop,
             "crop_mode": "center",
@@ -255,8 +266,12 @@ def _names(timm_module: str) -> frozenset[str]:
     return frozenset(timm.list_models(module=timm_module))
 
 
-def _is_vit(name: str) -> bool:
-    return name not in _names("resnet")
+def _family(name: str) -> type[nn.Module]:
+    return next(family for module, family in _FAMILIES.items() if name in _names(module))
+
+
+def _has_patches(name: str) -> bool:
+    return _family(name) is not ResNet
 
 
 def _nearest(name: str, known: frozenset[str] | set[str]) -> str:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from torch import nn
+
 from pretrain import recipe, recipe_objective
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.base import Objective
+from pretrain.objectives.combined import Combined
 from pretrain.objectives.mae import Mae
+from pretrain.objectives.simmim import Simmim
 from pretrain.objectives.supervised import Supervised
 
 
@@ -18,9 +22,18 @@ def build_objective(model: recipe.Model, config: recipe_objective.ObjectiveConfi
         InputError: a model that cannot be built, or that the objective cannot train.
     """
     encoder = build_encoder(model)
+    if isinstance(config, recipe_objective.Sum):
+        terms = {str(term.objective.kind): _build(model, encoder, term.objective) for term in config.terms}
+        return Combined(encoder, terms, {str(term.objective.kind): term.weight for term in config.terms})
+    return _build(model, encoder, config)
+
+
+def _build(model: recipe.Model, encoder: nn.Module, config: recipe_objective.Single) -> Objective:
     match config:
         case recipe_objective.Mae():
             return Mae(encoder, config)
+        case recipe_objective.Simmim():
+            return Simmim(encoder, config)
         case recipe_objective.Supervised():
             return Supervised(encoder, model.image_size, config)
         case _:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from timm.layers import PatchEmbed, build_sincos2d_pos_embed
+from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,23 +13,8 @@ from data_pipeline.errors import InputError
 from pretrain import recipe_objective
 from pretrain.models.mae_decoder import MaeDecoder
 from pretrain.objectives.base import LossOutput, Objective
+from pretrain.objectives.masked import Reconstruction, checked_masks, checked_vit
 from pretrain.state import Progress
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """Images for a report, each [B, 3, H, W] and normalised as the views are.
-
-    Attributes:
-        original: the views.
-        masked: hidden patches are zero, the mean colour.
-        filled: hidden patches are predicted; with normalised targets a prediction has no brightness or
-            contrast of its own, and takes the hidden patch's.
-    """
-
-    original: Tensor
-    masked: Tensor
-    filled: Tensor
 
 
 class Mae(Objective):
@@ -49,7 +32,7 @@ class Mae(Objective):
 
     def __init__(self, encoder: nn.Module, config: recipe_objective.Mae) -> None:
         super().__init__()
-        vit = _checked_vit(encoder)
+        vit = checked_vit(encoder, "MAE")
         num_patches: int = vit.patch_embed.num_patches
         num_hidden = round(config.mask_ratio * num_patches)
         _check_sizes(vit.embed_dim, num_patches, num_hidden, config)
@@ -116,14 +99,9 @@ class Mae(Objective):
 
     def _split(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Indices of visible and of hidden patches, [B, V] and [B, H], both ascending."""
-        spec, masks = self.needs.mask, batch.masks
+        spec = self.needs.mask
         assert spec is not None
-        if masks is None or masks.shape != (len(batch), spec.num_patches):
-            found = "none" if masks is None else str(tuple(masks.shape))
-            raise ValueError(f"batch.masks: expected [{len(batch)}, {spec.num_patches}], found {found}")
-        # Asserted on the device: reading the count here would make the host wait for it at every step.
-        torch._assert_async((masks.sum(1) == spec.num_hidden).all(), f"each sample must hide {spec.num_hidden} patches")
-        order = masks.to(torch.uint8).argsort(dim=1, stable=True)
+        order = checked_masks(batch, spec).to(torch.uint8).argsort(dim=1, stable=True)
         visible, hidden = order.tensor_split([spec.num_patches - spec.num_hidden], dim=1)
         return visible, hidden
 
@@ -165,30 +143,6 @@ def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sqrt(var + 1e-6) of each patch, [B, N, 1]; unbiased variance, as in the authors' code."""
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (var + 1e-6).sqrt()
-
-
-def _checked_vit(encoder: nn.Module) -> VisionTransformer:
-    if not isinstance(encoder, VisionTransformer) or not isinstance(encoder.patch_embed, PatchEmbed):
-        raise InputError(
-            where="model.name",
-            expected="a plain timm ViT, as MAE hides patches",
-            found=type(encoder).__name__,
-        )
-    unused = [n for n, _ in encoder.named_parameters() if n.startswith(("fc_norm.", "attn_pool.", "head"))]
-    if unused:
-        raise InputError(
-            where="model.options",
-            expected="an encoder that MAE trains as a whole",
-            found=f"parameters after the last norm, which would stay random: {', '.join(unused)}",
-            fix="Set model.options.global_pool to avg or token, and model.options.fc_norm to false.",
-        )
-    if not isinstance(encoder.patch_drop, nn.Identity):
-        raise InputError(
-            where="model.options.patch_drop_rate",
-            expected="0, as MAE itself drops patches",
-            found=str(encoder.patch_drop.prob),
-        )
-    return encoder
 
 
 def _check_sizes(width: int, num_patches: int, num_hidden: int, config: recipe_objective.Mae) -> None:

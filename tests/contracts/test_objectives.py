@@ -41,6 +41,13 @@ TINY_VIT = recipe.Model(
 CLASS_TOKEN_VIT = TINY_VIT.model_copy(
     update={"options": {"embed_dim": 16, "depth": 2, "num_heads": 2, "reg_tokens": 2}}
 )
+TINY_SWIN = recipe.Model(
+    name="swin_tiny_patch4_window7_224",
+    image_size=32,
+    patch_size=2,
+    options={"embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4, "drop_path_rate": 0.0},
+)
+TINY_SWIN_V2 = TINY_SWIN.model_copy(update={"name": "swinv2_tiny_window8_256"})
 TINY_RESNET = recipe.Model(name="test_resnet", image_size=32)
 
 
@@ -56,12 +63,27 @@ class Case:
 
 MAE = recipe_objective.Mae(kind="mae", decoder_width=16, decoder_depth=1, decoder_heads=2)
 SUPERVISED = recipe_objective.Supervised(kind="supervised", num_classes=6, label_smoothing=0.1)
+SIMMIM = recipe_objective.Simmim(kind="simmim", mask_patch=8)
+SUM = recipe_objective.Sum(
+    kind="sum",
+    terms=(
+        recipe_objective.Term(objective=SUPERVISED),
+        recipe_objective.Term(weight=0.5, objective=SIMMIM),
+    ),
+)
 CASES = {
     "mae": Case(TINY_VIT, MAE),
     "mae, class token and registers": Case(CLASS_TOKEN_VIT, MAE),
     "supervised": Case(TINY_VIT, SUPERVISED),
     "supervised, class token and registers": Case(CLASS_TOKEN_VIT, SUPERVISED),
     "supervised, resnet": Case(TINY_RESNET, SUPERVISED),
+    "supervised, swin": Case(TINY_SWIN, SUPERVISED),
+    "simmim": Case(TINY_VIT, SIMMIM),
+    "simmim, class token and registers": Case(CLASS_TOKEN_VIT, SIMMIM),
+    "simmim, swin": Case(TINY_SWIN, SIMMIM),
+    "simmim, swin v2": Case(TINY_SWIN_V2, SIMMIM),
+    "sum": Case(TINY_VIT, SUM),
+    "sum, swin": Case(TINY_SWIN, SUM),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 

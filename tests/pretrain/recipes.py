@@ -6,13 +6,14 @@ import copy
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
+from pretrain.recipe_objective import ObjectiveConfig
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -49,16 +50,38 @@ def changed(path: str, value: Any, tree: dict[str, Any] = SMALL) -> dict[str, An
 
 
 def listed(path: str, tree: dict[str, Any] = SMALL) -> tuple[str, dict[str, Any]]:
-    """A path of the recipe's classes as one into the first entry of its lists, and the tree with such entries."""
+    """A path of the recipe's classes as one into the first entry of its lists, and the tree with such entries.
+
+    The objective is one that has the key; a sum has one term, whose objective is.
+    """
     if path.startswith("data.train."):
         tree = changed("data.train", [{"path": "shards"}], tree)
     if path.startswith("data.augment."):
         tree = changed("data.augment", [{}], tree)
-    for key in ("evals.", "data.train.", "data.augment."):
+    if path.startswith("objective."):
+        *groups, key = path.split(".")
+        objective = {"kind": _kind_with("terms" if "terms" in groups else key)}
+        if "terms" in groups:
+            objective["terms"] = [{"objective": {"kind": _kind_with(key)}}] if groups[-1] == "objective" else [{}]
+        tree = changed("objective", objective, tree)
+    for key in ("evals.", "data.train.", "data.augment.", "objective.terms."):
         path = path.replace(key, f"{key}0.")
     return path, tree
 
 
+def _members() -> list[Any]:
+    return list(get_args(get_args(ObjectiveConfig)[0]))
+
+
+def _kind_of(config: Any) -> str:
+    return str(get_args(config.model_fields["kind"].annotation)[0])
+
+
+def _kind_with(key: str) -> str:
+    return next(_kind_of(config) for config in _members() if key in config.model_fields)
+
+
+KINDS = ", ".join(repr(_kind_of(config)) for config in _members())
 shares = st.floats(0.001, 1)
 sizes = st.integers(1, 10**6)
 numberlike = [
@@ -80,7 +103,7 @@ numberlike = [
 words = st.sampled_from(numberlike) | st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), words)
 intervals = st.tuples(shares, shares).map(lambda pair: sorted(pair))
-objectives = st.one_of(
+_single = st.one_of(
     st.fixed_dictionaries(
         {"kind": st.just("supervised"), "num_classes": st.integers(2, 999)},
         optional={"label_smoothing": st.floats(0, 0.99)},
@@ -89,7 +112,17 @@ objectives = st.one_of(
         {"kind": st.just("mae")},
         optional={"mask_ratio": st.floats(0.01, 0.99), "normalize_target": st.booleans()},
     ),
+    st.fixed_dictionaries({"kind": st.just("simmim")}, optional={"mask_patch": st.integers(1, 64)}),
 )
+_sums = st.lists(_single, min_size=2, max_size=3, unique_by=lambda objective: objective["kind"]).flatmap(
+    lambda terms: st.fixed_dictionaries(
+        {
+            "kind": st.just("sum"),
+            "terms": st.just([{"weight": 0.5, "objective": terms[0]}, *({"objective": t} for t in terms[1:])]),
+        }
+    )
+)
+objectives = _single | _sums
 optimizers = st.sampled_from([{}, {"kind": "adamw"}, {"kind": "sgd", "momentum": 0.5}]).flatmap(
     lambda given: st.fixed_dictionaries(
         {**{key: st.just(value) for key, value in given.items()}, "base_lr": st.floats(1e-12, 1e3)},

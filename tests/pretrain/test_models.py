@@ -26,11 +26,19 @@ VIT = Model(
     patch_size=4,
     options={"embed_dim": 16, "depth": 2, "num_heads": 2, **AVERAGED},
 )
+SWIN = Model(
+    name="swin_tiny_patch4_window7_224",
+    image_size=24,
+    patch_size=2,
+    options={"embed_dim": 8, "depths": (2, 2, 1), "num_heads": (1, 2, 4), "window_size": 3},
+)
 MODELS = {
     "vit": VIT,
     "vit, class token": Model(name="vit_tiny_patch16_224", image_size=32, options={"embed_dim": 16, "num_heads": 2}),
     "deit, distilled": Model(name="deit_tiny_distilled_patch16_224", image_size=32, options={"depth": 1}),
     "vit, dynamic by default": Model(name="test_vit", image_size=32, patch_size=8),
+    "swin": SWIN,
+    "swin, v2": SWIN.model_copy(update={"name": "swinv2_tiny_window8_256"}),
     "resnet": Model(name="test_resnet", image_size=40, options={"stem_type": "deep", "output_stride": 8}),
 }
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
@@ -168,7 +176,7 @@ def test_weights_that_do_not_fit_are_refused_by_name_and_change_nothing(how: str
     [
         ({"name": "vit_tinny_patch16_224"}, "model.name", "vit_tiny_patch16_224"),
         ({"name": "vit_base_patch16_224.augreg_in21k"}, "model.name", "vit_base_patch16_224"),
-        ({"name": "convnext_tiny"}, "model.name", "a timm ViT or ResNet"),
+        ({"name": "convnext_tiny"}, "model.name", "a timm ViT, Swin or ResNet"),
         ({"options": {"embed_dims": 16}}, "model.options.embed_dims", "embed_dim"),
         ({"options": {"img_size": 16}}, "model.options.img_size", "none of that name"),
         ({"options": {"num_classes": 5}}, "model.options.num_classes", "none of that name"),
@@ -176,6 +184,12 @@ def test_weights_that_do_not_fit_are_refused_by_name_and_change_nothing(how: str
         ({"options": {"global_pool": ""}}, "model.options.global_pool", "pooling"),
         ({"options": {"embed_dim": 16, "num_heads": 3}}, "model.options", "num_heads"),
         ({"options": {"depth": "many"}}, "model.options", "depth"),
+        (
+            {"name": "swin_tiny_patch4_window7_224", "options": {"windowsize": 3}},
+            "model.options.windowsize",
+            "window_size",
+        ),
+        ({"name": SWIN.name, "options": {"depths": 3}}, "model.options", "timm can build"),
         ({"image_size": 26}, "model.image_size", "multiple of the patch size 4"),
         ({"image_size": 3}, "model.image_size", "multiple of the patch size 4"),
         ({"name": "resnet18", "options": {}}, "model.patch_size", "Remove it"),
