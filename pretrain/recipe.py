@@ -84,6 +84,7 @@ class Model(Group):
     name: str
     image_size: int = Field(224, ge=1)
     patch_size: int | None = Field(None, ge=1)  # not of a ResNet; None: the model's own
+    eval_size: int | None = Field(None, ge=1)  # ResNet only: side of the images it is judged on; None: image_size
     options: dict[str, int | float | bool | str | tuple[int, ...] | None] = {}  # noqa: RUF012  (pydantic copies it)
 
     @model_validator(mode="after")
@@ -95,6 +96,10 @@ class Model(Group):
                 f"Nearest: {below + self.patch_size}{f' or {below}' * (below > 0)}."
             )
         return self
+
+    @property
+    def judged_size(self) -> int:
+        return self.eval_size or self.image_size
 
 
 class BatchSize(Group):

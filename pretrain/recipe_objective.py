@@ -12,7 +12,26 @@ from pretrain.recipe_group import Group
 class Supervised(Group):
     kind: Literal["supervised"]
     num_classes: int = Field(ge=2)
+    loss: Literal["ce", "bce"] = "ce"  # cross entropy over classes, or a binary one for each class
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    target_threshold: float | None = Field(None, ge=0, lt=1)  # bce: a smoothed target above it counts as 1, else as 0
+    over_classes: Literal["mean", "sum"] = "mean"  # bce: of the losses of the classes
+    dropout: float = Field(0.0, ge=0, lt=1)  # of the features before the classifier
+    classifier_init: float = Field(0.02, gt=0)  # standard deviation of its weights at the start
+
+    @model_validator(mode="after")
+    def _binary(self) -> Supervised:
+        if self.loss == "ce" and (self.target_threshold is not None or self.over_classes == "sum"):
+            key = "over_classes sum" if self.target_threshold is None else "target_threshold"
+            raise ValueError(f"expected loss bce with {key}, found ce.")
+        off = self.label_smoothing / self.num_classes
+        if self.target_threshold is not None and not off <= self.target_threshold < 1 - self.label_smoothing + off:
+            raise ValueError(
+                "expected a target_threshold that tells the label of an image from its other classes, in "
+                f"[{off:g}, {1 - self.label_smoothing + off:g}) with label_smoothing {self.label_smoothing}, "
+                f"found {self.target_threshold}."
+            )
+        return self
 
 
 class Mae(Group):
@@ -32,6 +51,21 @@ class Mae(Group):
         return self
 
 
+class Byol(Group):
+    kind: Literal["byol"]
+    hidden_width: int = Field(4096, ge=1)  # of projector and predictor
+    out_width: int = Field(256, ge=1)
+    base_decay: float = Field(0.996, ge=0, lt=1)  # of the target at the start; a half cosine raises it to 1
+
+
+class SimSiam(Group):
+    kind: Literal["simsiam"]
+    projector_layers: int = Field(3, ge=1)
+    projector_width: int = Field(2048, ge=1)  # of every layer, the last too
+    predictor_width: int = Field(512, ge=1)  # of the hidden layer
+    fixed_predictor_lr: bool = True  # the predictor's learning rate stays at its peak
+
+
 class Simmim(Group):
     kind: Literal["simmim"]
     mask_ratio: float = Field(0.6, gt=0, lt=1)
@@ -39,7 +73,7 @@ class Simmim(Group):
 
 
 # One objective; those of the union below that are no sum of others.
-Single = Supervised | Mae | Simmim
+Single = Supervised | Mae | Simmim | Byol | SimSiam
 
 
 class Term(Group):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.views import ViewSpec
+from pretrain.advice import Lasting, collapse
 from pretrain.augment import augmentations, mixing, prepare
 from pretrain.checkpoint import load, module_state
 from pretrain.checkpoint_writer import CheckpointWriter
@@ -37,7 +39,7 @@ from pretrain.preflight import Plan, preflight
 from pretrain.recipe import Recipe
 from pretrain.record import claim, record_run
 from pretrain.saving import Demand, TimedCheckpoints
-from pretrain.schedules import learning_rate
+from pretrain.schedules import learning_rate, undecayed_rate
 from pretrain.sinks import open_sinks
 from pretrain.start import Start, find_start, not_longer
 from pretrain.state import Progress, RunState
@@ -211,9 +213,7 @@ def _parts(
     def prepared(batch: Batch) -> Batch:
         return prepare(batch, job.device, recipe.data.mean, recipe.data.std, job.plan.needs.num_classes)
 
-    def rate(progress: Progress) -> float:
-        warmup_steps = resolved.warmup_steps
-        return learning_rate(progress, recipe.schedule, peak_lr=resolved.peak_lr, warmup_steps=warmup_steps)
+    peak: dict[str, Any] = {"peak_lr": resolved.peak_lr, "warmup_steps": resolved.warmup_steps}
 
     inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepared, job.world, job.out)
     evaluations = inline.periodic(resolved.steps_per_epoch)
@@ -226,7 +226,8 @@ def _parts(
         engine=engine,
         steps=_steps(job, state.cursor),
         prepare=lambda batch: see(prepared(batch)),
-        learning_rate=rate,
+        learning_rate=partial(learning_rate, schedule=recipe.schedule, **peak),
+        undecayed_rate=partial(undecayed_rate, **peak),
         log=log,
         rates=rates,
         evaluations=evaluations,
@@ -239,7 +240,7 @@ def _parts(
         ),
         limits=Limits(recipe.data.max_bad_samples, recipe.runtime.max_skipped_steps),
         log_every=recipe.logging.every_steps,
-        advise=DataBrake(recipe.runtime.num_workers, _idle_cores(job)),
+        advise=(DataBrake(recipe.runtime.num_workers, _idle_cores(job)), Lasting(collapse)),
     )
 
 

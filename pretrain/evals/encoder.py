@@ -52,7 +52,7 @@ class Encoder:
         views = recipe.data.views
         return cls(
             module,
-            image_size=recipe.model.image_size,
+            image_size=recipe.model.judged_size,
             mean=recipe.data.mean,
             std=recipe.data.std,
             views=ViewSpec(interpolation=views.interpolation, eval_crop=views.eval_crop),

@@ -24,6 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, InputError
+from pretrain.models import cifar_resnet  # noqa: F401  (names its models in timm's registry)
 from pretrain.recipe import Model, Views
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -49,6 +50,7 @@ _FAMILIES: dict[str, type[nn.Module]] = {  # by timm's module; what takes a fixe
     "swin_transformer": SwinTransformer,
     "swin_transformer_v2": SwinTransformerV2,
     "resnet": ResNet,
+    "cifar_resnet": ResNet,  # ours
 }
 
 
@@ -59,7 +61,7 @@ class EncoderConfig:
     Attributes:
         name: timm's name of the architecture.
         model_args: arguments with which `timm.create_model(name, **model_args)` builds it.
-        image_size: side of the square images it was trained on, pixels.
+        image_size: side of the square images it is judged on, pixels.
         mean: per channel, of images scaled to [0, 1].
         std: per channel, of images scaled to [0, 1].
         interpolation: of the resize before the centre crop.
@@ -135,6 +137,13 @@ def model_args(model: Model) -> dict[str, Any]:
         raise InputError(where="model.options.global_pool", expected="a pooling, as features are [B, D]", found="none")
     args: dict[str, Any] = {"num_classes": 0, **model.options}
     if _has_patches(model.name):
+        if model.eval_size not in (None, model.image_size):
+            raise InputError(
+                where="model.eval_size",
+                expected=f"none, as {model.name} is built for image_size {model.image_size} alone",
+                found=str(model.eval_size),
+                fix="Remove it.",
+            )
         args |= {"img_size": model.image_size, "dynamic_img_size": False}
         if model.patch_size is not None:
             args["patch_size"] = model.patch_size
@@ -177,7 +186,7 @@ def save_encoder(
         "num_classes": 0,
         "model_args": model_args(model),
         "pretrained_cfg": {
-            "input_size": [3, model.image_size, model.image_size],
+            "input_size": [3, model.judged_size, model.judged_size],
             "fixed_input_size": _has_patches(model.name),
             "interpolation": views.interpolation,
             "crop_pct": views.eval_crop,

@@ -44,6 +44,10 @@ class Objective(nn.Module, ABC):
         """Decay and (target, online) modules of a momentum teacher; the engine applies it after each step."""
         return 0.0, []
 
+    def undecayed(self) -> list[nn.Module]:
+        """Modules whose learning rate stays at its peak after the warmup, whatever the schedule."""
+        return []
+
 
 class Features(NamedTuple):
     """What a contrastive loss is made of, all fp32; a tuple, as `LossOutput` is.

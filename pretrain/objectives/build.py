@@ -9,9 +9,11 @@ from torch import nn
 from pretrain import recipe, recipe_objective
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.base import Objective
+from pretrain.objectives.byol import Byol
 from pretrain.objectives.combined import Combined
 from pretrain.objectives.mae import Mae
 from pretrain.objectives.simmim import Simmim
+from pretrain.objectives.simsiam import SimSiam
 from pretrain.objectives.supervised import Supervised
 
 
@@ -36,5 +38,9 @@ def _build(model: recipe.Model, encoder: nn.Module, config: recipe_objective.Sin
             return Simmim(encoder, config)
         case recipe_objective.Supervised():
             return Supervised(encoder, model.image_size, config)
+        case recipe_objective.Byol():
+            return Byol(encoder, model.image_size, config)
+        case recipe_objective.SimSiam():
+            return SimSiam(encoder, model.image_size, config)
         case _:
             assert_never(config)

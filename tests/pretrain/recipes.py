@@ -112,6 +112,10 @@ _single = st.one_of(
         {"kind": st.just("mae")},
         optional={"mask_ratio": st.floats(0.01, 0.99), "normalize_target": st.booleans()},
     ),
+    st.fixed_dictionaries(
+        {"kind": st.just("byol")}, optional={"base_decay": st.floats(0, 0.999), "out_width": st.integers(1, 512)}
+    ),
+    st.fixed_dictionaries({"kind": st.just("simsiam")}, optional={"fixed_predictor_lr": st.booleans()}),
     st.fixed_dictionaries({"kind": st.just("simmim")}, optional={"mask_patch": st.integers(1, 64)}),
 )
 _sums = st.lists(_single, min_size=2, max_size=3, unique_by=lambda objective: objective["kind"]).flatmap(
