@@ -15,8 +15,9 @@ from data_pipeline.decode import decode_image
 from data_pipeline.draws import Augmentation, Value, draw
 from data_pipeline.errors import DataError, FieldError, SampleError
 from data_pipeline.index import IMAGE_FIELDS, LABEL_FIELD
-from data_pipeline.mixture import Mixture
+from data_pipeline.mixture import Mixture, has_soft_labels
 from data_pipeline.read import Dataset
+from data_pipeline.selection import soft_classes
 from data_pipeline.views import (
     Image,
     ViewSpec,
@@ -35,7 +36,7 @@ def check(dataset: Dataset, spec: BatchSpec, captions: Captions | None = None) -
 
     Raises:
         FieldError: samples have no image, lack labels or captions, or have labels out of range; the sources
-            of a mixture have labels of different classes.
+            of a mixture have labels of different classes; soft labels are of another number of classes.
         DataError: `captions` does not make the tokens that `spec` asks for.
     """
     if isinstance(dataset, Mixture):
@@ -76,6 +77,15 @@ def _check_captions(tokens: TokenSpec, captions: Captions | None, fields: tuple[
 
 
 def _check_labels(dataset: Dataset, num_classes: int, found: str) -> None:
+    if (soft := soft_classes(dataset)) is not None:
+        if soft != num_classes:
+            raise FieldError(
+                where="soft labels",
+                expected=f"rows of {num_classes} classes (num_classes)",
+                found=f"rows of {soft}",
+                fix=f"Set num_classes to {soft}, or label by a teacher of {num_classes} classes.",
+            )
+        return
     counts = dataset.label_counts
     if counts is None:
         raise FieldError(
@@ -102,9 +112,13 @@ def _check_labels(dataset: Dataset, num_classes: int, found: str) -> None:
 
 
 class Canvas:
-    """Room for B samples, filled row by row, then cut into batches that share its memory."""
+    """Room for B samples, filled row by row, then cut into batches that share its memory.
 
-    def __init__(self, num_samples: int, spec: BatchSpec) -> None:
+    Args:
+        soft: labels are [B, K] fp32, and a class number is written as a row with a one; else [B] int64.
+    """
+
+    def __init__(self, num_samples: int, spec: BatchSpec, *, soft: bool = False) -> None:
         shape = (num_samples, 3, spec.image_size, spec.image_size)
         self.keys = [""] * num_samples
         self.views = tuple(torch.empty(shape, dtype=torch.uint8) for _ in range(spec.num_views))
@@ -113,6 +127,8 @@ class Canvas:
         self.masks: Tensor | None = None
         if spec.num_classes is not None:
             self.labels = torch.empty(num_samples, dtype=torch.int64)
+            if soft:
+                self.labels = torch.empty(num_samples, spec.num_classes)
         if spec.tokens is not None:
             self.tokens = torch.empty(num_samples, spec.tokens.context_length, dtype=torch.int64)
         if spec.mask is not None:
@@ -163,6 +179,11 @@ class Assembler:
         self.dataset, self.spec, self.views, self.augment = dataset, spec, views, augment
         self.captions = captions
         self.seed, self.max_pixels = seed, max_pixels
+        self._soft = has_soft_labels(dataset)
+
+    def canvas(self, num_samples: int) -> Canvas:
+        """Room for so many of the data set's samples."""
+        return Canvas(num_samples, self.spec, soft=self._soft)
 
     def fill(self, canvas: Canvas, row: int, i: int, epoch: int | None) -> None:
         """Write sample i as it looks in this epoch; None: as it is evaluated, with no chance in its views.
@@ -177,7 +198,7 @@ class Assembler:
         decoded = perf_counter()
         canvas.keys[row] = sample.key
         if canvas.labels is not None:
-            canvas.labels[row] = self._label(sample)
+            self._write_label(canvas.labels, row, sample)
         if canvas.tokens is not None:
             assert self.captions is not None
             canvas.tokens[row] = self.captions.tokens(sample, seed=self.seed, epoch=epoch)
@@ -199,7 +220,18 @@ class Assembler:
         found = f"the fields {', '.join(sample.fields) or '(none)'}"
         raise SampleError(where=sample.key, expected="an image", found=found)
 
+    def _write_label(self, labels: Tensor, row: int, sample: Sample) -> None:
+        if isinstance(sample.label, np.ndarray):
+            labels[row] = torch.from_numpy(sample.label)
+        elif labels.ndim == 2:
+            labels[row] = 0
+            labels[row, self._label(sample)] = 1
+        else:
+            labels[row] = self._label(sample)
+
     def _label(self, sample: Sample) -> int:
+        if isinstance(sample.label, int):
+            return sample.label  # in range: `check` looked at the counts of all
         text, num_classes = sample.fields.get(LABEL_FIELD), self.spec.num_classes or 0
         try:
             label = int(text or b"")

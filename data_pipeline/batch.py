@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it lies in a shard: the member's bytes by field name (`jpg`, `cls`, `txt`, ...)."""
+    """One sample as it lies in a shard: the member's bytes by field name (`jpg`, `cls`, `txt`, ...).
+
+    `label` is one that lies beside the shard, and takes the place of that in `cls`: a number, or soft, [K] fp32.
+    """
 
     key: str
     fields: Mapping[str, bytes]
+    label: int | NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class TokenSpec:
 
     tokenizer: str
     context_length: int
+    # Tokens lie below; None: whatever the tokenizer has. Checked where it is built, of no interest to a loader.
+    vocab_size: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -158,7 +158,7 @@ class _Steps:
             self.order.epochs(positions).tolist(),
             strict=True,
         )
-        canvas = Canvas(len(positions), self.assembler.spec)
+        canvas = self.assembler.canvas(len(positions))
         bad = []
         for row, (position, i, epoch) in enumerate(places):
             try:
@@ -228,24 +228,38 @@ def evaluation_batches(
         FieldError: the data set lacks what `spec` needs (see `check`); before anything is read.
         SampleError: a sample cannot be used: an evaluation leaves none out.
     """
-    check(dataset, spec, captions)
     total = dataset.num_samples if limit is None else min(limit, dataset.num_samples)
     first, end = total * rank // world_size, total * (rank + 1) // world_size
+    pieces = [range(start, min(start + batch_size, end)) for start in range(first, end, batch_size)]
+    return batches_of(dataset, spec, views, pieces, num_workers=num_workers, max_pixels=max_pixels, captions=captions)
+
+
+def batches_of(
+    dataset: Dataset,
+    spec: BatchSpec,
+    views: ViewSpec,
+    pieces: Sequence[range],
+    *,
+    num_workers: int = 0,
+    max_pixels: int,
+    captions: Captions | None = None,
+) -> Iterator[Batch]:
+    """One batch for each piece, samples by their number, as `evaluation_batches` makes them; raises as it does."""
+    check(dataset, spec, captions)
     assembler = Assembler(dataset, spec, views, seed=0, max_pixels=max_pixels, captions=captions)
-    return entries(_Pieces(assembler, batch_size, end), range(first, end, batch_size), num_workers)
+    return entries(_Pieces(assembler, pieces), range(len(pieces)), num_workers)
 
 
 @dataclass(frozen=True)
 class _Pieces:
-    """Number of a first sample -> the batch that starts there."""
+    """Number of a piece -> the batch of its samples."""
 
     assembler: Assembler
-    batch_size: int
-    end: int
+    pieces: Sequence[range]
 
-    def __getitem__(self, first: int) -> Batch:
-        indices = range(first, min(first + self.batch_size, self.end))
-        canvas = Canvas(len(indices), self.assembler.spec)
+    def __getitem__(self, number: int) -> Batch:
+        indices = self.pieces[number]
+        canvas = self.assembler.canvas(len(indices))
         for row, i in enumerate(indices):
             self.assembler.fill(canvas, row, i, epoch=None)
         return canvas.batch(0, len(indices))

@@ -13,9 +13,10 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -25,8 +26,10 @@ from data_pipeline import keyed
 from data_pipeline.batch import Sample
 from data_pipeline.cache import DEFAULT, CacheSpec
 from data_pipeline.errors import DataError, FieldError
+from data_pipeline.labels import SoftLabelled, open_labels
 from data_pipeline.order import Integers, Order, SampleOrder
 from data_pipeline.read import Dataset, open_dataset
+from data_pipeline.selection import Selected, soft_classes
 
 PERIOD = 2**16
 
@@ -100,7 +103,7 @@ class Mixture:
     def read(self, i: int) -> Sample:
         number, inner = self._find(i)
         sample = self.sources[number].dataset.read(inner)
-        return Sample(f"{number}:{sample.key}", sample.fields)
+        return replace(sample, key=f"{number}:{sample.key}")
 
     def origin(self, i: int) -> tuple[str, str]:
         number, inner = self._find(i)
@@ -181,19 +184,38 @@ class Share(Protocol):
     def path(self) -> str: ...
     @property
     def weight(self) -> float: ...
+    @property
+    def labels(self) -> str | None: ...
+    @property
+    def select(self) -> str | None: ...
 
 
 def open_training(train: str | Sequence[Share], cache: CacheSpec = DEFAULT) -> Dataset:
     """The data set at a path, as `open_dataset` takes it, or a mixture of several. One alone is itself.
 
     Raises:
-        DataError: as `open_dataset` and `Mixture` say.
+        DataError: as `open_dataset` and `Mixture` say; soft labels or a selection are not of the data beside them.
     """
     if isinstance(train, str):
         return open_dataset(train, cache)
     if len(train) == 1:
-        return open_dataset(train[0].path, cache)
-    return Mixture([Source(share.path, open_dataset(share.path, cache), share.weight) for share in train])
+        return _open_share(train[0], 0, cache)
+    opened = [_open_share(share, number, cache) for number, share in enumerate(train)]
+    return Mixture([Source(share.path, data, share.weight) for share, data in zip(train, opened, strict=True)])
+
+
+def _open_share(share: Share, number: int, cache: CacheSpec) -> Dataset:
+    """A data set with its soft labels, and of it what was selected."""
+    dataset, where = open_dataset(share.path, cache), f"data.train.{number}"
+    if share.labels is not None:
+        dataset = SoftLabelled(dataset, open_labels(share.labels), f"{where}.labels")
+    return dataset if share.select is None else Selected(dataset, Path(share.select), f"{where}.select")
+
+
+def has_soft_labels(dataset: Dataset) -> bool:
+    """Whether some samples, or all, have soft labels."""
+    sources = [source.dataset for source in dataset.sources] if isinstance(dataset, Mixture) else [dataset]
+    return any(soft_classes(source) is not None for source in sources)
 
 
 def order_of(dataset: Dataset, *, seed: int, lanes: int, window: int) -> SampleOrder:

@@ -18,6 +18,7 @@ from data_pipeline.mixture import Mixture
 from data_pipeline.order import Integers, SampleOrder
 from data_pipeline.read import Dataset, ShardDataset
 from data_pipeline.remote import Remote, stop_thread_with
+from data_pipeline.selection import beneath
 
 _THREADS = 4
 _LONGEST_GOODBYE = 2.0  # seconds; only a server that is silent makes it long
@@ -35,11 +36,25 @@ Step = TypeVar("Step", bound=Stepped)
 
 
 class Part(NamedTuple):
-    """A data set behind a URL, and the number of its first sample in the whole that it is read as a part of."""
+    """A data set behind a URL, or what was selected of it.
+
+    Attributes:
+        dataset: the shards.
+        indices: the samples in them that are read, by number; None: all, in their order.
+        num_samples: how many are read.
+        first: number of the first of these in the whole that they are read as a part of.
+        cache: where the shards are kept.
+    """
 
     dataset: ShardDataset
+    indices: Integers | None
+    num_samples: int
     first: int
     cache: CacheSpec
+
+    def shards_of(self, own: Integers) -> Integers:
+        """The shard that each sample, by its number in this part, lies in."""
+        return self.dataset.shards_of(own if self.indices is None else self.indices[own])
 
 
 def remote_parts(dataset: Dataset) -> tuple[Part, ...]:
@@ -47,8 +62,9 @@ def remote_parts(dataset: Dataset) -> tuple[Part, ...]:
     sources = [source.dataset for source in dataset.sources] if isinstance(dataset, Mixture) else [dataset]
     parts, first = [], 0
     for source in sources:
-        if isinstance(source, ShardDataset) and isinstance(source.manifest.root, Remote):
-            parts.append(Part(source, first, source.manifest.root.spec))
+        shards, indices = beneath(source)
+        if isinstance(shards, ShardDataset) and isinstance(shards.manifest.root, Remote):
+            parts.append(Part(shards, indices, source.num_samples, first, shards.manifest.root.spec))
         first += source.num_samples
     return tuple(parts)
 
@@ -70,7 +86,7 @@ def check_room(
     """
     parts = remote_parts(dataset)
     lanes_here = min(lanes, local_size * repeats * _lanes_of_rank(lanes, world_size))
-    needed = sum(lanes_here * _bytes_of_lane(part.dataset, window) for part in parts)
+    needed = sum(lanes_here * _bytes_of_lane(part, window) for part in parts)
     total = sum(int(part.dataset.manifest.num_bytes.sum()) for part in parts)
     needed = min(needed, total)
     if parts and needed > parts[0].cache.max_bytes:
@@ -191,7 +207,7 @@ def _coming(
     so many steps, for the last of them.
     """
     local_size = global_size // world_size
-    epoch = min(part.dataset.num_samples for part in parts)  # within less than half of one no shard comes twice
+    epoch = min(part.num_samples for part in parts)  # within less than half of one no shard comes twice
     num_steps = max(1, min(_SAMPLES_AT_ONCE // local_size, epoch // 2 // global_size))
     recent: OrderedDict[Fetch, None] = OrderedDict()
     for start in count(cursor, num_steps * global_size):
@@ -215,18 +231,18 @@ def _nothing() -> None:
 
 def _first_uses(parts: Sequence[Part], indices: Integers) -> Iterator[tuple[int, Fetch]]:
     """(where in `indices` it is used first, the shard) of each shard of a part."""
-    for dataset, first, _ in parts:
-        rows = np.flatnonzero((indices >= first) & (indices < first + dataset.num_samples))
-        shards, at = np.unique(dataset.shards_of(indices[rows] - first), return_index=True)
-        yield from zip(rows[at].tolist(), (Fetch(dataset, shard) for shard in shards.tolist()), strict=True)
+    for part in parts:
+        rows = np.flatnonzero((indices >= part.first) & (indices < part.first + part.num_samples))
+        shards, at = np.unique(part.shards_of(indices[rows] - part.first), return_index=True)
+        yield from zip(rows[at].tolist(), (Fetch(part.dataset, shard) for shard in shards.tolist()), strict=True)
 
 
 def _lanes_of_rank(lanes: int, world_size: int) -> int:
     return min(lanes, math.ceil(lanes / world_size) + (world_size > 1))  # a cut may lie inside a lane
 
 
-def _bytes_of_lane(dataset: ShardDataset, window: int) -> int:
+def _bytes_of_lane(part: Part, window: int) -> int:
     """Of the shards that a window lies in, and of the next."""
-    per_shard = max(1, dataset.num_samples // max(1, len(dataset.shard_sizes)))
+    per_shard = max(1, part.num_samples // max(1, len(part.dataset.shard_sizes)))
     num_shards = 1 + math.ceil((window - 1) / per_shard) + 1
-    return num_shards * int(dataset.manifest.num_bytes.max())
+    return num_shards * int(part.dataset.manifest.num_bytes.max())

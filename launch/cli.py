@@ -163,7 +163,7 @@ def _mount(name: str, module: str, text: str, example: str) -> None:
         import_module(module).app(context.args or ["--help"], prog_name=f"pretrain {name}")
 
 
-_mount("data", "launch.data_commands", "Makes, converts, checks and describes shards.", "pretrain data --help")
+_mount("data", "launch.data_commands", "Makes, converts, checks, describes and labels shards.", "pretrain data --help")
 _mount("eval", "launch.eval_commands", "Judges an encoder: kNN, linear probe.", "pretrain eval knn --help")
 
 

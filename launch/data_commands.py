@@ -1,4 +1,4 @@
-"""`pretrain data ...`: make, convert, index, verify and describe shards."""
+"""`pretrain data ...`: make, convert, index, verify, describe and label shards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from launch import label_commands
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Manifest
@@ -238,6 +240,10 @@ def stats(
     found = look_through(shards, out, max_pixels=max_pixels)
     print("\n".join([_summary(found.manifest), *_sizes(found), *_histogram(found.manifest)]))
     print(f"contact sheet: {out}")
+
+
+app.command(epilog=_examples(*label_commands.LABEL_EXAMPLES))(label_commands.label)
+app.command(epilog=_examples(*label_commands.SELECT_EXAMPLES))(label_commands.select)
 
 
 def _class_names(path: Path) -> list[str]:

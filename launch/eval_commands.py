@@ -11,6 +11,8 @@ import typer
 from data_pipeline.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from pretrain.evals.base import EvalReport
     from pretrain.evals.encoder import Encoder
     from pretrain.evals.features import Extraction
@@ -254,16 +256,22 @@ def _load(
     source: str, random_init: bool, seed: int | None, architecture: Architecture | None, device: Device
 ) -> Encoder:
     """The encoder on its device."""
-    import torch
-
     from pretrain.evals.sources import load_source
+
+    place = device_of(device)
+    encoder = load_source(source, random_init=random_init, seed=seed, architecture=architecture)
+    encoder.module.to(place)
+    return encoder
+
+
+def device_of(device: Device) -> torch.device:
+    """What --device names; raises InputError where it is not there."""
+    import torch
 
     present = torch.cuda.is_available()
     if device is Device.cuda and not present:
         raise InputError(where="--device", expected="auto or cpu, as there is no CUDA device", found="cuda")
-    encoder = load_source(source, random_init=random_init, seed=seed, architecture=architecture)
-    encoder.module.to("cuda" if present and device is not Device.cpu else "cpu")
-    return encoder
+    return torch.device("cuda" if present and device is not Device.cpu else "cpu")
 
 
 def _keep(report: EvalReport, encoder: Encoder, out: Path | None, context: typer.Context) -> None:

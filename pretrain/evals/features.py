@@ -96,7 +96,7 @@ class Extraction:
         values: list[Tensor] = []
         labels: list[Tensor] = []
         keys: list[str] = []
-        with _untouched(encoder.module), full_precision():
+        with untouched(encoder.module), full_precision():
             for batch in track(batches, label=label, total=num_batches):
                 assert batch.labels is not None, "BatchSpec asked for labels"
                 values.append(self._forward(encoder, batch))
@@ -134,7 +134,7 @@ class Extraction:
 
 
 @contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
+def untouched(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards random state and every part's flag are as they were."""
     training = {part: part.training for part in module.modules()}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -158,6 +158,8 @@ def test_the_pattern_never_changes() -> None:
 class Share:
     path: str
     weight: float
+    labels: str | None = None
+    select: str | None = None
 
 
 @pytest.fixture(scope="module")

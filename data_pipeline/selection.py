@@ -1,0 +1,198 @@
+"""Some samples of a data set, in one small file: which, how often, and with what labels. No image is copied.
+
+What is chosen is a list of (index of a sample, number of its repeat, label). It is sorted by index, so that its
+samples are read in the order in which they lie, and it is a data set like any other: N is the length of the list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from data_pipeline.batch import Sample
+from data_pipeline.durable import durable_file
+from data_pipeline.errors import FieldError, ManifestError
+from data_pipeline.labels import SoftLabelled, map_safetensors
+from data_pipeline.order import Integers
+from data_pipeline.read import Dataset, ShardDataset
+
+FORMAT = "pretrain selection 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """N entries of a list.
+
+    Attributes:
+        indices: of the samples in their data set, not falling, [N] int64.
+        repeats: how often the same sample was listed before, [N] int32.
+        labels: of the entries, [N] int32; None: the soft labels of the sample.
+        num_classes: K.
+        data_fingerprint: of the data set that was chosen from.
+        labels_fingerprint: of the soft labels that it was chosen by; None: by true labels.
+        rule: how, for people and for reports.
+    """
+
+    indices: Integers
+    repeats: NDArray[np.int32]
+    labels: NDArray[np.int32] | None
+    num_classes: int
+    data_fingerprint: str
+    labels_fingerprint: str | None
+    rule: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, indices: Integers, labels: Integers, *, keep_labels: bool, **described: Any) -> Selection:
+        """From entries in any order; labels [N] are those chosen for, forgotten where a sample's soft ones are kept."""
+        order = np.lexsort((labels, indices))
+        indices, labels = indices[order], labels[order]
+        first = np.flatnonzero(np.diff(indices, prepend=-1))  # of each run of equal indices
+        runs = np.diff(np.append(first, len(indices)))
+        repeats = (np.arange(len(indices)) - np.repeat(first, runs)).astype(np.int32)
+        return cls(indices, repeats, labels.astype(np.int32) if keep_labels else None, **described)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def save(self, path: Path) -> None:
+        """Writes the file whole or not at all; equal selections give equal bytes."""
+        tensors: dict[str, NDArray[Any]] = {"indices": self.indices, "repeats": self.repeats}
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        header = {
+            "format": FORMAT,
+            "num_classes": self.num_classes,
+            "data_fingerprint": self.data_fingerprint,
+            "labels_fingerprint": self.labels_fingerprint,
+            "rule": dict(self.rule),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with durable_file(path) as file:
+            file.write(save(tensors, metadata={"selection": json.dumps(header)}))
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[Selection, str]:
+        """The selection in a file, mapped into memory, and the SHA-256 of its bytes; raises ManifestError."""
+        try:
+            tensors, metadata, digest = map_safetensors(path)
+            header = json.loads(metadata["selection"])
+            if header.pop("format") != FORMAT:
+                raise ValueError("another format")
+            found = cls(tensors["indices"], tensors["repeats"], tensors.get("labels"), **header)
+            found._check()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = error.strerror or "" if isinstance(error, OSError) else repr(error)
+            raise ManifestError(
+                where=str(path),
+                expected="a selection",
+                found=reason,
+                fix="Make it: pretrain data select SOURCE OUT.",
+            ) from error
+        return found, digest
+
+    def _check(self) -> None:
+        columns: list[NDArray[Any]] = [self.indices, self.repeats, *([] if self.labels is None else [self.labels])]
+        if not len(self) or any(column.shape != (len(self),) for column in columns):
+            raise ValueError("no entry, or columns that differ in length")
+        if self.indices.dtype != np.int64 or self.indices[0] < 0 or (np.diff(self.indices) < 0).any():
+            raise ValueError("indices that fall")
+        if self.labels is not None and not 0 <= self.labels.min() <= self.labels.max() < self.num_classes:
+            raise ValueError(f"labels outside [0, {self.num_classes})")
+
+
+class Selected:
+    """The samples of a selection, as a data set. A sample that is listed again has the key `KEY#2`, `KEY#3`, ..., so
+    that what is drawn for it is drawn anew.
+
+    Args:
+        base: the data set that was chosen from; with its soft labels, where the selection has no labels.
+        path: of the selection's file.
+        where: what messages call it.
+
+    Raises:
+        ManifestError: no selection there.
+        FieldError: it is one of other data or labels, or lacks labels.
+    """
+
+    def __init__(self, base: Dataset, path: Path, where: str = "select") -> None:
+        selection, digest = Selection.load(path)
+        _refuse_other(selection, base, path, where)
+        self.base, self.selection = base, selection
+        self.num_samples, self.fields = len(selection), base.fields
+        self.num_classes = selection.num_classes
+        ends = np.cumsum(base.shard_sizes)
+        self.shard_sizes = np.diff(np.searchsorted(selection.indices, ends), prepend=0)
+        true = selection.labels_fingerprint is None
+        self.classes = base.classes if true else None
+        self.label_counts = None
+        if selection.labels is not None:
+            self.label_counts = np.bincount(selection.labels, minlength=selection.num_classes).astype(np.int64)
+        self.fingerprint = hashlib.sha256(json.dumps([base.fingerprint, digest]).encode()).hexdigest()
+
+    def read(self, i: int) -> Sample:
+        sample = self.base.read(int(self.selection.indices[i]))
+        label = sample.label if self.selection.labels is None else int(self.selection.labels[i])
+        return replace(sample, key=self._key(i, sample.key), label=label)
+
+    def origin(self, i: int) -> tuple[str, str]:
+        key, file = self.base.origin(int(self.selection.indices[i]))
+        return self._key(i, key), file
+
+    def _key(self, i: int, key: str) -> str:
+        repeat = int(self.selection.repeats[i])
+        return f"{key}#{repeat + 1}" if repeat else key
+
+
+def _refuse_other(selection: Selection, base: Dataset, path: Path, where: str) -> None:
+    soft = base if isinstance(base, SoftLabelled) else None
+    data = soft.base if soft is not None else base
+    if selection.data_fingerprint != data.fingerprint or selection.indices[-1] >= data.num_samples:
+        raise FieldError(
+            where=where,
+            expected=f"a selection of this data set (fingerprint {data.fingerprint[:12]}...)",
+            found=f"{path}: one of other data (fingerprint {selection.data_fingerprint[:12]}...)",
+            fix="Select from it anew: pretrain data select SOURCE OUT.",
+        )
+    given = None if soft is None else soft.labels.described.fingerprint
+    wanted = selection.labels_fingerprint if selection.labels is None else None
+    if given != wanted:
+        own = f"no `labels` beside it, as {path} has its own"
+        raise FieldError(
+            where=where,
+            expected=own if wanted is None else f"`labels` beside it: the folder that {path} was made from",
+            found="none" if soft is None else f"labels {soft.labels.folder}",
+        )
+
+
+def beneath(dataset: Dataset) -> tuple[Dataset, Integers | None]:
+    """The data set that a view lies over, and the index there of each of its samples, [N]; None: its own numbers."""
+    indices = dataset.selection.indices if isinstance(dataset, Selected) else None
+    base = dataset.base if isinstance(dataset, Selected) else dataset
+    return (base.base if isinstance(base, SoftLabelled) else base), indices
+
+
+def soft_classes(dataset: Dataset) -> int | None:
+    """K where the samples of a data set have soft labels; None: they have not."""
+    if isinstance(dataset, Selected):
+        return dataset.num_classes if dataset.selection.labels is None else None
+    return dataset.labels.num_classes if isinstance(dataset, SoftLabelled) else None
+
+
+def shards_of(dataset: Dataset) -> ShardDataset:
+    """`dataset` as one of shards; raises FieldError where it is an image folder, whose samples have no fixed number."""
+    if not isinstance(dataset, ShardDataset):
+        raise FieldError(
+            where="SHARDS",
+            expected="shards",
+            found="an image folder",
+            fix="Convert it: pretrain data convert SRC OUT.",
+        )
+    return dataset

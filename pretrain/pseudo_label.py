@@ -1,0 +1,318 @@
+"""A teacher's soft labels for shards: what it says of every image, in a folder beside them (data_pipeline/labels.py).
+
+The teacher sees evaluation views and no noise, with the averages of its weights where its run keeps them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.durable import TEMPORARY_PATTERN, durable_file
+from data_pipeline.errors import CheckpointError, DataError, InputError, RunError
+from data_pipeline.labels import (
+    Described,
+    ShardLabels,
+    SoftLabels,
+    crc32_of,
+    file_name,
+    read_file,
+    write_labels_file,
+)
+from data_pipeline.loader import batches_of
+from data_pipeline.manifest import PLAN_NAME
+from data_pipeline.progress import track
+from data_pipeline.read import ShardDataset
+from data_pipeline.views import ViewSpec
+from pretrain.augment import normalize
+from pretrain.checkpoint import complete_checkpoints, module_state
+from pretrain.evals.encoder import Encoder
+from pretrain.evals.features import full_precision, untouched
+from pretrain.evals.timm_sources import seeded
+from pretrain.models.encoders import load_strictly
+from pretrain.objectives.build import build_objective
+from pretrain.objectives.supervised import Supervised
+from pretrain.recipe import Recipe
+from pretrain.recipe_io import load_recipe
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A classifier and the preprocessing that belongs to it.
+
+    Attributes:
+        model: from normalised images [B, 3, S, S] to logits [B, K], through its encoder and its head.
+        recipe: of the run that trained it.
+        checkpoint: where its weights come from.
+        num_classes: K.
+    """
+
+    model: Supervised
+    recipe: Recipe
+    checkpoint: Path
+    num_classes: int
+
+    def describe(self) -> dict[str, Any]:
+        """What decides its labels."""
+        return {
+            "run": self.recipe.name,
+            "checkpoint": self.checkpoint.name,
+            "weights_sha256": weights_sha256(self.model),
+            "image_size": self.recipe.model.image_size,
+            "interpolation": self.recipe.data.views.interpolation,
+            "eval_crop": self.recipe.data.views.eval_crop,
+            "mean": list(self.recipe.data.mean),
+            "std": list(self.recipe.data.std),
+        }
+
+
+def load_teacher(source: str) -> Teacher:
+    """The whole classifier of a supervised run, on the CPU, in evaluation mode.
+
+    Args:
+        source: the run's folder, for its newest checkpoint, or a checkpoint in it.
+
+    Raises:
+        CheckpointError: no such thing there, or it is torn, damaged, or not exactly of its recipe.
+        InputError: the run is none of a classifier.
+    """
+    checkpoint = _checkpoint_of(Path(source))
+    run = checkpoint.resolve().parent.parent
+    if not (run / "recipe.yaml").is_file():
+        raise CheckpointError(
+            where=str(run / "recipe.yaml"),
+            expected="the recipe of the run that wrote the checkpoint",
+            found="no such file",
+            fix="Leave a checkpoint in its run's folder: RUN/checkpoints/step_XXXXXXXX.",
+        )
+    recipe = load_recipe(run / "recipe.yaml")
+    if recipe.objective.kind != "supervised":
+        raise InputError(
+            where=f"--teacher {source}",
+            expected="a run with objective.kind supervised, which has a head to label with",
+            found=recipe.objective.kind,
+            fix="Fine-tune its encoder first: a supervised recipe with init_from.",
+        )
+    model = seeded(0, lambda: build_objective(recipe.model, recipe.objective))
+    assert isinstance(model, Supervised)
+    load_strictly(model, module_state(checkpoint), where=str(checkpoint))
+    return Teacher(model.eval(), recipe, checkpoint, recipe.objective.num_classes)
+
+
+def _checkpoint_of(path: Path) -> Path:
+    if not (path / "recipe.yaml").is_file():
+        return path  # a checkpoint, or nothing: what reads it says so
+    if not (complete := complete_checkpoints(path / "checkpoints")):
+        raise CheckpointError(
+            where=str(path), expected="a run with a complete checkpoint", found="none", fix="Train it first."
+        )
+    return complete[-1]
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Over names, types, shapes and bytes of parameters and buffers, as `Encoder.weights_sha256`."""
+    unused = Encoder(model, 1, (0, 0, 0), (1, 1, 1), ViewSpec(), "")
+    return unused.weights_sha256()
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """How labels are computed and kept.
+
+    Attributes:
+        top_k: the k largest probabilities of each image; None: all.
+        precision: of the forward pass; bf16 is autocast. Probabilities are fp32, kept as fp16.
+        batch_size: images of one forward pass; a batch never holds images of two shards.
+        num_workers: loader processes; 0: in this one.
+        device: where the teacher computes.
+    """
+
+    top_k: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    batch_size: int = 256
+    num_workers: int = 0
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  (immutable)
+
+
+def label(dataset: ShardDataset, teacher: Teacher, out: Path, how: Labelling) -> SoftLabels:
+    """Writes the labels of every sample into `out`, or what is still missing there.
+
+    A shard that is done is known by the hash that its file carries. With one batch size, device and number of threads,
+    what was stopped and gone on with has the bytes of what was not.
+
+    Raises:
+        DataError: `out` holds something else, or an image cannot be used.
+        InputError: `top_k` exceeds the teacher's classes.
+        RunError: another process is at work there, or the teacher says something that is not finite.
+    """
+    if how.top_k is not None and how.top_k > teacher.num_classes:
+        raise InputError(
+            where="--top-k", expected=f"at most the {teacher.num_classes} classes of the teacher", found=str(how.top_k)
+        )
+    plan = _plan(dataset, teacher, how)
+    _check_out(out, plan)
+    with _claimed(out, plan):
+        seal = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+        missing = [shard for shard in range(len(dataset.shard_sizes)) if _finished(out, shard, dataset, seal) is None]
+        for shard, labels in _made(dataset, missing, teacher, how):
+            with durable_file(out / file_name(shard)) as file:
+                file.write(labels.to_bytes(_header(dataset, shard, seal, labels)))
+        digests = [_finished(out, shard, dataset, seal) for shard in range(len(dataset.shard_sizes))]
+        assert all(digests)
+        described = Described(
+            data_fingerprint=dataset.fingerprint,
+            num_classes=teacher.num_classes,
+            top_k=how.top_k,
+            teacher=plan["teacher"],
+            num_samples=dataset.shard_sizes.tolist(),
+            sha256=[digest for digest in digests if digest],
+        )
+        write_labels_file(out, described)
+    return SoftLabels(out)
+
+
+def _plan(dataset: ShardDataset, teacher: Teacher, how: Labelling) -> dict[str, Any]:
+    """What decides the labels."""
+    return {
+        "data_fingerprint": dataset.fingerprint,
+        "teacher": teacher.describe(),
+        "num_classes": teacher.num_classes,
+        "top_k": how.top_k,
+        "precision": how.precision,
+    }
+
+
+def _made(
+    dataset: ShardDataset, shards: Sequence[int], teacher: Teacher, how: Labelling
+) -> Iterator[tuple[int, ShardLabels]]:
+    """(number, labels) of each of the shards."""
+    sizes = dataset.shard_sizes.tolist()
+    starts = (np.cumsum(dataset.shard_sizes) - dataset.shard_sizes).tolist()
+    pieces = [
+        range(first, min(first + how.batch_size, starts[shard] + sizes[shard]))
+        for shard in shards
+        for first in range(starts[shard], starts[shard] + sizes[shard], how.batch_size)
+    ]
+    views = teacher.recipe.data.views
+    batches = batches_of(
+        dataset,
+        BatchSpec(image_size=teacher.recipe.model.image_size),
+        ViewSpec(interpolation=views.interpolation, eval_crop=views.eval_crop),
+        pieces,
+        num_workers=how.num_workers,
+        max_pixels=teacher.recipe.data.max_pixels,
+    )
+    model = teacher.model.to(how.device)
+    with untouched(model), full_precision():
+        tracked = track(batches, label=f"labelling {len(shards)} shards", total=len(pieces))
+        for shard in shards:
+            yield shard, _of_shard(model, tracked, sizes[shard], teacher, how)
+
+
+def _of_shard(model: Supervised, batches: Iterator[Batch], size: int, teacher: Teacher, how: Labelling) -> ShardLabels:
+    """The labels of the next `size` samples."""
+    width = how.top_k or teacher.num_classes
+    values: NDArray[np.float16] = np.empty((size, width), np.float16)
+    classes = None if how.top_k is None else np.empty((size, width), np.int32)
+    keys: NDArray[np.uint32] = np.empty(size, np.uint32)
+    done = 0
+    while done < size:
+        batch = next(batches)
+        rows = slice(done, done + len(batch))
+        probabilities = _probabilities(model, batch, teacher.recipe, how)
+        if classes is not None:
+            # Sorted whole and stably: topk takes any of equal values.
+            probabilities, columns = probabilities.sort(dim=1, descending=True, stable=True)
+            classes[rows] = columns[:, :width].numpy()
+        values[rows] = probabilities[:, :width].half().numpy()
+        keys[rows] = crc32_of(batch.keys)
+        done += len(batch)
+    return ShardLabels(values, classes, keys)
+
+
+def _probabilities(model: Supervised, batch: Batch, recipe: Recipe, how: Labelling) -> Tensor:
+    """[B, K] fp32 on the CPU."""
+    images = normalize(batch.to(how.device), recipe.data.mean, recipe.data.std).views[0]
+    with torch.autocast(how.device.type, torch.bfloat16, enabled=how.precision == "bf16"):
+        logits: Tensor = model.head(model.encoder(images))
+    probabilities = logits.float().softmax(1).cpu()
+    if broken := (~probabilities.isfinite().all(1)).nonzero().flatten().tolist():
+        raise RunError(
+            where=batch.keys[broken[0]],
+            expected="finite logits of the teacher",
+            found=f"others, for {len(broken)} of {len(batch)} images",
+            fix="Check that its training did not diverge, or label in fp32.",
+        )
+    return probabilities
+
+
+def _finished(out: Path, shard: int, dataset: ShardDataset, seal: str) -> str | None:
+    """SHA-256 of the file of a shard that is done; None: it has to be made."""
+    path = out / file_name(shard)
+    try:
+        labels, header, digest = read_file(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    whole = len(labels.values) == dataset.shard_sizes[shard]
+    return digest if whole and header == _header(dataset, shard, seal, labels) else None
+
+
+def _header(dataset: ShardDataset, shard: int, seal: str, labels: ShardLabels) -> dict[str, str]:
+    """What makes a file that of this shard and plan, and shows that it is whole."""
+    return {"plan": seal, "shard": dataset.manifest.sha256[shard], "sha256": labels.sha256()}
+
+
+def _check_out(out: Path, plan: dict[str, Any]) -> None:
+    """Raises DataError unless `out` is new, empty, or of the same plan."""
+    try:
+        found = json.loads((out / PLAN_NAME).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise DataError(
+                where=str(out),
+                expected="a new or empty folder, or labels to go on with",
+                found="other files",
+                fix="Give another folder.",
+            ) from None
+        return
+    except ValueError as error:
+        raise DataError(where=str(out / PLAN_NAME), expected="the plan of labels", found=str(error)) from error
+    if found != plan:
+        names = [name for name in plan if not isinstance(found, dict) or found.get(name) != plan[name]]
+        raise DataError(
+            where=str(out),
+            expected=f"labels made with this {', '.join(names)}",
+            found="others there",
+            fix="Give another folder, or remove this one.",
+        )
+
+
+@contextmanager
+def _claimed(out: Path, plan: dict[str, Any]) -> Iterator[None]:
+    """The folder with its plan in it, for this process alone, cleared of what a killed one left."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / PLAN_NAME).exists():
+        with durable_file(out / PLAN_NAME) as file:
+            file.write(json.dumps(plan, indent=1).encode() + b"\n")
+    with (out / PLAN_NAME).open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                where=str(out), expected="one process to write these labels", found="another at work on it"
+            ) from error
+        for left in out.glob(TEMPORARY_PATTERN):
+            left.unlink()
+        yield
