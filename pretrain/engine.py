@@ -153,6 +153,7 @@ class Engine:
         with self.clock.part("optimizer"):
             grad_norm, applied = self._apply()
             if applied:
+                self._clamp_parameters()
                 self._move_averages(progress)
             else:  # running statistics took part in a forward pass that was not finite
                 for buffer, before in buffers:
@@ -310,6 +311,15 @@ class Engine:
         if not self._partitions.is_replicated(p):
             sum_over_ranks(whole)
         return whole.cpu()
+
+    @torch.no_grad()
+    def _clamp_parameters(self) -> None:
+        """Elementwise, so that every rank clamps what it keeps, and what it computes with, without a collective."""
+        for p, low, high in self.objective.bounds():
+            piece = self._partitions.piece(p)
+            kept = [] if piece is None else [piece.of(piece.kept)]
+            for held in (*kept, self._partitions.local_weight(p), p.data):  # at ZeRO 3 p is whole, or empty
+                held.clamp_(low, high)
 
     def _move_averages(self, progress: Progress) -> None:
         """After an applied step: the average of the weights, and the objective's momentum teachers."""

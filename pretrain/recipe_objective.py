@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pretrain.recipe_group import Group
+from pretrain.recipe_model import TextTower
 
 
 class Supervised(Group):
@@ -49,6 +50,35 @@ class Mae(Group):
                 f"expected a decoder_width that decoder_heads {self.decoder_heads} divides, found {self.decoder_width}."
             )
         return self
+
+
+class _ImageText(Group):
+    """Images against their captions. The text tower is the model's own with model.library open_clip."""
+
+    embed_dim: int | None = Field(None, ge=1)  # with model.library timm, and so is text
+    text: TextTower | None = None
+    tokenizer: str = "clip"  # CLIP's own, or a local file of merges in its form, or a local folder of a tokenizer
+    # LiT: a tower keeps the weights it starts with; a number leaves so many of its last groups of layers unlocked.
+    lock_image: bool | Annotated[int, Field(ge=1)] = False
+    lock_text: bool | Annotated[int, Field(ge=1)] = False
+
+
+class Clip(_ImageText):
+    kind: Literal["clip"]
+    initial_scale: float = Field(1 / 0.07, ge=1)  # factor of the cosines, never below 1
+    max_scale: float = Field(100.0, ge=1)
+
+    @model_validator(mode="after")
+    def _scale(self) -> Clip:
+        if self.initial_scale > self.max_scale:
+            raise ValueError(f"expected an initial_scale up to max_scale {self.max_scale}, found {self.initial_scale}.")
+        return self
+
+
+class Siglip(_ImageText):
+    kind: Literal["siglip"]
+    initial_scale: float = Field(10.0, gt=0)
+    initial_bias: float = -10.0
 
 
 class Byol(Group):
@@ -95,4 +125,4 @@ class Sum(Group):
         return self
 
 
-ObjectiveConfig = Annotated[Single | Sum, Field(discriminator="kind")]
+ObjectiveConfig = Annotated[Single | Sum | Clip | Siglip, Field(discriminator="kind")]

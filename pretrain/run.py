@@ -22,16 +22,16 @@ from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.views import ViewSpec
 from pretrain.advice import Lasting, collapse
 from pretrain.augment import augmentations, mixing, prepare
-from pretrain.checkpoint import load, module_state
+from pretrain.checkpoint import load
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World, gather_objects, process_group
 from pretrain.engine import Engine
 from pretrain.environment import choose_device, describe, pin_threads
+from pretrain.export import export_encoder
 from pretrain.inline import Inline
 from pretrain.loop import Limits, Parts, Periodic, train
 from pretrain.metrics import MetricLog, Rates, flops_per_sample
 from pretrain.models.attention import choose_attention
-from pretrain.models.encoders import save_encoder
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.pictures import Pictures
@@ -159,7 +159,8 @@ def _train(
     if writer is not None:
         writer.finish()
     if state.progress.step == first_step and start.checkpoint is not None and job.world.is_main:
-        _export(job, start.checkpoint.path)  # the process before may have died between a checkpoint and its export
+        # The process before may have died between a checkpoint and its export.
+        export_encoder(job.recipe, start.checkpoint.path, job.out / "encoder")
     parts.log.say(_closing(job, state))
 
 
@@ -188,15 +189,8 @@ def _writer(job: _Job, engine: Engine, log: MetricLog, start: Start) -> Checkpoi
         keep_last=recipe.checkpoint.keep_last,
         say=log.say,
         unsound=start.unsound,
-        exported=partial(_export, job),
+        exported=partial(export_encoder, recipe, folder=job.out / "encoder"),
     )
-
-
-def _export(job: _Job, checkpoint: Path) -> None:
-    """Writes the encoder of a complete checkpoint, out of its files."""
-    weights, recipe = module_state(checkpoint, "encoder.", verified=True), job.recipe
-    data = recipe.data
-    save_encoder(job.out / "encoder", weights, recipe.model, data.mean, data.std, data.views)
 
 
 def _parts(

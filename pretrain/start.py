@@ -25,7 +25,7 @@ from pretrain.checkpoint import (
     some,
 )
 from pretrain.collectives import World, gather_objects
-from pretrain.models.encoders import CONFIG, WEIGHTS
+from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, TOWERS, WEIGHTS
 from pretrain.objectives.base import Objective
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
@@ -188,6 +188,10 @@ def _weights(path: Path, world: World) -> Mapping[str, Tensor]:
         path = newest.path if newest is not None else path / "encoder"
     if (path / COMPLETE).is_file() or (path / STATE).is_file():
         return module_state(open_checkpoint(path, world).path, verified=True)
+    if (path / OPEN_CLIP_CONFIG).is_file() or (path / TOWERS).is_dir():
+        from pretrain.models.tower_folders import objective_weights  # open_clip takes seconds
+
+        return objective_weights(path)
     file = path / WEIGHTS if (path / CONFIG).is_file() else path
     try:
         return {f"encoder.{name}": tensor for name, tensor in load_file(file).items()}

@@ -13,12 +13,14 @@ import torch
 from data_pipeline.batch import Batch, BatchSpec
 from pretrain import recipe, recipe_objective
 from pretrain.collectives import World
+from pretrain.models.encoders import build_encoder
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.objectives.build import build_objective
 from pretrain.optim import build_optimizer, param_groups
 from pretrain.recipe_io import load_recipe
 from pretrain.recipe_optim import AdamW
 from pretrain.state import Progress
+from tests.objectives import towers
 from tests.ranks import run_ranks
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
@@ -53,7 +55,7 @@ TINY_RESNET = recipe.Model(name="test_resnet", image_size=32)
 
 @dataclass(frozen=True)
 class Case:
-    model: recipe.Model
+    model: recipe.ModelConfig
     config: recipe_objective.ObjectiveConfig
     bf16_atol: float = 0.0  # of losses that start near 0
 
@@ -92,6 +94,10 @@ CASES = {
     "simmim, swin v2": Case(TINY_SWIN_V2, SIMMIM),
     "sum": Case(TINY_VIT, SUM),
     "sum, swin": Case(TINY_SWIN, SUM),
+    "clip": Case(towers.OPEN_CLIP, towers.config("clip")),
+    "clip, timm": Case(towers.TIMM, towers.config("clip", **towers.BESIDE_TIMM)),
+    "siglip": Case(towers.OPEN_CLIP, towers.config("siglip")),
+    "siglip, timm": Case(towers.TIMM, towers.config("siglip", **towers.BESIDE_TIMM)),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -100,17 +106,22 @@ def batch_for(needs: BatchSpec, size: int = 4, seed: int = 1) -> Batch:
     """A batch that holds what `needs` asks for, and nothing else."""
     generator = torch.Generator().manual_seed(seed)
     shape = (size, 3, needs.image_size, needs.image_size)
-    labels = masks = None
+    labels = masks = tokens = None
     if needs.num_classes is not None:
         labels = torch.randint(needs.num_classes, (size,), generator=generator)
     if needs.mask is not None:
         order = torch.rand(size, needs.mask.num_patches, generator=generator).argsort(1)
         masks = order < needs.mask.num_hidden
+    if needs.tokens is not None:
+        assert needs.tokens.vocab_size is not None
+        shape_of_tokens = (size, needs.tokens.context_length)
+        tokens = torch.randint(needs.tokens.vocab_size, shape_of_tokens, generator=generator)
     return Batch(
         keys=tuple(str(i) for i in range(size)),
         views=tuple(torch.randn(shape, generator=generator) for _ in range(needs.num_views)),
         labels=labels,
         masks=masks,
+        tokens=tokens,
     )
 
 
@@ -168,16 +179,18 @@ def test_gradients_reach_every_trainable_parameter(case: Case) -> None:
 
 
 @every_case
-def test_the_encoder_is_timm_s_module_as_the_recipe_names_it(case: Case) -> None:
+def test_the_encoder_is_the_library_s_module_as_the_recipe_names_it(case: Case) -> None:
     objective = case.build()
     encoder = objective.encoder
     assert objective.get_submodule("encoder") is encoder
-    plain = timm.create_model(case.model.name, num_classes=0)
+    plain = build_encoder(case.model) if case.model.library == "open_clip" else timm.create_model(case.model.name)
+    assert type(encoder).__module__.split(".")[0] == case.model.library
     assert type(encoder) is type(plain)
     assert type(encoder).forward is type(plain).forward
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
     size = case.model.image_size
-    assert encoder.eval()(torch.zeros(2, 3, size, size)).shape == (2, encoder.head_hidden_size)
+    width = encoder.output_dim if case.model.library == "open_clip" else encoder.head_hidden_size
+    assert encoder.eval()(torch.zeros(2, 3, size, size)).shape == (2, width)
 
 
 @every_case
@@ -189,7 +202,7 @@ def test_needs_are_the_model_s_and_are_all_that_is_used(case: Case) -> None:
     if needs.mask is not None:
         assert 0 < needs.mask.num_hidden < needs.mask.num_patches
     batch = batch_for(needs)
-    for missing in ("labels", "masks"):
+    for missing in ("labels", "masks", "tokens"):
         if getattr(batch, missing) is not None:
             with pytest.raises(ValueError, match=missing):
                 objective(replace(batch, **{missing: None}), PROGRESS)

@@ -58,9 +58,17 @@ def listed(path: str, tree: dict[str, Any] = SMALL) -> tuple[str, dict[str, Any]
         tree = changed("data.train", [{"path": "shards"}], tree)
     if path.startswith("data.augment."):
         tree = changed("data.augment", [{}], tree)
+    if path.startswith("model.") and path.split(".")[1] in {
+        "context_length",
+        "vocab_size",
+        "embed_dim",
+        "image",
+        "text",
+    }:
+        tree = changed("model", {"library": "open_clip"}, tree)
     if path.startswith("objective."):
         *groups, key = path.split(".")
-        objective = {"kind": _kind_with("terms" if "terms" in groups else key)}
+        objective = {"kind": _kind_with("terms" if "terms" in groups else path.split(".")[1])}
         if "terms" in groups:
             objective["terms"] = [{"objective": {"kind": _kind_with(key)}}] if groups[-1] == "objective" else [{}]
         tree = changed("objective", objective, tree)

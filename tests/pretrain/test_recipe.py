@@ -155,6 +155,7 @@ def test_all_problems_are_told_at_once_each_with_its_path(tmp_path: Path) -> Non
         ("objective", {}, f"objective.kind: expected one of {KINDS}, found nothing."),
         ("objective.kind", "mea", f"objective.kind: expected one of {KINDS}, found 'mea'."),
         ("objective", "mae", "objective: expected a map, found 'mae'."),
+        ("model.library", "tmim", "model.library: expected one of 'timm', 'open_clip', found 'tmim'."),
         ("evals.0.kind", "linear", "evals.0.kind: expected 'knn', found 'linear'."),
         (
             "model.patch_size",
