@@ -70,7 +70,7 @@ def test_a_run_goes_on_to_the_bit_and_its_towers_are_whole(
 
 def test_a_locked_tower_needs_weights_and_a_tokenizer_a_tower_that_knows_it(tmp_path: Path, shards: Path) -> None:
     path = recipe(tmp_path / "r.yaml", shards, "clip", False)
-    with pytest.raises(RecipeError, match="expected init_from with objective.lock_image"):
+    with pytest.raises(RecipeError, match=r"expected init_from with objective\.lock_image"):
         load_recipe(path, ["objective.lock_image=true"])
     few = load_recipe(path, ["model.text.vocab_size=1000"])
     with pytest.raises(RecipeError, match="at most 1000 tokens"):
