@@ -40,6 +40,8 @@ class TokenSpec:
 
     tokenizer: str
     context_length: int
+    # Tokens lie below; None: whatever the tokenizer has. Checked where it is built, of no interest to a loader.
+    vocab_size: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

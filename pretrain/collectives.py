@@ -81,6 +81,21 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This process among those of the process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_rows(values: Tensor) -> Tensor:
+    """What every rank passed, in the order of ranks along the first dimension, [B, ...] -> [W * B, ...]; no gradient.
+
+    Every rank passes the same shape.
+    """
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
 def side_group() -> Group:
     """All ranks once more, over gloo: for a thread beside the training's, or where no GPU should be waited for.
 

@@ -20,7 +20,7 @@ from pretrain.ema import WeightEma, follow
 from pretrain.models.batch_norm import synchronise_batch_norms
 from pretrain.models.blocks import repeated_blocks
 from pretrain.objectives.base import Contrastive, Features, LossOutput, Objective
-from pretrain.optim import build_optimizer, empty_state, step_counters
+from pretrain.optim import UNDECAYED, build_optimizer, empty_state, step_counters
 from pretrain.partitions import Partitions
 from pretrain.recipe import EngineConfig
 from pretrain.recipe_optim import Ema, OptimConfig
@@ -132,10 +132,19 @@ class Engine:
         self._ema = WeightEma(ema, stepped) if ema is not None else None
         self._buffers = [buffer for _, buffer in self._persistent_buffers()]
 
-    def step(self, micro_batches: Sequence[Batch], progress: Progress, lr: float) -> StepResult:
-        """Forward and backward of every micro-batch, then one optimizer step with learning rate `lr`."""
+    def step(
+        self, micro_batches: Sequence[Batch], progress: Progress, lr: float, undecayed_lr: float | None = None
+    ) -> StepResult:
+        """Forward and backward of every micro-batch, then one optimizer step.
+
+        Args:
+            micro_batches: this rank's share.
+            progress: before the step.
+            lr: learning rate.
+            undecayed_lr: that of modules whose learning rate does not decay; None: `lr` as well.
+        """
         self.objective.train()
-        self._set_lr(lr)
+        self._set_lr(lr, lr if undecayed_lr is None else undecayed_lr)
         buffers = [(buffer, buffer.clone()) for buffer in self._buffers]
         if isinstance(self.objective, Contrastive) and len(micro_batches) > 1:
             metrics = self._in_two_passes(self.objective, micro_batches, progress)
@@ -144,6 +153,7 @@ class Engine:
         with self.clock.part("optimizer"):
             grad_norm, applied = self._apply()
             if applied:
+                self._clamp_parameters()
                 self._move_averages(progress)
             else:  # running statistics took part in a forward pass that was not finite
                 for buffer, before in buffers:
@@ -302,6 +312,15 @@ class Engine:
             sum_over_ranks(whole)
         return whole.cpu()
 
+    @torch.no_grad()
+    def _clamp_parameters(self) -> None:
+        """Elementwise, so that every rank clamps what it keeps, and what it computes with, without a collective."""
+        for p, low, high in self.objective.bounds():
+            piece = self._partitions.piece(p)
+            kept = [] if piece is None else [piece.of(piece.kept)]
+            for held in (*kept, self._partitions.local_weight(p), p.data):  # at ZeRO 3 p is whole, or empty
+                held.clamp_(low, high)
+
     def _move_averages(self, progress: Progress) -> None:
         """After an applied step: the average of the weights, and the objective's momentum teachers."""
         if self._ema is not None:
@@ -332,9 +351,9 @@ class Engine:
         key = ((self.seed * 1_000_003 + step) * 65_537 + self.world.rank) * 8_191 + micro_batch
         torch.manual_seed(key % 2**63)
 
-    def _set_lr(self, lr: float) -> None:
+    def _set_lr(self, lr: float, undecayed_lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = (undecayed_lr if group["name"].startswith(UNDECAYED) else lr) * group["lr_scale"]
 
 
 def _choose_computation(objective: Objective, config: EngineConfig, device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -83,7 +84,7 @@ class Inline:
         batch_size = max(1, min(self._recipe.batch.micro_size or 256, 256))
         batches = evaluation_batches(
             val,
-            self._objective.needs,
+            replace(self._objective.needs, image_size=self._recipe.model.judged_size),
             self._views,
             batch_size=batch_size,
             rank=world.rank,

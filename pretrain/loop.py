@@ -6,7 +6,7 @@ Everything it uses is passed in; `run.py` makes it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, overload
 
@@ -15,6 +15,7 @@ import torch
 from data_pipeline.batch import Batch
 from data_pipeline.errors import RunError
 from data_pipeline.loader import BadSample, StepData
+from pretrain.advice import Advise
 from pretrain.collectives import gather_objects, mean_over_ranks
 from pretrain.engine import Engine, StepResult
 from pretrain.metrics import MetricLog
@@ -54,13 +55,14 @@ class Parts:
         steps: this rank's share of step after step, from the state's cursor on.
         prepare: a host batch -> the normalised batch on the device.
         learning_rate: pure function of the progress.
+        undecayed_rate: likewise, of modules whose learning rate does not decay.
         log: numbers and words, on rank 0.
         rates: (samples per second over all ranks) -> further numbers, such as MFU and memory.
         evaluations: what is judged on the way.
         checkpoints: when and how the state is saved.
         limits: budgets.
         log_every: steps between logged ones.
-        advise: (values of a logged step) -> a sentence, where data is the brake.
+        advise: what looks at the values of each logged step, and says so where something is wrong.
         after_step: called after every applied step; a profiler's.
     """
 
@@ -68,13 +70,14 @@ class Parts:
     steps: Iterator[StepData]
     prepare: Callable[[Batch], Batch]
     learning_rate: Callable[[Progress], float]
+    undecayed_rate: Callable[[Progress], float]
     log: MetricLog
     rates: Callable[[float], dict[str, float]]
     evaluations: tuple[Periodic, ...]
     checkpoints: Checkpoints
     limits: Limits
     log_every: int
-    advise: Callable[[Mapping[str, float]], str | None] = lambda _: None
+    advise: tuple[Advise, ...] = ()
     after_step: Callable[[], None] = lambda: None
 
 
@@ -91,7 +94,7 @@ def train(state: RunState, parts: Parts, stop_at: int) -> RunState:
             data = next(parts.steps)
         lr = parts.learning_rate(state.progress)
         batches = _Prepared(data.micro_batches, parts.prepare, parts.engine.clock)
-        result = parts.engine.step(batches, state.progress, lr)
+        result = parts.engine.step(batches, state.progress, lr, parts.undecayed_rate(state.progress))
         meter.add(data, num_samples=data.cursor - state.cursor)
         state = _advance(state, data, result)
         if not result.applied:
@@ -179,8 +182,9 @@ def _log_step(state: RunState, result: StepResult, lr: float, meter: _Meter, par
     }
     parts.log.write(state.progress.step, values)
     parts.log.progress(state.progress.step, values)
-    if (advice := parts.advise(values)) is not None:
-        parts.log.say(advice)
+    for advise in parts.advise:
+        if (advice := advise(values)) is not None:
+            parts.log.say(advice)
 
 
 def _time_shares(meter: _Meter, clock: Stopwatch) -> dict[str, torch.Tensor]:

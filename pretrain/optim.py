@@ -10,9 +10,11 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
+from pretrain.objectives.base import Objective
 from pretrain.recipe_optim import AdamW, Lamb, Lars, OptimConfig, Sgd
 
-_UNDECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token")
+UNDECAYED = "undecayed_"  # what names of groups begin with whose learning rate does not decay
+_EXEMPT = ("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token")
 
 
 def param_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -21,25 +23,28 @@ def param_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     Biases, norms, tokens and position embeddings are not decayed, nor is what timm's encoder itself exempts, such as
     Swin's relative positions. With layer decay (BEiT, Bao et al. 2021,
     arXiv:2106.08254; MAE's fine-tuning) the learning rate of layer l of L is scaled by layer_decay ** (L - l): layers
-    are those of timm's encoder, stem first, and L is whatever stands on it.
+    are those of timm's encoder, stem first, and L is whatever stands on it. Modules that the objective names as
+    `undecayed` have such groups of their own (`undecayed_decay`), which take the learning rate without its decay.
 
     Raises:
         InputError: layer decay for an encoder that does not say what its layers are.
     """
     layers = _layers(module) if optim.layer_decay < 1 else {}
     top = 1 + max(layers.values(), default=0)
+    fixed = {p for m in module.undecayed() for p in m.parameters()} if isinstance(module, Objective) else set()
     exempt_names = _exempt_in_encoder(module)
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, int, bool], dict[str, Any]] = {}
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
-        exempt = p.ndim < 2 or name.rsplit(".", 1)[-1] in _UNDECAYED or name in exempt_names
+        exempt = p.ndim < 2 or name.rsplit(".", 1)[-1] in _EXEMPT or name in exempt_names
         layer = layers.get(name, top)
         title = "no_decay" if exempt else "decay"
+        title = f"layer_{layer}_{title}" if layers else title
         group = groups.setdefault(
-            (layer, exempt),
+            (p in fixed, layer, exempt),
             {
-                "name": f"layer_{layer}_{title}" if layers else title,
+                "name": f"{UNDECAYED}{title}" if p in fixed else title,
                 "params": [],
                 "weight_decay": 0.0 if exempt else optim.weight_decay,
                 "lr_scale": optim.layer_decay ** (top - layer),

@@ -49,8 +49,7 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     with torch.device("meta"):  # the shapes alone
         objective = build_objective(recipe.model, recipe.objective)
     needs = objective.needs
-    _refuse_split_batch_norm(recipe, objective, resolved)
-    _refuse_split_contrast(recipe, objective, resolved)
+    _refuse_inexact_accumulation(recipe, objective, resolved)
     augmentations(recipe, needs)
     mixing(recipe, needs, resolved.micro_size)
     captions = _captions(recipe, needs)
@@ -79,23 +78,21 @@ def _captions(recipe: Recipe, needs: BatchSpec) -> Captions | None:
     return Captions(build_tokenizer(needs.tokens), **recipe.data.captions.model_dump())
 
 
-def _refuse_split_batch_norm(recipe: Recipe, objective: Objective, resolved: Resolved) -> None:
-    """Statistics of a micro-batch are not those of the batch: accumulating would train by another algorithm."""
-    if resolved.accumulation > 1 and any(
-        isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in objective.modules()
-    ):
+def _refuse_inexact_accumulation(recipe: Recipe, objective: Objective, resolved: Resolved) -> None:
+    """Accumulating would silently train by another algorithm."""
+    if resolved.accumulation > 1 and (reason := cannot_accumulate(objective)):
         problem = (
-            f"batch.micro_size: expected {resolved.local_size} or nothing, as {recipe.model.name} has batch norm, "
-            f"whose statistics do not add up over micro-batches, found {resolved.micro_size}."
+            f"batch.micro_size: expected {resolved.local_size} or nothing, as {recipe.model.name} with "
+            f"{recipe.objective.kind} has {reason}, found {resolved.micro_size}."
         )
         raise RecipeError(recipe.name, [problem])
 
 
-def _refuse_split_contrast(recipe: Recipe, objective: Objective, resolved: Resolved) -> None:
-    """Two passes make a contrastive loss exact over micro-batches, where it is the whole loss and not a term of it."""
-    if resolved.accumulation > 1 and any(isinstance(m, Contrastive) for m in list(objective.modules())[1:]):
-        problem = (
-            f"batch.micro_size: expected {resolved.local_size} or nothing, as a term of the sum relates all samples of "
-            f"a batch to each other, found {resolved.micro_size}."
-        )
-        raise RecipeError(recipe.name, [problem])
+def cannot_accumulate(objective: Objective) -> str:
+    """What in an objective does not add up over micro-batches; empty: all of it does, or the engine sees to it."""
+    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in objective.modules()):
+        return "batch norm, whose statistics do not add up over micro-batches"
+    parts = [m for m in objective.modules() if m is not objective]
+    if any(isinstance(m, Contrastive) for m in parts):
+        return "a term that relates all samples of a batch to each other"
+    return ""

@@ -12,6 +12,8 @@ from pydantic import AfterValidator, Field, model_validator
 from data_pipeline.cache import CacheSpec
 from pretrain.recipe_augment import Augment, Mixing
 from pretrain.recipe_group import Group, Positive, Probability, Share, ordered
+from pretrain.recipe_model import Model as Model  # where recipes are made in code
+from pretrain.recipe_model import ModelConfig
 from pretrain.recipe_objective import ObjectiveConfig
 from pretrain.recipe_optim import Ema, OptimConfig, Schedule
 
@@ -76,25 +78,6 @@ class Data(Group):
     max_pixels: int = Field(50_000_000, ge=1)  # an image of more pixels is refused before it is decoded
     max_bad_samples: int = Field(100, ge=0)  # replaced samples before the run stops
     cache: CacheConfig = CacheConfig()
-
-
-class Model(Group):
-    """A timm ViT, Swin or ResNet. `options` go to its constructor (embed_dim, depth, window_size, ...)."""
-
-    name: str
-    image_size: int = Field(224, ge=1)
-    patch_size: int | None = Field(None, ge=1)  # not of a ResNet; None: the model's own
-    options: dict[str, int | float | bool | str | tuple[int, ...] | None] = {}  # noqa: RUF012  (pydantic copies it)
-
-    @model_validator(mode="after")
-    def _patches(self) -> Model:
-        if self.patch_size is not None and self.image_size % self.patch_size:
-            below = self.image_size // self.patch_size * self.patch_size
-            raise ValueError(
-                f"expected an image_size that patch_size {self.patch_size} divides, found {self.image_size}. "
-                f"Nearest: {below + self.patch_size}{f' or {below}' * (below > 0)}."
-            )
-        return self
 
 
 class BatchSize(Group):
@@ -179,7 +162,7 @@ class Recipe(Group):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # also the name of the run's folder
     seed: int = Field(0, ge=0, lt=2**63)
     data: Data
-    model: Model
+    model: ModelConfig
     objective: ObjectiveConfig
     optim: OptimConfig
     schedule: Schedule
@@ -196,11 +179,17 @@ class Recipe(Group):
     evals: tuple[InlineKnn, ...] = ()
 
     @model_validator(mode="after")
-    def _optimizer_and_engine(self) -> Recipe:
+    def _go_together(self) -> Recipe:
         if self.optim.kind in ("lars", "lamb") and self.engine.zero_stage:
             raise ValueError(
                 f"expected engine.zero_stage 0 with optim.kind {self.optim.kind}, which takes the norm of each whole "
                 f"parameter where ZeRO steps pieces of them, found {self.engine.zero_stage}."
+            )
+        lock = getattr(self.objective, "lock_image", False) or getattr(self.objective, "lock_text", False)
+        if lock and self.init_from is None and self.resume_from is None:
+            raise ValueError(
+                "expected init_from with objective.lock_image or lock_text, as a locked tower keeps the weights it "
+                "starts with, found none."
             )
         if self.engine.fused_adamw and self.optim.kind != "adamw":
             raise ValueError(f"expected optim.kind adamw with engine.fused_adamw, found {self.optim.kind}.")

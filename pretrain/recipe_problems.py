@@ -69,7 +69,9 @@ def _path(details: ErrorDetails, tree: Any) -> tuple[str, ...]:
             path.append(str(part))
         elif details["type"] == "missing" and depth == len(details["loc"]) - 1:
             path.append(str(part))
-    return (*path, "kind") if details["type"].startswith("union_tag") else tuple(path)
+    if details["type"].startswith("union_tag"):
+        return (*path, _tag_of(_members_at(path, tree)[0][0]))
+    return tuple(path)
 
 
 def _expected(details: ErrorDetails, path: tuple[str, ...], tree: dict[str, Any], root: type[BaseModel]) -> str:
@@ -115,10 +117,10 @@ def _within_other_kind(name: str, parents: Sequence[str], siblings: Sequence[str
 
 
 def _likeness(given: str, known: str) -> float:
-    """1 for equal names; a name that is a part of the other (`lr`, `base_lr`) is nearly that."""
+    """1 for equal names; a name that is a part of the other (`lr`, `base_lr`) is less than a slip."""
     given, known = given.lower().replace("-", "_"), known.lower()
     if given in known.split("_") or known in given.split("_"):
-        return 0.9
+        return 0.85
     return SequenceMatcher(None, given, known).ratio()
 
 
@@ -136,11 +138,17 @@ def _members_at(path: Sequence[str], tree: Any, root: type[BaseModel]) -> tuple[
 
 
 def _of_kind(members: list[type[BaseModel]], node: dict[str, Any]) -> type[BaseModel]:
-    return next((member for member in members if node.get("kind") in _kinds(member)), members[0])
+    return next((member for member in members if node.get(_tag_of(member)) in _kinds(member)), members[0])
+
+
+def _tag_of(member: type[BaseModel]) -> str:
+    """The key that tells the members of its union apart."""
+    return "library" if "library" in member.model_fields else "kind"
 
 
 def _kinds(member: type[BaseModel]) -> tuple[Any, ...]:
-    return get_args(member.model_fields["kind"].annotation) if "kind" in member.model_fields else ()
+    field = member.model_fields.get(_tag_of(member))
+    return get_args(field.annotation) if field is not None else ()
 
 
 def _groups_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,17 +20,18 @@ from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.views import ViewSpec
+from pretrain.advice import Lasting, collapse
 from pretrain.augment import augmentations, mixing, prepare
-from pretrain.checkpoint import load, module_state
+from pretrain.checkpoint import load
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World, gather_objects, process_group
 from pretrain.engine import Engine
 from pretrain.environment import choose_device, describe, pin_threads
+from pretrain.export import export_encoder
 from pretrain.inline import Inline
 from pretrain.loop import Limits, Parts, Periodic, train
 from pretrain.metrics import MetricLog, Rates, flops_per_sample
 from pretrain.models.attention import choose_attention
-from pretrain.models.encoders import save_encoder
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.pictures import Pictures
@@ -37,7 +39,7 @@ from pretrain.preflight import Plan, preflight
 from pretrain.recipe import Recipe
 from pretrain.record import claim, record_run
 from pretrain.saving import Demand, TimedCheckpoints
-from pretrain.schedules import learning_rate
+from pretrain.schedules import learning_rate, undecayed_rate
 from pretrain.sinks import open_sinks
 from pretrain.start import Start, find_start, not_longer
 from pretrain.state import Progress, RunState
@@ -157,7 +159,8 @@ def _train(
     if writer is not None:
         writer.finish()
     if state.progress.step == first_step and start.checkpoint is not None and job.world.is_main:
-        _export(job, start.checkpoint.path)  # the process before may have died between a checkpoint and its export
+        # The process before may have died between a checkpoint and its export.
+        export_encoder(job.recipe, start.checkpoint.path, job.out / "encoder")
     parts.log.say(_closing(job, state))
 
 
@@ -186,15 +189,8 @@ def _writer(job: _Job, engine: Engine, log: MetricLog, start: Start) -> Checkpoi
         keep_last=recipe.checkpoint.keep_last,
         say=log.say,
         unsound=start.unsound,
-        exported=partial(_export, job),
+        exported=partial(export_encoder, recipe, folder=job.out / "encoder"),
     )
-
-
-def _export(job: _Job, checkpoint: Path) -> None:
-    """Writes the encoder of a complete checkpoint, out of its files."""
-    weights, recipe = module_state(checkpoint, "encoder.", verified=True), job.recipe
-    data = recipe.data
-    save_encoder(job.out / "encoder", weights, recipe.model, data.mean, data.std, data.views)
 
 
 def _parts(
@@ -211,9 +207,7 @@ def _parts(
     def prepared(batch: Batch) -> Batch:
         return prepare(batch, job.device, recipe.data.mean, recipe.data.std, job.plan.needs.num_classes)
 
-    def rate(progress: Progress) -> float:
-        warmup_steps = resolved.warmup_steps
-        return learning_rate(progress, recipe.schedule, peak_lr=resolved.peak_lr, warmup_steps=warmup_steps)
+    peak: dict[str, Any] = {"peak_lr": resolved.peak_lr, "warmup_steps": resolved.warmup_steps}
 
     inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepared, job.world, job.out)
     evaluations = inline.periodic(resolved.steps_per_epoch)
@@ -226,7 +220,8 @@ def _parts(
         engine=engine,
         steps=_steps(job, state.cursor),
         prepare=lambda batch: see(prepared(batch)),
-        learning_rate=rate,
+        learning_rate=partial(learning_rate, schedule=recipe.schedule, **peak),
+        undecayed_rate=partial(undecayed_rate, **peak),
         log=log,
         rates=rates,
         evaluations=evaluations,
@@ -239,7 +234,7 @@ def _parts(
         ),
         limits=Limits(recipe.data.max_bad_samples, recipe.runtime.max_skipped_steps),
         log_every=recipe.logging.every_steps,
-        advise=DataBrake(recipe.runtime.num_workers, _idle_cores(job)),
+        advise=(DataBrake(recipe.runtime.num_workers, _idle_cores(job)), Lasting(collapse)),
     )
 
 

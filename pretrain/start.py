@@ -25,7 +25,8 @@ from pretrain.checkpoint import (
     some,
 )
 from pretrain.collectives import World, gather_objects
-from pretrain.models.encoders import CONFIG, WEIGHTS
+from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, TOWERS, WEIGHTS
+from pretrain.objectives.base import Objective
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 from pretrain.resolve import differences, is_longer
@@ -91,7 +92,7 @@ class Start:
     unsound: tuple[Path, ...] = ()
 
 
-def find_start(recipe: Recipe, objective: nn.Module, checkpoints: Path | None, world: World) -> Start:
+def find_start(recipe: Recipe, objective: Objective, checkpoints: Path | None, world: World) -> Start:
     """Looks in the order of precedence; weights of `init_from` are loaded at once. Every rank calls it.
 
     Args:
@@ -141,8 +142,11 @@ def _checkpoint_of(damaged: Path) -> Path:
     return damaged if damaged.is_dir() else damaged.parent
 
 
-def _initialize(objective: nn.Module, path: Path, world: World) -> tuple[str, ...]:
-    """Takes the encoder whole, and of the rest what has the same name and shape; says what it did not take."""
+def _initialize(objective: Objective, path: Path, world: World) -> tuple[str, ...]:
+    """Takes the encoder whole, and of the rest what has the same name and shape; says what it did not take.
+
+    Momentum teachers are not taken: they start as the weights that they follow, as they do from scratch.
+    """
     problem: PretrainError | None = None
     try:
         stored = _weights(path, world)
@@ -152,14 +156,27 @@ def _initialize(objective: nn.Module, path: Path, world: World) -> tuple[str, ..
     for found in gather_objects(problem):
         if found is not None:
             raise found
-    own = objective.state_dict()
+    followers = _followers(objective)
+    whole = objective.state_dict()
+    own = {name: tensor for name, tensor in whole.items() if not name.startswith(tuple(followers))}
     taken = {name for name in own.keys() & stored.keys() if own[name].shape == stored[name].shape}
-    objective.load_state_dict({**own, **{name: stored[name] for name in taken}})
+    objective.load_state_dict({**whole, **{name: stored[name] for name in taken}})
+    for target, online in followers.values():
+        target.load_state_dict(online.state_dict())
+    follow = [f"as the weights that they follow: {', '.join(name[:-1] for name in followers)}"] if followers else []
     return (
         f"taken from {path}: {_listed(taken)}",
         f"new, as initialised: {_listed(own.keys() - taken)}",
         f"left behind: {_listed(stored.keys() - taken)}",
+        *follow,
     )
+
+
+def _followers(objective: Objective) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Momentum teachers and what they follow, by what the names of a teacher's tensors begin with."""
+    names = {module: name for name, module in objective.named_modules()}
+    _, pairs = objective.ema(Progress(0, 1, 0))
+    return {f"{names[target]}.": (target, online) for target, online in pairs}
 
 
 def _weights(path: Path, world: World) -> Mapping[str, Tensor]:
@@ -171,6 +188,10 @@ def _weights(path: Path, world: World) -> Mapping[str, Tensor]:
         path = newest.path if newest is not None else path / "encoder"
     if (path / COMPLETE).is_file() or (path / STATE).is_file():
         return module_state(open_checkpoint(path, world).path, verified=True)
+    if (path / OPEN_CLIP_CONFIG).is_file() or (path / TOWERS).is_dir():
+        from pretrain.models.tower_folders import objective_weights  # open_clip takes seconds
+
+        return objective_weights(path)
     file = path / WEIGHTS if (path / CONFIG).is_file() else path
     try:
         return {f"encoder.{name}": tensor for name, tensor in load_file(file).items()}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from pretrain.advice import Lasting
+
 PARTS = ("copy", "forward", "backward", "reduce", "optimizer", "checkpoint", "evaluation")
 _BRAKE = 0.15  # share of the time waited for data from which on it is worth a word
 
@@ -93,21 +95,9 @@ def data_brake(values: Mapping[str, float], num_workers: int, idle_cores: int) -
     return f"data is the brake: {wait:.0%} of the time is waited for it ({shares}); {help_}"
 
 
-class DataBrake:
-    """Says it once it has held for some logged steps on end, and not again for many more."""
-
+class DataBrake(Lasting):
     def __init__(self, num_workers: int, idle_cores: int, *, lasting: int = 3, again: int = 200) -> None:
-        self._num_workers, self._idle_cores, self._lasting, self._again = num_workers, idle_cores, lasting, again
-        self._held, self._silent = 0, 0
-
-    def __call__(self, values: Mapping[str, float]) -> str | None:
-        advice = data_brake(values, self._num_workers, self._idle_cores)
-        self._held = self._held + 1 if advice else 0
-        self._silent = max(0, self._silent - 1)
-        if self._held < self._lasting or self._silent:
-            return None
-        self._silent = self._again
-        return advice
+        super().__init__(lambda values: data_brake(values, num_workers, idle_cores), lasting=lasting, again=again)
 
 
 @contextmanager

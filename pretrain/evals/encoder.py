@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from data_pipeline.views import ViewSpec
+from pretrain.models.folders import weights_sha256
 from pretrain.recipe import Recipe
 
 
@@ -52,7 +52,7 @@ class Encoder:
         views = recipe.data.views
         return cls(
             module,
-            image_size=recipe.model.image_size,
+            image_size=recipe.model.judged_size,
             mean=recipe.data.mean,
             std=recipe.data.std,
             views=ViewSpec(interpolation=views.interpolation, eval_crop=views.eval_crop),
@@ -76,9 +76,5 @@ class Encoder:
         }
 
     def weights_sha256(self) -> str:
-        """Over names, types, shapes and bytes of parameters and buffers, sorted; no file layout enters it."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """Over parameters and buffers; no file layout enters it."""
+        return weights_sha256(self.module)

@@ -11,7 +11,7 @@ from data_pipeline.errors import CheckpointError, InputError
 from pretrain.checkpoint import module_state, read_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.timm_sources import Architecture, checked_views, from_file, from_timm, nearest, seeded
-from pretrain.models.encoders import CONFIG, load_encoder, load_strictly
+from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, load_encoder, load_strictly
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
@@ -69,11 +69,11 @@ def _from_folder(path: Path, random_init: bool, seed: int | None) -> Encoder:
         return _from_run(path, random_init, seed)
     if (path / "state.json").is_file() or (path / "COMPLETE").is_file():
         return _from_checkpoint(path, random_init, seed)
-    if (path / CONFIG).is_file():
+    if (path / CONFIG).is_file() or (path / OPEN_CLIP_CONFIG).is_file():
         return _from_encoder_folder(path, random_init, seed or 0)
     raise CheckpointError(
         where=str(path),
-        expected=f"a run (recipe.yaml), a checkpoint (state.json, COMPLETE) or an encoder ({CONFIG})",
+        expected=f"a run (recipe.yaml), a checkpoint (state.json, COMPLETE), an encoder ({CONFIG}, {OPEN_CLIP_CONFIG})",
         found="a folder with none of these",
     )
 
@@ -123,7 +123,7 @@ def _from_encoder_folder(folder: Path, random_init: bool, seed: int) -> Encoder:
         "architecture": config.name,
     }
     if random_init:
-        module = seeded(seed, lambda: timm.create_model(config.name, pretrained=False, **config.model_args))
+        module = seeded(seed, config.build)
         description["init_seed"] = seed
     return Encoder(
         module,

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import inspect
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -24,9 +22,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, InputError
-from pretrain.recipe import Model, Views
+from pretrain.models import cifar_resnet  # noqa: F401  (names its models in timm's registry)
+from pretrain.models.folders import file_sha256, save_weights
+from pretrain.recipe import Views
+from pretrain.recipe_model import Model, ModelConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+TOWERS = "towers"  # a folder beside timm's files, with the text tower and what else timm knows nothing of
 
 # Said elsewhere in the recipe, or the module would no longer take RGB images to features.
 _RESERVED = {
@@ -49,6 +52,7 @@ _FAMILIES: dict[str, type[nn.Module]] = {  # by timm's module; what takes a fixe
     "swin_transformer": SwinTransformer,
     "swin_transformer_v2": SwinTransformerV2,
     "resnet": ResNet,
+    "cifar_resnet": ResNet,  # ours
 }
 
 
@@ -57,9 +61,9 @@ class EncoderConfig:
     """What an encoder folder says beside its weights.
 
     Attributes:
-        name: timm's name of the architecture.
-        model_args: arguments with which `timm.create_model(name, **model_args)` builds it.
-        image_size: side of the square images it was trained on, pixels.
+        name: timm's name of the architecture, or that of open_clip's towers.
+        model_args: arguments with which `timm.create_model(name, **model_args)` builds it; open_clip's `model_cfg`.
+        image_size: side of the square images it is judged on, pixels.
         mean: per channel, of images scaled to [0, 1].
         std: per channel, of images scaled to [0, 1].
         interpolation: of the resize before the centre crop.
@@ -75,18 +79,33 @@ class EncoderConfig:
     interpolation: str
     eval_crop: float
     file_sha256: str
+    library: Literal["timm", "open_clip"] = "timm"
+
+    def build(self) -> nn.Module:
+        """The same architecture, initialised from torch's global seed."""
+        if self.library == "open_clip":
+            from pretrain.models.open_clip_models import build_open_clip
+
+            return build_open_clip(dict(self.model_args)).visual  # type: ignore[return-value]
+        encoder: nn.Module = timm.create_model(self.name, pretrained=False, **self.model_args)
+        return encoder
 
 
-def build_encoder(model: Model) -> nn.Module:
-    """A timm ViT, Swin or ResNet without head, initialised from torch's global seed; nothing is ever downloaded.
+def build_encoder(model: ModelConfig) -> nn.Module:
+    """An encoder initialised from torch's global seed; nothing is ever downloaded.
 
     Returns:
-        A module from normalised images [B, 3, S, S] to features [B, D]; D is its `head_hidden_size`.
+        A module from normalised images [B, 3, S, S] to features [B, D]: a timm ViT, Swin or ResNet without head, where
+        D is its `head_hidden_size`, or the image tower of open_clip's model, which ends in a projection.
 
     Raises:
         InputError: an unknown name (the nearest known ones are given), options that timm refuses, or an image
             size that is not a multiple of the patch.
     """
+    if not isinstance(model, Model):
+        from pretrain.models.open_clip_models import build_open_clip, model_config  # seconds, for those who use it
+
+        return build_open_clip(model_config(model)).visual  # type: ignore[return-value]
     args = model_args(model)
     try:
         encoder: nn.Module = timm.create_model(model.name, pretrained=False, **args)
@@ -135,6 +154,13 @@ def model_args(model: Model) -> dict[str, Any]:
         raise InputError(where="model.options.global_pool", expected="a pooling, as features are [B, D]", found="none")
     args: dict[str, Any] = {"num_classes": 0, **model.options}
     if _has_patches(model.name):
+        if model.eval_size not in (None, model.image_size):
+            raise InputError(
+                where="model.eval_size",
+                expected=f"none, as {model.name} is built for image_size {model.image_size} alone",
+                found=str(model.eval_size),
+                fix="Remove it.",
+            )
         args |= {"img_size": model.image_size, "dynamic_img_size": False}
         if model.patch_size is not None:
             args["patch_size"] = model.patch_size
@@ -170,14 +196,12 @@ def save_encoder(
         views: the geometry of evaluation views is taken from it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS}.tmp"
-    save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, partial, {"format": "pt"})
     config = {
         "architecture": model.name,
         "num_classes": 0,
         "model_args": model_args(model),
         "pretrained_cfg": {
-            "input_size": [3, model.image_size, model.image_size],
+            "input_size": [3, model.judged_size, model.judged_size],
             "fixed_input_size": _has_patches(model.name),
             "interpolation": views.interpolation,
             "crop_pct": views.eval_crop,
@@ -190,23 +214,24 @@ def save_encoder(
             "first_conv": timm.models.get_pretrained_cfg_value(model.name, "first_conv"),
             "classifier": timm.models.get_pretrained_cfg_value(model.name, "classifier"),
         },
-        "file_sha256": _sha256(partial),
     }
-    _publish(partial, folder / WEIGHTS)
-    partial = folder / f".{CONFIG}.tmp"
-    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _publish(partial, folder / CONFIG)
+    save_weights(folder / WEIGHTS, state, folder / CONFIG, config)
 
 
 def load_encoder(folder: Path) -> tuple[nn.Module, EncoderConfig]:
-    """The encoder of a folder written by `save_encoder`, or of any timm folder without a head, on the CPU.
+    """The encoder of a folder as `save_encoder`, timm (without a head) or open_clip writes it, on the CPU.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the architecture exactly.
     """
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        from pretrain.models.tower_folders import load_open_clip
+
+        module, config, _ = load_open_clip(folder)
+        return module.encoder, config
     try:
         raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        preprocessing, digest = raw["pretrained_cfg"], _sha256(folder / WEIGHTS)
+        preprocessing, digest = raw["pretrained_cfg"], file_sha256(folder / WEIGHTS)
         config = EncoderConfig(
             name=raw["architecture"],
             model_args=raw.get("model_args", {"num_classes": raw["num_classes"]}),
@@ -218,7 +243,7 @@ def load_encoder(folder: Path) -> tuple[nn.Module, EncoderConfig]:
             file_sha256=digest,
         )
         state = load_file(folder / WEIGHTS)
-        encoder: nn.Module = timm.create_model(config.name, pretrained=False, **config.model_args)
+        encoder = config.build()
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, SafetensorError) as error:
         raise CheckpointError(
             where=str(folder),
@@ -282,15 +307,3 @@ def _nearest(name: str, known: frozenset[str] | set[str]) -> str:
 def _some(names: set[str], shown: int = 8) -> str:
     rest = len(names) - shown
     return ", ".join(sorted(names)[:shown]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _publish(partial: Path, path: Path) -> None:
-    """Makes the bytes durable before the name, so that a name never stands for half a file."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -69,13 +69,13 @@ def build_tokenizer(spec: TokenSpec) -> ClipTokenizer:
     """The tokenizer that an objective asks for; nothing is ever downloaded.
 
     Raises:
-        RecipeError: neither "clip" nor a local file of merges; or too short a context.
+        RecipeError: neither "clip" nor a local file of merges; too short a context; or more tokens than the model has.
     """
     if spec.context_length < 3:
         problem = f"context_length: expected at least 3 (start, a token, end), found {spec.context_length}."
         raise RecipeError("tokenizer", [problem])
     if spec.tokenizer == CLIP:
-        return _ready(ClipTokenizer(spec.context_length))
+        return _ready(ClipTokenizer(spec.context_length), spec)
     path = Path(spec.tokenizer)
     if found := _not_merges(path):
         problem = (
@@ -83,12 +83,19 @@ def build_tokenizer(spec: TokenSpec) -> ClipTokenizer:
             f"{spec.tokenizer}. Tokenizers from a hub are not downloaded."
         )
         raise RecipeError("tokenizer", [problem])
-    return _ready(ClipTokenizer(spec.context_length, path))
+    return _ready(ClipTokenizer(spec.context_length, path), spec)
 
 
-def _ready(tokenizer: ClipTokenizer) -> ClipTokenizer:
+def _ready(tokenizer: ClipTokenizer, spec: TokenSpec) -> ClipTokenizer:
     """Read now, so that loader processes, which are forked, share what it read."""
     tokenizer("")
+    if spec.vocab_size is not None and tokenizer.vocab_size > spec.vocab_size:
+        problem = (
+            f"objective.tokenizer: expected one of at most {spec.vocab_size} tokens, which the text tower knows, found "
+            f"{tokenizer.name} with {tokenizer.vocab_size}. To train the tower with this one, set its vocab_size "
+            f"(model.vocab_size, or of text) to {tokenizer.vocab_size}."
+        )
+        raise RecipeError("tokenizer", [problem])
     return tokenizer
 
 

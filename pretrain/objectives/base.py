@@ -44,6 +44,14 @@ class Objective(nn.Module, ABC):
         """Decay and (target, online) modules of a momentum teacher; the engine applies it after each step."""
         return 0.0, []
 
+    def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
+        """Parameters with the least and greatest value they may have; the engine clamps them after each step."""
+        return []
+
+    def undecayed(self) -> list[nn.Module]:
+        """Modules whose learning rate stays at its peak after the warmup, whatever the schedule."""
+        return []
+
 
 class Features(NamedTuple):
     """What a contrastive loss is made of, all fp32; a tuple, as `LossOutput` is.
@@ -97,10 +105,14 @@ class Contrastive(Objective):
                 <features, gradient>, whose gradients are the true loss's.
             features_only: return the features.
         """
-        features = Features(*(value.float() for value in self.features(batch, progress)))
+        features = Features(*(_at_least_fp32(value) for value in self.features(batch, progress)))
         if features_only:
             return features
         with torch.autocast(features.image.device.type, enabled=False):
             if gradient is not None:
                 return LossOutput(torch.stack([(f * g).sum() for f, g in zip(features, gradient, strict=True)]).sum())
             return self.loss(features, progress)
+
+
+def _at_least_fp32(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()

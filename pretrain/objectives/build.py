@@ -6,21 +6,35 @@ from typing import assert_never
 
 from torch import nn
 
-from pretrain import recipe, recipe_objective
+from data_pipeline.errors import InputError
+from pretrain import recipe_objective
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.base import Objective
+from pretrain.objectives.byol import Byol
 from pretrain.objectives.combined import Combined
 from pretrain.objectives.mae import Mae
 from pretrain.objectives.simmim import Simmim
+from pretrain.objectives.simsiam import SimSiam
 from pretrain.objectives.supervised import Supervised
+from pretrain.recipe_model import Model, ModelConfig
 
 
-def build_objective(model: recipe.Model, config: recipe_objective.ObjectiveConfig) -> Objective:
+def build_objective(model: ModelConfig, config: recipe_objective.ObjectiveConfig) -> Objective:
     """An encoder and its objective on the CPU, initialised from torch's global seed.
 
     Raises:
         InputError: a model that cannot be built, or that the objective cannot train.
     """
+    if isinstance(config, recipe_objective.Clip | recipe_objective.Siglip):
+        from pretrain.objectives.image_text import ImageText  # open_clip takes seconds, which others need not wait
+
+        return ImageText(model, config)
+    if not isinstance(model, Model):
+        raise InputError(
+            where="model.library",
+            expected=f"timm, as objective.kind {config.kind} trains one encoder",
+            found=f"{model.library}, which has two towers",
+        )
     encoder = build_encoder(model)
     if isinstance(config, recipe_objective.Sum):
         terms = {str(term.objective.kind): _build(model, encoder, term.objective) for term in config.terms}
@@ -28,7 +42,7 @@ def build_objective(model: recipe.Model, config: recipe_objective.ObjectiveConfi
     return _build(model, encoder, config)
 
 
-def _build(model: recipe.Model, encoder: nn.Module, config: recipe_objective.Single) -> Objective:
+def _build(model: Model, encoder: nn.Module, config: recipe_objective.Single) -> Objective:
     match config:
         case recipe_objective.Mae():
             return Mae(encoder, config)
@@ -36,5 +50,9 @@ def _build(model: recipe.Model, encoder: nn.Module, config: recipe_objective.Sin
             return Simmim(encoder, config)
         case recipe_objective.Supervised():
             return Supervised(encoder, model.image_size, config)
+        case recipe_objective.Byol():
+            return Byol(encoder, model.image_size, config)
+        case recipe_objective.SimSiam():
+            return SimSiam(encoder, model.image_size, config)
         case _:
             assert_never(config)

@@ -67,6 +67,9 @@ class Combined(Objective):
             raise ValueError(f"expected one decay of all momentum teachers, found {[decay for decay, _ in found]}")
         return found[0][0] if found else 0.0, [pair for _, pairs in found for pair in pairs]
 
+    def undecayed(self) -> list[nn.Module]:
+        return [module for name in self.terms for module in self._term(name).undecayed()]
+
     def _term(self, name: str) -> Objective:
         term = self.terms[name]
         assert isinstance(term, Objective)

@@ -71,15 +71,42 @@ def classifier_loss(
     """Cross entropy against target distributions [B, K], smoothed; weighted, and divided by B."""
     total = torch.zeros((), dtype=images.dtype)
     for image, target, weight in zip(images, targets, sample_weights, strict=True):
-        tokens = encode(w, image, list(range(shape.grid**2)), shape)
-        patches = tokens[shape.prefix :]
-        feature = tokens[0] if shape.class_token else sum(patches) / len(patches)  # type: ignore[assignment]
-        logits = linear(w, "head", feature)
+        logits = class_logits(w, image, shape)
         normalizer = sum(math.e**logit for logit in logits)
         for logit, share in zip(logits, target, strict=True):
             smoothed = (1 - smoothing) * share + smoothing / len(target)
             total = total - weight * smoothed * (logit - torch.log(normalizer))  # type: ignore[arg-type]
     return total / len(images)
+
+
+def binary_loss(
+    w: Weights,
+    images: Tensor,
+    targets: Tensor,
+    sample_weights: Sequence[float],
+    smoothing: float,
+    threshold: float | None,
+    shape: Shape,
+) -> Tensor:
+    """A coin for each class, whose odds are e^logit: its surprise at the target, meant over K, weighted, over B."""
+    total = torch.zeros((), dtype=images.dtype)
+    for image, target, weight in zip(images, targets, sample_weights, strict=True):
+        for logit, share in zip(class_logits(w, image, shape), target.tolist(), strict=True):
+            wanted = (1 - smoothing) * share + smoothing / len(target)
+            if threshold is not None:
+                wanted = 1.0 if wanted > threshold else 0.0
+            present = 1 / (1 + math.e**-logit)
+            surprise = -wanted * torch.log(present) - (1 - wanted) * torch.log(1 - present)
+            total = total + weight * surprise / len(target)
+    return total / len(images)
+
+
+def class_logits(w: Weights, image: Tensor, shape: Shape) -> Tensor:
+    """Of one image, [K], from its class token or else the mean of its patches."""
+    tokens = encode(w, image, list(range(shape.grid**2)), shape)
+    patches = tokens[shape.prefix :]
+    feature = tokens[0] if shape.class_token else sum(patches) / len(patches)  # type: ignore[assignment]
+    return linear(w, "head", feature)
 
 
 def encode(w: Weights, image: Tensor, shown: list[int], shape: Shape) -> list[Tensor]:

@@ -1,18 +1,23 @@
-"""The supervised loss equals its naive twin, hard labels and soft, and its means are means over B."""
+"""The supervised losses equal their naive twins and timm's, hard labels and soft; their means are means over B."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from timm.data.mixup import mixup_target
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from data_pipeline.batch import Batch
 from pretrain import recipe, recipe_objective
+from pretrain.models.encoders import build_encoder
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.supervised import Supervised
 from pretrain.state import Progress
@@ -21,14 +26,16 @@ from tests.objectives import naive
 START = Progress(0, 1, 0)
 
 
-def make(num_classes: int = 4, smoothing: float = 0.0, class_token: bool = False) -> Supervised:
+def make(num_classes: int = 4, smoothing: float = 0.0, class_token: bool = False, **further: Any) -> Supervised:
     torch.manual_seed(0)
     pool = {"global_pool": "token"} if class_token else {"global_pool": "avg", "fc_norm": False}
     model = recipe.Model(
         name="vit_tiny_patch16_224", image_size=6, patch_size=2,
         options={"embed_dim": 8, "depth": 1, "num_heads": 2, "class_token": class_token, **pool},
     )  # fmt: skip
-    config = recipe_objective.Supervised(kind="supervised", num_classes=num_classes, label_smoothing=smoothing)
+    config = recipe_objective.Supervised(
+        kind="supervised", num_classes=num_classes, label_smoothing=smoothing, **further
+    )
     objective = build_objective(model, config)
     assert isinstance(objective, Supervised)
     return objective
@@ -47,13 +54,22 @@ def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     return torch.eye(num_classes, dtype=torch.float64)[labels]
 
 
+LOSSES: dict[str, dict[str, Any]] = {
+    "ce": {},
+    "bce": {"loss": "bce"},
+    "bce, threshold": {"loss": "bce", "target_threshold": 0.2},
+    "bce, sum": {"loss": "bce", "over_classes": "sum"},
+}
+
+
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(("class_token", "weighted"), [(False, False), (True, True)])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 def test_loss_and_gradients_equal_the_naive_twin(
-    soft: bool, smoothing: float, class_token: bool, weighted: bool
+    loss: dict[str, Any], soft: bool, smoothing: float, class_token: bool, weighted: bool
 ) -> None:
-    objective = make(smoothing=smoothing, class_token=class_token).double()
+    objective = make(smoothing=smoothing, class_token=class_token, **loss).double()
     with torch.no_grad():
         for p in objective.parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
@@ -67,14 +83,19 @@ def test_loss_and_gradients_equal_the_naive_twin(
         batch = replace(batch, weights=torch.tensor([0.5, 0.0, 2.0]))
     weights = naive.weights_of(objective)
 
-    loss = objective(batch, START).loss
-    loss.backward()
+    found = objective(batch, START).loss
+    found.backward()
     sample_weights = [0.5, 0.0, 2.0] if weighted else [1.0, 1.0, 1.0]
+    given = (weights, batch.views[0], targets, sample_weights, smoothing)
     shape = naive.Shape(3, 2, 2, class_token=class_token)
-    expected = naive.classifier_loss(weights, batch.views[0], targets, sample_weights, smoothing, shape)
+    if loss:
+        expected = naive.binary_loss(*given, loss.get("target_threshold"), shape)
+        expected = expected * 4 if "over_classes" in loss else expected
+    else:
+        expected = naive.classifier_loss(*given, shape)
     expected.backward()
 
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
     naive.assert_same_gradients(objective, weights)
 
 
@@ -125,3 +146,107 @@ def test_labels_are_asked_for() -> None:
     assert objective.needs.mask is None
     with pytest.raises(ValueError, match="labels"):
         objective(replace(make_batch(2, 10), labels=None), START)
+
+
+def loss_of_logits(logits: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+    """The objective's loss where its classifier says `logits`, [B, K]."""
+    objective = make(logits.shape[1], **settings)
+    objective.head.forward = lambda _: logits  # type: ignore[method-assign]
+    return objective(Batch(("",) * len(logits), (torch.zeros(len(logits), 3, 6, 6),), labels), START).loss
+
+
+def random_logits(size: int = 6, num_classes: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(size, num_classes, generator=generator)
+    return logits, torch.randint(num_classes, (size,), generator=generator)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("sum_classes", [False, True])
+def test_binary_losses_are_timm_s(smoothing: float, threshold: float | None, sum_classes: bool) -> None:
+    """Mixed labels timm smooths where it mixes them, plain ones in the loss; ours come unsmoothed."""
+    logits, labels = random_logits()
+    over = "sum" if sum_classes else "mean"
+    ours = {"loss": "bce", "smoothing": smoothing, "target_threshold": threshold, "over_classes": over}
+    theirs = BinaryCrossEntropy(smoothing, threshold, sum_classes=sum_classes)
+    torch.testing.assert_close(loss_of_logits(logits, labels, **ours), theirs(logits, labels))
+    for lam in (0.15, 0.5, 0.9):
+        mixed = lam * F.one_hot(labels, 5) + (1 - lam) * F.one_hot(labels.flip(0), 5)
+        target = mixup_target(labels, 5, lam, smoothing)
+        torch.testing.assert_close(loss_of_logits(logits, mixed, **ours), theirs(logits, target))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropies_are_timm_s(smoothing: float) -> None:
+    logits, labels = random_logits()
+    plain = loss_of_logits(logits, labels, smoothing=smoothing)
+    torch.testing.assert_close(plain, LabelSmoothingCrossEntropy(smoothing)(logits, labels))
+    mixed = 0.3 * F.one_hot(labels, 5) + 0.7 * F.one_hot(labels.flip(0), 5)
+    target = mixup_target(labels, 5, 0.3, smoothing)
+    found = loss_of_logits(logits, mixed, smoothing=smoothing)
+    torch.testing.assert_close(found, SoftTargetCrossEntropy()(logits, target))
+
+
+def test_dropout_acts_on_the_features_in_training_only() -> None:
+    objective, plain = make(dropout=0.5), make()
+    batch = replace(make_batch(4, 4), views=(make_batch(4, 4).views[0].float(),))
+    assert torch.equal(objective.eval()(batch, START).loss, plain.eval()(batch, START).loss)
+    objective.train()
+    torch.manual_seed(5)
+    first = objective(batch, START).loss
+    assert not torch.equal(objective(batch, START).loss, first)
+    torch.manual_seed(5)
+    assert torch.equal(objective(batch, START).loss, first)
+    seen: list[Tensor] = []
+    objective.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    objective(batch, START)
+    features = objective.encoder(batch.views[0])
+    kept = seen[0] != 0
+    torch.testing.assert_close(seen[0][kept], 2 * features[kept])
+    assert 0.2 < kept.float().mean() < 0.8
+
+
+def test_the_classifier_starts_as_asked() -> None:
+    for std in (0.01, 0.1):
+        head = make(400, classifier_init=std).head
+        assert head.weight.std().item() == pytest.approx(std, rel=0.05)
+        assert not head.bias.any()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_residual_blocks_start_as_the_identity(name: str) -> None:
+    """Goyal et al. 2017 (arXiv:1706.02677), section 5.1: gamma 0 in the last norm of each block, 1 in the others."""
+    for options, expected in (({}, 0.0), ({"zero_init_last": False}, 1.0)):
+        model = recipe.Model(name=name, image_size=32, options=options)  # type: ignore[arg-type]
+        encoder = build_encoder(model)
+        last = "bn2" if name == "resnet18" else "bn3"
+        gammas = {n: m.weight for n, m in encoder.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        assert sum(n.endswith(last) for n in gammas) == (8 if name == "resnet18" else 16)
+        for n, gamma in gammas.items():
+            assert gamma.unique().tolist() == [expected if n.endswith(last) else 1.0]
+
+
+VIT_OPTIONS = {"embed_dim": 8, "depth": 3, "num_heads": 2}
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "vit_tiny_patch16_224"])
+def test_stochastic_depth_acts_in_training_only(name: str) -> None:
+    options: dict[str, Any] = {} if name == "test_resnet" else VIT_OPTIONS
+    plain, dropping = (
+        build_encoder(recipe.Model(name=name, image_size=32, options={**options, **more}))
+        for more in ({}, {"drop_path_rate": 0.6})
+    )
+    with torch.no_grad():
+        for parameter in plain.parameters():  # off the zeros at which branches of a ResNet start
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    dropping.load_state_dict(plain.state_dict())
+    images = torch.randn(8, 3, 32, 32)
+    torch.testing.assert_close(dropping.eval()(images), plain.eval()(images), rtol=0, atol=0)
+    dropping.train()
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(dropping(images))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])

@@ -58,9 +58,17 @@ def listed(path: str, tree: dict[str, Any] = SMALL) -> tuple[str, dict[str, Any]
         tree = changed("data.train", [{"path": "shards"}], tree)
     if path.startswith("data.augment."):
         tree = changed("data.augment", [{}], tree)
+    if path.startswith("model.") and path.split(".")[1] in {
+        "context_length",
+        "vocab_size",
+        "embed_dim",
+        "image",
+        "text",
+    }:
+        tree = changed("model", {"library": "open_clip"}, tree)
     if path.startswith("objective."):
         *groups, key = path.split(".")
-        objective = {"kind": _kind_with("terms" if "terms" in groups else key)}
+        objective = {"kind": _kind_with("terms" if "terms" in groups else path.split(".")[1])}
         if "terms" in groups:
             objective["terms"] = [{"objective": {"kind": _kind_with(key)}}] if groups[-1] == "objective" else [{}]
         tree = changed("objective", objective, tree)
@@ -112,6 +120,10 @@ _single = st.one_of(
         {"kind": st.just("mae")},
         optional={"mask_ratio": st.floats(0.01, 0.99), "normalize_target": st.booleans()},
     ),
+    st.fixed_dictionaries(
+        {"kind": st.just("byol")}, optional={"base_decay": st.floats(0, 0.999), "out_width": st.integers(1, 512)}
+    ),
+    st.fixed_dictionaries({"kind": st.just("simsiam")}, optional={"fixed_predictor_lr": st.booleans()}),
     st.fixed_dictionaries({"kind": st.just("simmim")}, optional={"mask_patch": st.integers(1, 64)}),
 )
 _sums = st.lists(_single, min_size=2, max_size=3, unique_by=lambda objective: objective["kind"]).flatmap(

@@ -229,3 +229,11 @@ def test_a_recipe_may_choose_the_attention(sdpa: Any, fused: bool) -> None:
     for precision in ("fp32", "bf16"):
         choose_attention(encoder, torch.device("cpu"), precision, sdpa)  # type: ignore[arg-type]
         assert {block.attn.fused_attn for block in encoder.blocks} == {fused}
+
+
+def test_a_resnet_is_judged_at_a_size_of_its_own_and_a_vit_is_not(tmp_path: Path) -> None:
+    model = Model(name="test_resnet", image_size=32, eval_size=48)
+    saved(tmp_path, model)
+    assert load_encoder(tmp_path)[1].image_size == 48
+    with pytest.raises(InputError, match=r"model\.eval_size.*image_size 24 alone"):
+        build_encoder(VIT.model_copy(update={"eval_size": 48}))

@@ -155,6 +155,7 @@ def test_all_problems_are_told_at_once_each_with_its_path(tmp_path: Path) -> Non
         ("objective", {}, f"objective.kind: expected one of {KINDS}, found nothing."),
         ("objective.kind", "mea", f"objective.kind: expected one of {KINDS}, found 'mea'."),
         ("objective", "mae", "objective: expected a map, found 'mae'."),
+        ("model.library", "tmim", "model.library: expected one of 'timm', 'open_clip', found 'tmim'."),
         ("evals.0.kind", "linear", "evals.0.kind: expected 'knn', found 'linear'."),
         (
             "model.patch_size",
@@ -274,3 +275,20 @@ def test_captions_are_lines_or_an_entry_not_both(tmp_path: Path) -> None:
     assert problems(tmp_path, wrong) == [
         "data.captions: expected key (of a JSON member) or lines (of a text member), found both."
     ]
+
+
+@pytest.mark.parametrize(
+    ("further", "problem"),
+    [
+        ({"target_threshold": 0.2}, "objective: expected loss bce with target_threshold, found ce."),
+        ({"over_classes": "sum"}, "objective: expected loss bce with over_classes sum, found ce."),
+        (
+            {"loss": "bce", "target_threshold": 0.95, "label_smoothing": 0.1},
+            "objective: expected a target_threshold that tells the label of an image from its other classes, in "
+            "[0.01, 0.91) with label_smoothing 0.1, found 0.95.",
+        ),
+    ],
+)
+def test_binary_targets_must_mean_something(tmp_path: Path, further: dict[str, Any], problem: str) -> None:
+    tree = changed("objective", {"kind": "supervised", "num_classes": 10, **further})
+    assert problems(tmp_path, tree) == [problem]

@@ -1,0 +1,179 @@
+"""An image tower and a text tower with one embedding space: as they are trained, and as an evaluator receives them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from open_clip.model import CLIPTextCfg, _build_text_tower
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data_pipeline.captions import Tokenizer
+from data_pipeline.errors import InputError
+from data_pipeline.views import ViewSpec
+from pretrain.models.encoders import build_encoder
+from pretrain.models.folders import weights_sha256
+from pretrain.models.open_clip_models import build_open_clip, model_config, text_config
+from pretrain.recipe_model import Model, ModelConfig, TextTower
+
+CLIP_SCALE = math.log(1 / 0.07)
+SIGLIP_SCALE, SIGLIP_BIAS = math.log(10), -10.0
+
+
+class Parts(NamedTuple):
+    """Of two towers. Embeddings are not normalised.
+
+    Attributes:
+        encoder: the image tower, an unmodified timm or open_clip module, from images [B, 3, S, S] to [B, E].
+        projection: [B, E] -> [B, D]; the identity with open_clip's image tower, which ends in one.
+        text: open_clip's text tower, from tokens [B, L] to [B, D].
+    """
+
+    encoder: nn.Module
+    projection: nn.Module
+    text: nn.Module
+
+    @property
+    def context_length(self) -> int:
+        return int(self.text.context_length)  # type: ignore[arg-type]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.text.vocab_size)  # type: ignore[arg-type]
+
+
+def build_parts(model: ModelConfig, embed_dim: int | None, text: TextTower | None) -> Parts:
+    """Both towers of a recipe, on the CPU, initialised from torch's global seed.
+
+    Args:
+        model: a timm encoder, which gets a linear projection (without bias, as open_clip has it) and a text tower
+            beside it; or both towers of open_clip.
+        embed_dim: D; None with open_clip, whose towers have their own.
+        text: the text tower; likewise.
+
+    Raises:
+        InputError: towers that cannot be built, or that are given twice or not at all.
+    """
+    given = {"objective.embed_dim": embed_dim, "objective.text": text}
+    if isinstance(model, Model):
+        for where, value in given.items():
+            if value is None:
+                raise InputError(where, "a value, as the model is a timm encoder, without a text tower", "none")
+        assert embed_dim is not None
+        assert text is not None
+        encoder = build_encoder(model)
+        width = int(encoder.head_hidden_size)  # type: ignore[arg-type]
+        return Parts(encoder, nn.Linear(width, embed_dim, bias=False), build_text(embed_dim, text_config(text)))
+    for where, value in given.items():
+        if value is not None:
+            raise InputError(where, "none, as the model has both towers (model.library open_clip)", "one")
+    both = build_open_clip(model_config(model))
+    return Parts(both.visual, nn.Identity(), both.text)  # type: ignore[arg-type]
+
+
+def build_text(embed_dim: int, config: Mapping[str, Any]) -> nn.Module:
+    """open_clip's text tower alone, of a `text_cfg`."""
+    tower: nn.Module = _build_text_tower(embed_dim, CLIPTextCfg(**config))
+    return tower
+
+
+def embed_images(parts: Parts, images: Tensor) -> Tensor:
+    """Unit vectors [B, D] of normalised images [B, 3, S, S], in the images' precision whatever autocast computed in."""
+    return F.normalize(parts.projection(parts.encoder(images)).to(images.dtype), dim=-1)
+
+
+def embed_tokens(parts: Parts, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit vectors [B, D] of tokens [B, L], in `dtype`."""
+    return F.normalize(parts.text(tokens).to(dtype), dim=-1)
+
+
+class TwoTowers(nn.Module):
+    """What a trained objective's state is loaded into: its names are the objective's.
+
+    Args:
+        parts: the towers.
+        has_bias: whether the logits have one (SigLIP).
+    """
+
+    def __init__(self, parts: Parts, *, has_bias: bool) -> None:
+        super().__init__()
+        self.encoder, self.projection, self.text = parts
+        self.logit_scale = nn.Parameter(torch.tensor([SIGLIP_SCALE if has_bias else CLIP_SCALE]))  # log of the factor
+        if has_bias:
+            self.logit_bias = nn.Parameter(torch.tensor([SIGLIP_BIAS]))
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.encoder, self.projection, self.text)
+
+
+@dataclass(frozen=True)
+class Towers:
+    """Two frozen towers, and the preprocessing that belongs to them.
+
+    Attributes:
+        module: the weights; evaluation mode is the caller's to set (`evaluating`).
+        tokenizer: text -> tokens [L].
+        image_size: S, pixels.
+        mean, std: per channel, of images scaled to [0, 1].
+        views: geometry of evaluation views (`interpolation`, `eval_crop`).
+        tag: short name among the towers of one run, for file names: encoder, step_00001000, random.
+        description: where they come from, for a report.
+        run: the run's folder, where there is one; results are kept there.
+    """
+
+    module: TwoTowers
+    tokenizer: Tokenizer
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    views: ViewSpec
+    tag: str
+    description: Mapping[str, object] = field(default_factory=dict)
+    run: Path | None = None
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit vectors [B, D], fp32, of normalised images [B, 3, S, S] on the towers' device."""
+        return embed_images(self.module.parts, images)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Unit vectors [B, D], fp32, of tokens [B, L] on the towers' device."""
+        return embed_tokens(self.module.parts, tokens, torch.float32)
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """[B, L] int64, on the CPU."""
+        return torch.stack([self.tokenizer(text) for text in texts])
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor of the cosines; the exponential is taken."""
+        return float(self.module.logit_scale.exp())
+
+    @property
+    def logit_bias(self) -> float:
+        """Added to the logits; 0 where the loss has none."""
+        return float(getattr(self.module, "logit_bias", 0.0))
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.logit_scale.device
+
+    def preprocessing(self) -> dict[str, object]:
+        return {
+            "image_size": self.image_size,
+            "resize": "antialiased, of the shorter side, then a centre crop",
+            "interpolation": self.views.interpolation,
+            "eval_crop": self.views.eval_crop,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "tokenizer": self.tokenizer.name,
+            "context_length": self.tokenizer.context_length,
+        }
+
+    def weights_sha256(self) -> str:
+        return weights_sha256(self.module)

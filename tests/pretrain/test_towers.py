@@ -1,0 +1,159 @@
+"""Two towers on disk: open_clip reads ours, ours reads open_clip's, and nothing is loaded in part or from two saves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_pipeline.errors import CheckpointError, InputError
+from pretrain.evals.tower_sources import load_towers
+from pretrain.models.encoders import load_encoder
+from pretrain.models.open_clip_models import model_config
+from pretrain.models.tower_folders import save_towers
+from pretrain.objectives.image_text import ImageText
+from pretrain.recipe import Views
+from pretrain.recipe_model import OpenClip
+from pretrain.state import Progress
+from tests.objectives import towers
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+PROGRESS = Progress(0, 1, 0)
+
+
+def saved(folder: Path, kind: str, *, beside_timm: bool = False, seed: int = 0) -> ImageText:
+    objective = towers.make(kind, timm=beside_timm, seed=seed).eval()
+    with torch.no_grad():
+        for p in objective.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
+    model = towers.TIMM if beside_timm else towers.OPEN_CLIP
+    given = (towers.BESIDE_TIMM["embed_dim"], towers.TEXT) if beside_timm else (None, None)
+    views = Views(interpolation="bilinear", eval_crop=0.9)
+    save_towers(folder, objective.state_dict(), model, *given, "clip", MEAN, STD, views)
+    return objective
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_open_clip_reads_the_folder_and_computes_the_same(tmp_path: Path, kind: str) -> None:
+    objective = saved(tmp_path, kind)
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    batch = towers.captioned(3)
+    with torch.no_grad():
+        found = objective.features(batch, PROGRESS)
+        image, text, scale, *bias = theirs.eval()(batch.views[0], batch.tokens)
+    torch.testing.assert_close(image, found.image)
+    torch.testing.assert_close(text, found.text)
+    torch.testing.assert_close(scale, found.logit_scale)
+    assert [b.item() for b in bias] == ([] if kind == "clip" else [found.logit_bias.item()])
+    assert tuple(preprocess.transforms[-1].mean) == MEAN
+
+
+@pytest.mark.parametrize("beside_timm", [False, True])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_loaded_towers_are_those_that_were_saved(tmp_path: Path, kind: str, beside_timm: bool) -> None:
+    objective = saved(tmp_path, kind, beside_timm=beside_timm)
+    found = load_towers(str(tmp_path))
+    batch = towers.captioned(3)
+    assert batch.tokens is not None
+    weights = objective.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.module.state_dict().items())
+    with torch.no_grad():  # attention is computed in another way where it needs no gradient
+        expected = objective.features(batch, PROGRESS)
+        torch.testing.assert_close(found.encode_image(batch.views[0]), expected.image)
+        torch.testing.assert_close(found.encode_text(batch.tokens), expected.text)
+    assert found.logit_scale == pytest.approx(float(expected.logit_scale))
+    assert found.logit_bias == pytest.approx(float(expected.logit_bias))
+    assert (found.image_size, found.mean, found.std) == (16, MEAN, STD)
+    assert (found.views.interpolation, found.views.eval_crop) == ("bilinear", 0.9)
+    assert found.tokenize(["a red star"]).shape == (1, 6)
+    assert not found.module.training
+    encoder, config = load_encoder(tmp_path)
+    with torch.no_grad():
+        expected_features = objective.encoder(batch.views[0])
+        torch.testing.assert_close(encoder.eval()(batch.views[0]), expected_features)
+    assert (config.image_size, config.mean, config.eval_crop) == (16, MEAN, 0.9)
+    if beside_timm:
+        plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(plain(batch.views[0]), expected_features)
+
+
+@pytest.mark.parametrize("beside_timm", [False, True])
+def test_fresh_towers_have_the_architecture_and_weights_of_their_seed(tmp_path: Path, beside_timm: bool) -> None:
+    saved(tmp_path, "clip", beside_timm=beside_timm)
+    first, again, other = (load_towers(str(tmp_path), random_init=True, seed=seed) for seed in (1, 1, 2))
+    assert first.weights_sha256() == again.weights_sha256() != other.weights_sha256()
+    assert first.weights_sha256() != load_towers(str(tmp_path)).weights_sha256()
+    assert first.tag == "random"
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "nan"])
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, fault: str) -> None:
+    saved(tmp_path, "clip")
+    path, told = tmp_path / "open_clip_model.safetensors", tmp_path / "open_clip_config.json"
+    state = load_file(path)
+    name = "text.ln_final.weight"
+    match fault:
+        case "missing":
+            del state[name]
+        case "unexpected":
+            state["text.other"] = torch.zeros(3)
+        case "shape":
+            state[name] = torch.zeros(3)
+        case "nan":
+            state[name] = torch.full_like(state[name], float("nan"))
+    save_file(state, path)
+    with pytest.raises(CheckpointError, match="sha256"):
+        load_towers(str(tmp_path))
+    config = json.loads(told.read_text())
+    del config["file_sha256"]
+    told.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"ln_final|text\.other"):
+        load_towers(str(tmp_path))
+
+
+def test_an_image_tower_of_another_save_is_refused(tmp_path: Path) -> None:
+    """As where a process was killed between the two."""
+    saved(tmp_path / "a", "clip", beside_timm=True)
+    saved(tmp_path / "b", "clip", beside_timm=True, seed=1)
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "b" / name).replace(tmp_path / "a" / name)
+    with pytest.raises(CheckpointError, match="of one save"):
+        load_towers(str(tmp_path / "a"))
+
+
+def test_open_clip_s_own_configurations_by_name(tmp_path: Path) -> None:
+    """Weights of a file in CLIP's own layout, with the text tower's parts at the top; nothing is downloaded."""
+    theirs = open_clip.create_model("ViT-S-32-alt")
+    save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+    found = load_towers("ViT-S-32-alt", weights=tmp_path / "w.safetensors")
+    tokens = found.tokenize(["a photo of a cat"])
+    with torch.no_grad():
+        expected = theirs.eval().encode_text(tokens, normalize=True)
+    torch.testing.assert_close(found.encode_text(tokens), expected)
+    with pytest.raises(InputError, match="nothing is downloaded"):
+        load_towers("ViT-S-32-alt")
+    with pytest.raises(InputError, match=r"Nearest: .*ViT-B-32"):
+        load_towers("ViT-B-33", random_init=True)
+
+
+def named(name: str, **options: object) -> OpenClip:
+    return OpenClip(library="open_clip", name=name, image_size=224, **options)
+
+
+def test_what_a_configuration_of_open_clip_asks_for_is_built_or_refused() -> None:
+    config = model_config(named("ViT-B-16", context_length=32))
+    assert (config["text_cfg"]["context_length"], config["vision_cfg"]["image_size"]) == (32, 224)
+    with pytest.raises(InputError, match="has to be downloaded"):
+        model_config(named("roberta-ViT-B-32"))
+    with pytest.raises(InputError, match="CoCa"):
+        model_config(named("coca_ViT-B-32"))
+    with pytest.raises(InputError, match=r"model\.image_size: expected 256"):
+        model_config(named("ViT-B-16-SigLIP-256"))
+    with pytest.raises(InputError, match=r"model\.name"):
+        model_config(named("hf-hub:timm/ViT-B-16-SigLIP"))
