@@ -105,6 +105,12 @@ def load_teacher(source: str) -> Teacher:
             found=recipe.objective.kind,
             fix="Fine-tune its encoder first: a supervised recipe with init_from.",
         )
+    if recipe.objective.loss != "ce":
+        raise InputError(
+            where=f"--teacher {source}",
+            expected="a run with objective.loss ce, whose classes share one probability",
+            found=recipe.objective.loss,
+        )
     model = seeded(0, lambda: build_objective(recipe.model, recipe.objective))
     assert isinstance(model, Supervised)
     load_strictly(model, module_state(checkpoint), where=str(checkpoint))

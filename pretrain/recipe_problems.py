@@ -41,7 +41,7 @@ def explain(error: ValidationError, tree: dict[str, Any], root: type[BaseModel] 
     expected: dict[tuple[str, ...], list[str]] = {}
     sentences: list[tuple[tuple[str, ...], str]] = []
     for details in error.errors(include_url=False):
-        path = _path(details, tree)
+        path = _path(details, tree, root)
         if details["type"] == "extra_forbidden":
             sentences.append((path, _unknown(path, tree, root)))
         elif details["type"] == "value_error":
@@ -58,7 +58,7 @@ def explain(error: ValidationError, tree: dict[str, Any], root: type[BaseModel] 
     ]
 
 
-def _path(details: ErrorDetails, tree: Any) -> tuple[str, ...]:
+def _path(details: ErrorDetails, tree: Any, root: type[BaseModel]) -> tuple[str, ...]:
     """The keys of the location, without the names of union members that pydantic puts among them."""
     path: list[str] = []
     node = tree
@@ -70,7 +70,7 @@ def _path(details: ErrorDetails, tree: Any) -> tuple[str, ...]:
         elif details["type"] == "missing" and depth == len(details["loc"]) - 1:
             path.append(str(part))
     if details["type"].startswith("union_tag"):
-        return (*path, _tag_of(_members_at(path, tree)[0][0]))
+        return (*path, _tag_of(_members_at(path, tree, root)[0][0]))
     return tuple(path)
 
 
