@@ -70,7 +70,7 @@ class Teacher:
             "run": self.recipe.name,
             "checkpoint": self.checkpoint.name,
             "weights_sha256": weights_sha256(self.model),
-            "image_size": self.recipe.model.image_size,
+            "image_size": self.recipe.model.judged_size,
             "interpolation": self.recipe.data.views.interpolation,
             "eval_crop": self.recipe.data.views.eval_crop,
             "mean": list(self.recipe.data.mean),
@@ -214,7 +214,7 @@ def _made(
     views = teacher.recipe.data.views
     batches = batches_of(
         dataset,
-        BatchSpec(image_size=teacher.recipe.model.image_size),
+        BatchSpec(image_size=teacher.recipe.model.judged_size),
         ViewSpec(interpolation=views.interpolation, eval_crop=views.eval_crop),
         pieces,
         num_workers=how.num_workers,
