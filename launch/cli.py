@@ -185,7 +185,7 @@ def _mount(name: str, module: str, text: str, example: str) -> None:
 
 
 _mount("data", "launch.data_commands", "Makes, converts, checks, describes and labels shards.", "pretrain data --help")
-_mount("eval", "launch.eval_commands", "Judges an encoder: kNN, linear probe.", "pretrain eval knn --help")
+_mount("eval", "launch.eval_commands", "Judges encoders: kNN, probe, zero-shot, retrieval.", "pretrain eval knn --help")
 
 
 if __name__ == "__main__":

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from enum import Enum, StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from data_pipeline.errors import InputError
+from launch.eval_options import (
+    BatchSize,
+    Device,
+    DeviceOption,
+    ImageSize,
+    LimitTest,
+    LimitTrain,
+    ModelName,
+    Options,
+    Out,
+    Precision,
+    PrecisionOption,
+    RandomInit,
+    Seed,
+    Source,
+    Test,
+    Train,
+    Workers,
+    called,
+    check_out,
+    device_of,
+    examples,
+    extraction,
+    keep,
+)
+from launch.eval_towers import retrieval, zeroshot
 
 if TYPE_CHECKING:
-    import torch
-
-    from pretrain.evals.base import EvalReport
     from pretrain.evals.encoder import Encoder
-    from pretrain.evals.features import Extraction
     from pretrain.evals.timm_sources import Architecture
-
-
-def _examples(*lines: str) -> str:
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 app = typer.Typer(
@@ -32,58 +49,8 @@ app = typer.Typer(
 )
 
 
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Precision(StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="ENCODER",
-        help="A run's folder, a checkpoint in one, an encoder folder, a weights file, or a timm name.",
-    ),
-]
-Train = Annotated[str, typer.Option("--train", help="Labelled training set: shards or an image folder.")]
-Test = Annotated[str, typer.Option("--test", help="Test set with the same classes: shards or an image folder.")]
-RandomInit = Annotated[
-    bool, typer.Option("--random-init", help="The same architecture with fresh weights; of a run, its first.")
-]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", help="Report to write (.json). Default: RUN/evals/, where there is a run."),
-]
-DeviceOption = Annotated[Device, typer.Option("--device", help="auto: CUDA where present.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images of one forward pass.")]
-Workers = Annotated[int, typer.Option("--num-workers", min=0, help="Loader processes; 0: in this one.")]
-PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Of the forward pass.")]
-LimitTrain = Annotated[int | None, typer.Option("--limit-train", min=1, help="The first N training samples only.")]
-LimitTest = Annotated[int | None, typer.Option("--limit-test", min=1, help="The first N test samples only.")]
-Seed = Annotated[
-    int | None,
-    typer.Option("--seed", min=0, help="Of fresh weights and of the probe. Default: the run's for weights, else 0."),
-]
-ModelName = Annotated[
-    str | None,
-    typer.Option("--model", metavar="NAME", help="timm's name of the architecture of a weights file."),
-]
-ImageSize = Annotated[
-    int | None, typer.Option("--image-size", min=1, help="Pixels, for a weights file or a timm model.")
-]
-Options = Annotated[
-    list[str] | None,
-    typer.Option("--option", metavar="KEY=VALUE", help="Further argument of timm's constructor; repeatable."),
-]
-
-
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "pretrain eval knn runs/mae --train shards/train --test shards/test",
         "pretrain eval knn runs/mae --random-init --train shards/train --test shards/test",
         "pretrain eval knn mae.pth --model vit_base_patch16_224 --train images/train --test images/val",
@@ -118,7 +85,7 @@ def knn(
 
     if temperature <= 0:
         raise InputError(where="--temperature", expected="a number above 0", found=str(temperature))
-    _check_out(out)
+    check_out(out)
     evaluator = Knn(
         open_dataset(train),
         open_dataset(test),
@@ -132,14 +99,14 @@ def knn(
             max_test=limit_test,
         ),
         sweep=k[1:],
-        extraction=_extraction(batch_size, num_workers, precision),
+        extraction=extraction(batch_size, num_workers, precision),
     )
     judged = _load(encoder, random_init, seed, _architecture(encoder, model, image_size, option), device)
-    _keep(evaluator.run(judged), judged, out, context)
+    keep(evaluator.run(judged), judged.run, out, context)
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "pretrain eval linear runs/mae --train shards/train --test shards/test",
         "pretrain eval linear runs/mae/checkpoints/step_00001000 --train shards/train --test shards/test",
     )
@@ -173,7 +140,7 @@ def linear(
     from data_pipeline.read import open_dataset
     from pretrain.evals.linear import DINOV2_LEARNING_RATES, Linear, LinearConfig
 
-    _check_out(out)
+    check_out(out)
     evaluator = Linear(
         open_dataset(train),
         open_dataset(test),
@@ -185,15 +152,28 @@ def linear(
             max_train=limit_train,
             max_test=limit_test,
         ),
-        extraction=_extraction(batch_size, num_workers, precision),
+        extraction=extraction(batch_size, num_workers, precision),
     )
     judged = _load(encoder, random_init, seed, _architecture(encoder, model, image_size, option), device)
-    _keep(evaluator.run(judged), judged, out, context)
+    keep(evaluator.run(judged), judged.run, out, context)
 
 
-@app.command(
-    epilog=_examples("pretrain eval compare runs/a/evals/knn-encoder-1f.json runs/b/evals/knn-encoder-3c.json")
-)
+app.command(
+    epilog=examples(
+        "pretrain eval zeroshot runs/clip --test shards/test --templates photo",
+        "pretrain eval zeroshot ViT-B-32 --weights clip.safetensors --test images/val --templates templates.txt",
+        "pretrain eval zeroshot runs/clip --test shards/test --group held_out=names.txt",
+    )
+)(zeroshot)
+app.command(
+    epilog=examples(
+        "pretrain eval retrieval runs/clip --test shards/test",
+        "pretrain eval retrieval runs/clip --test shards/test --caption-field json --caption-key captions",
+    )
+)(retrieval)
+
+
+@app.command(epilog=examples("pretrain eval compare runs/a/evals/knn-encoder-1f.json runs/b/evals/knn-encoder-3c.json"))
 def compare(
     a: Annotated[Path, typer.Argument(help="A report of `pretrain eval`.")],
     b: Annotated[Path, typer.Argument(help="Another, on the same test samples.")],
@@ -209,7 +189,7 @@ def compare(
     interval = compared(first, second)
     table = Table("", "encoder", "protocol", "top-1 %", "n")
     for letter, report in (("A", first), ("B", second)):
-        table.add_row(letter, _called(report), report.evaluator, f"{report.value:.2f}", str(report.n))
+        table.add_row(letter, called(report), report.evaluator, f"{report.value:.2f}", str(report.n))
     console = Console(soft_wrap=True)
     console.print(table)
     verdict = "excludes zero" if interval.excludes_zero else "includes zero"
@@ -217,11 +197,6 @@ def compare(
         f"A - B: {interval.difference:+.2f} points, 95 % interval "
         f"{interval.low:+.2f} to {interval.high:+.2f}: {verdict}"
     )
-
-
-def _check_out(out: Path | None) -> None:
-    if out is not None and out.suffix != ".json":
-        raise InputError(where="--out", expected="a name that ends in .json", found=str(out))
 
 
 def _architecture(
@@ -246,12 +221,6 @@ def _architecture(
     return Architecture(model or encoder, image_size, options)
 
 
-def _extraction(batch_size: int, num_workers: int, precision: Precision) -> Extraction:
-    from pretrain.evals.features import Extraction
-
-    return Extraction(batch_size=batch_size, num_workers=num_workers, precision=precision.value)
-
-
 def _load(
     source: str, random_init: bool, seed: int | None, architecture: Architecture | None, device: Device
 ) -> Encoder:
@@ -262,39 +231,3 @@ def _load(
     encoder = load_source(source, random_init=random_init, seed=seed, architecture=architecture)
     encoder.module.to(place)
     return encoder
-
-
-def device_of(device: Device) -> torch.device:
-    """What --device names; raises InputError where it is not there."""
-    import torch
-
-    present = torch.cuda.is_available()
-    if device is Device.cuda and not present:
-        raise InputError(where="--device", expected="auto or cpu, as there is no CUDA device", found="cuda")
-    return torch.device("cuda" if present and device is not Device.cpu else "cpu")
-
-
-def _keep(report: EvalReport, encoder: Encoder, out: Path | None, context: typer.Context) -> None:
-    """Writes the report where it belongs, and prints what it says."""
-    from dataclasses import replace
-
-    from rich.console import Console
-    from rich.table import Table
-
-    plain = {name: str(v) if isinstance(v, (Path, Enum)) else v for name, v in context.params.items()}
-    report = replace(report, arguments={"command": f"eval {report.evaluator}", **plain})
-    path = out or (encoder.run / "evals" / report.file_name if encoder.run else None)
-    if path is not None:
-        report.save(path)
-    console = Console(soft_wrap=True)
-    table = Table("metric", "%", "n", title=f"{report.evaluator}: {_called(report)}", title_justify="left")
-    for name, value in report.metrics.items():
-        table.add_row(name, f"{value:.2f}", str(report.n), style="bold" if name == report.metric else None)
-    console.print(table)
-    for note in report.notes:
-        console.print(f"note: {note}")
-    console.print(f"report: {path}" if path else "not kept: name a file with --out FILE.json")
-
-
-def _called(report: EvalReport) -> str:
-    return f"{report.encoder['source']} ({report.encoder['tag']})"

@@ -149,7 +149,7 @@ def flops_per_sample(objective: Objective) -> float:
     Leaves weights, buffers and the random state as they were.
     """
     device = next(objective.parameters()).device
-    batch = _blank_batch(objective.needs, 2).to(device)
+    batch = blank_batch(objective.needs, 2).to(device)
     devices = [device] if device.type == "cuda" else []
     was_training = objective.training
     objective.eval()  # running statistics stay untouched
@@ -160,7 +160,8 @@ def flops_per_sample(objective: Objective) -> float:
     return float(counter.get_total_flops()) / len(batch)
 
 
-def _blank_batch(spec: BatchSpec, size: int) -> Batch:
+def blank_batch(spec: BatchSpec, size: int) -> Batch:
+    """What a spec asks for, all zeros; the first patches are the hidden ones."""
     masks, tokens = None, None
     if spec.tokens is not None:
         tokens = torch.zeros(size, spec.tokens.context_length, dtype=torch.int64)

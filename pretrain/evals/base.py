@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from pretrain.evals.task import Splits, Task
 
 FORMAT = 1
 NORMAL_95 = 1.959964  # two-sided 95 % quantile of the standard normal distribution
+LIBRARIES = ("torch", "timm", "torchvision", "numpy")
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,66 @@ class Evaluator(ABC):
         """Judges a frozen encoder on the device where it is; neither it nor any random state is changed."""
 
 
+class Judged(Protocol):
+    """What a report says of an encoder, or of two towers."""
+
+    @property
+    def tag(self) -> str: ...
+    @property
+    def description(self) -> Mapping[str, object]: ...
+    def preprocessing(self) -> dict[str, object]: ...
+    def weights_sha256(self) -> str: ...
+
+
+def outcomes_of(keys: Sequence[str], labels: Tensor, predicted: Tensor) -> Outcomes:
+    """Of samples in any order; labels and predicted [n] int64."""
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    return Outcomes(
+        keys=tuple(keys[i] for i in order),
+        labels=labels.numpy()[order].astype(np.int32),
+        predicted=predicted.numpy()[order].astype(np.int32),
+    )
+
+
+def report_of(
+    evaluator: str,
+    judged: Judged,
+    outcomes: Outcomes,
+    *,
+    metric: str,
+    further: Mapping[str, float],
+    protocol: Mapping[str, object],
+    data: Mapping[str, object],
+    seconds: Mapping[str, float],
+    seeds: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
+    libraries: Sequence[str] = LIBRARIES,
+) -> EvalReport:
+    """The report of the share of right outcomes, percent, called `metric`; `further` are other measures."""
+    value = 100 * float(outcomes.correct.mean())
+    described = dict(judged.description)
+    init_seed = {"init": described["init_seed"]} if "init_seed" in described else {}
+    return EvalReport(
+        evaluator=evaluator,
+        metric=metric,
+        value=value,
+        n=len(outcomes.keys),
+        metrics={**further, metric: value},
+        encoder={"tag": judged.tag, **described},
+        protocol={**protocol, "preprocessing": judged.preprocessing()},
+        data=data,
+        seeds={**init_seed, **(seeds or {})},  # type: ignore[dict-item]
+        weights_sha256=judged.weights_sha256(),
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in libraries},
+        },
+        seconds=seconds,
+        notes=[*notes],
+        outcomes=outcomes,
+    )
+
+
 def classification_report(
     evaluator: str,
     encoder: Encoder,
@@ -150,37 +211,17 @@ def classification_report(
 
     It is called `metric`; `further` are other measures, percent.
     """
-    order = sorted(range(len(splits.test)), key=splits.test.keys.__getitem__)
-    outcomes = Outcomes(
-        keys=tuple(splits.test.keys[i] for i in order),
-        labels=splits.test.labels.numpy()[order].astype(np.int32),
-        predicted=predicted.numpy()[order].astype(np.int32),
-    )
-    top1 = 100 * float(outcomes.correct.mean())
-    described = dict(encoder.description)
-    init_seed = {"init": described["init_seed"]} if "init_seed" in described else {}
-    return EvalReport(
-        evaluator=evaluator,
+    return report_of(
+        evaluator,
+        encoder,
+        outcomes_of(splits.test.keys, splits.test.labels, predicted),
         metric=metric,
-        value=top1,
-        n=len(splits.test),
-        metrics={**further, metric: top1},
-        encoder={"tag": encoder.tag, **described},
-        protocol={
-            **protocol,
-            "preprocessing": encoder.preprocessing(),
-            "features": splits.protocol,
-        },
+        further=further,
+        protocol={**protocol, "features": splits.protocol},
         data=task.describe(),
-        seeds={**init_seed, **(seeds or {})},  # type: ignore[dict-item]
-        weights_sha256=encoder.weights_sha256(),
-        versions={
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "timm", "torchvision", "numpy")},
-        },
         seconds={**splits.seconds, **seconds},
+        seeds=seeds,
         notes=[*splits.notes, *notes],
-        outcomes=outcomes,
     )
 
 

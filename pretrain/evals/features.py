@@ -21,7 +21,7 @@ from pretrain.evals.encoder import Encoder
 
 @dataclass(frozen=True)
 class Features:
-    """N samples: values [N, D] fp32, labels [N] int64, and their keys."""
+    """N samples: values [N, D] fp32, labels [N] int64 (all -1 where none were asked for), and their keys."""
 
     values: Tensor
     labels: Tensor
@@ -61,14 +61,14 @@ class Extraction:
     gather: Callable[[Features], list[Features]] = alone
 
     def extract(
-        self, encoder: Encoder, dataset: Dataset, *, num_classes: int, limit: int | None = None, label: str
+        self, encoder: Encoder, dataset: Dataset, *, num_classes: int | None, limit: int | None = None, label: str
     ) -> Features:
         """Features of every sample once, in the order of the data set, on the CPU.
 
         Args:
             encoder: on the device it is to run on.
             dataset: with labels in [0, num_classes).
-            num_classes: K.
+            num_classes: K; None: no labels are read.
             limit: the first samples only; None: all.
             label: of the progress line.
 
@@ -98,9 +98,8 @@ class Extraction:
         keys: list[str] = []
         with untouched(encoder.module), full_precision():
             for batch in track(batches, label=label, total=num_batches):
-                assert batch.labels is not None, "BatchSpec asked for labels"
                 values.append(self._forward(encoder, batch))
-                labels.append(batch.labels)
+                labels.append(torch.full((len(batch),), -1) if batch.labels is None else batch.labels)
                 keys += batch.keys
         shares = self.gather(Features(torch.cat(values), torch.cat(labels), tuple(keys)))
         if (found := sum(map(len, shares))) != total:

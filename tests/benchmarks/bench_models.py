@@ -1,11 +1,13 @@
-"""MAE of whole models on one device: images per second and MFU, beside a bare loop and timm's own training step.
+"""Whole models on one device, by their recipes: images per second and MFU, beside a bare loop.
 
-    python -m tests.benchmarks.bench_models --model vit_base_patch16_224 --batch 256
-    python -m tests.benchmarks.bench_models --model vit_large_patch16_224 --batch 128
+    python -m tests.benchmarks.bench_models --recipe configs/recipes/mae_vit_b16.yaml --batch 256
+    python -m tests.benchmarks.bench_models --recipe configs/recipes/clip_vit_b16.yaml --batch 256
+    python -m tests.benchmarks.bench_models --recipe configs/recipes/byol_resnet50.yaml --batch 256
 
-All in one process and one run, in rounds, each against the bare loop of its round: the objective under autocast with
-torch's AdamW. timm's step is supervised and sees every patch where MAE sees a quarter, so its images per second are
-no measure for MAE's; its MFU is.
+All in one process and one run, in rounds, each against the bare loop of its round: the recipe's objective under
+autocast with torch's AdamW. An image is a sample, whatever views of it there are. For MAE, timm's own supervised step
+stands beside: it sees every patch where MAE sees a quarter, so its images per second are no measure for MAE's; its MFU
+is.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import timm
 import torch
@@ -26,8 +29,9 @@ from pretrain.engine import Engine
 from pretrain.metrics import flops_per_sample, measure_peak_flops
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
-from pretrain.recipe import EngineConfig, Model
-from pretrain.recipe_objective import Mae, Supervised
+from pretrain.recipe import EngineConfig, Recipe
+from pretrain.recipe_io import load_recipe
+from pretrain.recipe_objective import Supervised
 from pretrain.recipe_optim import AdamW
 from pretrain.state import Progress
 from tests.benchmarks.bench_step import blank_batch
@@ -47,17 +51,16 @@ class Contestant:
     flops: float  # of a sample
 
 
-def run(model: Model, batch_size: int, device: torch.device, rounds: int, steps: int) -> list[list[str]]:
+def run(recipe: Recipe, batch_size: int, device: torch.device, rounds: int, steps: int) -> list[list[str]]:
     """Rows of the table: what, images/s, MFU, ratio to the bare loop with its spread over rounds."""
     peak = measure_peak_flops(device, torch.bfloat16)
     times: dict[str, list[float]] = {}
     with process_group(World(), device):
-        contestants = {
-            "bare loop": _bare(model, batch_size, device),
-            "timm, supervised": _timm(model, batch_size, device),
-        }
+        contestants = {"bare loop": _bare(recipe, batch_size, device)}
+        if recipe.objective.kind == "mae":
+            contestants["timm, supervised"] = _timm(recipe, batch_size, device)
         for name, options in VARIANTS.items():
-            contestants[name] = _ours(model, batch_size, device, EngineConfig(**options))
+            contestants[name] = _ours(recipe, batch_size, device, EngineConfig(**options))
         for contestant in contestants.values():
             for _ in range(3):
                 contestant.step()  # what is made once, and compiled
@@ -73,25 +76,27 @@ def run(model: Model, batch_size: int, device: torch.device, rounds: int, steps:
         ratios = sorted(bare / second for second, bare in zip(seconds, times["bare loop"], strict=True))
         mfu = statistics.median(rates) * contestants[name].flops / peak
         spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-        rows.append([f"{model.name}, {name}", f"{statistics.median(rates):.0f}", f"{mfu:.1%}", spread])
+        rows.append([f"{recipe.name}, {name}", f"{statistics.median(rates):.0f}", f"{mfu:.1%}", spread])
     return rows
 
 
-def _objective(model: Model, device: torch.device) -> Objective:
+def _objective(recipe: Recipe, device: torch.device) -> Objective:
     torch.manual_seed(0)
-    return build_objective(model, Mae(kind="mae")).to(device)
+    return build_objective(recipe.model, recipe.objective).to(device)
 
 
-def _bare(model: Model, size: int, device: torch.device) -> Contestant:
-    objective = _objective(model, device)
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+def _bare(recipe: Recipe, size: int, device: torch.device) -> Contestant:
+    objective = _objective(recipe, device)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
     batch = blank_batch(objective, size).to(device)
     return Contestant(
         _loop(lambda: objective(batch, Progress(0, 1, 0)).loss, optimizer, device), flops_per_sample(objective)
     )
 
 
-def _timm(model: Model, size: int, device: torch.device) -> Contestant:
+def _timm(recipe: Recipe, size: int, device: torch.device) -> Contestant:
+    model = recipe.model
     torch.manual_seed(0)
     net = timm.create_model(model.name, img_size=model.image_size, num_classes=1000).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
@@ -116,8 +121,8 @@ def _loop(loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer, devic
     return step
 
 
-def _ours(model: Model, size: int, device: torch.device, config: EngineConfig) -> Contestant:
-    objective = _objective(model, torch.device("cpu"))
+def _ours(recipe: Recipe, size: int, device: torch.device, config: EngineConfig) -> Contestant:
+    objective = _objective(recipe, torch.device("cpu"))
     flops = flops_per_sample(objective)
     engine = Engine(
         objective,
@@ -135,16 +140,16 @@ def _ours(model: Model, size: int, device: torch.device, config: EngineConfig) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="vit_base_patch16_224")
-    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--recipe", type=Path, default=Path("configs/recipes/mae_vit_b16.yaml"))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="Override of the recipe.")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5)
     given = parser.parse_args()
-    model = Model(name=given.model, image_size=given.image_size, options={"global_pool": "avg", "fc_norm": False})
+    recipe = load_recipe(given.recipe, given.set)
     print("what | images/s | MFU | against the bare loop")
-    for row in run(model, given.batch, torch.device(given.device), given.rounds, given.steps):
+    for row in run(recipe, given.batch, torch.device(given.device), given.rounds, given.steps):
         print(" | ".join(row))
 
 

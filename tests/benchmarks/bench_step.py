@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -19,6 +20,7 @@ from data_pipeline.batch import Batch
 from pretrain import recipe
 from pretrain.collectives import World, process_group
 from pretrain.engine import Engine
+from pretrain.metrics import blank_batch as flops_batch
 from pretrain.models.attention import choose_attention
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
@@ -63,15 +65,15 @@ def _objective(config: recipe.Recipe) -> Objective:
 
 
 def blank_batch(objective: Objective, size: int) -> Batch:
+    """What the objective needs, of noise: in a batch of equal samples there would be nothing to contrast."""
     generator = torch.Generator().manual_seed(0)
     spec = objective.needs
-    assert spec.mask is not None
-    order = torch.rand(size, spec.mask.num_patches, generator=generator).argsort(1)
-    return Batch(
-        keys=tuple(map(str, range(size))),
-        views=(torch.randn(size, 3, spec.image_size, spec.image_size, generator=generator),),
-        masks=order < spec.mask.num_hidden,
-    )
+    blank = flops_batch(spec, size)
+    views = tuple(torch.randn(view.shape, generator=generator) for view in blank.views)
+    tokens = blank.tokens
+    if spec.tokens is not None:
+        tokens = torch.randint(1, 400, (size, spec.tokens.context_length), generator=generator)
+    return replace(blank, views=views, tokens=tokens)
 
 
 def _bare(config: recipe.Recipe, size: int) -> Callable[[], float]:

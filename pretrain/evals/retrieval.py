@@ -1,0 +1,146 @@
+"""Retrieval over a captioned set: for each image its captions among all, for each caption its images among all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from data_pipeline.captions import read_captions
+from data_pipeline.errors import FieldError, InputError
+from data_pipeline.progress import track
+from data_pipeline.read import Dataset
+from pretrain.evals.base import EvalReport, outcomes_of, report_of
+from pretrain.evals.features import Extraction, full_precision
+from pretrain.evals.knn import SIMILARITY_BYTES
+from pretrain.evals.pairs import TOWER_LIBRARIES, embed_texts, image_side
+from pretrain.models.towers import Towers
+from pretrain.recipe import Captions
+
+KS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Recall at 1, 5, 10 in both directions; the reported one is image to text at 1.
+
+    Attributes:
+        test: with captions, one or several an image.
+        captions: where they are, as in a recipe.
+        max_test: the first samples only; None: all.
+        extraction: how images and texts are embedded.
+
+    Raises:
+        FieldError: no member of that name.
+    """
+
+    test: Dataset
+    captions: Captions = field(default_factory=Captions)
+    max_test: int | None = None
+    extraction: Extraction = field(default_factory=Extraction)
+
+    name = "retrieval"
+
+    def __post_init__(self) -> None:
+        if self.captions.field not in self.test.fields:
+            raise FieldError(
+                where="test set",
+                expected=f"captions (`{self.captions.field}` members)",
+                found=f"the fields {', '.join(self.test.fields) or '(none)'}",
+                fix="Name the member with --caption-field.",
+            )
+
+    def run(self, towers: Towers) -> EvalReport:
+        """Judges frozen towers on the device where they are; neither they nor any random state is changed.
+
+        Raises:
+            DataError: an image cannot be decoded, or has no caption.
+        """
+        start = perf_counter()
+        texts, pairs = self._texts()
+        vectors = embed_texts(towers, texts, self.extraction, label="embeddings of captions")
+        between = perf_counter()
+        features = self.extraction.extract(
+            image_side(towers), self.test, num_classes=None, limit=self.max_test, label="embeddings of images"
+        )
+        images, device = features.values, towers.device
+        text_ranks = ranks_of_own(images.to(device), vectors.to(device), pairs)
+        image_ranks = ranks_of_own(vectors.to(device), images.to(device), pairs.flip(1))[pairs[:, 1]]
+        seconds = {"texts": between - start, "images": perf_counter() - between}
+        further = {f"image_to_text_r{k}": recall(text_ranks, k) for k in KS}
+        further |= {f"text_to_image_r{k}": recall(image_ranks, k) for k in KS}
+        return report_of(
+            self.name,
+            towers,
+            outcomes_of(features.keys, torch.ones_like(text_ranks), (text_ranks < 1).long()),
+            metric="image_to_text_r1",
+            further=further,
+            protocol={
+                "captions": self.captions.model_dump(),
+                "similarity": "cosine; what is as near as the right one counts as nearer",
+                "equal_captions": "are one text, which is right for every image that has it",
+                "image_to_text": "share of images with one of their captions among the k nearest texts",
+                "text_to_image": "share of captions, each as often as it stands, with an image of theirs among the "
+                "k nearest",
+                "outcomes": "of each image: 1 where the nearest text is one of its own, else 0",
+                "precision": self.extraction.precision,
+                "device": device.type,
+            },
+            data={
+                "test": {"fingerprint": self.test.fingerprint, "n": len(features), "of": self.test.num_samples},
+                "num_captions": len(pairs),
+                "num_texts": len(texts),
+            },
+            seconds=seconds,
+            libraries=TOWER_LIBRARIES,
+        )
+
+    def _texts(self) -> tuple[list[str], Tensor]:
+        """Every text once, in the order of its first image; (image, text) of each caption, [P, 2] int64."""
+        total = min(self.test.num_samples, self.max_test or self.test.num_samples)
+        numbers: dict[str, int] = {}
+        pairs: list[tuple[int, int]] = []
+        where = (self.captions.field, self.captions.key)
+        for i in track(range(total), label="reading captions", total=total):
+            sample = self.test.read(i)
+            for caption in read_captions(sample.fields, sample.key, *where, lines=self.captions.lines):
+                pairs.append((i, numbers.setdefault(caption.strip(), len(numbers))))
+        if not pairs:
+            raise InputError(where="test set", expected="samples", found="none")
+        return list(numbers), torch.tensor(pairs)
+
+
+def ranks_of_own(queries: Tensor, candidates: Tensor, pairs: Tensor, *, chunk: int | None = None) -> Tensor:
+    """How many foreign candidates are at least as near to each query as the nearest of its own.
+
+    Equals count against the query: vectors that are all the same find nothing.
+
+    Args:
+        queries: unit vectors, [Q, D].
+        candidates: unit vectors, [C, D].
+        pairs: (query, candidate) that belong together, [P, 2] int64; each query has one at least.
+        chunk: queries compared at a time; None: as many as keep [chunk, C] small.
+
+    Returns:
+        [Q] int64 on the CPU; 0: one of its own is the nearest.
+    """
+    chunk = chunk or max(1, SIMILARITY_BYTES // (len(candidates) * candidates.element_size()))
+    pairs = pairs.to(queries.device)
+    ranks = []
+    with full_precision():
+        for first in range(0, len(queries), chunk):
+            rows = queries[first : first + chunk]
+            similarities = rows @ candidates.T
+            inside = pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < first + chunk)]
+            own = torch.zeros_like(similarities, dtype=torch.bool)
+            own[inside[:, 0] - first, inside[:, 1]] = True
+            best = similarities.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+            ranks.append(((similarities >= best) & ~own).sum(1).cpu())
+    return torch.cat(ranks)
+
+
+def recall(ranks: Tensor, k: int) -> float:
+    """Share of ranks below k, percent."""
+    return 100 * (ranks < k).double().mean().item()

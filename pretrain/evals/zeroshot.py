@@ -1,0 +1,191 @@
+"""Zero-shot classification: each class is a text, and an image belongs to the class whose text is nearest.
+
+Radford et al. 2021 (arXiv:2103.00020), sections 3.1.2 and 3.1.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data_pipeline.errors import FieldError, InputError
+from data_pipeline.read import Dataset
+from pretrain.evals.base import EvalReport, outcomes_of, report_of
+from pretrain.evals.features import Extraction, full_precision
+from pretrain.evals.knn import nearest
+from pretrain.evals.pairs import TOWER_LIBRARIES, embed_texts, image_side
+from pretrain.models.towers import Towers
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "plain": ("{}",),
+    "photo": (
+        "a photo of a {}.",
+        "a photo of the {}.",
+        "a close-up photo of a {}.",
+        "a blurry photo of a {}.",
+        "a bright photo of a {}.",
+        "a dark photo of a {}.",
+        "a photo of a small {}.",
+        "a photo of a large {}.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Templates with one `{}` each, where the name of a class goes; `name` is what the report calls them."""
+
+    name: str = "plain"
+    templates: tuple[str, ...] = TEMPLATES["plain"]
+
+    @classmethod
+    def named(cls, given: str) -> Prompts:
+        """A set of ours, or a file of the user's, a template a line.
+
+        Raises:
+            InputError: neither; or a line without exactly one `{}`.
+        """
+        if given in TEMPLATES:
+            return cls(given, TEMPLATES[given])
+        templates = lines_of(Path(given), f"{' or '.join(TEMPLATES)}, or a file of templates")
+        wrong = [line for line in templates if line.count("{}") != 1 or set("{}") & set(line.replace("{}", ""))]
+        if wrong:
+            raise InputError(
+                where=given, expected="templates, one a line, each with {} once, for the class", found=repr(wrong[0])
+            )
+        return cls(given, templates)
+
+    def texts(self, name: str) -> list[str]:
+        return [template.replace("{}", name) for template in self.templates]
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Top-1, top-5 and the mean over classes of a labelled test set, and top-1 of groups of its classes.
+
+    Attributes:
+        test: with labels, and names of its classes.
+        prompts: what is said of a class.
+        max_test: the first samples only; None: all.
+        groups: names of classes by what the group is called; top-1 of each group, and of all classes in none.
+        extraction: how images and texts are embedded.
+
+    Raises:
+        InputError: no labels, no names of classes, or a group with a name that is no class.
+    """
+
+    test: Dataset
+    prompts: Prompts = field(default_factory=Prompts)
+    max_test: int | None = None
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    extraction: Extraction = field(default_factory=Extraction)
+
+    name = "zeroshot"
+
+    def __post_init__(self) -> None:
+        if self.test.label_counts is None or not self.test.label_counts.any() or self.test.classes is None:
+            raise FieldError(
+                where="test set",
+                expected="labels, and names of their classes",
+                found="none" if self.test.classes is None else "names without labels",
+                fix="Give class folders, or shards whose manifest names the classes.",
+            )
+        for group, names in self.groups.items():
+            unknown = [name for name in names if name not in self.test.classes]
+            if unknown or not names:
+                raise InputError(
+                    where=f"group {group}",
+                    expected=f"classes of the test set, such as {self.test.classes[0]!r}",
+                    found=repr(unknown[0]) if unknown else "none",
+                )
+
+    def run(self, towers: Towers) -> EvalReport:
+        """Judges frozen towers on the device where they are; neither they nor any random state is changed."""
+        classes = self.test.classes
+        assert classes is not None
+        start = perf_counter()
+        classifier = class_vectors(towers, classes, self.prompts, self.extraction)
+        between = perf_counter()
+        features = self.extraction.extract(
+            image_side(towers), self.test, num_classes=len(classes), limit=self.max_test, label="embeddings of images"
+        )
+        seconds = {"texts": between - start, "images": perf_counter() - between}
+        with full_precision():
+            ranked = nearest(features.values @ classifier.T, min(5, len(classes)))[1]
+        hits = ranked == features.labels.unsqueeze(1)
+        top1 = hits[:, 0].double()
+        further = {"mean_per_class": 100 * _mean_per_class(top1, features.labels)}
+        if len(classes) >= 5:
+            further["top5"] = 100 * hits.any(1).double().mean().item()
+        return report_of(
+            self.name,
+            towers,
+            outcomes_of(features.keys, features.labels, ranked[:, 0]),
+            metric="top1",
+            further={**further, **self._by_group(top1, features.labels)},
+            protocol={
+                "templates": list(self.prompts.templates),
+                "class_vectors": "unit vectors of all templates, averaged, normalised",
+                "similarity": "cosine; of equal ones the first class",
+                "groups": {name: sorted(members) for name, members in self.groups.items()},
+                "precision": self.extraction.precision,
+                "device": towers.device.type,
+            },
+            data={
+                "test": {
+                    "fingerprint": self.test.fingerprint,
+                    "n": len(features),
+                    "of": self.test.num_samples,
+                },
+                "num_classes": len(classes),
+                "classes": list(classes),
+            },
+            seconds=seconds,
+            libraries=TOWER_LIBRARIES,
+        )
+
+    def _by_group(self, top1: Tensor, labels: Tensor) -> dict[str, float]:
+        """Top-1 over the samples of each group's classes; absent where the test set has none of them."""
+        classes = self.test.classes or ()
+        grouped = {name for members in self.groups.values() for name in members}
+        all_groups: dict[str, set[str]] = {name: set(members) for name, members in self.groups.items()}
+        if self.groups:
+            all_groups["other classes"] = set(classes) - grouped
+        found = {}
+        for name, members in all_groups.items():
+            chosen = torch.tensor([i for i, c in enumerate(classes) if c in members], dtype=torch.int64)
+            of_group = torch.isin(labels, chosen)
+            if of_group.any():
+                found[f"top1 ({name})"] = 100 * top1[of_group].mean().item()
+        return found
+
+
+def class_vectors(towers: Towers, classes: Sequence[str], prompts: Prompts, extraction: Extraction) -> Tensor:
+    """Unit vectors [K, D]: those of a class's prompts averaged, then normalised again."""
+    texts = [text for name in classes for text in prompts.texts(name)]
+    vectors = embed_texts(towers, texts, extraction, label="embeddings of classes")
+    return F.normalize(vectors.view(len(classes), len(prompts.templates), -1).mean(dim=1), dim=1)
+
+
+def lines_of(path: Path, expected: str) -> tuple[str, ...]:
+    """The lines of a text file that are not empty; InputError if there is none."""
+    try:
+        lines = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(where=str(path), expected=expected, found=str(error)) from error
+    if not lines:
+        raise InputError(where=str(path), expected=expected, found="an empty file")
+    return lines
+
+
+def _mean_per_class(top1: Tensor, labels: Tensor) -> float:
+    """Over the classes that the test set has samples of."""
+    counts = torch.bincount(labels)
+    right = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, labels, top1)
+    return (right / counts)[counts > 0].mean().item()
