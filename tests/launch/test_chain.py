@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from data_pipeline.errors import InputError, RecipeError
@@ -22,7 +17,6 @@ from launch import chain as chain_module
 from launch import cli
 from launch.chain import run_chain
 from launch.chain_recipe import load_chain
-from pretrain.checkpoint import complete_checkpoints
 from tests.runs import losses, train, write_recipe
 from tests.shards import write_shards
 
@@ -183,48 +177,6 @@ def test_names_are_unique(tmp_path: Path, shards: Path) -> None:
     tree["stages"][4]["name"] = "few"
     with pytest.raises(RecipeError, match="twice"):
         load_chain(write_chain(tmp_path, tree))
-
-
-def descendants(process: subprocess.Popen[Any]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])
-def test_a_chain_that_is_stopped_goes_on_in_its_stage(
-    tmp_path: Path, shards: Path, out: Path, ran: list[str], signum: signal.Signals
-) -> None:
-    """Whatever it had started ends with it; the stage goes on from its last checkpoint."""
-    long = {"schedule.steps": 400, "checkpoint.every_steps": 2, "checkpoint.keep_last": 500}
-    tree = tree_of(tmp_path, shards, teacher={"train": "r.yaml", "set": long})
-    tree["stages"] = tree["stages"][1:3]
-    path = write_chain(tmp_path, tree)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "chain", str(path), "--out", str(out)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    started: list[psutil.Process] = []
-    try:
-        deadline = time.monotonic() + 240
-        while not complete_checkpoints(out / "teacher" / "checkpoints"):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        started = descendants(process)
-        process.send_signal(signum)
-        assert process.wait(100) == (-9 if signum == signal.SIGKILL else 130)
-    finally:
-        process.kill()
-        process.wait()
-    assert started
-    _, alive = psutil.wait_procs(started, timeout=30)
-    assert not alive
-    done = len(losses(out / "teacher"))
-    assert 0 < done < 400
-    assert "left" not in json.loads((out / "chain" / "teacher.json").read_text())
-    assert run_chain(path, out, 1) == 0
-    assert ran == ["teacher", "labels"]
-    assert "checkpoints/step_" in (out / "teacher" / "log-rank0.txt").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(CHAINS.rglob("*.yaml")), ids=lambda path: path.stem + path.parent.name)
