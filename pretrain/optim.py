@@ -14,16 +14,24 @@ from pretrain.objectives.base import Objective
 from pretrain.recipe_optim import AdamW, Lamb, Lars, OptimConfig, Sgd
 
 UNDECAYED = "undecayed_"  # what names of groups begin with whose learning rate does not decay
-_EXEMPT = ("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token")
+_EXEMPT = {
+    "pos_embed",
+    "cls_token",
+    "reg_token",
+    "dist_token",
+    "mask_token",
+    "relative_position_bias_table",
+    "cpb_mlp",
+    "logit_scale",
+}  # where they are a part of a parameter's name; the last three are Swin's
 
 
 def param_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Groups by name: `decay` and `no_decay`, with layer decay one such pair per layer (`layer_3_decay`).
 
-    Biases, norms, tokens and position embeddings are not decayed, nor is what timm's encoder itself exempts, such as
-    Swin's relative positions. With layer decay (BEiT, Bao et al. 2021,
-    arXiv:2106.08254; MAE's fine-tuning) the learning rate of layer l of L is scaled by layer_decay ** (L - l): layers
-    are those of timm's encoder, stem first, and L is whatever stands on it. Modules that the objective names as
+    Biases, norms, tokens and positions, Swin's relative ones too, are not decayed. With layer decay (BEiT, Bao et al.
+    2021, arXiv:2106.08254; MAE's fine-tuning) the learning rate of layer l of L is scaled by layer_decay ** (L - l):
+    layers are those of timm's encoder, stem first, and L is whatever stands on it. Modules that the objective names as
     `undecayed` have such groups of their own (`undecayed_decay`), which take the learning rate without its decay.
 
     Raises:
@@ -32,12 +40,11 @@ def param_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     layers = _layers(module) if optim.layer_decay < 1 else {}
     top = 1 + max(layers.values(), default=0)
     fixed = {p for m in module.undecayed() for p in m.parameters()} if isinstance(module, Objective) else set()
-    exempt_names = _exempt_in_encoder(module)
     groups: dict[tuple[bool, int, bool], dict[str, Any]] = {}
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
-        exempt = p.ndim < 2 or name.rsplit(".", 1)[-1] in _EXEMPT or name in exempt_names
+        exempt = p.ndim < 2 or not _EXEMPT.isdisjoint(name.split("."))
         layer = layers.get(name, top)
         title = "no_decay" if exempt else "decay"
         title = f"layer_{layer}_{title}" if layers else title
@@ -105,12 +112,6 @@ def step_counters(optimizer: torch.optim.Optimizer, group: dict[str, Any], kept:
     """The scalars that count a group's applied steps: AdamW has one per stepped tensor, LAMB one, SGD and LARS none."""
     counters = [group, *(optimizer.state[tensor] for tensor in kept)]
     return [holder["step"] for holder in counters if "step" in holder]
-
-
-def _exempt_in_encoder(module: nn.Module) -> set[str]:
-    encoder: Any = getattr(module, "encoder", None)
-    named = getattr(encoder, "no_weight_decay", set)
-    return {f"encoder.{name}" for name in named()}
 
 
 def _layers(module: nn.Module) -> dict[str, int]:

@@ -28,13 +28,15 @@ class Combined(Objective):
         weights: of their losses, positive.
 
     Raises:
-        InputError: terms that need different batches, such as different masks.
+        InputError: terms that need different batches, such as different masks, or have momentum teachers that
+            follow at different rates.
     """
 
     def __init__(self, encoder: nn.Module, terms: Mapping[str, Objective], weights: Mapping[str, float]) -> None:
         super().__init__()
         self.needs = joint_needs({name: term.needs for name, term in terms.items()})
         self.weights = dict(weights)
+        _check_decays(terms)
         for term in terms.values():
             for target, online in term.ema(Progress(0, 1, 0))[1]:
                 target.load_state_dict(online.state_dict())
@@ -57,14 +59,8 @@ class Combined(Objective):
         return LossOutput(sum(losses[1:], losses[0]), metrics)
 
     def ema(self, progress: Progress) -> tuple[float, list[tuple[nn.Module, nn.Module]]]:
-        """Those of the terms.
-
-        Raises:
-            ValueError: two terms have teachers that follow at different rates.
-        """
+        """Those of the terms."""
         found = [(decay, pairs) for decay, pairs in (self._term(name).ema(progress) for name in self.terms) if pairs]
-        if len({decay for decay, _ in found}) > 1:
-            raise ValueError(f"expected one decay of all momentum teachers, found {[decay for decay, _ in found]}")
         return found[0][0] if found else 0.0, [pair for _, pairs in found for pair in pairs]
 
     def undecayed(self) -> list[nn.Module]:
@@ -74,6 +70,18 @@ class Combined(Objective):
         term = self.terms[name]
         assert isinstance(term, Objective)
         return term
+
+
+def _check_decays(terms: Mapping[str, Objective]) -> None:
+    """At the start and on the way: the engine moves all teachers by one decay."""
+    for progress in (Progress(0, 2, 0), Progress(1, 2, 0)):
+        found = {name: decay for name, (decay, pairs) in ((n, t.ema(progress)) for n, t in terms.items()) if pairs}
+        if len(set(found.values())) > 1:
+            raise InputError(
+                where="objective.terms",
+                expected="one decay of all momentum teachers",
+                found=", ".join(f"{decay} for {name}" for name, decay in found.items()),
+            )
 
 
 def joint_needs(needs: Mapping[str, BatchSpec]) -> BatchSpec:

@@ -76,6 +76,10 @@ SUM = recipe_objective.Sum(
         recipe_objective.Term(weight=0.5, objective=SIMMIM),
     ),
 )
+# Little of BYOL: its batch norm leaves nothing but rounding of what some parameters get from it.
+SUM_WITH_TEACHER = recipe_objective.Sum(
+    kind="sum", terms=(recipe_objective.Term(weight=0.02, objective=BYOL), recipe_objective.Term(objective=MAE))
+)
 CASES = {
     "mae": Case(TINY_VIT, MAE),
     "mae, class token and registers": Case(CLASS_TOKEN_VIT, MAE),
@@ -94,6 +98,7 @@ CASES = {
     "simmim, swin v2": Case(TINY_SWIN_V2, SIMMIM),
     "sum": Case(TINY_VIT, SUM),
     "sum, swin": Case(TINY_SWIN, SUM),
+    "sum, with a teacher": Case(TINY_VIT, SUM_WITH_TEACHER),
     "clip": Case(towers.OPEN_CLIP, towers.config("clip")),
     "clip, timm": Case(towers.TIMM, towers.config("clip", **towers.BESIDE_TIMM)),
     "siglip": Case(towers.OPEN_CLIP, towers.config("siglip")),

@@ -60,6 +60,23 @@ def mae_loss(w: Weights, positions: Tensor, images: Tensor, masks: Tensor, shape
     return sum(errors) / len(errors)  # type: ignore[return-value]
 
 
+def simmim_loss(w: Weights, images: Tensor, masks: Tensor, shape: Shape, block: int) -> Tensor:
+    """Mean absolute error over samples and hidden pixels; masks of blocks of `block` pixels, [B, G * G]."""
+    errors = []
+    for image, mask in zip(images, masks, strict=True):
+        side = shape.grid * shape.patch // block
+        hidden = [
+            n
+            for n in range(shape.grid**2)
+            if mask[(n // shape.grid * shape.patch // block) * side + n % shape.grid * shape.patch // block]
+        ]
+        tokens = encode(w, image, list(range(shape.grid**2)), shape, hidden)[shape.prefix :]
+        for n in hidden:
+            prediction = linear(w, "head", tokens[n])
+            errors += [abs(p - t) for p, t in zip(prediction, patch_values(image, n, shape), strict=True)]
+    return sum(errors) / len(errors)  # type: ignore[return-value]
+
+
 def classifier_loss(
     w: Weights,
     images: Tensor,
@@ -109,8 +126,8 @@ def class_logits(w: Weights, image: Tensor, shape: Shape) -> Tensor:
     return linear(w, "head", feature)
 
 
-def encode(w: Weights, image: Tensor, shown: list[int], shape: Shape) -> list[Tensor]:
-    """Prefix tokens, then the shown patches, after the last norm."""
+def encode(w: Weights, image: Tensor, shown: list[int], shape: Shape, replaced: Sequence[int] = ()) -> list[Tensor]:
+    """Prefix tokens, then the shown patches, after the last norm; in place of the replaced stands the mask token."""
     positions = w["encoder.pos_embed"][0]
     tokens = [w["encoder.cls_token"][0, 0]] if shape.class_token else []
     tokens += [w["encoder.reg_token"][0, i] for i in range(shape.registers)]
@@ -123,6 +140,8 @@ def encode(w: Weights, image: Tensor, shown: list[int], shape: Shape) -> list[Te
         token = w["encoder.patch_embed.proj.bias"]
         for i, value in enumerate(values):
             token = token + value * kernel[:, i]
+        if n in replaced:
+            token = w["mask_token"]
         tokens.append(token + positions[first + n])
     return blocks(w, "encoder", tokens, shape.heads)
 
@@ -191,11 +210,11 @@ def mlp(w: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def linear(w: Weights, name: str, x: Tensor) -> Tensor:
-    rows = w[f"{name}.weight"]
+    rows = w[f"{name}.weight"].flatten(1)
     return torch.stack([(row * x).sum() + b for row, b in zip(rows, w[f"{name}.bias"], strict=True)])
 
 
-def layer_norm(w: Weights, name: str, x: Tensor) -> Tensor:
+def layer_norm(w: Weights, name: str, x: Tensor, eps: float = 1e-6) -> Tensor:
     mean = x.sum() / len(x)
     variance = ((x - mean) ** 2).sum() / len(x)
-    return (x - mean) / (variance + 1e-6) ** 0.5 * w[f"{name}.weight"] + w[f"{name}.bias"]
+    return (x - mean) / (variance + eps) ** 0.5 * w[f"{name}.weight"] + w[f"{name}.bias"]

@@ -19,9 +19,16 @@ from pretrain.recipe_objective import Supervised as SupervisedConfig
 from pretrain.recipe_optim import AdamW, Lamb, Lars, OptimConfig, Sgd
 
 OPTIM = AdamW(base_lr=1e-3, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.3)
+SWIN = Model(
+    name="swin_tiny_patch4_window7_224",
+    image_size=32,
+    options={"embed_dim": 8, "depths": (2, 2, 1), "num_heads": (1, 2, 4), "window_size": 2},
+)
 MODELS = {
     "vit": Model(name="vit_tiny_patch16_224", image_size=32, options={"reg_tokens": 2, "init_values": 0.1}),
     "deit": Model(name="deit_tiny_distilled_patch16_224", image_size=32),
+    "swin": SWIN,
+    "swin, v2": SWIN.model_copy(update={"name": "swinv2_tiny_window8_256"}),
     "resnet": Model(name="test_resnet", image_size=32),
 }
 
