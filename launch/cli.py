@@ -134,6 +134,27 @@ def train(
     raise typer.Exit(launch(arguments, num_ranks, threads=recipe.runtime.threads))
 
 
+@app.command(
+    epilog=_examples(
+        "pretrain chain configs/chains/cpu/noisy_student.yaml --nproc 2",
+        "pretrain chain configs/chains/cpu/mae_pretraining.yaml --out runs/pre",
+    )
+)
+def chain(
+    chain_path: Annotated[Path, typer.Argument(metavar="FILE", help="A chain, such as configs/chains/*.yaml.")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the chain [runs/<its name>].")] = None,
+    num_ranks: NumRanks = 1,
+) -> None:
+    """Runs stages one after another here: train, label, select, evaluate; or goes on where they were interrupted.
+
+    All stages are checked before the first is started. What is finished is passed over, what was interrupted goes
+    on, and a stage whose settings or inputs changed is refused.
+    """
+    from launch.chain import run_chain
+
+    raise typer.Exit(run_chain(chain_path, out, num_ranks))
+
+
 @app.command(epilog=_examples("pretrain demo", "pretrain demo --out /tmp/demo"))
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where all of it is written.")] = Path("runs/demo"),

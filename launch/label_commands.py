@@ -114,17 +114,13 @@ def _by_labels(
     from data_pipeline.choose import confident, ranked
     from data_pipeline.labels import open_labels
 
+    check_choice(source, True, threshold, per_class, top_k)
     labels = open_labels(source)
     left_out = None if without is None else _indices(without, labels.described.data_fingerprint)
-    if top_k is not None and threshold is None and per_class is None:
+    if top_k is not None:
         return ranked(labels, top_k=top_k, per_sample=per_image, without=left_out)
-    if top_k is None and threshold is not None:
-        return confident(labels, threshold=threshold, per_class=per_class, without=left_out)
-    raise InputError(
-        where="pretrain data select",
-        expected="--threshold, perhaps with --per-class; or --top-k alone",
-        found=_given(threshold=threshold, per_class=per_class, top_k=top_k),
-    )
+    assert threshold is not None
+    return confident(labels, threshold=threshold, per_class=per_class, without=left_out)
 
 
 def _by_truth(
@@ -134,15 +130,30 @@ def _by_truth(
     from data_pipeline.read import open_dataset
     from data_pipeline.selection import shards_of
 
+    check_choice(source, False, threshold, per_class, top_k)
+    assert per_class is not None
     dataset = shards_of(open_dataset(source))
-    if per_class is None or threshold is not None or top_k is not None:
-        raise InputError(
-            where="pretrain data select",
-            expected=f"--per-class alone, as {source} is shards and no folder of soft labels",
-            found=_given(threshold=threshold, per_class=per_class, top_k=top_k),
-        )
     left_out = None if without is None else _indices(without, dataset.fingerprint)
     return labelled(dataset, per_class=per_class, seed=seed, without=left_out)
+
+
+def check_choice(
+    source: str, by_labels: bool, threshold: float | None, per_class: int | None, top_k: int | None
+) -> None:
+    """Raises InputError unless the options say one way to choose by soft labels, or by true ones."""
+    given = _given(threshold=threshold, per_class=per_class, top_k=top_k)
+    if by_labels and given not in ("--threshold", "--threshold, --per-class", "--top-k"):
+        raise InputError(
+            where="pretrain data select",
+            expected="--threshold, perhaps with --per-class; or --top-k alone",
+            found=given,
+        )
+    if not by_labels and given != "--per-class":
+        raise InputError(
+            where="pretrain data select",
+            expected=f"--per-class alone, as {source} is no folder of soft labels",
+            found=given,
+        )
 
 
 def _indices(path: Path, fingerprint: str) -> Integers:

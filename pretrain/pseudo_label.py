@@ -70,7 +70,7 @@ class Teacher:
             "run": self.recipe.name,
             "checkpoint": self.checkpoint.name,
             "weights_sha256": weights_sha256(self.model),
-            "image_size": self.recipe.model.image_size,
+            "image_size": self.recipe.model.judged_size,
             "interpolation": self.recipe.data.views.interpolation,
             "eval_crop": self.recipe.data.views.eval_crop,
             "mean": list(self.recipe.data.mean),
@@ -104,6 +104,12 @@ def load_teacher(source: str) -> Teacher:
             expected="a run with objective.kind supervised, which has a head to label with",
             found=recipe.objective.kind,
             fix="Fine-tune its encoder first: a supervised recipe with init_from.",
+        )
+    if recipe.objective.loss != "ce":
+        raise InputError(
+            where=f"--teacher {source}",
+            expected="a run with objective.loss ce, whose classes share one probability",
+            found=recipe.objective.loss,
         )
     model = seeded(0, lambda: build_objective(recipe.model, recipe.objective))
     assert isinstance(model, Supervised)
@@ -208,7 +214,7 @@ def _made(
     views = teacher.recipe.data.views
     batches = batches_of(
         dataset,
-        BatchSpec(image_size=teacher.recipe.model.image_size),
+        BatchSpec(image_size=teacher.recipe.model.judged_size),
         ViewSpec(interpolation=views.interpolation, eval_crop=views.eval_crop),
         pieces,
         num_workers=how.num_workers,

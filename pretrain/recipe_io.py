@@ -30,7 +30,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         problems += _apply(tree, override)
     try:
-        recipe = Recipe.model_validate(_tuples(tree), strict=True)
+        recipe = Recipe.model_validate(as_tuples(tree), strict=True)
     except ValidationError as error:
         raise RecipeError(str(path), problems + explain(error, tree)) from None
     if problems:
@@ -60,7 +60,7 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, An
     if file in seen or len(seen) > MAX_PARENTS:
         chain = " -> ".join(p.name for p in (*seen, file))
         raise RecipeError(str(path), [f"extends: expected a chain of parents that ends, found {chain}."])
-    tree, problems = _read(path)
+    tree, problems = read_tree(path)
     if seen:
         problems = [f"{path}, {problem}" for problem in problems]
     parent = tree.pop("extends", None)
@@ -72,7 +72,8 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, An
     return _merge(base, tree), base_problems + problems
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+def read_tree(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The map in a YAML file, and what is wrong with its keys; raises RecipeError where there is no map."""
     try:
         tree, problems = read_yaml(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -123,8 +124,8 @@ def _apply(tree: dict[str, Any], override: str) -> list[str]:
     return [f"--set {override}: {problem}" for problem in problems]
 
 
-def _tuples(value: Any) -> Any:
+def as_tuples(value: Any) -> Any:
     """Lists as tuples: pydantic's strict mode, which keeps "true" from becoming 1.0, wants them so."""
     if isinstance(value, dict):
-        return {key: _tuples(inner) for key, inner in value.items()}
-    return tuple(_tuples(inner) for inner in value) if isinstance(value, list) else value
+        return {key: as_tuples(inner) for key, inner in value.items()}
+    return tuple(as_tuples(inner) for inner in value) if isinstance(value, list) else value

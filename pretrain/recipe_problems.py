@@ -36,21 +36,21 @@ _EXPECTED = {
 }
 
 
-def explain(error: ValidationError, tree: dict[str, Any]) -> list[str]:
-    """One sentence per wrong value of `tree`, which is what was validated (lists in place of tuples)."""
+def explain(error: ValidationError, tree: dict[str, Any], root: type[BaseModel] = Recipe) -> list[str]:
+    """One sentence per wrong value of `tree`, which is what was validated as a `root` (lists in place of tuples)."""
     expected: dict[tuple[str, ...], list[str]] = {}
     sentences: list[tuple[tuple[str, ...], str]] = []
     for details in error.errors(include_url=False):
-        path = _path(details, tree)
+        path = _path(details, tree, root)
         if details["type"] == "extra_forbidden":
-            sentences.append((path, _unknown(path, tree)))
+            sentences.append((path, _unknown(path, tree, root)))
         elif details["type"] == "value_error":
             sentences.append((path, details["msg"].removeprefix("Value error, ")))
         else:
             # The members of a union each say what they expected of the same value.
             if path not in expected:
                 sentences.append((path, ""))
-            expected.setdefault(path, []).append(_expected(details, path, tree))
+            expected.setdefault(path, []).append(_expected(details, path, tree, root))
     return [
         f"{'.'.join(path) or 'recipe'}: "
         + (text or f"expected {' or '.join(dict.fromkeys(expected[path]))}, found {_found(path, tree)}.")
@@ -58,7 +58,7 @@ def explain(error: ValidationError, tree: dict[str, Any]) -> list[str]:
     ]
 
 
-def _path(details: ErrorDetails, tree: Any) -> tuple[str, ...]:
+def _path(details: ErrorDetails, tree: Any, root: type[BaseModel]) -> tuple[str, ...]:
     """The keys of the location, without the names of union members that pydantic puts among them."""
     path: list[str] = []
     node = tree
@@ -70,13 +70,13 @@ def _path(details: ErrorDetails, tree: Any) -> tuple[str, ...]:
         elif details["type"] == "missing" and depth == len(details["loc"]) - 1:
             path.append(str(part))
     if details["type"].startswith("union_tag"):
-        return (*path, _tag_of(_members_at(path, tree)[0][0]))
+        return (*path, _tag_of(_members_at(path, tree, root)[0][0]))
     return tuple(path)
 
 
-def _expected(details: ErrorDetails, path: tuple[str, ...], tree: dict[str, Any]) -> str:
+def _expected(details: ErrorDetails, path: tuple[str, ...], tree: dict[str, Any], root: type[BaseModel]) -> str:
     if details["type"] == "union_tag_not_found":
-        members, _ = _members_at(path[:-1], tree)
+        members, _ = _members_at(path[:-1], tree, root)
         return f"one of {', '.join(repr(kind) for member in members for kind in _kinds(member))}"
     template = _EXPECTED.get(details["type"])
     return template.format(**details.get("ctx", {})) if template else f"what is valid ({details['msg']})"
@@ -95,11 +95,11 @@ def _found(path: tuple[str, ...], tree: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _unknown(path: tuple[str, ...], tree: dict[str, Any]) -> str:
+def _unknown(path: tuple[str, ...], tree: dict[str, Any], root: type[BaseModel]) -> str:
     """The nearest key at the same level if one is near, else the nearest anywhere, else all of this level."""
     *parents, key = path
-    siblings = [".".join((*parents, name)) for name in _of_kind(*_members_at(parents, tree)).model_fields]
-    groups = [name for name in _all_paths(Recipe) if not _within_other_kind(name, parents, siblings)]
+    siblings = [".".join((*parents, name)) for name in _of_kind(*_members_at(parents, tree, root)).model_fields]
+    groups = [name for name in _all_paths(root) if not _within_other_kind(name, parents, siblings)]
     elsewhere = [name for name in groups if name != ".".join(path)]  # another kind's key
     for candidates, cutoff in ((siblings, 0.6), (elsewhere, 0.8)):
         likeness = {name: _likeness(key, name.rpartition(".")[2]) for name in candidates}
@@ -124,9 +124,9 @@ def _likeness(given: str, known: str) -> float:
     return SequenceMatcher(None, given, known).ratio()
 
 
-def _members_at(path: Sequence[str], tree: Any) -> tuple[list[type[BaseModel]], Any]:
+def _members_at(path: Sequence[str], tree: Any, root: type[BaseModel]) -> tuple[list[type[BaseModel]], Any]:
     """The groups that could stand at `path`, several where there is a union, and what stands there."""
-    members: list[type[BaseModel]] = [Recipe]
+    members: list[type[BaseModel]] = [root]
     node = tree
     for part in path:
         if isinstance(node, list):

@@ -119,8 +119,12 @@ def identity(recipe: Recipe) -> str:
     Independent of the order of keys and of whether a default is written out: a key that is added to the
     recipe one day leaves older runs what they were.
     """
-    groups = recipe.model_dump(mode="json", include=_INCLUDED, exclude=_EXCLUDED, exclude_defaults=True)
-    return hashlib.sha256(json.dumps(groups, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(result_settings(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def result_settings(recipe: Recipe) -> dict[str, Any]:
+    """What the identity is made of: all that differs from its default, as JSON."""
+    return recipe.model_dump(mode="json", include=_INCLUDED, exclude=_EXCLUDED, exclude_defaults=True)
 
 
 def differences(given: Recipe, kept: Recipe) -> list[str]:

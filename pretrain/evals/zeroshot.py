@@ -120,7 +120,7 @@ class ZeroShot:
             ranked = nearest(features.values @ classifier.T, min(5, len(classes)))[1]
         hits = ranked == features.labels.unsqueeze(1)
         top1 = hits[:, 0].double()
-        further = {"mean_per_class": 100 * _mean_per_class(top1, features.labels)}
+        further = {"mean_per_class": 100 * mean_per_class(top1, features.labels)}
         if len(classes) >= 5:
             further["top5"] = 100 * hits.any(1).double().mean().item()
         return report_of(
@@ -184,7 +184,7 @@ def lines_of(path: Path, expected: str) -> tuple[str, ...]:
     return lines
 
 
-def _mean_per_class(top1: Tensor, labels: Tensor) -> float:
+def mean_per_class(top1: Tensor, labels: Tensor) -> float:
     """Over the classes that the test set has samples of."""
     counts = torch.bincount(labels)
     right = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, labels, top1)

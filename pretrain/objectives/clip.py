@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from open_clip.loss import ClipLoss
 from torch import Tensor
@@ -9,6 +11,9 @@ from torch.nn import functional as F
 
 from pretrain.collectives import rank_and_size
 from pretrain.objectives.base import Features, LossOutput
+
+# How open_clip gathers; it says so at every step.
+warnings.filterwarnings("ignore", message=r"torch\.distributed\.nn\.functional\.all_gather", category=FutureWarning)
 
 
 def clip_loss(features: Features, *, across_ranks: bool) -> LossOutput:

@@ -17,7 +17,7 @@ from pretrain.evals.base import EvalReport
 from pretrain.evals.features import Extraction
 from pretrain.evals.pairs import image_side
 from pretrain.evals.tower_sources import load_towers
-from pretrain.evals.zeroshot import TEMPLATES, Prompts, ZeroShot, class_vectors, lines_of
+from pretrain.evals.zeroshot import TEMPLATES, Prompts, ZeroShot, class_vectors, lines_of, mean_per_class
 from pretrain.models.towers import Towers
 from tests.pretrain.test_towers import saved
 from tests.shards import write_shards
@@ -134,3 +134,7 @@ def test_a_set_without_classes_and_a_group_without_a_class_are_told(shapes: str,
         ZeroShot(unlabelled)
     with pytest.raises(InputError, match=r"group new.*'red cube'"):
         ZeroShot(open_dataset(shapes), groups={"new": ["red cube"]})
+
+
+def test_classes_without_a_sample_have_no_part_in_the_mean_over_classes() -> None:
+    assert mean_per_class(torch.tensor([1.0, 1.0, 0.0]).double(), torch.tensor([0, 3, 3])) == 0.75

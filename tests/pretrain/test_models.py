@@ -39,6 +39,7 @@ MODELS = {
     "vit, dynamic by default": Model(name="test_vit", image_size=32, patch_size=8),
     "swin": SWIN,
     "swin, v2": SWIN.model_copy(update={"name": "swinv2_tiny_window8_256"}),
+    "resnet, 3x3 stem": Model(name="resnet18_cifar", image_size=32),
     "resnet": Model(name="test_resnet", image_size=40, options={"stem_type": "deep", "output_stride": 8}),
 }
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
@@ -193,6 +194,7 @@ def test_weights_that_do_not_fit_are_refused_by_name_and_change_nothing(how: str
         ({"image_size": 26}, "model.image_size", "multiple of the patch size 4"),
         ({"image_size": 3}, "model.image_size", "multiple of the patch size 4"),
         ({"name": "resnet18", "options": {}}, "model.patch_size", "Remove it"),
+        ({"name": "resnet18_cifar", "patch_size": None, "options": {"stem_type": "deep"}}, "model.options", "stem"),
     ],
 )
 def test_what_timm_cannot_build_is_an_input_error(changes: dict[str, Any], field: str, told: str) -> None:
@@ -200,6 +202,22 @@ def test_what_timm_cannot_build_is_an_input_error(changes: dict[str, Any], field
         build_encoder(VIT.model_copy(update=changes))
     assert caught.value.where == field
     assert told in str(caught.value)
+
+
+@torch.no_grad()
+def test_the_resnet_for_small_images_is_timm_s_but_for_its_stem() -> None:
+    """Same names, shapes and start but those of the first convolution, and 4 x 4 features where timm's has 1 x 1."""
+    torch.manual_seed(0)
+    ours = build_encoder(Model(name="resnet18_cifar", image_size=32)).eval()
+    theirs = timm.create_model("resnet18", num_classes=0).eval()
+    shapes = {name: value.shape for name, value in theirs.state_dict().items()}
+    assert {name: value.shape for name, value in ours.state_dict().items()} == {**shapes, "conv1.weight": (64, 3, 3, 3)}
+    pictures = images(Model(name="resnet18_cifar", image_size=32))
+    assert ours.forward_features(pictures).shape == (2, 512, 4, 4)
+    assert ours.conv1.stride == (1, 1)
+    theirs.load_state_dict({**ours.state_dict(), "conv1.weight": theirs.conv1.weight})
+    theirs.conv1, theirs.maxpool = ours.conv1, nn.Identity()
+    assert torch.equal(theirs(pictures), ours(pictures))
 
 
 def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:

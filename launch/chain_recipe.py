@@ -1,0 +1,175 @@
+"""The typed recipe of a chain: stages one after another, each a command of its own. Imports no torch.
+
+`${NAME}` in any value stands for what an earlier stage leaves behind: a run's folder, a folder of labels, a selection.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from data_pipeline.errors import RecipeError
+from pretrain.recipe_group import Group
+from pretrain.recipe_io import as_tuples, read_tree
+from pretrain.recipe_problems import explain
+
+_REFERENCE = re.compile(r"\$\{([^}]*)\}")
+
+
+class Label(Group):
+    """`pretrain data label`."""
+
+    shards: str
+    teacher: str
+    top_k: int | None = Field(None, ge=1)
+    precision: str = Field("fp32", pattern="^(fp32|bf16)$")
+    batch_size: int = Field(256, ge=1)
+    num_workers: int = Field(0, ge=0)
+
+
+class Select(Group):
+    """`pretrain data select`."""
+
+    source: str
+    threshold: float | None = Field(None, ge=0, le=1)
+    per_class: int | None = Field(None, ge=1)
+    top_k: int | None = Field(None, ge=1)
+    per_image: int | None = Field(None, ge=1)
+    without: str | None = None
+    seed: int | None = Field(None, ge=0)
+
+
+class Evaluate(Group):
+    """`pretrain eval PROTOCOL`."""
+
+    protocol: str
+    encoder: str
+    train: str
+    test: str
+    options: dict[str, int | float | str] = {}  # noqa: RUF012  (pydantic copies it)
+
+
+class Stage(Group):
+    """One command; exactly one of the keys below `name` says which."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    train: str | None = None  # a recipe, relative to the chain's file
+    set: dict[str, Any] = {}  # noqa: RUF012  (of a recipe to train: values by dotted key)
+    label: Label | None = None
+    select: Select | None = None
+    evaluate: Evaluate | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Stage:
+        given = [key for key in ("train", "label", "select", "evaluate") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected one of train, label, select, evaluate, found {', '.join(given) or 'none'}.")
+        if self.set and self.train is None:
+            raise ValueError(f"expected set beside train alone, found it beside {given[0]}.")
+        return self
+
+    def output(self, out: Path) -> Path:
+        """What it leaves behind in the chain's folder."""
+        suffix = ".select" if self.select else ".json" if self.evaluate else ""
+        return out / f"{self.name}{suffix}"
+
+    def references(self) -> list[str]:
+        """Names of the stages that its values refer to, each once."""
+        values = self.model_dump(mode="json", exclude={"name"})
+        return list(dict.fromkeys(name for text in _texts(values) for name in _REFERENCE.findall(text)))
+
+    def filled(self, outputs: Mapping[str, Path]) -> Stage:
+        """With paths in the place of references."""
+        values = _mapped(self.model_dump(), lambda text: _REFERENCE.sub(lambda m: str(outputs[m[1]]), text))
+        return Stage.model_validate(values)
+
+
+class Chain(Group):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # also the name of the chain's folder
+    stages: tuple[Stage, ...] = Field(min_length=1)
+
+
+def load_chain(path: Path) -> Chain:
+    """Reads a chain; every reference is to an earlier stage.
+
+    Raises:
+        RecipeError: with every problem found, each naming its path.
+    """
+    tree, problems = read_tree(path)
+    try:
+        chain = Chain.model_validate(as_tuples(tree), strict=True)
+    except ValidationError as error:
+        raise RecipeError(str(path), problems + explain(error, tree, Chain)) from None
+    problems += _wrong_references(chain)
+    if problems:
+        raise RecipeError(str(path), problems)
+    return chain
+
+
+def _wrong_references(chain: Chain) -> Iterator[str]:
+    earlier: list[str] = []
+    for number, stage in enumerate(chain.stages):
+        if stage.name in earlier:
+            yield f"stages.{number}.name: expected a name of its own, found {stage.name!r} twice."
+        for name in stage.references():
+            if name not in earlier:
+                known = ", ".join(earlier) or "none"
+                yield f"stages.{number} ({stage.name}): expected an earlier stage ({known}), found ${{{name}}}."
+        earlier.append(stage.name)
+
+
+def words_of(stage: Stage, folder: Path, out: Path, num_ranks: int) -> list[str]:
+    """The command of a stage whose references are filled in, without `pretrain`.
+
+    Args:
+        folder: that of the chain's file.
+        out: the chain's.
+        num_ranks: of training.
+    """
+    target = str(stage.output(out))
+    if stage.train is not None:
+        words = ["train", str(folder / stage.train), "--nproc", str(num_ranks), "--out", target]
+        return [*words, *(f"--set={override}" for override in overrides_of(stage))]
+    if stage.label is not None:
+        options = stage.label.model_dump(exclude={"shards"}, exclude_none=True)
+        return ["data", "label", stage.label.shards, target, *_options(options)]
+    if stage.select is not None:
+        options = stage.select.model_dump(exclude={"source"}, exclude_none=True)
+        return ["data", "select", stage.select.source, target, *_options(options)]
+    assert stage.evaluate is not None
+    judged = stage.evaluate
+    options = {"train": judged.train, "test": judged.test, "out": target, **judged.options}
+    return ["eval", judged.protocol, judged.encoder, *_options(options)]
+
+
+def overrides_of(stage: Stage) -> list[str]:
+    """`set` as overrides of a recipe; JSON is YAML."""
+    return [f"{key}={json.dumps(value)}" for key, value in stage.set.items()]
+
+
+def _options(values: Mapping[str, Any]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(inner, change) for key, inner in value.items()}
+    return tuple(_mapped(inner, change) for inner in value) if isinstance(value, list | tuple) else value
