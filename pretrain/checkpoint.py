@@ -178,7 +178,7 @@ def load(checkpoint: Checkpoint, engine: Engine) -> RunState:
 
 
 def module_state(path: Path, prefix: str = "", *, verified: bool = False) -> dict[str, Tensor]:
-    """Parameters, or their moving averages, and buffers whose names begin with `prefix`, which is cut off.
+    """Parameters and buffers, or their moving averages, whose names begin with `prefix`, which is cut off.
 
     Args:
         path: a complete checkpoint; read by this process alone.
@@ -192,7 +192,7 @@ def module_state(path: Path, prefix: str = "", *, verified: bool = False) -> dic
         _verify(path, World())
     stored = Tensors(path)
     found = {}
-    for kind in ("param/", "ema/", "buffer/"):  # an average takes the place of its parameter
+    for kind in ("param/", "buffer/", "ema/"):  # an average takes the place of what it is of
         for name in stored.shapes:
             if name.startswith(kind + prefix):
                 found[name.removeprefix(kind + prefix)] = stored.whole(name)

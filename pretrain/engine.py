@@ -131,6 +131,7 @@ class Engine:
                 stepped.append(kept)
         self._ema = WeightEma(ema, stepped) if ema is not None else None
         self._buffers = [buffer for _, buffer in self._persistent_buffers()]
+        self._statistics = self._statistics_average(ema)
 
     def step(
         self, micro_batches: Sequence[Batch], progress: Progress, lr: float, undecayed_lr: float | None = None
@@ -176,11 +177,14 @@ class Engine:
 
         Args:
             module: of the objective.
-            averaged: the moving average of the weights, where the recipe has one; buffers are those of training.
+            averaged: the moving averages of weights and running statistics, where the recipe has them.
         """
         state = {}
         for name, value in module.state_dict(keep_vars=True).items():
-            if averaged and self._ema is not None and value.requires_grad:
+            statistic = self._statistics.of(value) if averaged and self._statistics is not None else None
+            if statistic is not None:
+                state[name] = statistic.detach().to("cpu", copy=True)
+            elif averaged and self._ema is not None and value.requires_grad:
                 state[name] = self._whole_average(value, self._ema)
             elif isinstance(value, nn.Parameter) and self.stage == 3:
                 import deepspeed
@@ -203,6 +207,9 @@ class Engine:
                 found.append(Fragment(f"{kind}/{name}", self.shapes[name], start, data, replicated))
         for name, buffer in self._persistent_buffers():
             found.append(Fragment(f"buffer/{name}", tuple(buffer.shape), 0, buffer.view(-1), True))
+            average = self._statistics.of(buffer) if self._statistics is not None else None
+            if average is not None:
+                found.append(Fragment(f"ema/{name}", tuple(buffer.shape), 0, average.view(-1), True))
         return found
 
     def group_values(self) -> list[dict[str, Any]]:
@@ -300,6 +307,11 @@ class Engine:
             if isinstance(value, Tensor) and value.shape == piece.kept.shape:
                 yield f"optim/{key}", piece.of(value), piece.start
 
+    def _statistics_average(self, ema: Ema | None) -> WeightEma | None:
+        """Averaged weights do not go with the running statistics of the latest; those are averaged alike, as in timm."""
+        statistics = [buffer for buffer in self._buffers if buffer.is_floating_point()]
+        return WeightEma(ema, statistics) if ema is not None and statistics else None
+
     def _whole_average(self, p: nn.Parameter, ema: WeightEma) -> Tensor:
         """On the CPU of every rank; each rank contributes what it keeps, and exact zeros elsewhere."""
         whole = torch.zeros(self.shapes[self.names[p]], device=self.device)
@@ -323,8 +335,9 @@ class Engine:
 
     def _move_averages(self, progress: Progress) -> None:
         """After an applied step: the average of the weights, and the objective's momentum teachers."""
-        if self._ema is not None:
-            self._ema.update(progress.step + 1)
+        for average in (self._ema, self._statistics):
+            if average is not None:
+                average.update(progress.step + 1)
         decay, pairs = self.objective.ema(progress)
         if pairs:
             with self._partitions.local_weights():

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.captions import Captions
-from data_pipeline.errors import InputError
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.views import ViewSpec
@@ -23,6 +22,7 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import Knn
 from pretrain.loop import Periodic
 from pretrain.models.encoders import build_encoder, load_strictly
+from pretrain.objectives.base import Contrastive
 from pretrain.recipe import InlineKnn, Recipe
 from pretrain.state import RunState
 
@@ -82,6 +82,8 @@ class Inline:
         """Means over every sample of the validation set, once each, whatever the number of ranks."""
         world = self._world
         batch_size = max(1, min(self._recipe.batch.micro_size or 256, 256))
+        if isinstance(self._objective, Contrastive):  # whose loss depends on the size
+            batch_size = 256
         batches = evaluation_batches(
             val,
             replace(self._objective.needs, image_size=self._recipe.model.judged_size),
@@ -99,11 +101,7 @@ class Inline:
         for _ in range(rounds):
             following = next(batches, None)
             batch = self._prepare(following) if following is not None else batch
-            if batch is None:
-                raise InputError(
-                    where="data.val", expected=f"at least {world.size} samples, one for each rank",
-                    found=str(val.num_samples),
-                )  # fmt: skip
+            assert batch is not None  # preflight saw to a sample for each rank
             weight = len(batch) if following is not None else 0
             output = self._engine.evaluate(batch, state.progress)
             for name, value in {"loss": output.loss, **output.metrics, "n": torch.ones(())}.items():

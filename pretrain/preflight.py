@@ -23,7 +23,7 @@ from pretrain.objectives.build import build_objective
 from pretrain.recipe import Recipe
 from pretrain.resolve import Resolved, resolve
 from pretrain.sinks import refuse_missing_wandb
-from pretrain.start import refuse_other_run
+from pretrain.start import refuse_locked_at_random, refuse_other_run
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
         objective = build_objective(recipe.model, recipe.objective)
     needs = objective.needs
     _refuse_inexact_accumulation(recipe, objective, resolved)
+    if recipe.init_from is None and recipe.resume_from is None:
+        refuse_locked_at_random(objective, ())
     augmentations(recipe, needs)
     mixing(recipe, needs, resolved.micro_size)
     captions = _captions(recipe, needs)
@@ -66,6 +68,9 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     val = open_dataset(data.val, cache) if data.val else None
     if val is not None:
         check(val, needs, captions)
+        if val.num_samples < world_size:
+            problem = f"data.val: expected a sample for each of {world_size} processes, found {val.num_samples}."
+            raise RecipeError(recipe.name, [problem])
     knn_evaluators(recipe)
     refuse_missing_wandb(recipe)
     refuse_other_run(recipe, train_data.fingerprint, resolved.total_steps, out)
@@ -90,7 +95,8 @@ def _refuse_inexact_accumulation(recipe: Recipe, objective: Objective, resolved:
 
 def cannot_accumulate(objective: Objective) -> str:
     """What in an objective does not add up over micro-batches; empty: all of it does, or the engine sees to it."""
-    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in objective.modules()):
+    objective.train()  # where a frozen part may keep its batch norm in evaluation mode
+    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training for m in objective.modules()):
         return "batch norm, whose statistics do not add up over micro-batches"
     parts = [m for m in objective.modules() if m is not objective]
     if any(isinstance(m, Contrastive) for m in parts):

@@ -92,7 +92,7 @@ class EngineConfig(Group):
     offload_activations: bool = False  # what checkpointed blocks keep lies in CPU memory
     offload_optimizer: bool = False  # fp32 partitions and optimizer state lie in CPU memory, and are stepped there
     sdpa: Literal["auto", "on", "off"] = "auto"  # torch's fused attention; auto: where it is the faster
-    tf32: bool = False  # of fp32 matrix products and convolutions on CUDA
+    tf32: bool = False  # of fp32 matrix products and convolutions on CUDA, those of contrastive losses too
     channels_last: bool = False  # memory format of the images, and so of convolutions
     fused_adamw: bool = False
     compile: bool = False  # torch.compile of each block
@@ -184,12 +184,6 @@ class Recipe(Group):
             raise ValueError(
                 f"expected engine.zero_stage 0 with optim.kind {self.optim.kind}, which takes the norm of each whole "
                 f"parameter where ZeRO steps pieces of them, found {self.engine.zero_stage}."
-            )
-        lock = getattr(self.objective, "lock_image", False) or getattr(self.objective, "lock_text", False)
-        if lock and self.init_from is None and self.resume_from is None:
-            raise ValueError(
-                "expected init_from with objective.lock_image or lock_text, as a locked tower keeps the weights it "
-                "starts with, found none."
             )
         if self.engine.fused_adamw and self.optim.kind != "adamw":
             raise ValueError(f"expected optim.kind adamw with engine.fused_adamw, found {self.optim.kind}.")

@@ -4,7 +4,7 @@ else `init_from`, else scratch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,10 +156,11 @@ def _initialize(objective: Objective, path: Path, world: World) -> tuple[str, ..
     for found in gather_objects(problem):
         if found is not None:
             raise found
-    followers = _followers(objective)
+    followers = followers_of(objective)
     whole = objective.state_dict()
     own = {name: tensor for name, tensor in whole.items() if not name.startswith(tuple(followers))}
     taken = {name for name in own.keys() & stored.keys() if own[name].shape == stored[name].shape}
+    refuse_locked_at_random(objective, taken)
     objective.load_state_dict({**whole, **{name: stored[name] for name in taken}})
     for target, online in followers.values():
         target.load_state_dict(online.state_dict())
@@ -172,7 +173,27 @@ def _initialize(objective: Objective, path: Path, world: World) -> tuple[str, ..
     )
 
 
-def _followers(objective: Objective) -> dict[str, tuple[nn.Module, nn.Module]]:
+def refuse_locked_at_random(objective: Objective, taken: Collection[str]) -> None:
+    """What is not trained must come from somewhere; momentum teachers follow what is.
+
+    Args:
+        objective: as built.
+        taken: names of the tensors that `init_from` gives it.
+
+    Raises:
+        RecipeError: a parameter would stay at its random start for good.
+    """
+    follow = tuple(followers_of(objective))
+    locked = {name for name, p in objective.named_parameters() if not p.requires_grad and not name.startswith(follow)}
+    if random := locked - set(taken):
+        problem = (
+            "init_from: expected weights for all that the objective locks, found none for "
+            f"{_listed(random)}. Give a run, checkpoint or folder that has them, or lock less."
+        )
+        raise RecipeError("the start", [problem])
+
+
+def followers_of(objective: Objective) -> dict[str, tuple[nn.Module, nn.Module]]:
     """Momentum teachers and what they follow, by what the names of a teacher's tensors begin with."""
     names = {module: name for name, module in objective.named_modules()}
     _, pairs = objective.ema(Progress(0, 1, 0))

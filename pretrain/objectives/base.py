@@ -27,6 +27,9 @@ class LossOutput(NamedTuple):
 class Objective(nn.Module, ABC):
     """Knows neither the engine nor an evaluator, and never calls backward. Inheritance ends one below this.
 
+    Collectives belong to training: in evaluation mode it calls none, as ranks may then have different numbers of
+    batches.
+
     Attributes:
         needs: what a batch must hold; checked against the data before anything starts.
         encoder: the unmodified timm module that evaluation and export receive. A submodule of this name, so

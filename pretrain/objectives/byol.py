@@ -53,7 +53,7 @@ class Byol(Objective):
         with torch.no_grad():
             targets = [self.target(view).to(view.dtype) for view in (first, second)]
         cosines = negative_cosine(predictions[0], targets[1]) + negative_cosine(predictions[1], targets[0])
-        return LossOutput(4 + 2 * cosines, {"embedding_std": embedding_std(projection)})
+        return LossOutput(4 + 2 * cosines, {"embedding_std": embedding_std(projection, across_ranks=self.training)})
 
     def ema(self, progress: Progress) -> tuple[float, list[tuple[nn.Module, nn.Module]]]:
         """tau = 1 - (1 - tau0) (cos(pi k / K) + 1) / 2 after step k, counted from 0, of K."""

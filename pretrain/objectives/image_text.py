@@ -53,6 +53,7 @@ class ImageText(Contrastive):
         self._sigmoid = isinstance(config, Siglip)
         _lock(self.encoder, config.lock_image, "objective.lock_image")
         _lock(self.text, config.lock_text, "objective.lock_text")
+        self._locked = [m for tower in (self.encoder, self.text) for m in tower.modules() if _is_locked(m)]
 
     def features(self, batch: Batch, progress: Progress) -> Features:
         images, tokens = batch.views[0], batch.tokens
@@ -79,11 +80,15 @@ class ImageText(Contrastive):
     def train(self, mode: bool = True) -> Self:
         """Parts without a trainable parameter stay in evaluation mode: their running statistics, their dropout."""
         super().train(mode)
-        for module in (*self.encoder.modules(), *self.text.modules()):
-            parameters = list(module.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
-                module.eval()
+        for module in self._locked:
+            module.training = False
         return self
+
+
+def _is_locked(module: nn.Module) -> bool:
+    """Whether it has parameters, none of which is trained."""
+    trained = [p.requires_grad for p in module.parameters()]
+    return bool(trained) and not any(trained)
 
 
 def _lock(tower: nn.Module, locked: bool | int, where: str) -> None:

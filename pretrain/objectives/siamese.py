@@ -31,21 +31,23 @@ def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def embedding_std(embeddings: Tensor) -> Tensor:
+def embedding_std(embeddings: Tensor, *, across_ranks: bool) -> Tensor:
     """How far unit vectors are spread: 1 where they lie evenly around the origin, 0 where all are the same.
 
-    The standard deviation of each dimension of z/|z| over the global batch, its mean over dimensions, times sqrt(D)
-    (Chen & He 2020, arXiv:2011.10566, section 4.1). A collective: every rank calls it.
+    The standard deviation of each dimension of z/|z| over the batch, its mean over dimensions, times sqrt(D)
+    (Chen & He 2020, arXiv:2011.10566, section 4.1).
 
     Args:
         embeddings: z, [B, D].
+        across_ranks: over the global batch, a collective; else over the local one.
 
     Returns:
-        fp32 scalar, the same on every rank.
+        fp32 scalar.
     """
     unit = F.normalize(embeddings.double(), dim=1)
     count = torch.full_like(unit[0], len(unit))
-    sums, squares, count = sum_over_ranks(torch.stack([unit.sum(0), unit.square().sum(0), count])).unbind()
+    moments = torch.stack([unit.sum(0), unit.square().sum(0), count])
+    sums, squares, count = (sum_over_ranks(moments) if across_ranks else moments).unbind()
     variance = squares / count - (sums / count).square()
     std: Tensor = variance.clamp(min=0).sqrt().mean() * unit.shape[1] ** 0.5
     return std.float()

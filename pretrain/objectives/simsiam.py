@@ -42,7 +42,7 @@ class SimSiam(Objective):
         first, second = (self.projector(self.encoder(view)) for view in batch.views)
         predictions = self.predictor(first).to(dtype), self.predictor(second).to(dtype)
         cosines = negative_cosine(predictions[0], second.to(dtype)) + negative_cosine(predictions[1], first.to(dtype))
-        return LossOutput(cosines / 2, {"embedding_std": embedding_std(first)})
+        return LossOutput(cosines / 2, {"embedding_std": embedding_std(first, across_ranks=self.training)})
 
     def undecayed(self) -> list[nn.Module]:
         """The predictor, which should follow the latest representations (section 4.2)."""

@@ -173,10 +173,12 @@ def test_embedding_std_tells_spread_from_collapse(config: recipe_objective.Objec
 def test_embedding_std_of_known_embeddings() -> None:
     generator = torch.Generator().manual_seed(0)
     even = torch.randn(4096, 32, generator=generator)
-    assert embedding_std(even).item() == pytest.approx(1, abs=0.01)
-    assert embedding_std(even * torch.rand(4096, 1, generator=generator)).item() == pytest.approx(1, abs=0.01)
-    assert embedding_std(torch.ones(8, 3)).item() == 0
-    assert embedding_std(even[:1]).item() == 0
+    assert embedding_std(even, across_ranks=False).item() == pytest.approx(1, abs=0.01)
+    assert embedding_std(even * torch.rand(4096, 1, generator=generator), across_ranks=False).item() == pytest.approx(
+        1, abs=0.01
+    )
+    assert embedding_std(torch.ones(8, 3), across_ranks=False).item() == 0
+    assert embedding_std(even[:1], across_ranks=False).item() == 0
     half = embedding_std(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
     assert half.item() == pytest.approx((1 + 0) / 2 * 2**0.5)
 

@@ -30,11 +30,12 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def kept(engine: Engine, kind: str) -> dict[str, Tensor]:
-    """This rank's pieces of parameters or averages, by name."""
+    """This rank's pieces of parameters and running statistics, or of their averages, by name."""
+    kinds = ("param/", "buffer/") if kind == "param/" else (kind,)
     return {
-        f.name.removeprefix(kind): f.data.double()  # a copy
+        f.name.split("/", 1)[1]: f.data.double()  # a copy
         for f in engine.fragments()
-        if f.name.startswith(kind)
+        if f.name.startswith(kinds) and f.data.is_floating_point()
     }
 
 
@@ -70,10 +71,11 @@ def averaged(world: World, config: Ema, steps: int) -> dict[int, Any]:
 
 
 def test_the_average_is_that_of_fp64_and_is_what_is_exported() -> None:
+    statistics = 2 * 11  # which every rank keeps whole
     numel = sum(p.numel() for p in Toy(batch_norm=True).parameters())
     ranks = run_ranks(averaged, 2, Ema(decay=0.8), 9)
     for stage in STAGES:
-        assert sum(rank[stage]["numel"] for rank in ranks) == numel * (2 if stage == 0 else 1)
+        assert sum(rank[stage]["numel"] for rank in ranks) == numel * (2 if stage == 0 else 1) + 2 * statistics
         for rank in ranks:
             found, state = rank[stage], rank[stage]["state"]
             assert found["all"]
@@ -81,9 +83,11 @@ def test_the_average_is_that_of_fp64_and_is_what_is_exported() -> None:
             assert max(found["errors"].values()) < 1e-6
             assert found["moved"] > 1e-2
             for name, value in found["exported"].items():
-                trained = f"ema/encoder.{name}" in state
-                assert torch.equal(value, state[f"{'ema' if trained else 'buffer'}/encoder.{name}"])
-                assert torch.equal(found["raw"][name], state[f"{'param' if trained else 'buffer'}/encoder.{name}"])
+                averaged = f"ema/encoder.{name}" in state
+                assert averaged == (name != "4.num_batches_tracked")
+                raw = "param" if f"param/encoder.{name}" in state else "buffer"
+                assert torch.equal(value, state[f"{'ema' if averaged else raw}/encoder.{name}"])
+                assert torch.equal(found["raw"][name], state[f"{raw}/encoder.{name}"])
 
 
 def test_decay_warms_up_and_stays() -> None:
