@@ -30,7 +30,7 @@ KINDS = ["clip", "siglip"]
 def unit_features(kind: str, size: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Features:
     """Leaves; far from the start, so that no term of the loss is negligible."""
     generator = torch.Generator().manual_seed(seed)
-    image, text = torch.randn(2, size, 5, generator=generator, dtype=dtype).unbind()
+    image, text = torch.randn(2, size, 5, generator=generator, dtype=torch.float64).to(dtype).unbind()
     scale, bias = torch.tensor([7.0, -3.0 if kind == "siglip" else 0.0], dtype=dtype).unbind()
     values = (nn.functional.normalize(image, dim=1), nn.functional.normalize(text, dim=1), scale, bias)
     return Features(*(value.clone().requires_grad_() for value in values))
