@@ -308,7 +308,7 @@ class Engine:
                 yield f"optim/{key}", piece.of(value), piece.start
 
     def _statistics_average(self, ema: Ema | None) -> WeightEma | None:
-        """Averaged weights do not go with the running statistics of the latest; those are averaged alike, as in timm."""
+        """Averaged weights do not go with the running statistics of the latest: these are averaged too, as in timm."""
         statistics = [buffer for buffer in self._buffers if buffer.is_floating_point()]
         return WeightEma(ema, statistics) if ema is not None and statistics else None
 

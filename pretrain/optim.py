@@ -29,7 +29,8 @@ _EXEMPT = {
 def param_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Groups by name: `decay` and `no_decay`, with layer decay one such pair per layer (`layer_3_decay`).
 
-    Biases, norms, tokens and positions, Swin's relative ones too, are not decayed. With layer decay (BEiT, Bao et al.
+    Biases, norms, tokens and positions, Swin's relative ones too, are not decayed; those of open_clip's towers are, as
+    in its own training. With layer decay (BEiT, Bao et al.
     2021, arXiv:2106.08254; MAE's fine-tuning) the learning rate of layer l of L is scaled by layer_decay ** (L - l):
     layers are those of timm's encoder, stem first, and L is whatever stands on it. Modules that the objective names as
     `undecayed` have such groups of their own (`undecayed_decay`), which take the learning rate without its decay.

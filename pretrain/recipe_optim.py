@@ -13,7 +13,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Optimizer(Group):
-    """What every optimizer has. Biases, norms, tokens and position embeddings are never decayed."""
+    """What every optimizer has. Biases, norms, timm's tokens and positions are never decayed."""
 
     base_lr: float = Field(gt=0)  # peak_lr = base_lr * global_size / lr_batch
     lr_batch: int | None = Field(256, ge=1)  # None: base_lr is the peak_lr

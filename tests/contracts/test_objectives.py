@@ -12,6 +12,7 @@ import torch
 
 from data_pipeline.batch import Batch, BatchSpec
 from pretrain import recipe, recipe_objective
+from pretrain.augment import augmentations
 from pretrain.collectives import World
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.base import LossOutput, Objective
@@ -139,6 +140,15 @@ def test_every_objective_has_a_case_and_a_recipe(config: type[recipe.Group]) -> 
     assert any(isinstance(case.config, config) for case in CASES.values()), f"{kind_of(config)}: add a case above"
     recipes = [load_recipe(path, []) for path in sorted(RECIPES.rglob("*.yaml"))]
     assert any(isinstance(r.objective, config) for r in recipes), f"{kind_of(config)}: add a recipe in {RECIPES}"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_ours_can_be_built(path: Path) -> None:
+    given = load_recipe(path)
+    with torch.device("meta"):
+        objective = build_objective(given.model, given.objective)
+    augmentations(given, objective.needs)
+    assert param_groups(objective, given.optim)
 
 
 @every_case

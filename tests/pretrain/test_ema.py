@@ -83,10 +83,10 @@ def test_the_average_is_that_of_fp64_and_is_what_is_exported() -> None:
             assert max(found["errors"].values()) < 1e-6
             assert found["moved"] > 1e-2
             for name, value in found["exported"].items():
-                averaged = f"ema/encoder.{name}" in state
-                assert averaged == (name != "4.num_batches_tracked")
+                has_average = f"ema/encoder.{name}" in state
+                assert has_average == (name != "4.num_batches_tracked")
                 raw = "param" if f"param/encoder.{name}" in state else "buffer"
-                assert torch.equal(value, state[f"{'ema' if averaged else raw}/encoder.{name}"])
+                assert torch.equal(value, state[f"{'ema' if has_average else raw}/encoder.{name}"])
                 assert torch.equal(found["raw"][name], state[f"{raw}/encoder.{name}"])
 
 
