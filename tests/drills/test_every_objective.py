@@ -15,6 +15,7 @@ from data_pipeline.batch import Batch
 from pretrain import checkpoint
 from pretrain.collectives import World, barrier
 from pretrain.engine import Engine
+from pretrain.metrics import flops_per_sample
 from pretrain.preflight import cannot_accumulate
 from pretrain.recipe_optim import AdamW, OptimConfig, Sgd
 from pretrain.state import Progress, RunState
@@ -83,7 +84,7 @@ def plain(world: World) -> dict[str, Gradients]:
     return found
 
 
-@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 2), (2, 1), (2, 2)])
 def test_a_batch_gives_the_same_gradient_however_it_is_cut(world_size: int, accumulation: int) -> None:
     references = run_ranks(plain, 1)[0]
     ranks = run_ranks(gradients, world_size, accumulation)
@@ -97,6 +98,26 @@ def test_a_batch_gives_the_same_gradient_however_it_is_cut(world_size: int, accu
         for parameter, gradient in expected.items():
             error = (found[parameter] - gradient).norm()
             assert error <= 1e-5 * max(gradient.norm(), 1e-3 * whole), (name, stage, parameter)
+
+
+def counted(world: World) -> list[str]:
+    """Cases whose FLOPs are counted without any rank's help: that is done before they are on a device."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a collective outside of training")
+
+    names = []
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "broadcast"):
+            patched.setattr(torch.distributed, name, refuse)
+        for name, case in CASES.items():
+            assert flops_per_sample(case.build()) > 0
+            names.append(name)
+    return names
+
+
+def test_in_evaluation_mode_no_objective_calls_a_collective() -> None:
+    assert run_ranks(counted, 2) == [list(CASES)] * 2
 
 
 def steps(engine: Engine, world: World, first: int, num: int) -> list[float]:
