@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from data_pipeline.errors import RecipeError
+from pretrain.collectives import World
 from pretrain.evals.sources import load_source
 from pretrain.evals.tower_sources import load_towers
+from pretrain.models.encoders import build_encoder
+from pretrain.objectives.build import build_objective
 from pretrain.preflight import preflight
 from pretrain.recipe_io import load_recipe
+from pretrain.start import find_start
 from tests.integration.test_mixed_captions import captioned
 from tests.objectives import towers
 from tests.runs import losses, train, write_recipe
@@ -68,10 +73,25 @@ def test_a_run_goes_on_to_the_bit_and_its_towers_are_whole(
         assert torch.equal(tensor, after[name]) == name.startswith("encoder."), name
 
 
+def test_a_tower_is_not_locked_at_random(tmp_path: Path, shards: Path) -> None:
+    """Weights of an image encoder alone are a start only where the other tower is trained."""
+    save_file(build_encoder(towers.TIMM).state_dict(), tmp_path / "encoder.safetensors")
+    path = recipe(tmp_path / "r.yaml", shards, "clip", True, init_from=str(tmp_path / "encoder.safetensors"))
+    given = load_recipe(path, ["objective.lock_text=true"])
+    objective = build_objective(given.model, given.objective)
+    before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+    with pytest.raises(RecipeError, match=r"locks, found none for \d+ of text"):
+        find_start(given, objective, None, World())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in objective.state_dict().items())
+    given = load_recipe(path, ["objective.lock_image=true"])
+    assert find_start(given, build_objective(given.model, given.objective), None, World()).notes
+
+
 def test_a_locked_tower_needs_weights_and_a_tokenizer_a_tower_that_knows_it(tmp_path: Path, shards: Path) -> None:
     path = recipe(tmp_path / "r.yaml", shards, "clip", False)
-    with pytest.raises(RecipeError, match=r"expected init_from with objective\.lock_image"):
-        load_recipe(path, ["objective.lock_image=true"])
+    locked = load_recipe(path, ["objective.lock_image=true"])
+    with pytest.raises(RecipeError, match="init_from: expected weights for all that the objective locks"):
+        preflight(locked, 1, tmp_path / "run")
     few = load_recipe(path, ["model.text.vocab_size=1000"])
     with pytest.raises(RecipeError, match="at most 1000 tokens"):
         preflight(few, 1, tmp_path / "run")

@@ -135,9 +135,10 @@ KINDS: dict[str, tuple[OptimConfig, Update]] = {
 
 
 @pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize(("optim", "update"), KINDS.values(), ids=KINDS.keys())
-def test_five_steps_are_those_of_the_paper(optim: OptimConfig, update: Update, prepared: bool) -> None:
-    """In fp64, with state from `empty_state` and with what the optimizer itself creates."""
+def test_five_steps_are_those_of_the_paper(optim: OptimConfig, update: Update, foreach: bool, prepared: bool) -> None:
+    """In fp64, with state from `empty_state` and with what the optimizer itself creates; as on a CPU and as on CUDA."""
     torch.manual_seed(0)
     module = nn.Linear(3, 4).double()
     nn.init.zeros_(module.bias)  # the trust ratio of a norm of 0 is 1
@@ -146,6 +147,7 @@ def test_five_steps_are_those_of_the_paper(optim: OptimConfig, update: Update, p
     optimizer = build_optimizer(module, optim)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
+        group["foreach"] = foreach
         if prepared:
             for p in group["params"]:
                 optimizer.state[p] = empty_state(optimizer, group, p)
