@@ -53,7 +53,8 @@ class ImageText(Contrastive):
         self._sigmoid = isinstance(config, Siglip)
         _lock(self.encoder, config.lock_image, "objective.lock_image")
         _lock(self.text, config.lock_text, "objective.lock_text")
-        self._locked = [m for tower in (self.encoder, self.text) for m in tower.modules() if _is_locked(m)]
+        locked = [m for tower in (self.encoder, self.text) for m in tower.modules() if _is_locked(m)]
+        self._locked = list(dict.fromkeys(child for module in locked for child in module.modules()))
 
     def features(self, batch: Batch, progress: Progress) -> Features:
         images, tokens = batch.views[0], batch.tokens

@@ -179,7 +179,7 @@ def test_embedding_std_of_known_embeddings() -> None:
     )
     assert embedding_std(torch.ones(8, 3), across_ranks=False).item() == 0
     assert embedding_std(even[:1], across_ranks=False).item() == 0
-    half = embedding_std(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    half = embedding_std(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), across_ranks=False)
     assert half.item() == pytest.approx((1 + 0) / 2 * 2**0.5)
 
 
