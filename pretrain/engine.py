@@ -289,10 +289,16 @@ class Engine:
         MAE reads a ViT's position embedding so. DeepSpeed notices such a use only when the parameter happens to be
         sharded at that moment, and fails when that comes late; as the objective's own they are gathered always.
         """
+        module: Any
         for module in self.objective.modules():
-            if module is not self.objective and next(module.children(), None) is not None:
+            if isinstance(module, nn.MultiheadAttention):  # never calls its last layer, but uses its weights
+                for p in module.out_proj.parameters():
+                    deepspeed.zero.register_external_parameter(module, p)
+            elif module is not self.objective and next(module.children(), None) is not None:
                 for p in module.parameters(recurse=False):
                     deepspeed.zero.register_external_parameter(self.objective, p)
+            if hasattr(module, "get_cast_dtype"):  # open_clip's towers ask one weight for its type
+                deepspeed.zero.register_external_parameter(self.objective, module.resblocks[0].mlp.c_fc.weight)
 
     def _parameter_fragments(self, p: nn.Parameter) -> Iterator[tuple[str, Tensor, int]]:
         """(kind, live flat view, start) of the parameter itself, of its average, of each of its optimizer states."""

@@ -97,7 +97,9 @@ def test_a_batch_gives_the_same_gradient_however_it_is_cut(world_size: int, accu
         whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
         for parameter, gradient in expected.items():
             error = (found[parameter] - gradient).norm()
-            assert error <= 1e-5 * max(gradient.norm(), 1e-3 * whole), (name, stage, parameter)
+            # A bias before batch norm has none but rounding, which is that of the whole: two fp32 steps of it.
+            bound = max(1e-5 * gradient.norm(), 2 * torch.finfo(torch.float32).eps * whole)
+            assert error <= bound, (name, stage, parameter)
 
 
 def counted(world: World) -> list[str]:

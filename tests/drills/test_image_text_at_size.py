@@ -35,7 +35,7 @@ def towers(kind: str, width: int, image_size: int = 32) -> Objective:
         image_size=image_size,
         embed_dim=32,
         image=ImageTower(width=width, layers=2, heads=4, patch_size=8),
-        text=TextTower(width=width, layers=2, heads=4, context_length=12),
+        text=TextTower(width=width, layers=2, heads=4, context_length=12, vocab_size=512),
     )
     return build_objective(model, CONFIGS[kind])
 

@@ -6,17 +6,15 @@ import pytest
 
 from tests.pretrain.test_engine import STAGES
 from tests.pretrain.test_momentum import check_followed, followed
-from tests.ranks import run_ranks
+from tests.ranks import started
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_thousand_steps_of_a_slow_target_are_those_of_fp64(world_size: int) -> None:
-    """In bf16, at tau 0.9999 and rising by less than a millionth."""
-    ranks = run_ranks(followed, world_size, 1000, 10**6, "slow byol")
-    check_followed(ranks, 1e-5)
-    for stage in STAGES:
-        print(
-            f"{world_size} ranks, ZeRO {stage}: largest error of a tensor {max(r[stage]['error'] for r in ranks):.1e}"
-        )
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_thousand_steps_of_a_slow_target_are_those_of_fp64(stage: int) -> None:
+    """In bf16, on two ranks, at tau 0.9999 and rising by less than a millionth."""
+    with started(followed, 2, 1000, 10**6, "slow byol", (stage,), joined=True) as ranks:
+        found = ranks.results(timeout=1200)  # bf16 is slow on CPUs that have no instructions for it
+    check_followed(found, 1e-5)
+    print(f"ZeRO {stage}: largest error of a tensor {max(rank[stage]['error'] for rank in found):.1e}")
