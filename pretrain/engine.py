@@ -351,7 +351,7 @@ class Engine:
                     [self._partitions.local_weight(p) for modules in pairs for p in modules[side].parameters()]
                     for side in (0, 1)
                 )
-                follow(targets, online, decay)
+                follow(targets, online, decay, progress.step + 1)
 
     def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
         parameters = set(self.shapes)

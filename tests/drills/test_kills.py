@@ -96,10 +96,13 @@ def watched_run(world: World, recipe: Path, out: Path, board_path: Path, seed: i
 def kill_in(phase: str | None, ranks: Ranks, board: Board, out: Path, rng: random.Random) -> tuple[str, set[str]]:
     """Kills one rank, or all; in a phase, or at any moment. Returns which, and where the first of them died."""
     victim = rng.randrange(2) if phase != "marking complete" else 0  # rank 0's work
+    start = len(losses(out))
     if phase is None:
-        time.sleep(rng.uniform(0.2, 5))
+        moment = time.monotonic() + rng.uniform(0.2, 5)
+        while time.monotonic() < moment and len(losses(out)) < start + 8:  # so that a fast machine has steps left
+            time.sleep(0.01)
     else:
-        start, ahead = len(losses(out)), rng.randrange(1, 5)
+        ahead = rng.randrange(1, 5)
         while len(losses(out)) < start + ahead:
             assert all(process.is_alive() for process in ranks.processes), "ended before it could be killed"
             time.sleep(0.01)

@@ -13,7 +13,7 @@ from torch import Tensor
 from data_pipeline.batch import Batch
 from pretrain import checkpoint
 from pretrain.collectives import World
-from pretrain.ema import decay_at
+from pretrain.ema import decay_at, follow
 from pretrain.engine import Engine
 from pretrain.objectives.base import LossOutput
 from pretrain.optim import build_optimizer
@@ -27,6 +27,23 @@ from tests.toy import Toy, split, toy_batch
 
 def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm().clamp(min=1e-3))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.5, 0.996, 0.9999])
+def test_updates_below_a_step_of_fp32_are_not_lost(decay: float) -> None:
+    """Of scales near 1, on either side, that follow weights nearby, against fp64 over 2,000 updates."""
+    generator = torch.Generator().manual_seed(0)
+    average = 1 + 1e-3 * torch.randn(1000, generator=generator)
+    still, expected = torch.tensor([1.0, 0.0, -0.3, 2.0**-130]), average.double()
+    unmoved = still.clone()
+    near = average + 1e-4
+    for step in range(1, 2001):
+        weight = near + 1e-5 * torch.randn(1000, generator=generator)
+        follow([average, unmoved], [weight, still], decay, step)
+        expected = decay * expected + (1 - decay) * weight.double()
+    assert torch.equal(unmoved, still)
+    assert (average - expected).norm() / expected.norm() < 1e-6  # a lerp is 2e-5 off at 0.9999
+    assert (average - expected).mean().abs() < 1e-7  # and all of it in one direction
 
 
 def kept(engine: Engine, kind: str) -> dict[str, Tensor]:
