@@ -1,0 +1,63 @@
+"""SLURM's commands, as far as they are needed here: what a job is doing, what a partition allows."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+
+from data_pipeline.errors import InputError, RunError
+
+_SECONDS = 60
+
+
+def slurm(*words: str) -> str:
+    """Output of a command.
+
+    Raises:
+        InputError: there is no such command here.
+        RunError: it failed, or does not answer.
+    """
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS)
+    except FileNotFoundError:
+        raise InputError(
+            where=words[0], expected="SLURM's commands on this machine", found="no such command",
+            fix="Log in to a node of the cluster, or use --local.",
+        ) from None  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise RunError(words[0], f"an answer within {_SECONDS} s", "none", "See whether slurmctld is up.") from None
+    if done.returncode:
+        found = (done.stderr or done.stdout).strip()
+        raise RunError(where=" ".join(words[:3]), expected="SLURM to do it", found=found)
+    return done.stdout
+
+
+def fields_of(text: str) -> dict[str, str]:
+    """`Key=Value` words of what scontrol says with -o."""
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+
+def job_fields(job_id: str) -> Mapping[str, str] | None:
+    """What is known of a job; None: SLURM has forgotten it, or never knew it."""
+    try:
+        return fields_of(slurm("scontrol", "show", "job", "-o", job_id))
+    except RunError as error:
+        if "Invalid job id" in error.found:
+            return None
+        raise
+
+
+def partitions() -> dict[str, dict[str, str]]:
+    """What is known of each partition, by name."""
+    found = [fields_of(line) for line in slurm("scontrol", "show", "partition", "-o").splitlines() if line.strip()]
+    return {fields["PartitionName"]: fields for fields in found if "PartitionName" in fields}
+
+
+def minutes_of(limit: str) -> float | None:
+    """A time limit as SLURM writes it (`1-00:30:00`, `30:00`); None: there is none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return days * 1440 + hours * 60 + minutes + seconds / 60
