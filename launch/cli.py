@@ -138,7 +138,7 @@ def train(
     epilog=_examples(
         "pretrain submit configs/recipes/mae_vit_b16.yaml --cluster configs/cluster/gpu.yaml --nodes 4",
         "pretrain submit configs/recipes/mae_vit_b16.yaml --cluster configs/cluster/gpu.yaml --dry-run",
-        "pretrain submit configs/recipes/cpu/mae_cifar10.yaml --cluster configs/cluster/two_nodes.yaml --nodes 1 --local",
+        "pretrain submit configs/recipes/cpu/mae_cifar10.yaml --cluster configs/cluster/two_nodes.yaml --local",
     )
 )
 def submit(
@@ -161,9 +161,7 @@ def submit(
     """
     from launch.submit import submit as queue
 
-    queue(
-        recipe_path, cluster_path, out=out, nodes=nodes, overrides=overrides, dry_run=dry_run, local=local
-    )
+    queue(recipe_path, cluster_path, out=out, nodes=nodes, overrides=overrides, dry_run=dry_run, local=local)
 
 
 @app.command(epilog=_examples("pretrain cancel runs/mae_vit_b16", "pretrain cancel runs/mae_vit_b16 --now"))

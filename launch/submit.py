@@ -32,7 +32,17 @@ from pretrain.resolve import resolve
 from pretrain.strict_yaml import write_yaml
 
 PACKAGES = ("data_pipeline", "pretrain", "launch")
-GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "SIGNALING", "STAGE_OUT")
+GOING = (
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "REQUEUED",
+    "RESIZING",
+    "SIGNALING",
+    "STAGE_OUT",
+)
 
 
 def submit(
@@ -85,7 +95,9 @@ def submit(
     folder.write("submitted.json", json.dumps(what, indent=1))  # a job that starts at once finds it
     job_id = _queue(run, cluster, code, recipe.name, local, what["token"])
     folder.write("submitted.json", json.dumps({**what, "job_id": job_id}, indent=1))
-    print(f"job {job_id}: {cluster.nodes} x {cluster.ranks_per_node} ranks, at most {cluster.time_minutes} minutes a time")
+    print(
+        f"job {job_id}: {cluster.nodes} x {cluster.ranks_per_node} ranks, at most {cluster.time_minutes} minutes a time"
+    )
     print(f"run: {run}")
     shown = shlex.quote(os.path.relpath(run))
     print(f"follow it: pretrain logs {shown} --follow; pretrain status {shown}; stop it: pretrain cancel {shown}")
@@ -137,7 +149,15 @@ def _account_problems(cluster: Cluster) -> Iterator[str]:
         enforced = "associations" in slurm("scontrol", "show", "config").split("AccountingStorageEnforce", 1)[1][:80]
         if not enforced:
             return
-        words = ("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={os.getlogin()}", "format=account")
+        words = (
+            "sacctmgr",
+            "--noheader",
+            "--parsable2",
+            "show",
+            "associations",
+            f"user={os.getlogin()}",
+            "format=account",
+        )
         accounts = set(slurm(*words).split())
     except (PretrainError, OSError, IndexError):
         return  # sbatch will tell
