@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from getpass import getuser
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def _account_problems(cluster: Cluster) -> Iterator[str]:
             "--parsable2",
             "show",
             "associations",
-            f"user={os.getlogin()}",
+            f"user={getuser()}",
             "format=account",
         )
         accounts = set(slurm(*words).split())
@@ -176,7 +177,7 @@ def _refuse_running(run: Path) -> None:
     if fields is not None and fields.get("JobState") in GOING:
         raise InputError(
             where=str(run), expected="a run without a job", found=f"job {job_id}, {fields['JobState'].lower()}",
-            fix=f"Follow it with `pretrain status {run}`, stop it with `pretrain cancel {run}`, or choose another --out.",
+            fix=f"Follow it with `pretrain status {run}`, end it with `pretrain cancel`, or choose another --out.",
         )  # fmt: skip
 
 

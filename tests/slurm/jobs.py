@@ -22,7 +22,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 STEPS, SAVED_EVERY = 240, 20
 MODEL = {
     "name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 4,
-    "options": {"embed_dim": 96, "depth": 3, "num_heads": 3, "class_token": False, "global_pool": "avg", "fc_norm": False},
+    "options": {"embed_dim": 96, "depth": 3, "num_heads": 3, "class_token": False,
+                "global_pool": "avg", "fc_norm": False},
 }  # fmt: skip
 
 
