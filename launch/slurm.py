@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from data_pipeline.errors import InputError, RunError
 
-_SECONDS = 60
+_SECONDS = 30
 
 
 def slurm(*words: str) -> str:
