@@ -107,7 +107,8 @@ class Timeline:
         saves = "checkpoint" in (where, self._where)  # a line before and one after: what was saved is not lost
         self._step, self._where = step, where
         self._kind = "start_up" if step == self._first else _KINDS[where]
-        if first or saves or self._marked - self._written >= self._every_seconds:
+        due = where == "data" and self._marked - self._written >= self._every_seconds  # never in the middle of a step
+        if first or saves or due:
             self._write("first step" if first else "save" if saves else "step")
 
     def end(self, *, finished: bool) -> None:

@@ -70,8 +70,8 @@ def blame(words: Mapping[int, Word], unheard: Set[int]) -> list[int]:
 class Watchdog:
     """Watches the thread that makes it, for the duration of a `with` block.
 
-    Ends the process with status HUNG between one and one and a half timeouts after the last progress. Time in which the
-    whole process is stopped does not count as its own.
+    Ends the process with status HUNG within twice the timeout after the last progress (START_UP_SECONDS at least, until
+    the first step is done). Time in which the whole process is stopped does not count as its own.
 
     Args:
         world: this process among the ranks; every rank makes and enters one.
