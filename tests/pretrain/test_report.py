@@ -35,6 +35,7 @@ from pretrain.evals.base import EvalReport, Outcomes, compare
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import Knn
 from pretrain.evals.sources import load_source
+from pretrain.goodput import Goodput
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.mae import Mae
 from pretrain.recipe import InlineKnn
@@ -263,6 +264,7 @@ def sample_page(text: str) -> dict[str, Any]:
             report.Comparison(text, judged, judged, compare(judged, judged)),
         ],
         "num_classes": 3, "curves": [shown], "triples": [[shown] * 3], "mask_ratio": 0.75, "normalized": True,
+        "goodput": Goodput(productive=3.0, lost=1.0),
         "neighbours": [Neighbours(shown, {text: [shown]})],
     }  # fmt: skip
 
