@@ -96,7 +96,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._timeout == float("inf"):
             return self
-        self._nodes = gather_objects(platform.node())
+        self._nodes = gather_objects(os.environ.get("SLURMD_NODENAME") or platform.node())
         if self._world.size > 1:
             self._board = _Board(self._world)
             threading.Thread(target=self._talk, args=(self._board,), name="watchdog's words", daemon=True).start()

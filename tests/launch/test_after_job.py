@@ -36,6 +36,7 @@ def of(*statuses: int | None, joined: int = 2, srun: int = 1) -> Ending:
         ((1, 137), 137, "a rank was killed by signal 9 (n1)"),  # whose peers failed of it
         ((1, HUNG), HUNG, "no progress (n1)"),
         ((137, HUNG), HUNG, "no progress (n1)"),
+        ((HUNG, None), HUNG, "no progress (n0)"),
         ((2, 1), 2, "wrong input"),
         ((1, None), 1, "n1 was lost"),
         ((0, None), 1, "n1 was lost"),

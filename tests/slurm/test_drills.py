@@ -66,10 +66,12 @@ def test_a_rank_that_hangs_is_named(place: Place, expected: dict[int, float]) ->
     job.wait_until_over()
     job.check_whole(expected)
     assert job.events() == ["start", "end", "requeue", "start", "end", "done"]
-    assert JobFolder(job.run).events()[1]["status"] == HUNG
+    first = JobFolder(job.run).events()[1]
+    assert first["status"] == HUNG
+    assert "rank 1 on n1 has made no progress" in first["why"]
     named = [line for line in job.log().splitlines() if "has made no progress" in line]
     assert named
-    assert all(line.startswith("rank 1 on ") for line in named)
+    assert all(line.startswith("rank 1 on n1 ") for line in named)
 
 
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(place: Place, expected: dict[int, float]) -> None:
