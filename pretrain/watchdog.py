@@ -21,7 +21,6 @@ import platform
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -92,6 +91,7 @@ class Watchdog:
         self._word = Word()
         self._over = threading.Event()
         self._board: _Board | None = None
+        self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         if self._timeout == float("inf"):
@@ -100,12 +100,13 @@ class Watchdog:
         if self._world.size > 1:
             self._board = _Board(self._world)
             threading.Thread(target=self._talk, args=(self._board,), name="watchdog's words", daemon=True).start()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        if self._timeout != float("inf"):
+        if self._watcher.is_alive():
+            self._watcher.join()  # or it might arm once more
             faulthandler.cancel_dump_traceback_later()
 
     def progress(self, step: int, where: str) -> None:
@@ -154,9 +155,11 @@ class Watchdog:
         if frame is None:
             return Word(beat, marks, step, where, idle_seconds)
         waits = any(part in frame.f_code.co_filename for part in _WAITING_FILES)
-        calls = traceback.extract_stack(frame)
-        stack = tuple(f"{call.filename}:{call.lineno} in {call.name}" for call in calls)
-        return Word(beat, marks, step, where, idle_seconds, waits, stack)
+        stack: list[str] = []
+        while frame is not None:  # traceback's own functions would look for the files, and the disk may be what hangs
+            stack.insert(0, f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}")
+            frame = frame.f_back
+        return Word(beat, marks, step, where, idle_seconds, waits, tuple(stack))
 
     def _judge(self, no_store: bool) -> None:
         """Ends the process, unless a rank still moves."""

@@ -34,6 +34,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hanging_run(world: World, recipe: Path, out: Path, hang: str | None, overrides: Sequence[str]) -> None:
     """A run whose last rank does as `hang` says at step 8; what goes to stderr lies beside the run."""
     from pretrain import run
+    from pretrain.evals.features import Extraction
     from pretrain.recipe_io import load_recipe
 
     os.dup2(os.open(out.with_name(f"stderr-{world.rank}"), os.O_WRONLY | os.O_CREAT, 0o666), 2)
@@ -50,7 +51,14 @@ def hanging_run(world: World, recipe: Path, out: Path, hang: str | None, overrid
             asleep_in_the_step()
         return prepare(*args)
 
-    if hang is not None and world.rank == world.size - 1:
+    def sleepy_forward(*args: Any) -> Any:
+        time.sleep(0.7 * TIMEOUT)
+        return forward(*args)
+
+    forward = Extraction._forward
+    if hang == "evaluation":
+        Extraction._forward = sleepy_forward  # type: ignore[method-assign]
+    elif hang is not None and world.rank == world.size - 1:
         if hang == "step":
             run.prepare = sleepy_prepare
         else:
@@ -176,6 +184,21 @@ def test_a_run_that_moves_is_left_alone(shards: Path, tmp_path: Path) -> None:
     train(recipe, tmp_path / "bare", 2, "runtime.step_timeout_seconds=null")
     assert losses(tmp_path / "watched") == losses(tmp_path / "bare")
     assert len(losses(tmp_path / "watched")) == 60
+
+
+@pytest.mark.slow
+def test_what_moves_on_one_rank_is_waited_for(shards: Path, tmp_path: Path) -> None:
+    """kNN is rank 0's, and here takes longer than the timeout."""
+    recipe = write_recipe(
+        tmp_path / "r.yaml", shards, schedule={"steps": 6}, runtime={"threads": 1, "step_timeout_seconds": TIMEOUT},
+        evals=[{"kind": "knn", "train": str(shards), "test": str(shards), "every_epochs": 9, "k": 5}],
+    )  # fmt: skip
+    (tmp_path / "run").mkdir()
+    begun = time.monotonic()
+    with started(hanging_run, 2, recipe, tmp_path / "run", "evaluation", [], joined=False) as ranks:
+        ranks.results()
+    assert time.monotonic() - begun > 2 * 0.7 * TIMEOUT
+    assert "has made no progress" not in (tmp_path / "stderr-1").read_text()
 
 
 def test_who_is_blamed() -> None:

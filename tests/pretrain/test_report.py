@@ -269,6 +269,14 @@ def sample_page(text: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_it_says_where_the_time_went(page: Page) -> None:
+    made = Page(report.render(sample_page("x") | {"goodput": Goodput(productive=3000.0, waiting=500.0, lost=500.0)}))
+    assert "Where the time went" in made.text
+    assert all(text in made.text for text in ("start-up", "productive", "75.0 %", "12.5 %", "0.0 %", "4,000 s"))
+    assert "Where the time went" in page.text, "the run wrote its timeline"
+    assert "Where the time went" not in Page(report.render(sample_page("x") | {"goodput": None})).text
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.text()
