@@ -90,7 +90,7 @@ def _events(path: Path) -> list[Mapping[str, Any]]:
         lines = path.read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    events = []
+    events: list[Mapping[str, Any]] = []
     for line in lines:
         try:
             event = json.loads(line)

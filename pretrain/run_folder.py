@@ -50,7 +50,8 @@ def is_claimed(run: Path) -> bool:
         return False
     try:
         asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        return struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
+        kind, *_ = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+        return bool(kind != fcntl.F_UNLCK)
     except OSError:  # no locks there, and so no claims
         return False
     finally:
