@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:  # to open a data set takes no torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; copies do not block where the memory is pinned."""
+        from torch import Tensor
+
         moved: dict[str, object] = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -93,6 +98,8 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader in its pinning thread."""
+        from torch import Tensor
+
         pinned: dict[str, object] = {
             f.name: getattr(self, f.name).pin_memory()
             for f in fields(self)

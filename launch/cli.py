@@ -136,6 +136,47 @@ def train(
 
 @app.command(
     epilog=_examples(
+        "pretrain submit configs/recipes/mae_vit_b16.yaml --cluster configs/cluster/gpu.yaml --nodes 4",
+        "pretrain submit configs/recipes/mae_vit_b16.yaml --cluster configs/cluster/gpu.yaml --dry-run",
+        "pretrain submit configs/recipes/cpu/mae_cifar10.yaml --cluster configs/cluster/two_nodes.yaml --nodes 1 --local",
+    )
+)
+def submit(
+    recipe_path: RecipePath,
+    cluster_path: Annotated[
+        Path, typer.Option("--cluster", metavar="FILE", help="What is asked of SLURM, such as configs/cluster/*.yaml.")
+    ],
+    nodes: Annotated[int | None, typer.Option(min=1, help="Another number of nodes than the cluster file's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Folder of the run [runs/<name of the recipe>].")
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Prints the batch script and starts nothing.")] = False,
+    local: Annotated[bool, typer.Option("--local", help="Runs the same job on this machine, without SLURM.")] = False,
+) -> None:
+    """Queues a run on a SLURM cluster, or goes on with one, and says how to follow it.
+
+    Recipe, data and cluster are checked first. The job runs a copy of the code; it saves before its time is over
+    or when it is preempted, is queued again, and goes on at any number of nodes.
+    """
+    from launch.submit import submit as queue
+
+    queue(recipe_path, cluster_path, out=out, nodes=nodes, overrides=overrides, dry_run=dry_run, local=local)
+
+
+@app.command(epilog=_examples("pretrain cancel runs/mae_vit_b16", "pretrain cancel runs/mae_vit_b16 --now"))
+def cancel(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    now: Annotated[bool, typer.Option("--now", help="Does not save first.")] = False,
+) -> None:
+    """Stops a run that was submitted; it saves first, so that submitting it again goes on from there."""
+    from launch.cancel import cancel as stop
+
+    stop(run, now)
+
+
+@app.command(
+    epilog=_examples(
         "pretrain chain configs/chains/cpu/noisy_student.yaml --nproc 2",
         "pretrain chain configs/chains/cpu/mae_pretraining.yaml --out runs/pre",
     )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import PretrainError
 from launch.checks import machine, storage
 from launch.checks.finding import Finding, of_error
-from launch.checks.slurm_cluster import Cluster, slurm
+from launch.checks.slurm_cluster import slurm
 
 if TYPE_CHECKING:
     from launch.checks.of_recipe import Free
+    from launch.cluster import Cluster
     from pretrain.recipe import Recipe
 
 
@@ -49,7 +49,9 @@ def findings(
 
             recipe = load_recipe(recipe_path, overrides)
         if cluster_path is not None:
-            cluster = import_module("launch.cluster").load_cluster(cluster_path)
+            from launch.cluster import load_cluster
+
+            cluster = load_cluster(cluster_path)
     except PretrainError as raised:
         yield of_error("recipe" if recipe_path is not None and recipe is None else "cluster", raised)
     yield from machine.python()

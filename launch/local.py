@@ -1,4 +1,7 @@
-"""N ranks on this machine, started and stopped together, however one of them or the launcher ends."""
+"""N ranks on this machine, started and stopped together, however one of them or the launcher ends.
+
+They are all of a run, or those of one node of a job (`Place`).
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ASKING = (signal.SIGUSR1,)  # a rank answers it and goes on
+ASKING = (signal.SIGUSR1, signal.SIGUSR2)  # a rank answers: it saves, and goes on or stops
+STOPPED = 75  # status of a rank that was asked to stop: the others are about to
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,23 @@ class Asked:
     signum: int
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where this machine's ranks stand among all.
+
+    Attributes:
+        first_rank: of this machine.
+        world_size: ranks of all machines; None: this machine has all.
+        master: address and port at which rank 0 listens; None: a free port of this machine.
+        environment: further variables for each rank.
+    """
+
+    first_rank: int = 0
+    world_size: int | None = None
+    master: tuple[str, int] | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
 Events = SimpleQueue[Ended | Asked]  # of the queues, the one that a signal handler may put into
 
 
@@ -44,10 +65,12 @@ def launch(
     module: str = "pretrain",
     threads: int | None = None,
     grace_seconds: float = 10.0,
+    place: Place | None = None,
+    passed_on: Mapping[int, int] | None = None,
 ) -> int:
-    """Runs `python -m MODULE ARGUMENTS` as ranks 0 .. num_ranks-1 and waits for all of them.
+    """Runs `python -m MODULE ARGUMENTS` as so many ranks and waits for all of them.
 
-    They find each other as under torchrun (RANK, WORLD_SIZE, MASTER_ADDR, ...). Rank 0 writes to the stdout
+    They find each other as under torchrun (RANK, WORLD_SIZE, MASTER_ADDR, ...). The first writes to the stdout
     and stderr of this process; the lines of the others go to stderr behind `[rank N] `. When one fails, the
     others get SIGTERM and after a grace SIGKILL. Signals are passed on; a second one that stops kills. Main
     thread only: a rank is killed when the thread that started it ends.
@@ -55,24 +78,27 @@ def launch(
     Args:
         threads: OMP_NUM_THREADS of each rank; None: as it is set, or cores / num_ranks.
         grace_seconds: between asking a rank to stop and killing it.
+        place: of this machine's ranks among all; None: they are all.
+        passed_on: signals that reach ranks as others, such as a scheduler's warning.
 
     Returns:
         0 when all ranks returned 0; 128 + N when signal N stopped the launcher; else the exit status of the
         first rank that failed, 128 + N where signal N killed it.
     """
     events: Events = SimpleQueue()
-    environment = _environment(num_ranks, threads)
+    place = place or Place()
+    environment = _environment(num_ranks, threads, place)
     ranks: list[subprocess.Popen[str]] = []
     printers: list[threading.Thread] = []
-    with _signals_into(events):
+    with _signals_into(events, passed_on or {}):
         try:
             for rank in range(num_ranks):
-                process = _start(rank, environment, module, arguments)
+                process = _start(rank, place.first_rank + rank, environment, module, arguments)
                 ranks.append(process)
                 _thread(_wait, rank, process, events)
                 if rank:
-                    printers.append(_thread(_print_lines, rank, process))
-            return _supervise(ranks, events, grace_seconds)
+                    printers.append(_thread(_print_lines, place.first_rank + rank, process))
+            return _supervise(ranks, events, grace_seconds, place.first_rank)
         finally:
             for process in ranks:
                 _kill(process)
@@ -80,7 +106,7 @@ def launch(
                 printer.join(timeout=5)
 
 
-def _supervise(ranks: Sequence[subprocess.Popen[str]], events: Events, grace_seconds: float) -> int:
+def _supervise(ranks: Sequence[subprocess.Popen[str]], events: Events, grace_seconds: float, first_rank: int) -> int:
     running = set(range(len(ranks)))
     failed: Ended | None = None
     asked: Asked | None = None
@@ -101,50 +127,60 @@ def _supervise(ranks: Sequence[subprocess.Popen[str]], events: Events, grace_sec
                 asked = asked or event
             continue
         running.discard(event.rank)
-        if event.status and not failed and not asked:
+        if event.status and not asked and (not failed or failed.status == STOPPED):
             failed = event
-            for rank in running:
+            for rank in running if event.status != STOPPED else ():
                 ranks[rank].terminate()
-        if (failed or asked) and deadline is None:
+        stopped = failed is not None and failed.status == STOPPED  # the others are at their last save
+        if (failed or asked) and not stopped and deadline is None:
             deadline = time.monotonic() + grace_seconds
     if asked:
         return 128 + asked.signum
-    return _verdict(failed) if failed else 0
+    return _verdict(failed, first_rank) if failed else 0
 
 
-def _verdict(failed: Ended) -> int:
+def _verdict(failed: Ended, first_rank: int) -> int:
     """The exit status to pass on; a rank that a signal killed could not say so itself."""
     if failed.status < 0:
-        name = signal.Signals(-failed.status).name
-        print(f"error: rank {failed.rank} was killed by {name}; the others were stopped", file=sys.stderr)
+        name, rank = signal.Signals(-failed.status).name, first_rank + failed.rank
+        print(f"error: rank {rank} was killed by {name}; the others were stopped", file=sys.stderr)
         return 128 - failed.status
     return failed.status
 
 
-def _environment(num_ranks: int, threads: int | None) -> dict[str, str]:
+def free_port() -> int:
+    """Of this machine, at this moment."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _environment(num_ranks: int, threads: int | None, place: Place) -> dict[str, str]:
+    address, port = place.master or ("127.0.0.1", free_port())
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     default_threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
     return {
         **os.environ,
-        "WORLD_SIZE": str(num_ranks),
+        "WORLD_SIZE": str(place.world_size or num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": str(threads or default_threads),
         "PYTHONUNBUFFERED": "1",  # a line is shown when it is written, not when a pipe is full
+        **place.environment,
     }
 
 
-def _start(rank: int, environment: dict[str, str], module: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
+def _start(
+    local_rank: int, rank: int, environment: dict[str, str], module: str, arguments: Sequence[str]
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "launch.rank", str(os.getpid()), module, *arguments],
-        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE if rank else None,
-        stderr=subprocess.STDOUT if rank else None,
+        stdout=subprocess.PIPE if local_rank else None,
+        stderr=subprocess.STDOUT if local_rank else None,
         text=True,
         errors="replace",
         # Ctrl-C then reaches a rank once, through us, and a rank's own children can be killed with it.
@@ -159,7 +195,9 @@ def _thread(target: object, *arguments: object) -> threading.Thread:
 
 
 def _wait(rank: int, process: subprocess.Popen[str], events: Events) -> None:
-    events.put(Ended(rank, process.wait()))
+    status = process.wait()
+    # Where it was asked before it could listen, there was nothing to save.
+    events.put(Ended(rank, STOPPED if status == -signal.SIGUSR2 else status))
 
 
 def _print_lines(rank: int, process: subprocess.Popen[str]) -> None:
@@ -177,11 +215,11 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 @contextmanager
-def _signals_into(events: Events) -> Iterator[None]:
+def _signals_into(events: Events, passed_on: Mapping[int, int]) -> Iterator[None]:
     """Signals become events, except those that this process was told to ignore (nohup)."""
 
     def handler(signum: int, frame: FrameType | None) -> None:
-        events.put(Asked(signum))
+        events.put(Asked(passed_on.get(signum, signum)))
 
     before = {s: signal.getsignal(s) for s in (*STOPPING, *ASKING) if signal.getsignal(s) is not signal.SIG_IGN}
     for signum in before:

@@ -149,8 +149,8 @@ class _Over:
 
     def __call__(self) -> bool:
         job = load_job(self._run)
-        if job is not None and not job.is_local and self._now() - self._asked_at >= _ASK_SECONDS:
-            self._queue, self._asked_at = job_states([job.job_id]), self._now()
+        if job is not None and job.job_id is not None and self._now() - self._asked_at >= _ASK_SECONDS:
+            self._queue, self._asked_at = None if job.is_local else job_states([job.job_id]), self._now()
         return state_of(self._run, job, self._queue) in OVER
 
 
@@ -170,6 +170,6 @@ def _no_log(run: Path, rank: int | None) -> InputError:
     elif log_files(run):
         found, fix = "none of its lines", "Leave --rank out to see all that the first node wrote."
     else:
-        state = state_of(run, job, None if job.is_local else job_states([job.job_id]))
+        state = state_of(run, job, job_states([job.job_id]) if job.job_id is not None and not job.is_local else None)
         found, fix = f"none yet; job {job.job_id} is {state}", "Wait for it with --follow."
     return InputError(where=str(run), expected=what, found=found, fix=fix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,6 +15,8 @@ from pretrain.run_folder import complete_checkpoints, is_claimed, step_of
 
 State = Literal["pending", "running", "requeued", "done", "stopped", "cancelled", "failed", "unknown"]
 OVER: frozenset[State] = frozenset({"done", "stopped", "cancelled", "failed"})  # nothing more comes by itself
+
+_QUEUEING_SECONDS = 60  # that sbatch may take
 
 
 class Planned(NamedTuple):
@@ -46,8 +49,10 @@ def state_of(run: Path, job: JobRecord | None, queue: Mapping[str, str] | None) 
         return ENDINGS[job.ending["event"]]
     if is_claimed(run):
         return "running"
+    if job.job_id is None:
+        return "pending" if time.time() - job.submitted["submitted_at"] < _QUEUEING_SECONDS else "failed"
     if job.is_local:
-        return _of_process(run, job)
+        return _of_process(run, job, job.job_id)
     if queue is None:
         return "unknown"
     state = queue.get(job.job_id, "")
@@ -57,21 +62,24 @@ def state_of(run: Path, job: JobRecord | None, queue: Mapping[str, str] | None) 
         return "requeued" if job.started else "pending"
     if state in AT_WORK:
         return "running"
-    if state == "CANCELLED":
-        return "cancelled"
-    return "done" if _left_at(run) == "done" else "failed"  # it ended, or is not known any more, without a word
+    return "cancelled" if state == "CANCELLED" else _vanished(run, job)
 
 
-def _of_process(run: Path, job: JobRecord) -> State:
+def _of_process(run: Path, job: JobRecord, job_id: str) -> State:
     """Of a job whose id is that of a process here."""
     try:
-        os.kill(int(job.job_id), 0)
+        os.kill(int(job_id), 0)
     except PermissionError:
         pass
     except (OSError, ValueError):
-        return "done" if _left_at(run) == "done" else "failed"
+        return _vanished(run, job)
     last = job.current[-1]["event"] if job.current else ""
     return "requeued" if last == "requeue" else "running" if job.started else "pending"
+
+
+def _vanished(run: Path, job: JobRecord) -> State:
+    """Of a job that ended, or is not known any more, without a word of its own."""
+    return "cancelled" if job.unwanted else "done" if _left_at(run) == "done" else "failed"
 
 
 def _left_at(run: Path) -> State:

@@ -1,42 +1,57 @@
-"""What SLURM's commands answer, within seconds; where they do not answer, that is an answer too."""
+"""SLURM's commands, as far as they are needed here: what a job is doing, what a partition allows."""
 
 from __future__ import annotations
 
-import shutil
+import re
 import subprocess
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
+from data_pipeline.errors import InputError, PretrainError, RunError
+
+_SECONDS = 60
+
+
+# Words of squeue and sacct for what a job is doing; any other word is how it ended.
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 AT_WORK = ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Of one command; `problem` is empty where it succeeded."""
+def slurm(*words: str, seconds: float = _SECONDS) -> str:
+    """Output of a command.
 
-    text: str
-    problem: str
-
-    @property
-    def lines(self) -> list[str]:
-        return [line.strip() for line in self.text.splitlines() if line.strip()]
-
-
-def ask(command: str, *arguments: str, seconds: float = 10) -> Answer:
-    """Runs a command of SLURM's."""
-    if shutil.which(command) is None:
-        return Answer("", "not installed here")
+    Raises:
+        InputError: there is no such command here.
+        RunError: it failed, or does not answer.
+    """
     try:
-        done = subprocess.run([command, *arguments], capture_output=True, text=True, errors="replace", timeout=seconds)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds)
+    except FileNotFoundError:
+        raise InputError(
+            where=words[0], expected="SLURM's commands on this machine", found="no such command",
+            fix="Log in to a node of the cluster, or use --local.",
+        ) from None  # fmt: skip
     except subprocess.TimeoutExpired:
-        return Answer("", f"no answer in {seconds:g} seconds")
-    except OSError as error:
-        return Answer("", error.strerror or str(error))
+        raise RunError(words[0], f"an answer within {seconds:g} s", "none", "See whether slurmctld is up.") from None
     if done.returncode:
-        said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        return Answer(done.stdout, said[-1] if said else f"exit status {done.returncode}")
-    return Answer(done.stdout, "")
+        found = (done.stderr or done.stdout).strip()
+        raise RunError(where=" ".join(words[:3]), expected="SLURM to do it", found=found)
+    return done.stdout
+
+
+def fields_of(text: str) -> dict[str, str]:
+    """`Key=Value` words of what scontrol says with -o."""
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+
+def job_fields(job_id: str) -> Mapping[str, str] | None:
+    """What is known of a job; None: SLURM has forgotten it, or never knew it."""
+    try:
+        return fields_of(slurm("scontrol", "show", "job", "-o", job_id))
+    except RunError as error:
+        if "Invalid job id" in error.found:
+            return None
+        raise
 
 
 def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
@@ -44,17 +59,36 @@ def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
     ids = sorted(set(job_ids))
     if not ids:
         return {}
-    queue = ask("squeue", "--noheader", "--states=all", f"--jobs={','.join(ids)}", "--format=%i %T")
-    if queue.problem and "Invalid job id" not in queue.problem:  # what it says of a single one that is long over
-        return None
-    states = _by_id(queue.lines, " ")
+    try:
+        said = slurm("squeue", "--noheader", "--states=all", f"--jobs={','.join(ids)}", "--format=%i %T", seconds=10)
+        states = _by_id(said, " ")
+    except PretrainError as error:
+        if "Invalid job id" not in error.found:  # what it says of a single one that is long over
+            return None
+        states = {}
     if unknown := [job_id for job_id in ids if job_id not in states]:
-        columns = ("--noheader", "--parsable2", "--allocations", "--format=JobIDRaw,State")
-        states |= _by_id(ask("sacct", *columns, f"--jobs={','.join(unknown)}").lines, "|")
+        words = ("--noheader", "--parsable2", "--allocations", f"--jobs={','.join(unknown)}", "--format=JobIDRaw,State")
+        with suppress(PretrainError):  # accounts are not kept everywhere
+            states |= _by_id(slurm("sacct", *words, seconds=10), "|")
     return states
 
 
-def _by_id(lines: Iterable[str], separator: str) -> dict[str, str]:
+def _by_id(text: str, separator: str) -> dict[str, str]:
     """The first word of the state: sacct says `CANCELLED by 1000`."""
-    pairs = (line.partition(separator) for line in lines)
+    pairs = (line.strip().partition(separator) for line in text.splitlines())
     return {job_id: state.split()[0] for job_id, _, state in pairs if state.split()}
+
+
+def partitions() -> dict[str, dict[str, str]]:
+    """What is known of each partition, by name."""
+    found = [fields_of(line) for line in slurm("scontrol", "show", "partition", "-o").splitlines() if line.strip()]
+    return {fields["PartitionName"]: fields for fields in found if "PartitionName" in fields}
+
+
+def minutes_of(limit: str) -> float | None:
+    """A time limit as SLURM writes it (`1-00:30:00`, `30:00`); None: there is none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return days * 1440 + hours * 60 + minutes + seconds / 60

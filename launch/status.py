@@ -54,7 +54,9 @@ def show_status(folders: Sequence[Path], *, as_json: bool = False) -> None:
     """
     runs = list(dict.fromkeys(run for folder in folders for run in find_runs(folder)))
     jobs = {run: load_job(run) for run in runs}
-    queue = job_states(job.job_id for job in jobs.values() if job is not None and not job.is_local)
+    queue = job_states(
+        job.job_id for job in jobs.values() if job is not None and job.job_id is not None and not job.is_local
+    )
     found = [status_of(run, job, queue) for run, job in jobs.items()]
     print(json.dumps([asdict(status) for status in found], indent=1) if as_json else "\n".join(table(found)))
 
@@ -65,12 +67,18 @@ def find_runs(folder: Path) -> list[Path]:
     Raises:
         InputError: there are none.
     """
+    runs = _runs_in(folder, depth=2)
+    if not runs:
+        refuse_no_run(folder)
+    return runs
+
+
+def _runs_in(folder: Path, depth: int) -> list[Path]:
+    """Inside a run there are none, whatever lies there."""
     if is_run(folder):
         return [folder]
-    inside = sorted(path for pattern in ("*/", "*/*/") for path in folder.glob(pattern) if is_run(path))
-    if not inside:
-        refuse_no_run(folder)
-    return inside
+    inside = sorted(path for path in folder.glob("*/")) if depth else []
+    return [run for path in inside for run in _runs_in(path, depth - 1)]
 
 
 def status_of(run: Path, job: JobRecord | None, queue: dict[str, str] | None) -> Status:

@@ -16,6 +16,7 @@ from data_pipeline.errors import InputError, PretrainError
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: its state is saved, and the same command goes on
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 # All ranks of a machine find the same wrong input. The first says so and ends, and the launcher then ends the
@@ -24,15 +25,20 @@ SECONDS_FOR_THE_FIRST_RANK = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs this process's part. Returns the exit status: 0 done, 1 the run failed, 2 the input was wrong."""
+    """Runs this process's part.
+
+    Returns:
+        The exit status: 0 done, 1 the run failed, 2 the input was wrong, STOPPED where a signal asked it to stop.
+    """
     given = _parse(arguments)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks for a checkpoint, and until there is a run for nothing
+    signal.signal(signal.SIGUSR2, lambda *_: os._exit(STOPPED))  # asks for a stop
     try:
         recipe = load_recipe(given.recipe, given.set)
         from pretrain import run  # after the recipe: loading torch takes seconds
 
         out = given.out or default_out(recipe)
-        run.run(
+        whole = run.run(
             recipe,
             out,
             max_steps=given.max_steps,
@@ -52,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         _tell(traceback.format_exc())
         return _end(1)
-    return 0
+    return 0 if whole else STOPPED
 
 
 def _end(status: int) -> int:

@@ -116,13 +116,13 @@ def gather_objects(value: T, group: Group = None) -> list[T]:
     return values
 
 
-def on_any_rank(flag: bool, group: Group) -> bool:
-    """Whether any rank passed True; `group` is one of `side_group`."""
+def greatest_of_ranks(value: int, group: Group) -> int:
+    """The greatest that any rank passed; `group` is one of `side_group`."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flag
-    found = torch.tensor(int(flag))
+        return value
+    found = torch.tensor(int(value))
     dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    return bool(found)
+    return int(found)
 
 
 def from_main(value: T, group: Group = None) -> T:

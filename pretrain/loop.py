@@ -32,7 +32,9 @@ class Periodic:
 
 
 class Checkpoints(Protocol):
-    """When to save, and the saving; all ranks call both."""
+    """When to save, and the saving; all ranks call both. `stopping` holds from `due` on where a stop is asked for."""
+
+    stopping: bool
 
     def due(self, step: int) -> bool: ...
     def save(self, state: RunState) -> None: ...
@@ -84,6 +86,8 @@ class Parts:
 def train(state: RunState, parts: Parts, stop_at: int) -> RunState:
     """Applies steps until `stop_at` of them are applied, counted from the start of the run; saves the last state.
 
+    Asked to stop (`Checkpoints.stopping`), it returns before, with its state saved.
+
     Raises:
         RunError: a budget is used up; the message names the samples.
     """
@@ -102,22 +106,31 @@ def train(state: RunState, parts: Parts, stop_at: int) -> RunState:
             continue
         step, last = state.progress.step, state.progress.step == stop_at
         logged = last or step % parts.log_every == 0
-        save = last or parts.checkpoints.due(step)
+        save = parts.checkpoints.due(step) or last
         if logged or save:
             state = _count_bad_samples(state, meter, parts)
         if logged:
             _log_step(state, result, lr, meter, parts)
+        stopping = parts.checkpoints.stopping
+        if stopping:
+            _save(state, parts)  # there may be no time for more
         with parts.engine.clock.part("evaluation"):
             for evaluation in parts.evaluations:
                 if last or step % evaluation.every_steps == 0:
                     _evaluate(evaluation, state, parts.log)
-        if save:
-            with parts.engine.clock.part("checkpoint"):
-                parts.checkpoints.save(state)
+        if save and not stopping:
+            _save(state, parts)
         if logged or save:
             meter.restart()  # the next interval measures steps, not what came between them
         parts.after_step()
+        if stopping:
+            break
     return state
+
+
+def _save(state: RunState, parts: Parts) -> None:
+    with parts.engine.clock.part("checkpoint"):
+        parts.checkpoints.save(state)
 
 
 def _evaluate(evaluation: Periodic, state: RunState, log: MetricLog) -> None:

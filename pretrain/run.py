@@ -58,7 +58,7 @@ def run(
     max_steps: int | None = None,
     overfit_batch: bool = False,
     profile_steps: int | None = None,
-) -> None:
+) -> bool:
     """Trains, or goes on with the run in `out`; every rank calls it with the same arguments.
 
     Args:
@@ -67,6 +67,9 @@ def run(
         max_steps: stop after so many applied steps; started again without it, the run goes on.
         overfit_batch: train on the first batch only, from scratch, in `folder_of(out, True)`.
         profile_steps: so many steps are traced to `profile/` in the run's folder, after two that warm up.
+
+    Returns:
+        Whether it got as far as it was to; False: it was asked to stop before (SIGUSR2), and its state is saved.
 
     Raises:
         InputError: something given is wrong; nothing was changed.
@@ -104,7 +107,7 @@ def run(
         parts = _parts(job, engine, state, log, rates, writer, demand)
         try:
             with profiled(profile_steps, out / "profile" / f"rank{world.rank}.json.gz") as after_step:
-                _train(job, state, replace(parts, after_step=after_step), max_steps, writer, start)
+                return _train(job, state, replace(parts, after_step=after_step), max_steps, writer, start)
         except InputError as error:  # what was given was right when it was looked at
             raise RunError(error.where, error.expected, error.found, error.fix) from error
         finally:
@@ -152,16 +155,18 @@ def _engine(job: _Job, objective: Objective) -> tuple[Engine, Rates]:
 
 def _train(
     job: _Job, state: RunState, parts: Parts, max_steps: int | None, writer: CheckpointWriter | None, start: Start
-) -> None:
-    """The loop, and the last checkpoint on disk."""
+) -> bool:
+    """The loop, and the last checkpoint on disk. Returns whether it got as far as it was to."""
     first_step, total_steps = state.progress.step, job.plan.resolved.total_steps
-    state = train(state, parts, stop_at=min(total_steps, max_steps or total_steps))
+    stop_at = min(total_steps, max_steps or total_steps)
+    state = train(state, parts, stop_at)
     if writer is not None:
         writer.finish()
     if state.progress.step == first_step and start.checkpoint is not None and job.world.is_main:
         # The process before may have died between a checkpoint and its export.
         export_encoder(job.recipe, start.checkpoint.path, job.out / "encoder")
     parts.log.say(_closing(job, state))
+    return state.progress.step >= stop_at
 
 
 def _resumed(job: _Job, engine: Engine, start: Start) -> RunState:

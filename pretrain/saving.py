@@ -1,4 +1,4 @@
-"""When to save: by steps, by minutes, and on demand."""
+"""When to save: by steps, by minutes, and on demand; and when to stop on demand, which saves first."""
 
 from __future__ import annotations
 
@@ -7,33 +7,46 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from types import FrameType
 
 from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.collectives import World, on_any_rank, side_group
+from pretrain.collectives import World, greatest_of_ranks, side_group
 from pretrain.state import RunState
+
+
+class Asked(IntEnum):
+    """What a run is asked for; of several, the greatest counts."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+
+
+SIGNALS = {signal.SIGUSR1: Asked.SAVE, signal.SIGUSR2: Asked.STOP}
 
 
 class Demand:
     """Raised by a signal to any rank, at any time; answered at the next step."""
 
     def __init__(self) -> None:
-        self.raised = False
+        self.asked = Asked.NOTHING
 
     @contextmanager
-    def by_signal(self, signum: signal.Signals = signal.SIGUSR1) -> Iterator[None]:
+    def by_signal(self) -> Iterator[None]:
         """Listens for the duration of a run. Only the main thread can; elsewhere nobody could send one."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signum, self._raise)
+        before = {signum: signal.signal(signum, self._raise) for signum in SIGNALS}
         try:
             yield
         finally:
-            signal.signal(signum, before)
+            for signum, previous in before.items():
+                signal.signal(signum, previous)
 
     def _raise(self, signum: int, frame: FrameType | None) -> None:
-        self.raised = True
+        self.asked = max(self.asked, SIGNALS[signal.Signals(signum)])
 
 
 class TimedCheckpoints:
@@ -42,7 +55,7 @@ class TimedCheckpoints:
     Args:
         writer: saves a state; None: nothing is ever saved.
         world: this process among the ranks.
-        demand: of this rank.
+        demand: of this rank. A stop that any rank is asked for, all are.
         every_steps: None: not by steps.
         every_minutes: None: not by time, which is rank 0's.
     """
@@ -60,17 +73,21 @@ class TimedCheckpoints:
         self._every_steps, self._every_minutes = every_steps, every_minutes
         self._last = time.monotonic()
         self._group = side_group()  # a flag between hosts: over NCCL every step would wait for the GPU
+        self.stopping = False
 
     def due(self, step: int) -> bool:
-        """Whether to save after this step; every rank asks at every step, and all get the same answer."""
-        if self._every_steps is not None and step % self._every_steps == 0:
-            return True
+        """Whether to save after this step; every rank asks at every step, and all get the same answer.
+
+        `stopping` then says whether to stop as well.
+        """
         minutes = (time.monotonic() - self._last) / 60
         by_time = self._world.is_main and self._every_minutes is not None and minutes >= self._every_minutes
-        return on_any_rank(by_time or self._demand.raised, self._group)
+        asked = greatest_of_ranks(max(self._demand.asked, Asked.SAVE if by_time else Asked.NOTHING), self._group)
+        self.stopping = asked == Asked.STOP
+        return asked > Asked.NOTHING or (self._every_steps is not None and step % self._every_steps == 0)
 
     def save(self, state: RunState) -> None:
-        self._demand.raised = False
+        self._demand.asked = Asked.NOTHING
         if self._writer is not None:
             self._writer.save(state)
         self._last = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from pretrain.checkpoint_writer import CheckpointWriter
@@ -86,6 +84,7 @@ def submit(run: Path, job_id: str = "7", *, executor: str = "slurm", at: float |
     (run / "job" / "slurm").mkdir(parents=True, exist_ok=True)
     submitted = {"recipe": "r.yaml", "overrides": [], "executor": executor, "job_id": job_id, "nodes": 2,
                  "ranks_per_node": 2, "submitted_at": time.time() if at is None else at, "cluster": "c"}  # fmt: skip
+    (run / "job" / "recipe.yaml").write_text("name: r\n")
     (run / "job" / "submitted.json").write_text(json.dumps(submitted))
     return run
 
@@ -115,16 +114,3 @@ class Commands:
         part.write_text(f"#!/bin/sh\n{case}{before}")
         part.chmod(0o755)
         part.replace(path)  # at once, as it may be running
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
-    """No command of SLURM's on PATH but those that a test makes."""
-    commands = Commands(tmp_path / "commands")
-    real = [part for part in os.environ["PATH"].split(":") if not (Path(part) / "sbatch").exists()]
-    (tmp_path / "coreutils").mkdir()
-    for name in ("cat", "sh"):
-        found = next(Path(part, name) for part in os.environ["PATH"].split(":") if Path(part, name).exists())
-        (tmp_path / "coreutils" / name).symlink_to(found)
-    monkeypatch.setenv("PATH", ":".join([str(commands.folder), str(tmp_path / "coreutils"), *real]))
-    return commands

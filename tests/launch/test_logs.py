@@ -15,7 +15,6 @@ from data_pipeline.errors import InputError
 from launch import logs
 from launch.logs import show_logs
 from tests.launch.run_folders import Commands, claimed, event, make_run, submit
-from tests.launch.run_folders import slurm as slurm
 
 
 def job_log(run: Path, name: str, *lines: str) -> None:
@@ -74,9 +73,9 @@ def test_the_newest_job_is_shown_and_of_its_nodes_the_first(tmp_path: Path, prin
         show_logs(run, rank=3)
 
 
-def test_a_job_that_has_written_nothing_yet(tmp_path: Path, slurm: Commands) -> None:
+def test_a_job_that_has_written_nothing_yet(tmp_path: Path, commands: Commands) -> None:
     run = submit(make_run(tmp_path / "run"))
-    slurm.says("squeue", "7 PENDING")
+    commands.says("squeue", "7 PENDING")
     with pytest.raises(InputError, match="found none yet; job 7 is pending"):
         show_logs(run)
     with pytest.raises(InputError, match="expected the folder of a run"):
@@ -84,10 +83,10 @@ def test_a_job_that_has_written_nothing_yet(tmp_path: Path, slurm: Commands) -> 
 
 
 def test_it_follows_through_requeues_until_the_run_is_done(
-    tmp_path: Path, slurm: Commands, printed: io.StringIO
+    tmp_path: Path, commands: Commands, printed: io.StringIO
 ) -> None:
     run = submit(make_run(tmp_path / "run"))
-    slurm.says("squeue", "7 PENDING")
+    commands.says("squeue", "7 PENDING")
     thread = in_the_background(lambda: show_logs(run, follow=True, out=printed))
     event(run, "start")
     job_log(run, "7_0_log.out", "attempt 0")
@@ -116,15 +115,15 @@ def test_it_follows_through_requeues_until_the_run_is_done(
 
 
 def test_following_ends_with_a_job_that_slurm_ended_without_a_word(
-    tmp_path: Path, slurm: Commands, printed: io.StringIO
+    tmp_path: Path, commands: Commands, printed: io.StringIO
 ) -> None:
     run = submit(make_run(tmp_path / "run"))
     event(run, "start")
     job_log(run, "7_0_log.out", "at work")
-    slurm.says("squeue", "7 RUNNING")
+    commands.says("squeue", "7 RUNNING")
     thread = in_the_background(lambda: show_logs(run, follow=True, out=printed))
     wait_for("at work", printed)
-    slurm.says("squeue", "7 OUT_OF_MEMORY")
+    commands.says("squeue", "7 OUT_OF_MEMORY")
     thread.join(20)
     assert not thread.is_alive()
 

@@ -18,14 +18,13 @@ from launch.slurm import job_states
 from launch.status import find_runs, show_status, status_of
 from pretrain.run_folder import is_claimed
 from tests.launch.run_folders import TOTAL_STEPS, Commands, claimed, event, make_run, submit
-from tests.launch.run_folders import slurm as slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def state(run: Path) -> str:
     job = load_job(run)
-    return state_of(run, job, job_states([job.job_id]) if job is not None else {})
+    return state_of(run, job, job_states([job.job_id]) if job is not None and job.job_id else {})
 
 
 # Runs that were never submitted: the lock says who is at work.
@@ -67,28 +66,30 @@ def test_a_run_is_done_when_its_last_step_is_in_a_checkpoint(tmp_path: Path) -> 
         ([], "FAILED", "failed"),
     ],
 )
-def test_the_state_of_a_job(tmp_path: Path, slurm: Commands, events: list[str], in_queue: str, expected: str) -> None:
+def test_the_state_of_a_job(
+    tmp_path: Path, commands: Commands, events: list[str], in_queue: str, expected: str
+) -> None:
     run = submit(make_run(tmp_path / "run", logged=2))
     for kind in events:
         event(run, kind)
-    slurm.says("squeue", f"7 {in_queue}")
+    commands.says("squeue", f"7 {in_queue}")
     assert state(run) == expected
 
 
-def test_a_job_that_the_queue_forgot_is_asked_of_the_accounts(tmp_path: Path, slurm: Commands) -> None:
+def test_a_job_that_the_queue_forgot_is_asked_of_the_accounts(tmp_path: Path, commands: Commands) -> None:
     run = submit(make_run(tmp_path / "run", logged=2))
     event(run, "start")
-    slurm.says("squeue", "slurm_load_jobs error: Invalid job id specified", status=1)
+    commands.says("squeue", "slurm_load_jobs error: Invalid job id specified", status=1)
     assert state(run) == "failed"  # nobody knows of it
-    slurm.says("sacct", "7|CANCELLED by 1000")
+    commands.says("sacct", "7|CANCELLED by 1000")
     assert state(run) == "cancelled"
 
 
-def test_without_an_answer_nothing_is_made_up(tmp_path: Path, slurm: Commands) -> None:
+def test_without_an_answer_nothing_is_made_up(tmp_path: Path, commands: Commands) -> None:
     run = submit(make_run(tmp_path / "run", logged=2))
     event(run, "start")
     assert state(run) == "unknown"
-    slurm.says("squeue", "slurm_load_jobs error: Unable to contact slurm controller", status=1)
+    commands.says("squeue", "slurm_load_jobs error: Unable to contact slurm controller", status=1)
     assert state(run) == "unknown"
     with claimed(run):
         assert state(run) == "running"
@@ -96,24 +97,24 @@ def test_without_an_answer_nothing_is_made_up(tmp_path: Path, slurm: Commands) -
     assert state(run) == "stopped"
 
 
-def test_a_new_submission_opens_a_run_that_was_stopped(tmp_path: Path, slurm: Commands) -> None:
+def test_a_new_submission_opens_a_run_that_was_stopped(tmp_path: Path, commands: Commands) -> None:
     run = submit(make_run(tmp_path / "run", logged=2))
     event(run, "start")
     event(run, "stop", why="no progress")
     submit(run, "8")
-    slurm.says("squeue", "8 PENDING")
+    commands.says("squeue", "8 PENDING")
     assert state(run) == "pending"
     event(run, "start", job_id="8")
-    slurm.says("squeue", "8 RUNNING")
+    commands.says("squeue", "8 RUNNING")
     assert state(run) == "running"
     event(run, "done")
     assert state(run) == "done"
 
 
-def test_a_job_that_is_cancelled_before_it_starts(tmp_path: Path, slurm: Commands) -> None:
+def test_a_job_that_is_cancelled_before_it_starts(tmp_path: Path, commands: Commands) -> None:
     run = submit(make_run(tmp_path / "run"))
     event(run, "cancel")
-    slurm.says("squeue", "7 PENDING")
+    commands.says("squeue", "7 PENDING")
     assert state(run) == "cancelled"
 
 
@@ -130,7 +131,7 @@ def test_a_job_of_the_local_executor_is_a_process(tmp_path: Path) -> None:
 # The numbers.
 
 
-def test_the_numbers_of_a_run(tmp_path: Path, slurm: Commands) -> None:
+def test_the_numbers_of_a_run(tmp_path: Path, commands: Commands) -> None:
     run = submit(make_run(tmp_path / "run", logged=20, saved=15))
     for attempt in range(3):
         event(run, "start", attempt)
@@ -152,7 +153,7 @@ def test_a_torn_checkpoint_does_not_count(tmp_path: Path) -> None:
     assert status_of(run, None, {}).checkpoint_step == 15
 
 
-def test_the_last_error_is_the_newest_line_that_tells_of_one(tmp_path: Path, slurm: Commands) -> None:
+def test_the_last_error_is_the_newest_line_that_tells_of_one(tmp_path: Path, commands: Commands) -> None:
     run = submit(make_run(tmp_path / "run", logged=2))
     event(run, "start")
     event(run, "stop", why="no progress between two requeues")
@@ -177,7 +178,8 @@ def test_of_a_large_log_the_end_alone_is_read(tmp_path: Path) -> None:
 
 
 def test_the_table_and_the_json_tell_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(tmp_path / "runs" / "a", logged=20, saved=15)
+    submit(make_run(tmp_path / "runs" / "a", logged=20, saved=15))
+    event(tmp_path / "runs" / "a", "stop")
     make_run(tmp_path / "runs" / "chain" / "b", logged=TOTAL_STEPS, saved=TOTAL_STEPS)
     (tmp_path / "runs" / "notes").mkdir()
     capsys.readouterr()
@@ -207,4 +209,4 @@ def test_it_answers_without_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert not {"torch", "numpy", "yaml", "pydantic"} & set(done.stdout.rsplit("loaded:", 1)[1].split())
+    assert not {"torch", "numpy", "pydantic"} & set(done.stdout.rsplit("loaded:", 1)[1].split())

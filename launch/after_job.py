@@ -1,0 +1,129 @@
+"""`python -m launch.after_job RUN STATUS`: what becomes of a job whose ranks have ended; on its first node.
+
+The batch script calls it after srun, however that ended. A run is done, or is queued again, or stops with a reason.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import PretrainError
+from launch.cluster import Cluster, load_cluster
+from launch.job import Node, attempt_folder
+from launch.job_folder import JobFolder
+from launch.local import STOPPED
+from launch.slurm import job_fields, slurm
+
+HUNG = 76  # status of a rank that found no progress
+_WORDS = {0: "done", 1: "the run failed", 2: "wrong input", STOPPED: "asked to stop", HUNG: "no progress"}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended, over all nodes."""
+
+    status: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Next:
+    """`event` is `done`, `requeue`, `stop` or `cancel`."""
+
+    event: str
+    why: str = ""
+
+
+def ending(reports: Mapping[str, Mapping[str, object]], joined: set[str], nodes: list[str], status: int) -> Ending:
+    """Of what the nodes reported; those that could not are named.
+
+    Args:
+        reports: by node, what it left.
+        joined: nodes that were there at all.
+        nodes: of the job.
+        status: srun's.
+    """
+    by_status = {int(str(report["status"])): (node, str(report["why"])) for node, report in sorted(reports.items())}
+    if 2 in by_status:
+        node, why = by_status[2]
+        return Ending(2, why or f"wrong input, see the log ({node})")
+    if absent := [node for node in nodes if node not in joined]:
+        return Ending(2, f"{', '.join(absent)} did not see the run's folder, or could not start Python")
+    if lost := [node for node in nodes if node not in reports]:
+        return Ending(1, f"{', '.join(lost)} was lost")
+    if set(by_status) == {0}:
+        return Ending(0, "done")
+    # What failed by itself, before what was stopped because of it.
+    found = next((s for s in (HUNG, *sorted(by_status)) if s in by_status and s not in (0, STOPPED)), STOPPED)
+    if found == STOPPED or found > 128:
+        asked = STOPPED in by_status
+        return Ending(STOPPED if asked and found == STOPPED else found, _WORDS[STOPPED] if asked else f"signal {found - 128}")
+    node, why = by_status[found]
+    return Ending(found, why or f"{_WORDS.get(found, f'exit status {found}')} ({node})")
+
+
+def decide(end: Ending, *, restart: int, max_requeues: int, cancelled: bool, step: int, step_before: int) -> Next:
+    """What to do with a run whose attempt has ended.
+
+    Args:
+        end: of this attempt.
+        restart: how many times the job was queued again already.
+        max_requeues: of the cluster file.
+        cancelled: the user wants no more of it.
+        step: of the newest complete checkpoint.
+        step_before: the same when the attempt began.
+    """
+    if end.status == 0:
+        return Next("done")
+    if cancelled:
+        return Next("cancel", f"cancelled at step {step}")
+    if end.status == 2:
+        return Next("stop", end.why)
+    if restart >= max_requeues:
+        return Next("stop", f"{end.why}; queued again {restart} times already, which is what max_requeues allows")
+    if step <= step_before:
+        fix = "see the log" if end.status != STOPPED else "give it more time_minutes, or save more often"
+        return Next("stop", f"{end.why}, without a new checkpoint since step {step_before}: {fix}")
+    return Next("requeue", end.why)
+
+
+def main(run: Path, status: int) -> None:
+    node, folder = Node.from_environment(), JobFolder(run)
+    cluster: Cluster = load_cluster(folder.cluster)
+    events = folder.events()
+    start = next((e for e in reversed(events) if e["event"] == "start" and e["restart"] == node.restart), None)
+    nodes = start["nodes"] if start is not None else [node.name]
+    left = attempt_folder(run, node.job_id, node.restart)
+    reports = {path.stem: json.loads(path.read_bytes()) for path in left.glob("*.json") if path.stem != "meeting"}
+    joined = {path.stem for path in left.glob("*.joined")}
+    end = ending(reports, joined, nodes, status)
+    step = folder.newest_step()
+    attempt = start["attempt"] if start is not None else 0
+    folder.note("end", attempt=attempt, status=end.status, why=end.why, step=step)
+    fields = job_fields(node.job_id) or {}
+    state = fields.get("JobState", "")
+    cancelled = folder.cancelled.exists() or state == "CANCELLED"
+    before = max((e["step"] for e in events if e["event"] == "end"), default=0)
+    then = decide(
+        end, restart=node.restart, max_requeues=cluster.max_requeues, cancelled=cancelled, step=step, step_before=before
+    )
+    if then.event == "requeue" and state in ("PENDING", "REQUEUED"):
+        then = Next("requeue", "SLURM queued it again")
+    folder.note(then.event, attempt=attempt, why=then.why)
+    print(f"{then.event}: {then.why}" if then.why else then.event, flush=True)
+    if then.event == "requeue" and state == "RUNNING":
+        slurm("scontrol", "requeue", node.job_id)
+        time.sleep(60)  # until the batch script is ended with it: nothing may come after
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), int(sys.argv[2]))
+    except PretrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)

@@ -1,0 +1,82 @@
+"""The typed description of a cluster: where and how a run is queued. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, ValidationError, model_validator
+
+from data_pipeline.errors import RecipeError
+from pretrain.recipe_group import Group
+from pretrain.recipe_io import as_tuples, read_tree
+from pretrain.recipe_problems import explain
+
+# Parameters of sbatch that have a key of their own here, or that this project decides.
+_OWN = {
+    "partition": "partition", "account": "account", "qos": "qos", "nodes": "nodes", "time": "time_minutes",
+    "gpus-per-node": "gpus_per_node", "gres": "gpus_per_node", "cpus-per-task": "cpus_per_rank", "mem": "memory_gb",
+    "signal": "signal_lead_seconds", "ntasks-per-node": "ranks_per_node", "ntasks": "ranks_per_node",
+}  # fmt: skip
+_DECIDED = {"requeue", "no-requeue", "output", "error", "open-mode", "array", "job-name", "dependency", "chdir", "wrap"}
+
+
+class Cluster(Group):
+    """What is asked of SLURM for a run. One task a node is started there, which starts the node's ranks.
+
+    `sbatch` holds further parameters by their long names (`constraint: h100`); true is a flag without a value.
+    """
+
+    partition: str | None = None  # None: the cluster's default, as for account and qos
+    account: str | None = None
+    qos: str | None = None
+    nodes: int = Field(1, ge=1)
+    ranks_per_node: int = Field(1, ge=1)  # processes: one for each GPU
+    gpus_per_node: int = Field(0, ge=0)
+    cpus_per_rank: int = Field(1, ge=1)
+    memory_gb: float | None = Field(None, gt=0)  # of a node; None: the partition's default
+    time_minutes: int = Field(60, ge=1)
+    signal_lead_seconds: int = Field(120, ge=1)  # between the warning, at which the run saves and stops, and the limit
+    max_requeues: int = Field(20, ge=0)
+    setup: tuple[str, ...] = ()  # lines of shell before anything is started, such as `module load`
+    python: str | None = None  # None: the interpreter that submits
+    sbatch: dict[str, str | int | bool] = {}  # noqa: RUF012  (pydantic copies it)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Cluster:
+        if self.gpus_per_node not in (0, self.ranks_per_node):
+            raise ValueError(
+                f"expected gpus_per_node {self.ranks_per_node}, one for each of ranks_per_node, or 0 to train on CPUs, "
+                f"found {self.gpus_per_node}."
+            )
+        if self.signal_lead_seconds >= 60 * self.time_minutes:
+            raise ValueError(
+                f"expected signal_lead_seconds below the time limit of {60 * self.time_minutes} s, "
+                f"found {self.signal_lead_seconds}."
+            )
+        for key in self.sbatch:
+            name = key.replace("_", "-")
+            if name in _OWN:
+                raise ValueError(f"expected `{_OWN[name]}` for what sbatch.{key} says, found sbatch.{key}.")
+            if name in _DECIDED:
+                raise ValueError(f"expected no sbatch.{key}, which `pretrain submit` decides, found it.")
+        return self
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+def load_cluster(path: Path) -> Cluster:
+    """Reads a cluster file.
+
+    Raises:
+        RecipeError: with every problem found, each naming its path, what was expected and what was found.
+    """
+    tree, problems = read_tree(path)
+    try:
+        cluster = Cluster.model_validate(as_tuples(tree), strict=True)
+    except ValidationError as error:
+        raise RecipeError(str(path), problems + explain(error, tree, Cluster)) from None
+    if problems:
+        raise RecipeError(str(path), problems)
+    return cluster

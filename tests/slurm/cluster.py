@@ -1,0 +1,194 @@
+"""A real SLURM cluster of two nodes on this machine, in a folder of its own: brought up, and taken down again."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
+NODES = ("n0", "n1")
+CPUS = 4  # of a node, whatever the machine has: processes share what there is
+
+_CONFIG = """
+ClusterName=pretrain
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=2,batch_sched_delay=0,sched_min_interval=0
+SlurmdParameters=config_overrides
+JobRequeue=1
+ReturnToService=2
+SlurmctldTimeout=30
+SlurmdTimeout=12
+MessageTimeout=10
+KillWait={kill_wait_seconds}
+MinJobAge=600
+InactiveLimit=0
+Waittime=0
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=64000 State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} RealMemory=64000 State=UNKNOWN
+PartitionName=main Nodes=n0,n1 Default=YES MaxTime=60 State=UP OverSubscribe=NO
+"""
+
+
+def why_not() -> str | None:
+    """Why there can be no cluster here; None: there can."""
+    missing = [program for program in PROGRAMS if _found(program) is None]
+    if missing:
+        return f"SLURM tests need {', '.join(missing)}: Debian's packages slurm-wlm and munge"
+    if os.geteuid() != 0:
+        return "SLURM tests need root: slurmctld and slurmd start jobs as other users"
+    return None
+
+
+def _found(program: str) -> str | None:
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+@dataclass
+class SlurmCluster:
+    """What runs, and how to speak to it."""
+
+    folder: Path
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SUBMITIT_"))}
+        return {**kept, "PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def run(self, *words: str, check: bool = True) -> str:
+        """Output of a SLURM command."""
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
+        assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def job(self, job_id: str) -> Mapping[str, str]:
+        """What `scontrol show job` says, by field."""
+        words = self.run("scontrol", "show", "job", "-o", job_id).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def start_slurmd(self, node: str) -> None:
+        self._start(node, "slurmd", "-D", "-N", node)
+
+    def kill_slurmd(self, node: str) -> None:
+        """With all that runs there, as when a machine loses power."""
+        daemon = self.daemons.pop(node)
+        for pid in _descendants(daemon.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        daemon.wait()
+
+    def start_now(self, job_id: str) -> None:
+        """A requeued job otherwise waits for two minutes."""
+        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
+
+    def _start(self, name: str, program: str, *words: str) -> None:
+        command = [_found(program) or program, *words]
+        with (self.folder / f"{name}.out").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def up(self) -> None:
+        key = self.folder / "munge.key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o400)
+        files = {"key-file": key, "socket": self.folder / "munge.socket"}
+        files |= {f"{kind}-file": self.folder / f"munge.{kind}" for kind in ("pid", "log", "seed")}
+        self._start("munged", "munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in files.items()))
+        _until(lambda: files["socket"].exists(), 20, "munged made no socket")
+        self._start("slurmctld", "slurmctld", "-D")
+        for node in NODES:
+            self.start_slurmd(node)
+        _until(self._idle, 60, "the nodes did not come up")
+
+    def _idle(self) -> bool:
+        return self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split() == ["idle"] * len(NODES)
+
+    def down(self) -> None:
+        self.run("scancel", "--user=root", check=False)
+        for daemon in self.daemons.values():
+            for pid in _descendants(daemon.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            daemon.wait()
+
+
+@contextmanager
+def slurm_cluster(folder: Path, kill_wait_seconds: int = 15) -> Iterator[SlurmCluster]:
+    """Two nodes named n0 and n1, one partition named main; `folder` is its own."""
+    for name in ("state", *(f"spool.{node}" for node in NODES)):
+        (folder / name).mkdir(parents=True)
+    folder.chmod(0o755)
+    host = socket.gethostname().split(".")[0]
+    text = _CONFIG.format(
+        host=host, folder=folder, ports=_free_ports(3), cpus=CPUS, kill_wait_seconds=kill_wait_seconds
+    )
+    (folder / "slurm.conf").write_text(text)
+    cluster = SlurmCluster(folder)
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down()
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def _descendants(pid: int) -> list[int]:
+    """A process and all that it started, as far as it can be seen."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found, todo = [], [pid]
+    while todo:
+        found.append(todo.pop())
+        todo += children.get(found[-1], [])
+    return found
+
+
+def _until(condition: object, seconds: float, problem: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        if time.monotonic() > deadline:
+            raise AssertionError(problem)
+        time.sleep(0.1)
