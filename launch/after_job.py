@@ -6,6 +6,7 @@ The batch script calls it after srun, however that ended. A run is done, or is q
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -52,22 +53,24 @@ def ending(reports: Mapping[str, Mapping[str, object]], joined: set[str], nodes:
     if 2 in by_status:
         node, why = by_status[2]
         return Ending(2, why or f"wrong input, see the log ({node})")
-    if absent := [node for node in nodes if node not in joined]:
+    absent = [node for node in nodes if node not in joined]
+    if absent and status < 128:  # nobody ended them before they could be there
         return Ending(2, f"{', '.join(absent)} did not see the run's folder, or could not start Python")
     if lost := [node for node in nodes if node not in reports]:
         return Ending(1, f"{', '.join(lost)} was lost")
     if set(by_status) == {0}:
         return Ending(0, "done")
-    # What failed by itself, before what was stopped because of it.
-    found = next((s for s in (HUNG, *sorted(by_status)) if s in by_status and s not in (0, STOPPED)), STOPPED)
-    if found == STOPPED or found > 128:
-        asked = STOPPED in by_status
-        return Ending(STOPPED if asked and found == STOPPED else found, _WORDS[STOPPED] if asked else f"signal {found - 128}")
+    # What failed by itself, before what failed or was stopped because of it.
+    order = (HUNG, *(s for s in sorted(by_status, reverse=True) if s > 128), 1, *sorted(by_status), STOPPED)
+    found = next(s for s in order if s in by_status and s != 0)
     node, why = by_status[found]
-    return Ending(found, why or f"{_WORDS.get(found, f'exit status {found}')} ({node})")
+    killed = f"a rank was killed by signal {found - 128}" if found > 128 else f"exit status {found}"
+    return Ending(found, why or f"{_WORDS.get(found, killed)} ({node})")
 
 
-def decide(end: Ending, *, restart: int, max_requeues: int, cancelled: bool, step: int, step_before: int) -> Next:
+def decide(
+    end: Ending, *, restart: int, max_requeues: int, cancelled: bool, queued: bool, step: int, step_before: int
+) -> Next:
     """What to do with a run whose attempt has ended.
 
     Args:
@@ -75,6 +78,7 @@ def decide(end: Ending, *, restart: int, max_requeues: int, cancelled: bool, ste
         restart: how many times the job was queued again already.
         max_requeues: of the cluster file.
         cancelled: the user wants no more of it.
+        queued: SLURM has queued the job again already.
         step: of the newest complete checkpoint.
         step_before: the same when the attempt began.
     """
@@ -82,6 +86,8 @@ def decide(end: Ending, *, restart: int, max_requeues: int, cancelled: bool, ste
         return Next("done")
     if cancelled:
         return Next("cancel", f"cancelled at step {step}")
+    if queued:
+        return Next("requeue", f"{end.why}, by SLURM")
     if end.status == 2:
         return Next("stop", end.why)
     if restart >= max_requeues:
@@ -105,20 +111,34 @@ def main(run: Path, status: int) -> None:
     step = folder.newest_step()
     attempt = start["attempt"] if start is not None else 0
     folder.note("end", attempt=attempt, status=end.status, why=end.why, step=step)
-    fields = job_fields(node.job_id) or {}
-    state = fields.get("JobState", "")
-    cancelled = folder.cancelled.exists() or state == "CANCELLED"
-    before = max((e["step"] for e in events if e["event"] == "end"), default=0)
+    fields = job_fields(node.job_id) or {} if "SLURM_JOB_ID" in os.environ else {}
     then = decide(
-        end, restart=node.restart, max_requeues=cluster.max_requeues, cancelled=cancelled, step=step, step_before=before
+        end,
+        restart=node.restart,
+        max_requeues=cluster.max_requeues,
+        cancelled=folder.cancelled.exists() or is_cancelled(fields, node.restart),
+        queued=is_queued(fields, node.restart),
+        step=step,
+        step_before=max((e["step"] for e in events if e["event"] == "end"), default=0),
     )
-    if then.event == "requeue" and state in ("PENDING", "REQUEUED"):
-        then = Next("requeue", "SLURM queued it again")
+    if then.event == "requeue" and "SLURM_JOB_ID" not in os.environ:
+        then = Next("stop", f"{then.why}; submitted again, it goes on")
     folder.note(then.event, attempt=attempt, why=then.why)
     print(f"{then.event}: {then.why}" if then.why else then.event, flush=True)
-    if then.event == "requeue" and state == "RUNNING":
+    if then.event == "requeue" and not is_queued(fields, node.restart):
         slurm("scontrol", "requeue", node.job_id)
         time.sleep(60)  # until the batch script is ended with it: nothing may come after
+
+
+def is_queued(fields: Mapping[str, str], restart: int) -> bool:
+    """Whether SLURM has queued the job again by itself: preempted, a node lost, or `scontrol requeue`."""
+    return int(fields.get("Restarts", 0)) > restart
+
+
+def is_cancelled(fields: Mapping[str, str], restart: int) -> bool:
+    """Whether SLURM ends the job for another reason than its time limit: somebody's scancel."""
+    ending = fields.get("JobState") in ("COMPLETING", "CANCELLED")
+    return ending and fields.get("Reason") != "TimeLimit" and not is_queued(fields, restart)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pretrain.recipe_io import load_recipe
 
 MEETING_SECONDS = 120  # for the first node to say where it is: all are started at once, storage may be slow
 # A scheduler asks for an end by SIGTERM (preemption, requeue, cancellation) and warns of the time limit by SIGUSR2.
-PASSED_ON = {signal.SIGTERM: signal.SIGUSR2}
+PASSED_ON: dict[int, int] = {signal.SIGTERM: signal.SIGUSR2}
 
 
 class Job:
@@ -41,7 +41,12 @@ class Job:
         self.run, self.token = run, token
 
     def __call__(self) -> None:
-        sys.exit(run_node(Path(self.run), self.token))  # past what submitit would pickle
+        status = run_node(Path(self.run), self.token)
+        if "SLURM_JOB_ID" not in os.environ:  # there a batch script does it
+            from launch.after_job import main
+
+            main(Path(self.run), status)
+        sys.exit(status)  # past what submitit would pickle
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,8 @@ def _meet(folder: JobFolder, node: Node) -> dict[str, Any]:
         except FileNotFoundError:
             time.sleep(0.2)
     raise RunError(
-        where=f"{path} on {node.name}", expected=f"word of the job's first node within {MEETING_SECONDS} s", found="none",
+        where=f"{path} on {node.name}", found="none",
+        expected=f"word of the job's first node within {MEETING_SECONDS} s",
         fix="See the log for what became of it; the run's folder must be on storage that all nodes share.",
     )  # fmt: skip
 

@@ -9,8 +9,7 @@ from contextlib import suppress
 
 from data_pipeline.errors import InputError, PretrainError, RunError
 
-_SECONDS = 60
-
+_SECONDS = 30
 
 # Words of squeue and sacct for what a job is doing; any other word is how it ended.
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")

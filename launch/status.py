@@ -95,7 +95,7 @@ def status_of(run: Path, job: JobRecord | None, queue: dict[str, str] | None) ->
         step=step,
         total_steps=plan.total_steps,
         samples_per_second=rate,
-        goodput=productive_share(run),
+        goodput=productive_share(run, job, state),
         eta_seconds=eta,
         checkpoint_step=None if newest is None else step_of(newest),
         checkpoint_age_seconds=None if newest is None else _age(newest / COMPLETE),
@@ -104,7 +104,7 @@ def status_of(run: Path, job: JobRecord | None, queue: dict[str, str] | None) ->
     )
 
 
-def productive_share(run: Path) -> float | None:
+def productive_share(run: Path, job: JobRecord | None, state: State) -> float | None:
     """Share of the run's wall time that trained; None where nothing was booked. Not booked yet by anyone."""
     return None
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from getpass import getuser
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,17 @@ from pretrain.resolve import resolve
 from pretrain.strict_yaml import write_yaml
 
 PACKAGES = ("data_pipeline", "pretrain", "launch")
-GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "SIGNALING", "STAGE_OUT")
+GOING = (
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "REQUEUED",
+    "RESIZING",
+    "SIGNALING",
+    "STAGE_OUT",
+)
 
 
 def submit(
@@ -64,8 +75,7 @@ def submit(
     cluster = Cluster.model_validate({**cluster.model_dump(), **({"nodes": nodes} if nodes else {})})
     run = (out or Path("runs") / recipe.name).resolve()
     _check_recipe(recipe, cluster)
-    _check_cluster(cluster, cluster_path, local)
-    _refuse_running(run)
+    _check_slurm(cluster, cluster_path, run, local, dry_run)
     code = run / "code" / _digest_of_code()
     if dry_run:
         print(_script(run, cluster, code, recipe.name))
@@ -85,7 +95,9 @@ def submit(
     folder.write("submitted.json", json.dumps(what, indent=1))  # a job that starts at once finds it
     job_id = _queue(run, cluster, code, recipe.name, local, what["token"])
     folder.write("submitted.json", json.dumps({**what, "job_id": job_id}, indent=1))
-    print(f"job {job_id}: {cluster.nodes} x {cluster.ranks_per_node} ranks, at most {cluster.time_minutes} minutes a time")
+    print(
+        f"job {job_id}: {cluster.nodes} x {cluster.ranks_per_node} ranks, at most {cluster.time_minutes} minutes a time"
+    )
     print(f"run: {run}")
     shown = shlex.quote(os.path.relpath(run))
     print(f"follow it: pretrain logs {shown} --follow; pretrain status {shown}; stop it: pretrain cancel {shown}")
@@ -98,6 +110,16 @@ def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
     if data.val is not None and open_dataset(data.val, cache).num_samples < cluster.world_size:
         problem = f"data.val: expected a sample for each of {cluster.world_size} processes, found fewer."
         raise RecipeError(recipe.name, [problem])
+
+
+def _check_slurm(cluster: Cluster, path: Path, run: Path, local: bool, dry_run: bool) -> None:
+    try:
+        _check_cluster(cluster, path, local)
+        _refuse_running(run)
+    except RunError as error:
+        if not dry_run:
+            raise
+        print(f"not checked with SLURM: {error}", file=sys.stderr)
 
 
 def _check_cluster(cluster: Cluster, path: Path, local: bool) -> None:
@@ -137,8 +159,8 @@ def _account_problems(cluster: Cluster) -> Iterator[str]:
         enforced = "associations" in slurm("scontrol", "show", "config").split("AccountingStorageEnforce", 1)[1][:80]
         if not enforced:
             return
-        words = ("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={os.getlogin()}", "format=account")
-        accounts = set(slurm(*words).split())
+        words = ("--noheader", "--parsable2", "show", "associations", f"user={getuser()}", "format=account")
+        accounts = set(slurm("sacctmgr", *words).split())
     except (PretrainError, OSError, IndexError):
         return  # sbatch will tell
     if cluster.account not in {None, *accounts}:
@@ -156,7 +178,7 @@ def _refuse_running(run: Path) -> None:
     if fields is not None and fields.get("JobState") in GOING:
         raise InputError(
             where=str(run), expected="a run without a job", found=f"job {job_id}, {fields['JobState'].lower()}",
-            fix=f"Follow it with `pretrain status {run}`, stop it with `pretrain cancel {run}`, or choose another --out.",
+            fix=f"Follow it with `pretrain status {run}`, end it with `pretrain cancel`, or choose another --out.",
         )  # fmt: skip
 
 

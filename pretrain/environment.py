@@ -79,8 +79,11 @@ def _packages() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Of the code that runs, with `+` where the tree differs from it; None outside a checkout."""
+    """Of the code that runs, with `+` where the tree differs from it; None outside a checkout or a copy of one."""
     folder = Path(__file__).parent
+    copied = folder.parent / "COMMIT"  # `pretrain submit` writes it beside its copy
+    if copied.is_file():
+        return copied.read_text() or None
     try:
         head, changed = (
             subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)

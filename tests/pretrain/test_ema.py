@@ -37,9 +37,9 @@ def test_updates_below_a_step_of_fp32_are_not_lost(decay: float) -> None:
     still, expected = torch.tensor([1.0, 0.0, -0.3, 2.0**-130]), average.double()
     unmoved = still.clone()
     near = average + 1e-4
-    for step in range(1, 2001):
+    for number in range(1, 2001):
         weight = near + 1e-5 * torch.randn(1000, generator=generator)
-        follow([average, unmoved], [weight, still], decay, step)
+        follow([average, unmoved], [weight, still], decay, number)
         expected = decay * expected + (1 - decay) * weight.double()
     assert torch.equal(unmoved, still)
     assert (average - expected).norm() / expected.norm() < 1e-6  # a lerp is 2e-5 off at 0.9999

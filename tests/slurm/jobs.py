@@ -1,0 +1,147 @@
+"""Runs that are submitted, watched, and disturbed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.job_folder import JobFolder
+from tests.runs import losses, write_recipe
+from tests.shards import write_shards
+from tests.slurm.cluster import SlurmCluster
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+STEPS, SAVED_EVERY = 240, 20
+MODEL = {
+    "name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 4,
+    "options": {"embed_dim": 96, "depth": 3, "num_heads": 3, "class_token": False,
+                "global_pool": "avg", "fc_norm": False},
+}  # fmt: skip
+
+
+def write_slurm_recipe(folder: Path) -> Path:
+    """A MAE that takes about 20 s on two ranks and saves every 20 of its 240 steps."""
+    shards, val = write_shards(folder / "train", 96), write_shards(folder / "val", 17)
+    return write_recipe(
+        folder / "recipe.yaml", shards,
+        data={"train": str(shards), "val": str(val), "lanes": 3, "window": 16},
+        model=MODEL,
+        schedule={"steps": STEPS, "warmup": 0.1},
+        batch={"global_size": 16},
+        checkpoint={"every_steps": SAVED_EVERY, "every_minutes": None, "keep_last": 2},
+        validation={"every_epochs": 10},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cluster, and a folder from which runs are submitted to it."""
+
+    cluster: SlurmCluster
+    folder: Path
+
+    def pretrain(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "launch.cli", *words]
+        environment = {**self.cluster.environment, "PYTHONPATH": str(CHECKOUT)}
+        done = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=120)
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def cluster_file(self, **keys: Any) -> Path:
+        tree = {
+            "partition": "main",
+            "nodes": 2,
+            "time_minutes": 10,
+            "signal_lead_seconds": 30,
+            "max_requeues": 5,
+            **keys,
+        }
+        path = self.folder / f"cluster-{time.monotonic_ns()}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    def submit(self, name: str, *words: str, **keys: Any) -> Submitted:
+        """`pretrain submit` of the folder's recipe as the run `name`."""
+        file = self.cluster_file(**keys)
+        self.pretrain("submit", "recipe.yaml", "--cluster", str(file), "--out", name, *words)
+        run = self.folder / name
+        return Submitted(self.cluster, run, str(JobFolder(run).submitted()["job_id"]))
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A run whose job is in the queue, or was."""
+
+    cluster: SlurmCluster
+    run: Path
+    job_id: str
+
+    def events(self) -> list[str]:
+        return [event["event"] for event in JobFolder(self.run).events()]
+
+    def last(self, event: str) -> dict[str, Any]:
+        return next(e for e in reversed(JobFolder(self.run).events()) if e["event"] == event)
+
+    def step(self) -> int:
+        """The newest that was logged."""
+        path = self.run / "metrics.jsonl"
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith(b"}")), default=0)
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 180, what: str = "condition") -> None:
+        """Lets a requeued job start at once; fails with the job's log where the time is over."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{what} not reached in {seconds} s\n{self.told()}")
+            if self.cluster.job(self.job_id).get("Reason") == "BeginTime":
+                self.cluster.start_now(self.job_id)
+            time.sleep(0.05)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait(lambda: self.step() >= step, what=f"step {step}")
+
+    def ended(self) -> bool:
+        state = self.cluster.job(self.job_id)["JobState"]
+        return state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+
+    def wait_until_over(self, seconds: float = 240) -> None:
+        self.wait(self.ended, seconds, "the end of the job")
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in sorted(JobFolder(self.run).logs.glob("*_log.out")))
+
+    def told(self) -> str:
+        events = "\n".join(json.dumps(event) for event in JobFolder(self.run).events())
+        return f"{dict(self.cluster.job(self.job_id))}\n{events}\n{self.log()[-6000:]}"
+
+    def rank_pid(self, rank: int) -> int:
+        """The process of a rank that trains now."""
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                try:
+                    environment = (entry / "environ").read_bytes().split(b"\0")
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                if (
+                    f"RANK={rank}".encode() in environment
+                    and b"launch.rank" in words
+                    and str(self.run).encode() in words
+                ):
+                    return int(entry.name)
+        raise AssertionError(f"no rank {rank} of {self.run}")
+
+    def check_whole(self, expected: dict[int, float]) -> None:
+        """It is done, and every step's loss is the uninterrupted run's to the bit."""
+        assert self.events()[-1] == "done", self.told()
+        assert losses(self.run) == expected
+        assert (self.run / "encoder" / "model.safetensors").is_file()

@@ -1,0 +1,124 @@
+"""What clusters do to jobs, done to a real one: each run ends by itself, equal to the uninterrupted one to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from launch.job_folder import JobFolder
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.jobs import SAVED_EVERY, Place
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_warning_of_the_time_limit(place: Place, expected: dict[int, float]) -> None:
+    job = place.submit("warned")
+    job.wait_for_step(50)
+    place.cluster.run("scancel", "--signal=USR2", job.job_id)
+    job.wait_until_over()
+    job.check_whole(expected)
+    assert job.events() == ["start", "end", "requeue", "start", "end", "done"]
+    first = JobFolder(job.run).events()[1]
+    assert first["status"] == 75
+    assert first["step"] >= 50, "it saved at the warning, not before"
+
+
+def test_preempted_by_a_termination(place: Place, expected: dict[int, float]) -> None:
+    job = place.submit("terminated")
+    job.wait_for_step(50)
+    place.cluster.run("scancel", "--signal=TERM", job.job_id)
+    job.wait_until_over()
+    job.check_whole(expected)
+    assert job.events() == ["start", "end", "requeue", "start", "end", "done"]
+    assert JobFolder(job.run).events()[1]["step"] >= 50
+
+
+def test_requeued_by_an_operator(place: Place, expected: dict[int, float]) -> None:
+    job = place.submit("requeued")
+    job.wait_for_step(50)
+    place.cluster.run("scontrol", "requeue", job.job_id)
+    job.wait_until_over()
+    job.check_whole(expected)
+    assert job.events().count("start") == 2
+
+
+def test_a_rank_that_is_killed(place: Place, expected: dict[int, float]) -> None:
+    job = place.submit("killed")
+    job.wait_for_step(50)
+    os.kill(job.rank_pid(1), signal.SIGKILL)
+    job.wait_until_over()
+    job.check_whole(expected)
+    assert job.events() == ["start", "end", "requeue", "start", "end", "done"]
+    assert JobFolder(job.run).events()[1]["step"] % SAVED_EVERY == 0
+
+
+@pytest.mark.parametrize("node", ["n0", "n1"])
+def test_a_node_that_is_lost(place: Place, expected: dict[int, float], node: str) -> None:
+    job = place.submit(f"lost-{node}")
+    job.wait_for_step(50)
+    place.cluster.kill_slurmd(node)
+    place.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=drill")
+    job.wait(
+        lambda: place.cluster.job(job.job_id)["JobState"] in ("PENDING", "REQUEUED"), what="its return to the queue"
+    )
+    place.cluster.start_slurmd(node)
+    place.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    job.wait_until_over()
+    job.check_whole(expected)
+
+
+def test_requeued_during_a_save(place: Place, expected: dict[int, float]) -> None:
+    job = place.submit("in-a-save")
+    job.wait_for_step(SAVED_EVERY + 5)
+    folder = job.run / "checkpoints"
+    known = set(folder.iterdir())
+    while not (new := set(folder.iterdir()) - known):
+        pass
+    place.cluster.run("scontrol", "requeue", job.job_id)
+    assert new
+    job.wait_until_over()
+    job.check_whole(expected)
+
+
+def test_what_submitit_may_leave_behind(place: Place, expected: dict[int, float]) -> None:
+    """A stale `.save_tmp`, with which its own requeue fails for ever."""
+    job = place.submit("stale")
+    job.wait_for_step(50)
+    for path in JobFolder(job.run).logs.glob("*.pkl"):
+        path.with_name(f"{path.name}.save_tmp").write_bytes(b"half")
+    place.cluster.run("scancel", "--signal=USR2", job.job_id)
+    job.wait_until_over()
+    job.check_whole(expected)
+
+
+def test_another_number_of_nodes(place: Place, expected: dict[int, float]) -> None:
+    """Cancelled, which saves, and submitted again on one node; the global batch stays."""
+    job = place.submit("elastic")
+    job.wait_for_step(50)
+    place.pretrain("cancel", "elastic")
+    job.wait_until_over()
+    assert job.events() == ["start", "end", "cancel"]
+    saved = job.last("end")["step"]
+    assert saved >= 50
+    again = place.submit("elastic", "--nodes", "1")
+    again.wait_until_over()
+    assert again.events()[-1] == "done", again.told()
+    from tests.runs import losses
+
+    found = losses(job.run)
+    assert sorted(found) == sorted(expected)
+    assert all(found[step] == expected[step] for step in range(1, saved + 1))
+    assert all(found[step] == pytest.approx(expected[step], rel=1e-4) for step in found)
+
+
+def test_a_run_without_progress_stops_and_says_so(place: Place, cluster: SlurmCluster, tmp_path: Path) -> None:
+    job = place.submit("stuck", "--set", "checkpoint.every_steps=1000")
+    job.wait_for_step(10)
+    os.kill(job.rank_pid(0), signal.SIGKILL)
+    job.wait_until_over()
+    assert job.events() == ["start", "end", "stop"], job.told()
+    assert "without a new checkpoint since step 0" in job.last("stop")["why"]

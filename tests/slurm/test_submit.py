@@ -1,0 +1,40 @@
+"""A run on two nodes from submission to its judgement, and what is refused before or in the first seconds."""
+
+from __future__ import annotations
+
+from tests.slurm.jobs import Place
+
+
+def test_two_nodes_train_and_the_encoder_is_judged(place: Place, expected: dict[int, float]) -> None:
+    printed = place.pretrain("submit", "recipe.yaml", "--cluster", str(place.cluster_file()), "--dry-run").stdout
+    assert "#SBATCH --nodes=2" in printed
+    assert "#SBATCH --signal=USR2@30" in printed
+    assert not (place.folder / "runs").exists(), "a dry run writes nothing"
+    job = place.submit("two")
+    running = place.pretrain(
+        "submit", "recipe.yaml", "--cluster", str(place.cluster_file()), "--out", "two", check=False
+    )
+    assert running.returncode == 2
+    assert f"job {job.job_id}" in running.stderr
+    job.wait_until_over()
+    job.check_whole(expected)
+    assert job.last("start")["nodes"] == ["n0", "n1"]
+    judged = place.pretrain("eval", "knn", "two", "--train", "train", "--test", "val", "--k", "5").stdout
+    assert "top1" in judged
+
+
+def test_what_can_be_known_before_is_refused_by_its_field(place: Place) -> None:
+    for words, keys, told in (
+        ((), {"partition": "gpu"}, "partition: expected one of main, found 'gpu'"),
+        ((), {"time_minutes": 100}, "time_minutes: expected at most 60"),
+        ((), {"nodes": 4}, "nodes: expected at most the 2 of partition main, found 4"),
+        (("--set", "data.train=nowhere"), {}, "nowhere"),
+        (("--set", "batch.global_size=15"), {}, "batch.global_size"),
+        ((), {"sbatch": {"partition": "main"}}, "expected `partition` for what sbatch.partition says"),
+        ((), {"signal_lead_seconds": 600}, "signal_lead_seconds below the time limit"),
+    ):
+        file = place.cluster_file(**keys)
+        done = place.pretrain("submit", "recipe.yaml", "--cluster", str(file), "--out", "refused", *words, check=False)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert told in done.stderr
+        assert not (place.folder / "refused").exists()
