@@ -111,6 +111,15 @@ def test_a_new_submission_opens_a_run_that_was_stopped(tmp_path: Path, commands:
     assert state(run) == "done"
 
 
+def test_clocks_of_two_machines_may_differ(tmp_path: Path, commands: Commands) -> None:
+    run = submit(make_run(tmp_path / "run", logged=2), at=time.time() + 600)
+    event(run, "start")
+    commands.says("squeue", "7 PENDING")
+    assert state(run) == "requeued"
+    event(run, "stop")
+    assert state(run) == "stopped"
+
+
 def test_a_job_that_is_cancelled_before_it_starts(tmp_path: Path, commands: Commands) -> None:
     run = submit(make_run(tmp_path / "run"))
     event(run, "cancel")
