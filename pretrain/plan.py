@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
@@ -46,15 +47,16 @@ def footprint(recipe: Recipe, world_size: int) -> Footprint:
     frozen = sum(p.numel() for p in objective.parameters()) - trained
     moments = _moments(objective, recipe) / max(1, trained)
     stage, share = recipe.engine.zero_stage, 1 / world_size
-    averaged = recipe.ema is not None
     states = model_state_bytes(trained, stage, world_size, moments)
     offloaded = 4 * trained * share * (1 + moments) if recipe.engine.offload_optimizer else 0.0
-    kept = 4 * frozen * (share if stage == 3 else 1) + 4 * trained * (share if stage else 1) * averaged
+    kept = 4 * frozen * (share if stage == 3 else 1)
+    if recipe.ema is not None:
+        kept += 4 * trained * (share if stage else 1) + sum(buffer.nbytes for buffer in _statistics(objective))
     checkpoint = checkpoint_bytes(objective, recipe)
     return Footprint(
         num_trained=trained,
         num_frozen=frozen,
-        device=states - offloaded + kept + sum(buffer.nbytes for buffer in objective.buffers()) * (1 + averaged),
+        device=states - offloaded + kept + sum(buffer.nbytes for buffer in objective.buffers()),
         host=offloaded + checkpoint * share,
         checkpoint=checkpoint,
     )
@@ -88,13 +90,22 @@ def checkpoint_bytes(objective: Objective, recipe: Recipe) -> int:
     Args:
         objective: of the recipe; may be on the meta device.
     """
-    parameters = dict(objective.named_parameters())
-    buffers = [value for name, value in objective.state_dict(keep_vars=True).items() if name not in parameters]
-    total = sum(int(tensor.nbytes) for tensor in (*parameters.values(), *buffers)) + 4 * _moments(objective, recipe)
+    parameters, buffers = list(objective.parameters()), _persistent_buffers(objective)
+    total = sum(int(tensor.nbytes) for tensor in (*parameters, *buffers)) + 4 * _moments(objective, recipe)
     if recipe.ema is not None:
-        total += sum(int(p.nbytes) for p in parameters.values() if p.requires_grad)
-        total += sum(int(buffer.nbytes) for buffer in buffers if buffer.is_floating_point())
+        averaged = [p for p in parameters if p.requires_grad]
+        total += sum(int(tensor.nbytes) for tensor in (*averaged, *_statistics(objective)))
     return total
+
+
+def _persistent_buffers(objective: Objective) -> list[Tensor]:
+    parameters = dict(objective.named_parameters())
+    return [value for name, value in objective.state_dict(keep_vars=True).items() if name not in parameters]
+
+
+def _statistics(objective: Objective) -> list[Tensor]:
+    """What is averaged with the weights: running statistics."""
+    return [buffer for buffer in _persistent_buffers(objective) if buffer.is_floating_point()]
 
 
 def _moments(objective: Objective, recipe: Recipe) -> int:
