@@ -53,6 +53,9 @@ def ending(reports: Mapping[str, Mapping[str, object]], joined: set[str], nodes:
     if 2 in by_status:
         node, why = by_status[2]
         return Ending(2, why or f"wrong input, see the log ({node})")
+    if HUNG in by_status:  # the others were waiting, and some may have been killed for it
+        node, why = by_status[HUNG]
+        return Ending(HUNG, why or f"{_WORDS[HUNG]} ({node})")
     absent = [node for node in nodes if node not in joined]
     if absent and status < 128:  # nobody ended them before they could be there
         return Ending(2, f"{', '.join(absent)} did not see the run's folder, or could not start Python")
@@ -61,7 +64,7 @@ def ending(reports: Mapping[str, Mapping[str, object]], joined: set[str], nodes:
     if set(by_status) == {0}:
         return Ending(0, "done")
     # What failed by itself, before what failed or was stopped because of it.
-    order = (HUNG, *(s for s in sorted(by_status, reverse=True) if s > 128), 1, *sorted(by_status), STOPPED)
+    order = (*(s for s in sorted(by_status, reverse=True) if s > 128), 1, *sorted(by_status), STOPPED)
     found = next(s for s in order if s in by_status and s != 0)
     node, why = by_status[found]
     killed = f"a rank was killed by signal {found - 128}" if found > 128 else f"exit status {found}"
@@ -106,6 +109,9 @@ def main(run: Path, status: int) -> None:
     nodes = start["nodes"] if start is not None else [node.name]
     left = attempt_folder(run, node.job_id, node.restart)
     reports = {path.stem: json.loads(path.read_bytes()) for path in left.glob("*.json") if path.stem != "meeting"}
+    for report in reports.values():
+        if report["status"] == HUNG:
+            report["why"] = _hang(folder)
     joined = {path.stem for path in left.glob("*.joined")}
     end = ending(reports, joined, nodes, status)
     step = folder.newest_step()
@@ -128,6 +134,12 @@ def main(run: Path, status: int) -> None:
     if then.event == "requeue" and not is_queued(fields, node.restart):
         slurm("scontrol", "requeue", node.job_id)
         time.sleep(60)  # until the batch script is ended with it: nothing may come after
+
+
+def _hang(folder: JobFolder) -> str:
+    """What a rank's watchdog found last; empty where it could not write it down."""
+    files = sorted(folder.path.glob("hang-*.json"), key=lambda path: path.stat().st_mtime)
+    return str(json.loads(files[-1].read_bytes())["found"][0]["line"]) if files else ""
 
 
 def is_queued(fields: Mapping[str, str], restart: int) -> bool:

@@ -44,13 +44,18 @@ class World:
 
 
 @contextmanager
-def process_group(world: World, device: torch.device) -> Iterator[None]:
-    """Joins all ranks for the duration of a run; one process needs no rendezvous address."""
+def process_group(world: World, device: torch.device, seconds: float = 1800) -> Iterator[None]:
+    """Joins all ranks for the duration of a run; one process needs no rendezvous address.
+
+    Args:
+        seconds: how long a rank waits for the others in a collective.
+    """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = torch._C._distributed_c10d.HashStore() if world.size == 1 else None
-    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=30))
+    timeout = timedelta(seconds=seconds)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     yield
     dist.destroy_process_group()  # not after an error: NCCL would wait there for ranks that wait for this one
 

@@ -48,6 +48,7 @@ class Inline:
         prepare: a host batch -> the normalised batch on the device.
         world: this process among the ranks.
         out: the run's folder; reports go to `evals/`.
+        alive: called with every batch that kNN takes, on rank 0, while the others wait.
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class Inline:
         prepare: Callable[[Batch], Batch],
         world: World,
         out: Path,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._recipe, self._val, self._engine, self._objective = recipe, val, engine, engine.objective
         self._captions = captions
-        self._prepare, self._world, self._out = prepare, world, out
+        self._prepare, self._world, self._out, self._alive = prepare, world, out, alive
         self._group = side_group()  # rank 0 may take long, and NCCL's patience is short
         self._views = ViewSpec(**recipe.data.views.model_dump())
 
@@ -135,6 +137,7 @@ class Inline:
         with torch.random.fork_rng(devices=[]):
             module = build_encoder(self._recipe.model)
         load_strictly(module, weights, where=f"the encoder at step {step}")
+        module.register_forward_pre_hook(lambda *_: self._alive())
         return Encoder.of_recipe(
             module.to(self._engine.device),
             self._recipe,

@@ -66,6 +66,7 @@ class Parts:
         log_every: steps between logged ones.
         advise: what looks at the values of each logged step, and says so where something is wrong.
         after_step: called after every applied step; a profiler's.
+        watch: told the steps applied and what begins now (data, step, evaluation, checkpoint); all ranks alike.
     """
 
     engine: Engine
@@ -81,6 +82,7 @@ class Parts:
     log_every: int
     advise: tuple[Advise, ...] = ()
     after_step: Callable[[], None] = lambda: None
+    watch: Callable[[int, str], None] = lambda step, begins: None
 
 
 def train(state: RunState, parts: Parts, stop_at: int) -> RunState:
@@ -94,8 +96,10 @@ def train(state: RunState, parts: Parts, stop_at: int) -> RunState:
     meter = _Meter()
     parts.engine.clock.take()  # what was booked while everything was made
     while state.progress.step < stop_at:
+        parts.watch(state.progress.step, "data")
         with meter.waiting():
             data = next(parts.steps)
+        parts.watch(state.progress.step, "step")
         lr = parts.learning_rate(state.progress)
         batches = _Prepared(data.micro_batches, parts.prepare, parts.engine.clock)
         result = parts.engine.step(batches, state.progress, lr, parts.undecayed_rate(state.progress))
@@ -117,6 +121,7 @@ def train(state: RunState, parts: Parts, stop_at: int) -> RunState:
         with parts.engine.clock.part("evaluation"):
             for evaluation in parts.evaluations:
                 if last or step % evaluation.every_steps == 0:
+                    parts.watch(step, "evaluation")
                     _evaluate(evaluation, state, parts.log)
         if save and not stopping:
             _save(state, parts)
@@ -129,6 +134,7 @@ def train(state: RunState, parts: Parts, stop_at: int) -> RunState:
 
 
 def _save(state: RunState, parts: Parts) -> None:
+    parts.watch(state.progress.step, "checkpoint")
     with parts.engine.clock.part("checkpoint"):
         parts.checkpoints.save(state)
 

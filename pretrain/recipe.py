@@ -118,6 +118,7 @@ class Runtime(Group):
     threads: int | None = Field(None, ge=1)  # per rank; None: cores / ranks on this machine
     peak_tflops: float | None = Field(None, gt=0)  # of the device, for MFU; None: measured
     max_skipped_steps: int = Field(10, ge=0)  # non-finite steps before the run stops
+    step_timeout_seconds: float | None = Field(1800, gt=0)  # without progress, then the job is ended; None: never
 
 
 class Wandb(Group):

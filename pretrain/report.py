@@ -20,6 +20,7 @@ from pretrain.checkpoint import complete_checkpoints, module_state, read_state
 from pretrain.evals.base import EvalReport, Interval, compare
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources import load_source
+from pretrain.goodput import read_goodput
 from pretrain.models.encoders import load_strictly
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.masked import Painter, find_painter
@@ -76,6 +77,7 @@ def write_report(run: Path, *, notes: Sequence[str] = ()) -> Path:
         "comparisons": comparisons,
         "num_classes": comparisons[0].trained.data["num_classes"] if comparisons else None,
         "notes": notes,
+        "goodput": read_goodput(run),
         "curves": _curves(_metrics(run / "metrics.jsonl")),
         "triples": _reconstructions(recipe, painter) if painter is not None else [],
         "mask_ratio": _hidden_share(painter),

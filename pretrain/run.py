@@ -28,6 +28,7 @@ from pretrain.collectives import World, gather_objects, process_group
 from pretrain.engine import Engine
 from pretrain.environment import choose_device, describe, pin_threads
 from pretrain.export import export_encoder
+from pretrain.goodput import Timeline, read_goodput
 from pretrain.inline import Inline
 from pretrain.loop import Limits, Parts, Periodic, train
 from pretrain.metrics import MetricLog, Rates, flops_per_sample
@@ -44,6 +45,7 @@ from pretrain.sinks import open_sinks
 from pretrain.start import Start, find_start, not_longer
 from pretrain.state import Progress, RunState
 from pretrain.timing import DataBrake, profiled
+from pretrain.watchdog import Watchdog
 
 
 def folder_of(out: Path, overfit_batch: bool) -> Path:
@@ -84,7 +86,9 @@ def run(
     plan = preflight(recipe, world.size, out)
     job = _Job(recipe, plan, world, device, out, overfit_batch)
     demand = Demand()
-    with demand.by_signal(), process_group(world, device):
+    timeout = recipe.runtime.step_timeout_seconds
+    group = process_group(world, device, seconds=max(1800, 2 * (timeout or 0)))  # after the watchdog, which says more
+    with demand.by_signal(), group, Watchdog(world, timeout, out) as watchdog:
         torch.manual_seed(recipe.seed)
         objective = build_objective(recipe.model, recipe.objective)
         start = find_start(recipe, objective, None if overfit_batch else job.checkpoints, world)
@@ -104,15 +108,18 @@ def run(
         for line in (_opening(job, state, start), *start.notes):
             log.say(line)
         writer = _writer(job, engine, log, start)
-        parts = _parts(job, engine, state, log, rates, writer, demand)
+        parts = _parts(job, engine, state, log, rates, writer, demand, watchdog.alive)
+        timeline = Timeline(out, step=state.progress.step, active=world.is_main)
         try:
             with profiled(profile_steps, out / "profile" / f"rank{world.rank}.json.gz") as after_step:
-                return _train(job, state, replace(parts, after_step=after_step), max_steps, writer, start)
+                parts = replace(parts, after_step=after_step, watch=partial(_watch, watchdog, timeline))
+                return _train(job, state, parts, max_steps, writer, start, timeline)
         except InputError as error:  # what was given was right when it was looked at
             raise RunError(error.where, error.expected, error.found, error.fix) from error
         finally:
             if writer is not None:
                 writer.abandon()
+            timeline.end(finished=False)
             log.close()
             if lock is not None:
                 lock.close()
@@ -154,7 +161,13 @@ def _engine(job: _Job, objective: Objective) -> tuple[Engine, Rates]:
 
 
 def _train(
-    job: _Job, state: RunState, parts: Parts, max_steps: int | None, writer: CheckpointWriter | None, start: Start
+    job: _Job,
+    state: RunState,
+    parts: Parts,
+    max_steps: int | None,
+    writer: CheckpointWriter | None,
+    start: Start,
+    timeline: Timeline,
 ) -> bool:
     """The loop, and the last checkpoint on disk. Returns whether it got as far as it was to."""
     first_step, total_steps = state.progress.step, job.plan.resolved.total_steps
@@ -165,8 +178,16 @@ def _train(
     if state.progress.step == first_step and start.checkpoint is not None and job.world.is_main:
         # The process before may have died between a checkpoint and its export.
         export_encoder(job.recipe, start.checkpoint.path, job.out / "encoder")
+    timeline.end(finished=True)
+    if job.world.is_main and (goodput := read_goodput(job.out)) is not None:
+        parts.log.say(str(goodput))
     parts.log.say(_closing(job, state))
     return state.progress.step >= stop_at
+
+
+def _watch(watchdog: Watchdog, timeline: Timeline, step: int, begins: str) -> None:
+    watchdog.progress(step, begins)
+    timeline.mark(step, begins)
 
 
 def _resumed(job: _Job, engine: Engine, start: Start) -> RunState:
@@ -206,15 +227,17 @@ def _parts(
     rates: Rates,
     writer: CheckpointWriter | None,
     demand: Demand,
+    alive: Callable[[], None],
 ) -> Parts:
     recipe, resolved = job.recipe, job.plan.resolved
 
     def prepared(batch: Batch) -> Batch:
+        alive()  # a long validation is no hang
         return prepare(batch, job.device, recipe.data.mean, recipe.data.std, job.plan.needs.num_classes)
 
     peak: dict[str, Any] = {"peak_lr": resolved.peak_lr, "warmup_steps": resolved.warmup_steps}
 
-    inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepared, job.world, job.out)
+    inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepared, job.world, job.out, alive)
     evaluations = inline.periodic(resolved.steps_per_epoch)
     see: Callable[[Batch], Batch] = lambda batch: batch  # noqa: E731
     if recipe.logging.images_every_steps is not None:

@@ -22,3 +22,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: two processes share the files, and one would be left alone with the last."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many tests ran on a SLURM cluster: where there is none they are skipped, which should not go unseen."""
+
+    def count(kind: str) -> int:
+        reports = terminalreporter.stats.get(kind, [])
+        return sum(report.nodeid.startswith("tests/slurm/") for report in reports)
+
+    ran, skipped = count("passed") + count("failed"), count("skipped")
+    if ran or skipped:
+        terminalreporter.write_line(f"SLURM: {ran} tests ran on a cluster of two nodes, {skipped} were skipped")

@@ -54,11 +54,11 @@ def train(recipe: Path, out: Path, nproc: int = 1, *overrides: str, **arguments:
     return (out / "log-rank0.txt").read_text()
 
 
-def _run(_: World, recipe: Path, out: Path, overrides: Sequence[str], arguments: dict[str, Any]) -> None:
+def _run(_: World, recipe: Path, out: Path, overrides: Sequence[str], arguments: dict[str, Any]) -> bool:
     from pretrain.recipe_io import load_recipe
     from pretrain.run import run
 
-    run(load_recipe(recipe, list(overrides)), out, **arguments)
+    return run(load_recipe(recipe, list(overrides)), out, **arguments)
 
 
 def losses(out: Path) -> dict[int, float]:

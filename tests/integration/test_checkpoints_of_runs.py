@@ -67,6 +67,23 @@ def test_a_signal_to_any_rank_saves_at_the_next_step(recipe: Path, tmp_path: Pat
             train(recipe, out, 1, "schedule.steps=100000", "checkpoint={every_steps: null, every_minutes: 60}")
 
 
+def test_a_signal_to_one_rank_saves_and_stops_all_and_they_go_on_to_the_bit(recipe: Path, tmp_path: Path) -> None:
+    out, seldom = tmp_path / "run", "checkpoint={every_steps: null, every_minutes: 60}"
+    train(recipe, tmp_path / "whole", 2, seldom)
+    with running(recipe, out, 2, seldom) as ranks:
+        while max(losses(out), default=0) < 3:
+            time.sleep(0.001)
+        pid = ranks.processes[1].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGUSR2)
+        assert ranks.results() == [False, False], "neither got as far as it was to"
+    at = max(losses(out))
+    assert 3 <= at < max(losses(tmp_path / "whole"))
+    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == [f"step_{at:08d}"]
+    train(recipe, out, 2, seldom)
+    assert losses(out) == losses(tmp_path / "whole")
+
+
 def test_a_damaged_one_is_named_and_the_one_before_goes_on_to_the_bit(
     recipe: Path, finished: Path, tmp_path: Path
 ) -> None:

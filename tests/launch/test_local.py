@@ -42,6 +42,14 @@ elif what == "fail" and rank == 1:
     sys.exit(7)
 elif what == "killed" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
+elif what == "place":
+    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OWN".split()
+    (folder / f"{rank}.json").write_text(json.dumps({n: os.environ[n] for n in names}))
+elif what == "asked":
+    slow = 2 * (rank % 2)
+    signal.signal(signal.SIGUSR2, lambda *_: (time.sleep(slow), (folder / f"saved{rank}").touch(), os._exit(75)))
+    started()
+    time.sleep(100)
 elif what in ("late", "late-polite") and rank == 1:
     while not (folder / "0.json").exists():
         time.sleep(0.01)
@@ -67,9 +75,11 @@ def environment(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def start(what: str, folder: Path, environment: dict[str, str], num_ranks: int = 2) -> subprocess.Popen[str]:
+def start(
+    what: str, folder: Path, environment: dict[str, str], num_ranks: int = 2, program: str = LAUNCH
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(num_ranks), what, str(folder)],
+        [sys.executable, "-c", program, str(num_ranks), what, str(folder)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -110,6 +120,36 @@ def test_ranks_are_told_what_torchrun_tells(tmp_path: Path, environment: dict[st
         assert argv[1:] == ["environment", str(tmp_path)]
         assert name == "__main__"
     assert len(ports) == 1
+
+
+PLACED = (
+    "import sys; from launch.local import Place, launch; "
+    "place = Place(first_rank=4, world_size=6, master=('far', 77), environment={'OWN': 'x'}); "
+    "sys.exit(launch(sys.argv[2:], int(sys.argv[1]), module='part', place=place, passed_on={15: 12}))"
+)
+
+
+def test_ranks_of_one_node_of_many(tmp_path: Path, environment: dict[str, str]) -> None:
+    assert start("place", tmp_path, environment, program=PLACED).wait(timeout=30) == 0
+    for local_rank in range(2):
+        assert json.loads((tmp_path / f"{4 + local_rank}.json").read_text()) == {
+            "RANK": str(4 + local_rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "far", "MASTER_PORT": "77", "OWN": "x",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(("program", "signum"), [(LAUNCH, signal.SIGUSR2), (PLACED, signal.SIGTERM)])
+def test_ranks_that_are_asked_to_stop_are_waited_for(
+    tmp_path: Path, environment: dict[str, str], program: str, signum: int
+) -> None:
+    """The second takes longer over its last save than the grace for ranks that failed."""
+    launcher = start("asked", tmp_path, environment, program=program)
+    first = 0 if program == LAUNCH else 4
+    ranks = family(tmp_path, (first, first + 1))
+    launcher.send_signal(signum)
+    assert launcher.wait(timeout=30) == 75
+    assert all((tmp_path / f"saved{rank}").exists() for rank in (first, first + 1))
+    assert all_gone(ranks)
 
 
 def test_a_number_of_threads_that_is_set_is_kept(tmp_path: Path, environment: dict[str, str]) -> None:

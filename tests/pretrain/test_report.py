@@ -35,6 +35,7 @@ from pretrain.evals.base import EvalReport, Outcomes, compare
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import Knn
 from pretrain.evals.sources import load_source
+from pretrain.goodput import Goodput
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.mae import Mae
 from pretrain.recipe import InlineKnn
@@ -263,8 +264,17 @@ def sample_page(text: str) -> dict[str, Any]:
             report.Comparison(text, judged, judged, compare(judged, judged)),
         ],
         "num_classes": 3, "curves": [shown], "triples": [[shown] * 3], "mask_ratio": 0.75, "normalized": True,
+        "goodput": Goodput(productive=3.0, lost=1.0),
         "neighbours": [Neighbours(shown, {text: [shown]})],
     }  # fmt: skip
+
+
+def test_it_says_where_the_time_went(page: Page) -> None:
+    made = Page(report.render(sample_page("x") | {"goodput": Goodput(productive=3000.0, waiting=500.0, lost=500.0)}))
+    assert "Where the time went" in made.text
+    assert all(text in made.text for text in ("start-up", "productive", "75.0 %", "12.5 %", "0.0 %", "4,000 s"))
+    assert "Where the time went" in page.text, "the run wrote its timeline"
+    assert "Where the time went" not in Page(report.render(sample_page("x") | {"goodput": None})).text
 
 
 @settings(max_examples=60, deadline=None)

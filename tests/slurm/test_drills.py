@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from launch.after_job import HUNG
 from launch.job_folder import JobFolder
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.jobs import SAVED_EVERY, Place
@@ -16,6 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_warning_of_the_time_limit(place: Place, expected: dict[int, float]) -> None:
+    """Of a job of ten minutes, which submitit by itself takes for timed out whatever happens."""
     job = place.submit("warned")
     job.wait_for_step(50)
     place.cluster.run("scancel", "--signal=USR2", job.job_id)
@@ -54,6 +57,38 @@ def test_a_rank_that_is_killed(place: Place, expected: dict[int, float]) -> None
     job.check_whole(expected)
     assert job.events() == ["start", "end", "requeue", "start", "end", "done"]
     assert JobFolder(job.run).events()[1]["step"] % SAVED_EVERY == 0
+
+
+def test_a_rank_that_hangs_is_named(place: Place, expected: dict[int, float]) -> None:
+    job = place.submit("hung", "--set", "runtime.step_timeout_seconds=8")
+    job.wait_for_step(50)
+    os.kill(job.rank_pid(1), signal.SIGSTOP)
+    job.wait_until_over()
+    job.check_whole(expected)
+    assert job.events() == ["start", "end", "requeue", "start", "end", "done"]
+    first = JobFolder(job.run).events()[1]
+    assert first["status"] == HUNG
+    assert "rank 1 on n1 has made no progress" in first["why"]
+    named = [line for line in job.log().splitlines() if "has made no progress" in line]
+    assert named
+    assert all(line.startswith("rank 1 on n1 ") for line in named)
+
+
+def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(place: Place, expected: dict[int, float]) -> None:
+    checkpoints = place.folder / "full" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", str(checkpoints)], check=True)
+    try:
+        job = place.submit("full")
+        job.wait_until_over()
+        assert job.events() == ["start", "end", "stop"], job.told()
+        assert "No space left on device" in job.log()
+        subprocess.run(["mount", "-o", "remount,size=64M", str(checkpoints)], check=True)
+        job = place.submit("full")
+        job.wait_until_over()
+        job.check_whole(expected)
+    finally:
+        subprocess.run(["umount", "--lazy", str(checkpoints)], check=True)
 
 
 @pytest.mark.parametrize("node", ["n0", "n1"])

@@ -1,0 +1,67 @@
+"""Cluster files: what is refused, and what becomes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import RecipeError
+from launch.cluster import Cluster, load_cluster
+from launch.job_folder import JobFolder
+from launch.slurm import fields_of, minutes_of
+from launch.submit import _partition_problems
+
+CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "cluster"
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_those_that_are_here_are_valid(path: Path) -> None:
+    cluster = load_cluster(path)
+    assert cluster.world_size == cluster.nodes * cluster.ranks_per_node
+    assert f"--cluster configs/cluster/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("partiton: gpu", "partition"),
+        ("nodes: 0", "nodes: expected at least 1, found 0"),
+        ("nodes: two", "nodes: expected a whole number, found"),
+        ("{ranks_per_node: 8, gpus_per_node: 4}", "expected gpus_per_node 8, one for each of ranks_per_node"),
+        ("{time_minutes: 2, signal_lead_seconds: 120}", "expected signal_lead_seconds below the time limit of 120 s"),
+        ("sbatch: {account: me}", "expected `account` for what sbatch.account says"),
+        ("sbatch: {cpus_per_task: 3}", "expected `cpus_per_rank` for what sbatch.cpus_per_task says"),
+        ("sbatch: {array: 1-3}", "expected no sbatch.array"),
+        ("nodes: 1\nnodes: 2", "nodes"),
+    ],
+)
+def test_each_problem_names_its_key(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "cluster.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_cluster(tmp_path / "cluster.yaml")
+    assert told in str(caught.value)
+
+
+def test_what_a_partition_does_not_allow_is_known_before() -> None:
+    known = {"main": {"Default": "YES", "MaxTime": "1-00:00:00", "TotalNodes": "4"}, "long": {"MaxTime": "UNLIMITED"}}
+    assert list(_partition_problems(Cluster(nodes=4, time_minutes=1440), known)) == []
+    assert list(_partition_problems(Cluster(partition="long", nodes=9, time_minutes=99999), known)) == []
+    problems = list(_partition_problems(Cluster(nodes=5, time_minutes=1441), known))
+    assert [problem.split(":")[0] for problem in problems] == ["time_minutes", "nodes"]
+    assert "expected one of main, long, found 'gpu'" in next(_partition_problems(Cluster(partition="gpu"), known))
+
+
+def test_what_slurm_writes_is_read() -> None:
+    assert [minutes_of(text) for text in ("1-00:30:00", "02:00:00", "30:00", "UNLIMITED")] == [1470, 120, 30, None]
+    assert fields_of("JobId=7 JobName=a=b Reason=None")["JobName"] == "a=b"
+
+
+def test_a_line_that_a_kill_cut_short_is_passed_over(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path)
+    folder.write("recipe.yaml", "")
+    folder.note("start", attempt=0)
+    with (folder.path / "attempts.jsonl").open("ab") as file:
+        file.write(b'{"event": "en')
+    assert [event["event"] for event in folder.events()] == ["start"]
+    assert folder.num_attempts() == 1

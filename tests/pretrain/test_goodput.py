@@ -1,0 +1,205 @@
+"""Every second of a run is booked once, whatever sequence of attempts, saves and kills it was."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.goodput import FILE_NAME, Goodput, Timeline, book, read_goodput, read_lines
+
+SECONDS = st.floats(0.001, 1000)
+
+
+@dataclass(frozen=True)
+class Step:
+    data: float
+    step: float
+    evaluation: float | None
+    save: float | None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """`killed` seconds into what follows its last step; None: it ends by itself, with a save, as the loop does.
+
+    `told`: the cluster wrote its end.
+    """
+
+    queued: float
+    start_up: float
+    steps: list[Step]
+    killed: float | None
+    told: bool
+    torn: bool
+    lost_saves: int  # of the newest, which turn out damaged
+
+
+ATTEMPTS = st.lists(
+    st.builds(
+        Attempt, SECONDS, SECONDS,
+        st.lists(st.builds(Step, SECONDS, SECONDS, st.none() | SECONDS, st.none() | SECONDS), max_size=8),
+        st.none() | SECONDS, st.booleans(), st.booleans(), st.integers(0, 3),
+    ),
+    min_size=1, max_size=5,
+)  # fmt: skip
+
+
+@dataclass
+class Run:
+    """Lives through attempts with a clock of its own, and keeps its own books, second by second."""
+
+    folder: Path
+    now: float = 1e9
+    events: list[dict[str, Any]] = field(default_factory=list)
+    saved: list[int] = field(default_factory=lambda: [0])
+    # For each attempt, what it spent: (seconds, kind, steps applied at the end of it).
+    spent: list[list[tuple[float, str, int]]] = field(default_factory=list)
+    waited: float = 0.0
+    resumed: list[int] = field(default_factory=list)
+    unknown: float = 0.0  # after the last line of an attempt whose end nobody told
+
+    def live(self, attempt: Attempt, every_seconds: float) -> None:
+        self.waited += self.unknown + attempt.queued
+        self.unknown = 0.0
+        self.now += attempt.queued
+        begun, step = self.now, self.saved[-1]
+        self.resumed.append(step)
+        spent: list[tuple[float, str, int]] = []
+        self.spent.append(spent)
+        self.events.append({"event": "start", "at": begun, "attempt": len(self.resumed)})
+        self.now += attempt.start_up / 2
+        line = Timeline(
+            self.folder, step=step, active=True, clock=lambda: self.now, started=begun, every_seconds=every_seconds
+        )
+        self.now += attempt.start_up / 2
+        spent.append((attempt.start_up, "start_up", step))
+        first = step
+        for i, one in enumerate(attempt.steps, 1):
+            save = one.save or (1.0 if attempt.killed is None and i == len(attempt.steps) else None)
+            for where, seconds in (("data", one.data), ("step", one.step)):
+                line.mark(step, where)
+                self.now += seconds
+                kind = "start_up" if step == first else {"data": "waiting", "step": "productive"}[where]
+                spent.append((seconds, kind, step + 1))
+            step += 1
+            for where, kind, some in (
+                ("evaluation", "productive", one.evaluation),
+                ("checkpoint", "saving", save),
+            ):
+                if some is not None:
+                    line.mark(step, where)
+                    self.now += some
+                    spent.append((some, kind, step))
+            if save is not None:
+                self.saved.append(step)
+        if attempt.killed is None:
+            line.end(finished=True)
+        else:
+            line.mark(step, "data")
+            self.now += attempt.killed
+            if attempt.told:
+                spent.append((attempt.killed, "lost", step))
+                self.events.append({"event": "end", "at": self.now, "attempt": len(self.resumed)})
+            else:
+                self.unknown = attempt.killed
+            if attempt.torn:
+                with (self.folder / FILE_NAME).open("a") as file:
+                    file.write('{"event": "st')
+        self.saved = self.saved[: max(1, len(self.saved) - attempt.lost_saves)]
+
+    def expected(self) -> Goodput:
+        """A second counts where no later attempt went on from before it; those before the first step always."""
+        seconds = dict.fromkeys(asdict(Goodput()), 0.0)
+        seconds["waiting"] = self.waited
+        for i, spent in enumerate(self.spent):
+            keep = min(self.resumed[i + 1 :], default=10**9)
+            for some, kind, step in spent:
+                seconds[kind if step <= max(keep, self.resumed[i]) else "lost"] += some
+        return Goodput(**seconds)
+
+
+def lived(folder: str, attempts: list[Attempt], every_seconds: float) -> Run:
+    run = Run(Path(folder))
+    for attempt in attempts:
+        run.live(attempt, every_seconds)
+    (run.folder / "job").mkdir()
+    (run.folder / "job" / "attempts.jsonl").write_text("".join(json.dumps(event) + "\n" for event in run.events))
+    return run
+
+
+@settings(max_examples=100, deadline=None)
+@given(ATTEMPTS)
+def test_every_second_is_booked_once(attempts: list[Attempt]) -> None:
+    """With a line at every mark nothing is lost but what was done again, and what a kill cut short."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = lived(folder, attempts, every_seconds=0.0)
+        found = read_goodput(run.folder)
+        assert found is not None
+        begun = 1e9 + attempts[0].queued
+        assert found.total == pytest.approx(run.now - run.unknown - begun, rel=1e-6, abs=1e-4)
+        expected = run.expected()
+        expected = Goodput(**{**asdict(expected), "waiting": expected.waiting - attempts[0].queued})
+        assert astuple(found) == pytest.approx(astuple(expected), rel=1e-5, abs=1e-4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ATTEMPTS, st.floats(0, 3000), st.none() | SECONDS)
+def test_it_adds_up_with_few_lines_too(attempts: list[Attempt], every_seconds: float, later: float | None) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = lived(folder, attempts, every_seconds)
+        now = None if later is None else run.now + later
+        found, exact = read_goodput(run.folder, now), run.expected()
+        assert found is not None
+        assert min(astuple(found)) >= 0
+        end = now or max([line["at"] for line in read_lines(run.folder / FILE_NAME)] + [e["at"] for e in run.events])
+        assert found.total == pytest.approx(end - 1e9 - attempts[0].queued, rel=1e-6, abs=1e-4)
+        if later is None:
+            assert found.productive <= exact.productive + 1e-4, "less is known, and nothing is made up"
+            assert sum(found.shares().values()) == pytest.approx(1)
+
+
+def lines(*marks: tuple[str, float, int, float, float]) -> Iterator[dict[str, Any]]:
+    for event, at, step, start_up, productive in marks:
+        seconds = {"start_up": start_up, "productive": productive, "waiting": 0.0, "saving": 0.0}
+        yield {"event": event, "at": at, "step": step, "started": 100.0, "submitted": 40.0, **seconds}
+
+
+def test_the_queue_before_the_first_attempt_is_waiting() -> None:
+    found = book(lines(("start", 110, 0, 10, 0), ("end", 150, 4, 15, 35)), [], None)
+    assert found == Goodput(start_up=15, productive=35, waiting=60)
+    assert str(found) == "goodput 31.8% of 110 s (start-up 13.6%, waiting 54.5%, saving 0.0%, lost 0.0%)"
+
+
+def test_one_that_is_at_work_has_lost_nothing_yet() -> None:
+    told = list(lines(("start", 110, 0, 10, 0), ("first step", 115, 1, 15, 0), ("step", 120, 2, 15, 5)))
+    begun = [{"event": "start", "at": 101.0, "attempt": 0}]
+    ended = [*begun, {"event": "end", "at": 130.0, "attempt": 0}]
+    assert book(told[:1], begun, 114) == Goodput(start_up=14, waiting=60)
+    assert book(told, begun, 127) == Goodput(start_up=15, productive=12, waiting=60)
+    assert book(told, ended, None) == Goodput(start_up=15, productive=5, waiting=60, lost=10)
+    assert book(told, ended, 150) == Goodput(start_up=15, productive=5, waiting=80, lost=10), "it is queued again"
+
+
+def test_an_attempt_that_died_before_it_wrote_is_lost() -> None:
+    events = [
+        {"event": "start", "at": 50.0, "attempt": 0},
+        {"event": "end", "at": 70.0, "attempt": 0},
+        {"event": "requeue", "at": 71.0, "attempt": 0},
+        {"event": "start", "at": 100.0, "attempt": 1},
+    ]
+    found = book(lines(("start", 110, 0, 10, 0), ("end", 150, 4, 15, 35)), events, None)
+    assert found == Goodput(start_up=15, productive=35, waiting=10 + 30, lost=20)
+
+
+def test_nothing_is_no_time() -> None:
+    assert book([], [], None) == Goodput()
+    assert Goodput().share == 0
+    assert set(Goodput().shares().values()) == {0.0}
