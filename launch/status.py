@@ -12,7 +12,7 @@ from typing import Any
 
 from launch.job_record import JobRecord, load_job
 from launch.logs import last_lines, log_files, refuse_no_run
-from launch.run_state import State, planned, state_of
+from launch.run_state import OVER, State, planned, state_of
 from launch.slurm import job_states
 from pretrain.run_folder import COMPLETE, complete_checkpoints, is_run, step_of
 
@@ -95,7 +95,7 @@ def status_of(run: Path, job: JobRecord | None, queue: dict[str, str] | None) ->
         step=step,
         total_steps=plan.total_steps,
         samples_per_second=rate,
-        goodput=productive_share(run, job, state),
+        goodput=productive_share(run, state),
         eta_seconds=eta,
         checkpoint_step=None if newest is None else step_of(newest),
         checkpoint_age_seconds=None if newest is None else _age(newest / COMPLETE),
@@ -104,9 +104,12 @@ def status_of(run: Path, job: JobRecord | None, queue: dict[str, str] | None) ->
     )
 
 
-def productive_share(run: Path, job: JobRecord | None, state: State) -> float | None:
-    """Share of the run's wall time that trained; None where nothing was booked. Not booked yet by anyone."""
-    return None
+def productive_share(run: Path, state: State) -> float | None:
+    """Share of the run's wall time that trained, up to now unless it is over; None where nothing was booked."""
+    from pretrain.goodput import read_goodput
+
+    booked = read_goodput(run, now=None if state in OVER else time.time())
+    return booked.share if booked is not None and booked.total else None
 
 
 def table(rows: Sequence[Status]) -> Iterator[str]:

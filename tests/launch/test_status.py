@@ -15,7 +15,8 @@ from data_pipeline.errors import InputError
 from launch.job_record import load_job
 from launch.run_state import state_of
 from launch.slurm import job_states
-from launch.status import find_runs, show_status, status_of
+from launch.status import find_runs, productive_share, show_status, status_of
+from pretrain.goodput import Timeline
 from pretrain.run_folder import is_claimed
 from tests.launch.run_folders import TOTAL_STEPS, Commands, claimed, event, make_run, submit
 
@@ -154,6 +155,21 @@ def test_the_numbers_of_a_run(tmp_path: Path, commands: Commands) -> None:
     assert found.checkpoint_step == 15
     assert found.checkpoint_age_seconds == pytest.approx(3600, abs=60)
     assert found.requeues == 2
+
+
+def test_goodput_of_a_run_that_waits_falls(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert productive_share(run, "running") is None
+    now = time.time() - 100
+    clock = iter([now, now + 10, now + 40, now + 50])  # start-up until 10, a step until 40, then the end
+    timeline = Timeline(run, step=0, active=True, clock=lambda: next(clock), started=now)
+    timeline.mark(1, "data")
+    timeline.mark(1, "step")
+    timeline.end(finished=True)
+    over, waiting = productive_share(run, "stopped"), productive_share(run, "requeued")
+    assert over is not None
+    assert waiting is not None
+    assert 0 < waiting < 0.6 * over
 
 
 def test_a_torn_checkpoint_does_not_count(tmp_path: Path) -> None:
