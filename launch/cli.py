@@ -196,6 +196,69 @@ def chain(
     raise typer.Exit(run_chain(chain_path, out, num_ranks))
 
 
+@app.command(
+    epilog=_examples("pretrain status", "pretrain status runs/mae_cifar10", "pretrain status --json | jq .[].state")
+)
+def status(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs, or folders that hold some [runs].")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list, for machines.")] = False,
+) -> None:
+    """Shows a table of runs: state, progress, speed, time left, last checkpoint, requeues, last error."""
+    from launch.status import show_status
+
+    show_status(runs or [Path("runs")], as_json=as_json)
+
+
+@app.command(
+    epilog=_examples("pretrain logs runs/mae_cifar10 --follow", "pretrain logs runs/mae_cifar10 --rank 3 --lines 200")
+)
+def logs(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Goes on with what comes, also after requeues, until the run is over.")
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Of this rank alone [the node of rank 0].")
+    ] = None,
+    lines: Annotated[int, typer.Option(min=1, help="Of each file, from its end.")] = 50,
+) -> None:
+    """Prints what a run's newest job wrote."""
+    from launch.logs import show_logs
+
+    show_logs(run, follow=follow, rank=rank, lines=lines)
+
+
+@app.command(
+    epilog=_examples(
+        "pretrain doctor",
+        "pretrain doctor configs/recipes/cpu/mae_cifar10.yaml --nproc 2",
+        "pretrain doctor configs/recipes/mae_vit_b16.yaml --cluster configs/cluster/a100.yaml",
+    )
+)
+def doctor(
+    recipe_path: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe; without one, the machine alone is looked at.")
+    ] = None,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A cluster file: what the run is to be submitted to.")
+    ] = None,
+    num_ranks: NumRanks = 1,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Folder of the run [runs/<name of the recipe>].")
+    ] = None,
+) -> None:
+    """Looks at machine, cluster, storage, data and memory; each line is ok, a warning or an error with what to do.
+
+    Starts nothing and leaves nothing behind. The exit status is 1 where there is an error.
+    """
+    from launch.doctor import examine
+
+    raise typer.Exit(examine(recipe_path, overrides or [], cluster, num_ranks, out))
+
+
 @app.command(epilog=_examples("pretrain demo", "pretrain demo --out /tmp/demo"))
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where all of it is written.")] = Path("runs/demo"),

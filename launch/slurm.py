@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
-from data_pipeline.errors import InputError, RunError
+from data_pipeline.errors import InputError, PretrainError, RunError
 
 _SECONDS = 30
 
+# Words of squeue and sacct for what a job is doing; any other word is how it ended.
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+AT_WORK = ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
 
-def slurm(*words: str) -> str:
+
+def slurm(*words: str, seconds: float = _SECONDS) -> str:
     """Output of a command.
 
     Raises:
@@ -19,14 +24,14 @@ def slurm(*words: str) -> str:
         RunError: it failed, or does not answer.
     """
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds)
     except FileNotFoundError:
         raise InputError(
             where=words[0], expected="SLURM's commands on this machine", found="no such command",
             fix="Log in to a node of the cluster, or use --local.",
         ) from None  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise RunError(words[0], f"an answer within {_SECONDS} s", "none", "See whether slurmctld is up.") from None
+        raise RunError(words[0], f"an answer within {seconds:g} s", "none", "See whether slurmctld is up.") from None
     if done.returncode:
         found = (done.stderr or done.stdout).strip()
         raise RunError(where=" ".join(words[:3]), expected="SLURM to do it", found=found)
@@ -46,6 +51,31 @@ def job_fields(job_id: str) -> Mapping[str, str] | None:
         if "Invalid job id" in error.found:
             return None
         raise
+
+
+def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
+    """SLURM's word for the state of each job, as far as it still knows it; None where it does not answer."""
+    ids = sorted(set(job_ids))
+    if not ids:
+        return {}
+    try:
+        said = slurm("squeue", "--noheader", "--states=all", f"--jobs={','.join(ids)}", "--format=%i %T", seconds=10)
+        states = _by_id(said, " ")
+    except PretrainError as error:
+        if "Invalid job id" not in error.found:  # what it says of a single one that is long over
+            return None
+        states = {}
+    if unknown := [job_id for job_id in ids if job_id not in states]:
+        words = ("--noheader", "--parsable2", "--allocations", f"--jobs={','.join(unknown)}", "--format=JobIDRaw,State")
+        with suppress(PretrainError):  # accounts are not kept everywhere
+            states |= _by_id(slurm("sacct", *words, seconds=10), "|")
+    return states
+
+
+def _by_id(text: str, separator: str) -> dict[str, str]:
+    """The first word of the state: sacct says `CANCELLED by 1000`."""
+    pairs = (line.strip().partition(separator) for line in text.splitlines())
+    return {job_id: state.split()[0] for job_id, _, state in pairs if state.split()}
 
 
 def partitions() -> dict[str, dict[str, str]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,14 +27,17 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointError, PretrainError, RunError
 from pretrain.collectives import World, from_main, gather_objects
+from pretrain.run_folder import COMPLETE as COMPLETE
+from pretrain.run_folder import all_folders as all_folders
+from pretrain.run_folder import complete_checkpoints as complete_checkpoints
+from pretrain.run_folder import folder_name as folder_name
 from pretrain.state import Progress, RunState
 
 if TYPE_CHECKING:
     from pretrain.engine import Engine
 
 FORMAT = 1
-COMPLETE, STATE = "COMPLETE", "state.json"
-_FOLDER = re.compile(r"step_(\d{8,18})")
+STATE = "state.json"
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
@@ -90,23 +92,6 @@ class Checkpoint:
     def close(self) -> None:
         """Lets go of its files; no tensor can be read any more."""
         self.tensors.close()
-
-
-def folder_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def all_folders(folder: Path) -> list[Path]:
-    """Complete or torn, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [p for p in folder.iterdir() if _FOLDER.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Those that claim to be complete, oldest first; whether they are sound is only known once they are opened."""
-    return [p for p in all_folders(folder) if (p / COMPLETE).is_file()]
 
 
 def open_checkpoint(path: Path, world: World) -> Checkpoint:

@@ -37,8 +37,11 @@ class Plan:
     resolved: Resolved
 
 
-def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
+def preflight(recipe: Recipe, world_size: int, out: Path, local_size: int | None = None) -> Plan:
     """Checks the recipe against its data, the number of ranks and the run's folder; writes nothing.
+
+    Args:
+        local_size: ranks of one machine; None: as the launcher of this process says, or all.
 
     Raises:
         InputError: of whichever is wrong.
@@ -56,13 +59,12 @@ def preflight(recipe: Recipe, world_size: int, out: Path) -> Plan:
     mixing(recipe, needs, resolved.micro_size)
     captions = _captions(recipe, needs)
     check(train_data, needs, captions)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     check_room(
         train_data,
         lanes=data.lanes,
         window=data.window,
         world_size=world_size,
-        local_size=local_size,
+        local_size=local_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
         repeats=data.repeats,
     )
     val = open_dataset(data.val, cache) if data.val else None

@@ -13,6 +13,7 @@ from pretrain.preflight import Plan
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import dump, load_recipe, resolved_yaml
 from pretrain.resolve import is_longer
+from pretrain.run_folder import LOCK
 from pretrain.strict_yaml import read_yaml
 
 
@@ -26,7 +27,7 @@ def claim(out: Path, world: World) -> BinaryIO | None:
     problem: RunError | None = None
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("ab")
+        lock = (out / LOCK).open("ab")
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's own: forked workers do not keep it
         except OSError as error:

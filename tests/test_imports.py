@@ -83,6 +83,7 @@ def test_the_check_sees_every_way_to_import(tmp_path: Path, monkeypatch: pytest.
         (["--help"], {"torch", "numpy", "timm", "deepspeed", "pydantic", "yaml", "rich"}),
         (["train", "--help"], {"torch", "numpy", "timm", "deepspeed", "yaml"}),
         (["data", "--help"], {"torch", "timm", "deepspeed"}),
+        (["status", "--help"], {"torch", "numpy", "timm", "deepspeed", "yaml"}),
         (["eval", "--help"], {"torch", "timm", "deepspeed"}),
         (["show", "no-such-file.yaml"], {"torch", "timm", "deepspeed"}),
     ],

@@ -16,6 +16,7 @@ from pretrain.collectives import World
 from pretrain.models.blocks import repeated_blocks
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.objectives.build import build_objective
+from pretrain.plan import model_state_bytes
 from pretrain.state import Progress
 from tests.pretrain.test_engine import STAGES, make_engine
 from tests.ranks import run_ranks
@@ -23,24 +24,6 @@ from tests.toy import split, toy_batch
 
 WORLD_SIZE = 2
 WIDTHS = (301, 601, 901)  # 0.4, 1.5 and 3.3 million parameters
-
-
-def model_state_bytes(num_parameters: int, stage: int, world_size: int) -> float:
-    """Bytes of parameters, gradients and AdamW's state on one rank while it steps, in fp32.
-
-    Rajbhandari et al. 2019 (arXiv:1910.02054), section 3.1, counts (2 + 2 + 12) bytes per parameter of mixed precision:
-    working weights and gradients in 16 bits; master, momentum and variance in 32. Here everything is 32 bits, and
-    DeepSpeed, whose partitions these are, has more copies than the paper:
-
-    - ZeRO 0: weight, gradient, two moments. No master, as the weights are fp32 themselves.
-    - ZeRO 1, 2: all the working weights; of the rank's share the master, two moments, the gradient as it was reduced,
-      and its copy in one flat tensor, which is what the optimizer is given. Stage 1 holds whole gradients in the
-      backward pass, and by the time of the step has let go of them.
-    - ZeRO 3: of the rank's share, the same and the working weight.
-    """
-    share = 1 / world_size
-    copies = {0: 4.0, 1: 1 + 5 * share, 2: 1 + 5 * share, 3: 6 * share}[stage]
-    return 4 * num_parameters * copies
 
 
 class Mlp(Objective):

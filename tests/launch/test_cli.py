@@ -243,7 +243,11 @@ def test_show_without_the_data_says_what_is_missing(workplace: Path, pretrain: C
     assert "Without the data, no number of steps: nowhere" in err
 
 
-@pytest.mark.parametrize("command", [(), ("show",), ("train",), ("demo",), ("data",), ("eval",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "command",
+    [(), ("show",), ("train",), ("status",), ("logs",), ("doctor",), ("demo",), ("data",), ("eval",)],
+    ids=" ".join,
+)
 def test_help_is_of_the_command_and_ours_end_with_examples(
     pretrain: Callable[..., Outcome], command: tuple[str, ...]
 ) -> None:

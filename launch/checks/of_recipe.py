@@ -1,0 +1,183 @@
+"""A recipe against its data and this machine: shards, lanes, memory, /dev/shm."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import PretrainError
+from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.mixture import Mixture, open_training
+from data_pipeline.read import Dataset, ShardDataset
+from data_pipeline.remote import remote_url
+from data_pipeline.selection import beneath
+from launch.checks import machine
+from launch.checks.finding import Finding, error, gigabytes, of_error, ok, warning
+from pretrain.checkpoint import sha256_of
+from pretrain.plan import Footprint
+from pretrain.preflight import Plan, preflight
+from pretrain.recipe import Recipe
+
+_PREFETCH = 3  # steps of a worker that lie in shared memory: two ready, one being made
+_HASHED_SHARDS, _HASHED_BYTES = 4, 2 * 10**9  # of a data set: as much as a doctor may read
+_SHM = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many there are, and how many of them on one machine."""
+
+    total: int
+    local: int
+
+
+def reachable(recipe: Recipe) -> Iterator[Finding]:
+    """Manifests behind URLs; nothing of a recipe that names none. One attempt each, where training makes several."""
+    train = recipe.data.train
+    paths = [train] if isinstance(train, str) else [source.path for source in train]
+    paths += [recipe.data.val] if recipe.data.val else []
+    paths += [path for evaluation in recipe.evals for path in (evaluation.train, evaluation.test)]
+    once = recipe.data.cache.model_copy(update={"retries": 0, "timeout_seconds": 10.0}).spec()
+    for path in dict.fromkeys(paths):
+        try:
+            if not remote_url(path):
+                continue
+            begun = time.monotonic()
+            manifest = load_manifest(path, cache=once)
+            manifest.index(0)
+        except PretrainError as raised:
+            yield of_error("remote data", raised)
+        else:
+            yield ok("remote data", f"{path}: manifest and first index in {time.monotonic() - begun:.1f} s")
+
+
+def data(recipe: Recipe, ranks: Ranks) -> Iterator[Finding]:
+    """What is trained on: all files there at their sizes, some shards read whole, enough of them."""
+    try:
+        dataset = open_training(recipe.data.train, recipe.data.cache.spec())
+    except PretrainError as raised:
+        yield of_error("data", raised)
+        return
+    num_shards = len(dataset.shard_sizes)
+    yield ok("data", f"{dataset.num_samples:,} samples in {num_shards:,} shards or files")
+    yield from hashes(_manifests(dataset))
+    yield from _lanes(recipe, num_shards, ranks)
+
+
+def hashes(manifests: Sequence[Manifest]) -> Iterator[Finding]:
+    """A few shards of each local data set, drawn anew each time, against the manifest."""
+    for manifest in manifests:
+        drawn = random.sample(range(len(manifest.names)), min(_HASHED_SHARDS, len(manifest.names)))
+        num_bytes = 0
+        for done, i in enumerate(drawn):
+            if num_bytes > _HASHED_BYTES:
+                drawn = drawn[:done]
+                break
+            num_bytes += int(manifest.num_bytes[i])
+            try:
+                manifest.index(i)
+                sound = sha256_of(manifest.path(i)) == manifest.sha256[i]
+            except OSError as failed:
+                yield error("shards", f"{manifest.where(i)} cannot be read: {failed.strerror}", "Mend the storage.")
+                break
+            except PretrainError as raised:
+                yield of_error("shards", raised)
+                break
+            if not sound:
+                fix = f"Copy it again; `pretrain data verify {manifest.root}` looks at all of them."
+                yield error("shards", f"{manifest.where(i)} has another hash than in the manifest", fix)
+                break
+        else:
+            yield ok("shards", f"{manifest.root}: {len(drawn)} of {len(manifest.names)} read, as the manifest has them")
+
+
+def _lanes(recipe: Recipe, num_shards: int, ranks: Ranks) -> Iterator[Finding]:
+    lanes, workers = recipe.data.lanes, recipe.runtime.num_workers
+    readers = ranks.total * max(1, workers)
+    found = f"{lanes} lanes, {num_shards} shards for {ranks.total} ranks x {max(1, workers)} readers"
+    if lanes < ranks.total:
+        fix = f"Set data.lanes={ranks.total} before the first step (it is part of the order), or take fewer ranks."
+        yield warning("lanes", f"{found}: ranks read the same lanes, each all of its shards", fix)
+    elif num_shards < ranks.total:
+        fix = "Make smaller ones with `pretrain data convert --shard-size`, where reading turns out to be the brake."
+        yield warning("lanes", f"{found}: ranks read the same shards", fix)
+    else:
+        yield ok("lanes", f"{found}{'' if num_shards >= readers else '; readers of a rank share shards'}")
+
+
+def fits(recipe: Recipe, ranks: Ranks, out: Path) -> tuple[Plan | None, list[Finding]]:
+    """Whether recipe, data, ranks and folder go together, as training asks before it starts."""
+    try:
+        plan = preflight(recipe, ranks.total, out, ranks.local)
+    except PretrainError as raised:
+        return None, [of_error("recipe", raised)]
+    size = plan.resolved
+    batch = f"batch {size.global_size} = {size.world_size} x {size.accumulation} x {size.micro_size}"
+    return plan, [ok("recipe", f"{recipe.name}: {batch}, {size.total_steps:,} steps")]
+
+
+@dataclass(frozen=True)
+class Free:
+    """Bytes; None: not known from here.
+
+    Attributes:
+        host: of CPU memory, for all ranks of a machine.
+        gpu: of a GPU.
+        on_gpu: whether ranks compute on GPUs.
+    """
+
+    host: float | None
+    gpu: float | None
+    on_gpu: bool
+
+
+def memory(needs: Footprint, ranks: Ranks, free: Free) -> Iterator[Finding]:
+    """Free memory against what is planned."""
+    states = "weights, gradients, optimizer state; activations come on top"
+    if free.on_gpu:
+        found = f"{gigabytes(needs.device)} of a rank ({states})"
+        yield ok("GPU memory", found) if free.gpu is None else _room("GPU memory", found, needs.device, free.gpu)
+    each = needs.host + (0 if free.on_gpu else needs.device)
+    what = "what is offloaded, and a checkpoint's copy" if free.on_gpu else f"a checkpoint's copy, {states}"
+    if free.host is not None:
+        found = f"{gigabytes(each * ranks.local)} of {ranks.local} ranks ({what})"
+        yield _room("memory", found, each * ranks.local, free.host)
+
+
+def _room(what: str, found: str, needed: float, free: float) -> Finding:
+    found = f"{found}, {gigabytes(free)} free"
+    fix = "Raise engine.zero_stage or the number of ranks, set engine.offload_optimizer, or take more memory."
+    if needed > free:
+        return error(what, found, fix)
+    return warning(what, found, fix) if needed > 0.7 * free else ok(what, found)
+
+
+def workers(recipe: Recipe, plan: Plan, ranks: Ranks) -> Iterator[Finding]:
+    """/dev/shm and open files against what loader processes hand over through them."""
+    num_workers, size, needs = recipe.runtime.num_workers, plan.resolved, plan.needs
+    if not num_workers:
+        yield from machine.open_files()
+        return
+    sample = needs.num_views * 3 * needs.image_size**2  # uint8; what else a batch has is small beside it
+    needed = ranks.local * num_workers * _PREFETCH * size.local_size * sample
+    free = shutil.disk_usage(_SHM).free if _SHM.is_dir() else 0
+    found = f"{gigabytes(needed)} for {ranks.local} x {num_workers} workers' batches, {gigabytes(free)} free"
+    fix = f"Make it larger (docker run --shm-size, mount -o remount,size=... {_SHM}), or lower runtime.num_workers."
+    if needed > free:
+        yield error(str(_SHM), found, fix)
+    else:
+        yield warning(str(_SHM), found, fix) if needed > 0.7 * free else ok(str(_SHM), found)
+    tensors = needs.num_views + 12  # of a micro-batch, each a file to torch
+    yield from machine.open_files(512 + num_workers * _PREFETCH * size.accumulation * tensors)
+
+
+def _manifests(dataset: Dataset) -> list[Manifest]:
+    """Of the shards that lie on this machine."""
+    sources = [source.dataset for source in dataset.sources] if isinstance(dataset, Mixture) else [dataset]
+    shards = [beneath(source)[0] for source in sources]
+    found = [each.manifest for each in shards if isinstance(each, ShardDataset)]
+    return [manifest for manifest in found if isinstance(manifest.root, Path)]

@@ -1,0 +1,163 @@
+"""SLURM: whether its commands are here and answer, and whether it has what a cluster file asks for."""
+
+from __future__ import annotations
+
+import getpass
+import shutil
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from data_pipeline.errors import PretrainError
+from launch.checks.finding import Finding, error, of_error, ok, warning
+from launch.slurm import minutes_of, partitions
+from launch.slurm import slurm as answer_of
+
+if TYPE_CHECKING:
+    from launch.cluster import Cluster
+
+_NEEDED = ("sbatch", "squeue", "scontrol")
+_USEFUL = {"sacct": "how jobs ended that left the queue", "sacctmgr": "accounts and qos before a job is submitted"}
+
+
+def slurm(cluster: Cluster | None) -> Iterator[Finding]:
+    """All of it; without a cluster file, whether SLURM is here and answers."""
+    missing = [name for name in _NEEDED if shutil.which(name) is None]
+    trouble = error if cluster is not None else warning
+    if len(missing) == len(_NEEDED) and cluster is None:
+        yield ok("SLURM", "not here: runs start on this machine")
+        return
+    if missing:
+        fix = "Run this where jobs are submitted, or install slurm-client."
+        yield trouble("SLURM", f"no {', '.join(missing)} on PATH", fix)
+        return
+    said, problem = _ask("scontrol", "ping")
+    if problem:
+        fix = "See that slurm.conf is the cluster's, that munge runs, and that slurmctld is up."
+        yield trouble("SLURM", f"scontrol ping: {problem}", fix)
+        return
+    yield ok("SLURM", said[0] if said else "answers")
+    yield from _accounting()
+    if cluster is not None:
+        yield from _partition(cluster)
+        yield from _account(cluster)
+
+
+def _accounting() -> Iterator[Finding]:
+    for name, use in _USEFUL.items():
+        if shutil.which(name) is None:
+            yield warning(name, f"not on PATH: it tells {use}", "Install slurm-client's.")
+    _, problem = _ask("sacct", "--noheader", "--starttime=now", "--format=JobID")
+    if problem and shutil.which("sacct") is not None:
+        what = f"does not answer ({problem}): it tells {_USEFUL['sacct']}"
+        yield warning("sacct", what, "Runs go on without; ask the cluster's people for slurmdbd.")
+
+
+def _partition(cluster: Cluster) -> Iterator[Finding]:
+    try:
+        known = partitions()
+    except PretrainError as raised:
+        yield of_error("partition", raised)
+        return
+    if cluster.partition is None:
+        default = [name for name, found in known.items() if found.get("Default") == "YES"]
+        if not default:
+            fix = f"Name one in the cluster file: {', '.join(known)}."
+            yield error("partition", "none named, and the cluster has no default", fix)
+            return
+        name = default[0]
+    else:
+        name = cluster.partition
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        fix = f"{f'Did you mean {near[0]}? ' if near else ''}It has: {', '.join(known) or 'none'}."
+        yield error("partition", f"expected one of the cluster's, found {name}", fix)
+        return
+    problems = list(_misfits(cluster, name, known[name]))
+    yield from problems
+    nodes = _nodes(cluster, name)
+    if nodes is not None:
+        yield nodes
+    if not problems:
+        yield ok("partition", f"{name}, jobs up to {known[name].get('MaxTime', 'UNLIMITED')}")
+
+
+def _misfits(cluster: Cluster, name: str, partition: Mapping[str, str]) -> Iterator[Finding]:
+    state = partition.get("State", "UP")
+    if state != "UP":
+        yield error("partition", f"{name} is {state}", "Take another, or wait until it is up.")
+    limit = minutes_of(partition.get("MaxTime", "UNLIMITED"))
+    if limit is not None and cluster.time_minutes > limit:
+        fix = f"Set time_minutes to {limit:g} or less: the run is requeued, and goes on."
+        yield error("time", f"{cluster.time_minutes} minutes, and {name} gives {limit:g} at most", fix)
+    most = partition.get("MaxNodes", "UNLIMITED")
+    if most.isdecimal() and cluster.nodes > int(most):
+        yield error("nodes", f"{cluster.nodes}, and {name} gives a job {most} at most", "Ask for fewer.")
+    allowances = (("account", cluster.account, "AllowAccounts"), ("qos", cluster.qos, "AllowQos"))
+    for word, value, key in allowances:
+        allowed = partition.get(key, "ALL")
+        if value is not None and allowed != "ALL" and value not in allowed.split(","):
+            yield error(word, f"{value}, and {name} takes {allowed}", f"Set {word} to one of them.")
+
+
+def _nodes(cluster: Cluster, name: str) -> Finding | None:
+    """Whether enough nodes of the partition are as large as the file asks; nothing where sinfo does not answer."""
+    said, problem = _ask("sinfo", "--noheader", "--exact", f"--partition={name}", "--format=%D %c %m %G")
+    if problem or not said:
+        return None
+    cpus, memory_mb = cluster.ranks_per_node * cluster.cpus_per_rank, (cluster.memory_gb or 0) * 1024
+    enough = 0
+    for line in said:
+        count, *has = line.split(maxsplit=3)
+        fits = (
+            int(has[0].rstrip("+")) >= cpus
+            and int(has[1].rstrip("+")) >= memory_mb
+            and _gpus(has[2]) >= cluster.gpus_per_node
+        )
+        enough += int(count) if fits else 0
+    wanted = f"{cpus} CPUs, {cluster.gpus_per_node} GPUs and {cluster.memory_gb or 0:g} GB"
+    if enough < cluster.nodes:
+        fix = "Ask for less, or for another partition: `sinfo --Node --long` shows them."
+        return error("nodes", f"{enough} of {name} have {wanted}, expected {cluster.nodes}", fix)
+    return ok("nodes", f"{enough} of {name} have {wanted}")
+
+
+def _account(cluster: Cluster) -> Iterator[Finding]:
+    if cluster.account is None and cluster.qos is None:
+        return
+    form = ("--noheader", "--parsable2", "show", "associations", f"user={getpass.getuser()}", "format=Account,QOS")
+    said, problem = _ask("sacctmgr", *form)
+    rows = [line.split("|") for line in said if "|" in line]
+    if problem or not rows:
+        why = problem or "it knows no account of this user"
+        yield warning("account", f"sacctmgr could not be asked: {why}", "sbatch itself will say if it is wrong.")
+        return
+    accounts = sorted({account for account, _ in rows})
+    if cluster.account is not None and cluster.account not in accounts:
+        yield error("account", f"{cluster.account}, expected one of yours", f"Set account to {' or '.join(accounts)}.")
+        return
+    own = [row for row in rows if cluster.account in (None, row[0])]
+    qos = sorted({name for _, names in own for name in names.split(",") if name})
+    if cluster.qos is not None and qos and cluster.qos not in qos:
+        yield error("qos", f"{cluster.qos}, expected one of the account's", f"Set qos to {' or '.join(qos)}.")
+        return
+    yield ok("account", cluster.account or f"the default of {', '.join(accounts)}")
+
+
+def _ask(*words: str) -> tuple[list[str], str]:
+    """The lines of an answer, and the last word on why there is none; empty where there is."""
+    try:
+        text = answer_of(*words, seconds=10)
+    except PretrainError as raised:
+        return [], raised.found.splitlines()[-1].rstrip(".") if raised.found else "no reason given"
+    return [line.strip() for line in text.splitlines() if line.strip()], ""
+
+
+def _gpus(resources: str) -> int:
+    """Of a node's generic resources: `gpu:8`, `gpu:a100:4(S:0-1)`, `(null)`."""
+    total = 0
+    for one in resources.split(","):
+        kind, *rest = one.partition("(")[0].split(":")
+        if kind == "gpu" and rest and rest[-1].isdecimal():
+            total += int(rest[-1])
+    return total

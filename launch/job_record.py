@@ -1,0 +1,75 @@
+"""What a run's folder tells of the jobs that it was submitted as; a run that was never submitted has none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.job_folder import JobFolder
+
+# Events after which nobody starts it again, and the state that it is in then.
+ENDINGS: Mapping[str, Literal["done", "stopped", "cancelled"]] = {
+    "done": "done",
+    "stop": "stopped",
+    "cancel": "cancelled",
+}
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """The latest submission, and every event since the first.
+
+    Attributes:
+        submitted: job/submitted.json.
+        events: job/attempts.jsonl, in its order.
+        unwanted: `pretrain cancel` was called since.
+    """
+
+    submitted: Mapping[str, Any]
+    events: tuple[Mapping[str, Any], ...]
+    unwanted: bool = False
+
+    @property
+    def job_id(self) -> str | None:
+        """None: SLURM has not taken it yet."""
+        job_id: str | None = self.submitted["job_id"]
+        return job_id
+
+    @property
+    def is_local(self) -> bool:
+        return bool(self.submitted.get("executor") == "local")
+
+    @property
+    def current(self) -> tuple[Mapping[str, Any], ...]:
+        """The events of the latest submission. Clocks of two machines may differ, so its job's first start goes
+        before the time; a job that was cancelled before it started has only that.
+        """
+        own = [i for i, e in enumerate(self.events) if e["event"] == "start" and e["job_id"] == self.job_id]
+        if own:
+            return self.events[own[0] :]
+        return tuple(event for event in self.events if event["at"] >= self.submitted["submitted_at"])
+
+    @property
+    def started(self) -> bool:
+        return any(event["event"] == "start" for event in self.current)
+
+    @property
+    def ending(self) -> Mapping[str, Any] | None:
+        """The event that ended it for good; None: there was none, whatever became of its job."""
+        return next((event for event in self.current if event["event"] in ENDINGS), None)
+
+    @property
+    def requeues(self) -> int:
+        """Starts that no submission asked for: also those that SLURM saw to by itself, which are no events."""
+        started = [event["job_id"] for event in self.events if event["event"] == "start"]
+        return len(started) - len(set(started))
+
+
+def load_job(run: Path) -> JobRecord | None:
+    """None where the run was never submitted."""
+    folder = JobFolder(run)
+    if not (folder.path / "submitted.json").is_file():
+        return None
+    return JobRecord(folder.submitted(), tuple(folder.events()), folder.cancelled.exists())

@@ -1,0 +1,89 @@
+"""What state a run is in: from its folder's record, its lock, and what SLURM says of its job."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from launch.job_record import ENDINGS, JobRecord
+from launch.slurm import AT_WORK, WAITING
+from pretrain.run_folder import complete_checkpoints, is_claimed, step_of
+
+State = Literal["pending", "running", "requeued", "done", "stopped", "cancelled", "failed", "unknown"]
+OVER: frozenset[State] = frozenset({"done", "stopped", "cancelled", "failed"})  # nothing more comes by itself
+
+_QUEUEING_SECONDS = 60  # that sbatch may take
+
+
+class Planned(NamedTuple):
+    total_steps: int | None
+    global_size: int | None
+
+
+def planned(run: Path) -> Planned:
+    """What resolved.yaml says; None where the run has not come to write it. To parse YAML would take longer than
+    everything else that is asked of a run.
+    """
+    try:
+        resolved = (run / "resolved.yaml").read_text().partition("\nresolved:\n")[2]
+    except OSError:
+        return Planned(None, None)
+    found = {key: re.search(rf"^  {key}: (\d+)$", resolved, re.MULTILINE) for key in Planned._fields}
+    return Planned(**{key: int(match[1]) if match else None for key, match in found.items()})
+
+
+def state_of(run: Path, job: JobRecord | None, queue: Mapping[str, str] | None) -> State:
+    """The state of a run.
+
+    Args:
+        job: None: it was never submitted; then whoever trains has the folder locked.
+        queue: SLURM's states by job id; None: it does not answer, and "unknown" may be all that is left to say.
+    """
+    if job is None:
+        return "running" if is_claimed(run) else _left_at(run)
+    if job.ending is not None:
+        return ENDINGS[job.ending["event"]]
+    if is_claimed(run):
+        return "running"
+    if job.job_id is None:
+        return "pending" if time.time() - job.submitted["submitted_at"] < _QUEUEING_SECONDS else "failed"
+    if job.is_local:
+        return _of_process(run, job, job.job_id)
+    if queue is None:
+        return "unknown"
+    state = queue.get(job.job_id, "")
+    if state == "COMPLETING" and job.current and job.current[-1]["event"] == "requeue":
+        return "requeued"
+    if state in WAITING:
+        return "requeued" if job.started else "pending"
+    if state in AT_WORK:
+        return "running"
+    return "cancelled" if state == "CANCELLED" else _vanished(run, job)
+
+
+def _of_process(run: Path, job: JobRecord, job_id: str) -> State:
+    """Of a job whose id is that of a process here."""
+    try:
+        os.kill(int(job_id), 0)
+    except PermissionError:
+        pass
+    except (OSError, ValueError):
+        return _vanished(run, job)
+    last = job.current[-1]["event"] if job.current else ""
+    return "requeued" if last == "requeue" else "running" if job.started else "pending"
+
+
+def _vanished(run: Path, job: JobRecord) -> State:
+    """Of a job that ended, or is not known any more, without a word of its own."""
+    return "cancelled" if job.unwanted else "done" if _left_at(run) == "done" else "failed"
+
+
+def _left_at(run: Path) -> State:
+    """Of a run that nobody is at work in."""
+    checkpoints, total_steps = complete_checkpoints(run / "checkpoints"), planned(run).total_steps
+    reached = step_of(checkpoints[-1]) if checkpoints else 0
+    return "done" if total_steps is not None and reached >= total_steps else "stopped"

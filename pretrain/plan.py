@@ -1,0 +1,120 @@
+"""What a run will take: memory of a rank, bytes of a checkpoint. From the recipe alone, on the meta device.
+
+Activations are not in it: they depend on the device's kernels, and are measured rather than counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretrain.objectives.base import Objective
+from pretrain.objectives.build import build_objective
+from pretrain.optim import build_optimizer, empty_state
+from pretrain.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes, but for the counts of parameters.
+
+    Attributes:
+        num_trained: parameters that the optimizer steps.
+        num_frozen: the others, momentum teachers among them.
+        device: of one rank where it computes, while it steps.
+        host: of one rank in CPU memory besides: what is offloaded, and its share of a checkpoint that is being written.
+        checkpoint: of one, over all ranks.
+    """
+
+    num_trained: int
+    num_frozen: int
+    device: float
+    host: float
+    checkpoint: int
+
+
+def footprint(recipe: Recipe, world_size: int) -> Footprint:
+    """What a recipe takes on so many ranks.
+
+    Raises:
+        InputError: its model or objective cannot be built.
+    """
+    with torch.device("meta"):
+        objective = build_objective(recipe.model, recipe.objective)
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in objective.parameters()) - trained
+    moments = _moments(objective, recipe) / max(1, trained)
+    stage, share = recipe.engine.zero_stage, 1 / world_size
+    states = model_state_bytes(trained, stage, world_size, moments)
+    offloaded = 4 * trained * share * (1 + moments) if recipe.engine.offload_optimizer else 0.0
+    kept = 4 * frozen * (share if stage == 3 else 1)
+    if recipe.ema is not None:
+        kept += 4 * trained * (share if stage else 1) + sum(buffer.nbytes for buffer in _statistics(objective))
+    checkpoint = checkpoint_bytes(objective, recipe)
+    return Footprint(
+        num_trained=trained,
+        num_frozen=frozen,
+        device=states - offloaded + kept + sum(buffer.nbytes for buffer in objective.buffers()),
+        host=offloaded + checkpoint * share,
+        checkpoint=checkpoint,
+    )
+
+
+def model_state_bytes(num_parameters: int, stage: int, world_size: int, moments: float = 2) -> float:
+    """Bytes of parameters, gradients and the optimizer's state on one rank while it steps, in fp32.
+
+    Rajbhandari et al. 2019 (arXiv:1910.02054), section 3.1, counts (2 + 2 + 12) bytes per parameter of mixed precision:
+    working weights and gradients in 16 bits; master, momentum and variance in 32. Here everything is 32 bits, and
+    DeepSpeed, whose partitions these are, has more copies than the paper:
+
+    - ZeRO 0: weight, gradient, moments. No master, as the weights are fp32 themselves.
+    - ZeRO 1, 2: all the working weights; of the rank's share the master, the moments, the gradient as it was reduced,
+      and its copy in one flat tensor, which is what the optimizer is given. Stage 1 holds whole gradients in the
+      backward pass, and by the time of the step has let go of them.
+    - ZeRO 3: of the rank's share, the same and the working weight.
+
+    Args:
+        moments: tensors that the optimizer keeps of each parameter: 2 of AdamW and LAMB, 1 of momentum.
+    """
+    share = 1 / world_size
+    partition = (3 + moments) * share
+    copies = {0: 2 + moments, 1: 1 + partition, 2: 1 + partition, 3: share + partition}[stage]
+    return 4 * num_parameters * copies
+
+
+def checkpoint_bytes(objective: Objective, recipe: Recipe) -> int:
+    """Of the tensors of a checkpoint (checkpoint.py), which does not depend on the number of ranks.
+
+    Args:
+        objective: of the recipe; may be on the meta device.
+    """
+    parameters, buffers = list(objective.parameters()), _persistent_buffers(objective)
+    total = sum(int(tensor.nbytes) for tensor in (*parameters, *buffers)) + 4 * _moments(objective, recipe)
+    if recipe.ema is not None:
+        averaged = [p for p in parameters if p.requires_grad]
+        total += sum(int(tensor.nbytes) for tensor in (*averaged, *_statistics(objective)))
+    return total
+
+
+def _persistent_buffers(objective: Objective) -> list[Tensor]:
+    parameters = dict(objective.named_parameters())
+    return [value for name, value in objective.state_dict(keep_vars=True).items() if name not in parameters]
+
+
+def _statistics(objective: Objective) -> list[Tensor]:
+    """What is averaged with the weights: running statistics."""
+    return [buffer for buffer in _persistent_buffers(objective) if buffer.is_floating_point()]
+
+
+def _moments(objective: Objective, recipe: Recipe) -> int:
+    """Elements of all the tensors that the optimizer keeps of parameters; its step counts are none."""
+    optimizer = build_optimizer(objective, recipe.optim)
+    return sum(
+        value.numel()
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for value in empty_state(optimizer, group, p).values()
+        if value.shape == p.shape
+    )

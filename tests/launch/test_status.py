@@ -1,0 +1,237 @@
+"""What `pretrain status` says of runs in every state, and what it reads for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import InputError
+from launch.job_record import load_job
+from launch.run_state import state_of
+from launch.slurm import job_states
+from launch.status import find_runs, productive_share, show_status, status_of
+from pretrain.goodput import Timeline
+from pretrain.run_folder import is_claimed
+from tests.launch.run_folders import TOTAL_STEPS, Commands, claimed, event, make_run, submit
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def state(run: Path) -> str:
+    job = load_job(run)
+    return state_of(run, job, job_states([job.job_id]) if job is not None and job.job_id else {})
+
+
+# Runs that were never submitted: the lock says who is at work.
+
+
+def test_a_run_whose_folder_is_locked_is_running_and_asking_leaves_the_lock_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", logged=4, saved=3)
+    with claimed(run):
+        assert is_claimed(run)
+        assert is_claimed(run)
+        assert state(run) == "running"
+    assert state(run) == "stopped"
+
+
+def test_a_run_is_done_when_its_last_step_is_in_a_checkpoint(tmp_path: Path) -> None:
+    assert state(make_run(tmp_path / "done", logged=TOTAL_STEPS, saved=TOTAL_STEPS)) == "done"
+    assert state(make_run(tmp_path / "lost", logged=TOTAL_STEPS, saved=TOTAL_STEPS - 1)) == "stopped"
+
+
+# Submitted ones: the record, then SLURM.
+
+
+@pytest.mark.parametrize(
+    ("events", "in_queue", "expected"),
+    [
+        ([], "PENDING", "pending"),
+        (["start"], "RUNNING", "running"),
+        (["start"], "COMPLETING", "running"),
+        (["start", "end", "requeue"], "COMPLETING", "requeued"),
+        (["start", "end", "requeue"], "PENDING", "requeued"),
+        (["start"], "PENDING", "requeued"),  # a node was lost: SLURM requeues by itself, and nobody writes it down
+        (["start", "end", "requeue", "start"], "RUNNING", "running"),
+        (["start", "end", "done"], "COMPLETING", "done"),
+        (["start", "end", "stop"], "FAILED", "stopped"),
+        (["start", "cancel", "end"], "RUNNING", "cancelled"),
+        (["start"], "CANCELLED", "cancelled"),
+        (["start"], "NODE_FAIL", "failed"),
+        (["start", "end"], "COMPLETED", "failed"),
+        ([], "FAILED", "failed"),
+    ],
+)
+def test_the_state_of_a_job(
+    tmp_path: Path, commands: Commands, events: list[str], in_queue: str, expected: str
+) -> None:
+    run = submit(make_run(tmp_path / "run", logged=2))
+    for kind in events:
+        event(run, kind)
+    commands.says("squeue", f"7 {in_queue}")
+    assert state(run) == expected
+
+
+def test_a_job_that_the_queue_forgot_is_asked_of_the_accounts(tmp_path: Path, commands: Commands) -> None:
+    run = submit(make_run(tmp_path / "run", logged=2))
+    event(run, "start")
+    commands.says("squeue", "slurm_load_jobs error: Invalid job id specified", status=1)
+    assert state(run) == "failed"  # nobody knows of it
+    commands.says("sacct", "7|CANCELLED by 1000")
+    assert state(run) == "cancelled"
+
+
+def test_without_an_answer_nothing_is_made_up(tmp_path: Path, commands: Commands) -> None:
+    run = submit(make_run(tmp_path / "run", logged=2))
+    event(run, "start")
+    assert state(run) == "unknown"
+    commands.says("squeue", "slurm_load_jobs error: Unable to contact slurm controller", status=1)
+    assert state(run) == "unknown"
+    with claimed(run):
+        assert state(run) == "running"
+    event(run, "stop", why="no progress between two requeues")
+    assert state(run) == "stopped"
+
+
+def test_a_new_submission_opens_a_run_that_was_stopped(tmp_path: Path, commands: Commands) -> None:
+    run = submit(make_run(tmp_path / "run", logged=2))
+    event(run, "start")
+    event(run, "stop", why="no progress")
+    submit(run, "8")
+    commands.says("squeue", "8 PENDING")
+    assert state(run) == "pending"
+    event(run, "start", job_id="8")
+    commands.says("squeue", "8 RUNNING")
+    assert state(run) == "running"
+    event(run, "done")
+    assert state(run) == "done"
+
+
+def test_clocks_of_two_machines_may_differ(tmp_path: Path, commands: Commands) -> None:
+    run = submit(make_run(tmp_path / "run", logged=2), at=time.time() + 600)
+    event(run, "start")
+    commands.says("squeue", "7 PENDING")
+    assert state(run) == "requeued"
+    event(run, "stop")
+    assert state(run) == "stopped"
+
+
+def test_a_job_that_is_cancelled_before_it_starts(tmp_path: Path, commands: Commands) -> None:
+    run = submit(make_run(tmp_path / "run"))
+    event(run, "cancel")
+    commands.says("squeue", "7 PENDING")
+    assert state(run) == "cancelled"
+
+
+def test_a_job_of_the_local_executor_is_a_process(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    run = submit(make_run(tmp_path / "run"), str(process.pid), executor="local")
+    assert state(run) == "pending"
+    event(run, "start", job_id=str(process.pid))
+    assert state(run) == "running"
+    process.communicate(b"\n")
+    assert state(run) == "failed"
+
+
+# The numbers.
+
+
+def test_the_numbers_of_a_run(tmp_path: Path, commands: Commands) -> None:
+    run = submit(make_run(tmp_path / "run", logged=20, saved=15))
+    for attempt in range(3):
+        event(run, "start", attempt)
+    event(run, "start", 3, job_id="8")  # a second submission is no requeue
+    complete = run / "checkpoints" / "step_00000015" / "COMPLETE"
+    os.utime(complete, (0, time.time() - 3600))
+    with claimed(run):
+        found = status_of(run, load_job(run), None)
+    assert (found.step, found.total_steps, found.samples_per_second) == (20, TOTAL_STEPS, 120.0)
+    assert found.eta_seconds == pytest.approx((TOTAL_STEPS - 20) * 8 / 120)
+    assert found.checkpoint_step == 15
+    assert found.checkpoint_age_seconds == pytest.approx(3600, abs=60)
+    assert found.requeues == 2
+
+
+def test_goodput_of_a_run_that_waits_falls(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert productive_share(run, "running") is None
+    now = time.time() - 100
+    clock = iter([now, now + 10, now + 40, now + 50])  # start-up until 10, a step until 40, then the end
+    timeline = Timeline(run, step=0, active=True, clock=lambda: next(clock), started=now)
+    timeline.mark(1, "data")
+    timeline.mark(1, "step")
+    timeline.end(finished=True)
+    over, waiting = productive_share(run, "stopped"), productive_share(run, "requeued")
+    assert over is not None
+    assert waiting is not None
+    assert 0 < waiting < 0.6 * over
+
+
+def test_a_torn_checkpoint_does_not_count(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", logged=20, saved=15)
+    (run / "checkpoints" / "step_00000020").mkdir()
+    assert status_of(run, None, {}).checkpoint_step == 15
+
+
+def test_the_last_error_is_the_newest_line_that_tells_of_one(tmp_path: Path, commands: Commands) -> None:
+    run = submit(make_run(tmp_path / "run", logged=2))
+    event(run, "start")
+    event(run, "stop", why="no progress between two requeues")
+    assert status_of(run, load_job(run), {}).error == "no progress between two requeues"
+    log = run / "job" / "slurm" / "7_1_log.err"
+    log.write_text("[rank 2] ValueError: x\nerror: rank 3 was killed by SIGKILL; the others were stopped\nstep 4\n")
+    (run / "job" / "slurm" / "7_0_log.out").write_text("step 4 loss 2\n")
+    assert status_of(run, load_job(run), {}).error == "error: rank 3 was killed by SIGKILL; the others were stopped"
+
+
+def test_of_a_large_log_the_end_alone_is_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", logged=3)
+    tail = (run / "metrics.jsonl").read_text()
+    with (run / "metrics.jsonl").open("w") as file:
+        file.truncate(1 << 36)  # a hole of 64 GB
+        file.seek(0, os.SEEK_END)
+        file.write(f"\n{tail}" + '{"step": 4, "images_')
+    assert status_of(run, None, {}).step == 3
+
+
+# The command.
+
+
+def test_the_table_and_the_json_tell_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    submit(make_run(tmp_path / "runs" / "a", logged=20, saved=15))
+    event(tmp_path / "runs" / "a", "stop")
+    make_run(tmp_path / "runs" / "chain" / "b", logged=TOTAL_STEPS, saved=TOTAL_STEPS)
+    (tmp_path / "runs" / "notes").mkdir()
+    capsys.readouterr()
+    show_status([tmp_path / "runs"])
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["run", "state", "step"]
+    assert [row.split()[1:4] for row in rows] == [["stopped", "20/30", "120"], ["done", "30/30", "130"]]
+    show_status([tmp_path / "runs"], as_json=True)
+    assert [(row["state"], row["step"]) for row in json.loads(capsys.readouterr().out)] == [
+        ("stopped", 20),
+        ("done", 30),
+    ]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected the folder of a run, with recipe\.yaml or .* found none in it"):
+        find_runs(tmp_path)
+    with pytest.raises(InputError, match="found no such folder"):
+        find_runs(tmp_path / "nowhere")
+
+
+def test_it_answers_without_torch(tmp_path: Path) -> None:
+    run = submit(make_run(tmp_path / "run", logged=20, saved=15), executor="local", job_id="1")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom launch.status import show_status\n"
+        f"show_status([Path({str(run)!r})])\nprint('loaded:', *sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not {"torch", "numpy", "pydantic"} & set(done.stdout.rsplit("loaded:", 1)[1].split())
