@@ -15,35 +15,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from getpass import getuser
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.durable import durable_file
-from data_pipeline.errors import InputError, PretrainError, RecipeError, RunError
+from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.mixture import open_training
 from data_pipeline.read import open_dataset
+from launch.checks.slurm_cluster import slurm
 from launch.cluster import Cluster, load_cluster
 from launch.job_folder import JobFolder
-from launch.slurm import job_fields, minutes_of, partitions, slurm
+from launch.slurm import AT_WORK, WAITING, job_fields
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import dump, load_recipe
 from pretrain.resolve import resolve
 from pretrain.strict_yaml import write_yaml
 
 PACKAGES = ("data_pipeline", "pretrain", "launch")
-GOING = (
-    "PENDING",
-    "CONFIGURING",
-    "RUNNING",
-    "COMPLETING",
-    "SUSPENDED",
-    "REQUEUED",
-    "RESIZING",
-    "SIGNALING",
-    "STAGE_OUT",
-)
 
 
 def submit(
@@ -113,58 +102,19 @@ def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
 
 
 def _check_slurm(cluster: Cluster, path: Path, run: Path, local: bool, dry_run: bool) -> None:
-    try:
-        _check_cluster(cluster, path, local)
-        _refuse_running(run)
-    except RunError as error:
-        if not dry_run:
-            raise
-        print(f"not checked with SLURM: {error}", file=sys.stderr)
-
-
-def _check_cluster(cluster: Cluster, path: Path, local: bool) -> None:
-    """What SLURM would refuse, or accept and never start."""
+    """What SLURM would refuse, or accept and never start; a dry run may be where there is no SLURM."""
     if local:
         if cluster.nodes > 1:
             raise RecipeError(str(path), [f"nodes: expected 1 with --local, found {cluster.nodes}. Use --nodes 1."])
         return
-    if shutil.which("sbatch") is None:
-        return  # a dry run elsewhere; to queue says what is missing
-    problems = list(_partition_problems(cluster, partitions()))
-    problems += _account_problems(cluster)
-    if problems:
-        raise RecipeError(str(path), problems)
-
-
-def _partition_problems(cluster: Cluster, known: dict[str, dict[str, str]]) -> Iterator[str]:
-    default = next((name for name, fields in known.items() if fields.get("Default") == "YES"), None)
-    name = cluster.partition or default
-    if name is None:
-        yield f"partition: expected one of {', '.join(known)}, as this cluster has no default, found none."
+    wrong = [finding for finding in slurm(cluster) if finding.level == "error"]
+    absent = [finding for finding in wrong if finding.what == "SLURM"]
+    if absent and dry_run:
+        print(f"not checked with SLURM: {absent[0].found}", file=sys.stderr)
         return
-    if name not in known:
-        yield f"partition: expected one of {', '.join(known)}, found {name!r}."
-        return
-    limit = minutes_of(known[name].get("MaxTime", ""))
-    if limit is not None and cluster.time_minutes > limit:
-        yield f"time_minutes: expected at most {limit:g}, which partition {name} allows, found {cluster.time_minutes}."
-    total = known[name].get("TotalNodes", "")
-    if total.isdecimal() and cluster.nodes > int(total):
-        yield f"nodes: expected at most the {total} of partition {name}, found {cluster.nodes}."
-
-
-def _account_problems(cluster: Cluster) -> Iterator[str]:
-    """Where accounts are enforced, SLURM's own list of the user's is what counts."""
-    try:
-        enforced = "associations" in slurm("scontrol", "show", "config").split("AccountingStorageEnforce", 1)[1][:80]
-        if not enforced:
-            return
-        words = ("--noheader", "--parsable2", "show", "associations", f"user={getuser()}", "format=account")
-        accounts = set(slurm("sacctmgr", *words).split())
-    except (PretrainError, OSError, IndexError):
-        return  # sbatch will tell
-    if cluster.account not in {None, *accounts}:
-        yield f"account: expected one of {', '.join(sorted(accounts)) or 'none'}, found {cluster.account!r}."
+    if wrong:
+        raise RecipeError(str(path), [f"{finding.what}: {finding.found}. {finding.fix}" for finding in wrong])
+    _refuse_running(run)
 
 
 def _refuse_running(run: Path) -> None:
@@ -172,10 +122,10 @@ def _refuse_running(run: Path) -> None:
         job_id = JobFolder(run).submitted()["job_id"]
     except InputError:
         return
-    if JobFolder(run).submitted()["executor"] != "slurm" or job_id is None or shutil.which("scontrol") is None:
+    if JobFolder(run).submitted()["executor"] != "slurm" or job_id is None:
         return
     fields = job_fields(job_id)
-    if fields is not None and fields.get("JobState") in GOING:
+    if fields is not None and fields.get("JobState") in (*WAITING, *AT_WORK):
         raise InputError(
             where=str(run), expected="a run without a job", found=f"job {job_id}, {fields['JobState'].lower()}",
             fix=f"Follow it with `pretrain status {run}`, end it with `pretrain cancel`, or choose another --out.",

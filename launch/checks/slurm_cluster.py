@@ -89,7 +89,7 @@ def _misfits(cluster: Cluster, name: str, partition: Mapping[str, str]) -> Itera
     limit = minutes_of(partition.get("MaxTime", "UNLIMITED"))
     if limit is not None and cluster.time_minutes > limit:
         fix = f"Set time_minutes to {limit:g} or less: the run is requeued, and goes on."
-        yield error("time", f"{cluster.time_minutes} minutes, and {name} gives {limit:g} at most", fix)
+        yield error("time_minutes", f"{cluster.time_minutes} minutes, and {name} gives {limit:g} at most", fix)
     most = partition.get("MaxNodes", "UNLIMITED")
     if most.isdecimal() and cluster.nodes > int(most):
         yield error("nodes", f"{cluster.nodes}, and {name} gives a job {most} at most", "Ask for fewer.")

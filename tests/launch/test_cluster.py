@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import RecipeError
-from launch.cluster import Cluster, load_cluster
+from launch.cluster import load_cluster
 from launch.job_folder import JobFolder
 from launch.slurm import fields_of, minutes_of
-from launch.submit import _partition_problems
 
 CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "cluster"
 
@@ -41,15 +40,6 @@ def test_each_problem_names_its_key(tmp_path: Path, text: str, told: str) -> Non
     with pytest.raises(RecipeError) as caught:
         load_cluster(tmp_path / "cluster.yaml")
     assert told in str(caught.value)
-
-
-def test_what_a_partition_does_not_allow_is_known_before() -> None:
-    known = {"main": {"Default": "YES", "MaxTime": "1-00:00:00", "TotalNodes": "4"}, "long": {"MaxTime": "UNLIMITED"}}
-    assert list(_partition_problems(Cluster(nodes=4, time_minutes=1440), known)) == []
-    assert list(_partition_problems(Cluster(partition="long", nodes=9, time_minutes=99999), known)) == []
-    problems = list(_partition_problems(Cluster(nodes=5, time_minutes=1441), known))
-    assert [problem.split(":")[0] for problem in problems] == ["time_minutes", "nodes"]
-    assert "expected one of main, long, found 'gpu'" in next(_partition_problems(Cluster(partition="gpu"), known))
 
 
 def test_what_slurm_writes_is_read() -> None:

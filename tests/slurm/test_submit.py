@@ -25,9 +25,9 @@ def test_two_nodes_train_and_the_encoder_is_judged(place: Place, expected: dict[
 
 def test_what_can_be_known_before_is_refused_by_its_field(place: Place) -> None:
     for words, keys, told in (
-        ((), {"partition": "gpu"}, "partition: expected one of main, found 'gpu'"),
-        ((), {"time_minutes": 100}, "time_minutes: expected at most 60"),
-        ((), {"nodes": 4}, "nodes: expected at most the 2 of partition main, found 4"),
+        ((), {"partition": "gpu"}, "partition: expected one of the cluster's, found gpu. It has: main."),
+        ((), {"time_minutes": 100}, "time_minutes: 100 minutes, and main gives 60 at most"),
+        ((), {"nodes": 4}, "expected 4"),
         (("--set", "data.train=nowhere"), {}, "nowhere"),
         (("--set", "batch.global_size=15"), {}, "batch.global_size"),
         ((), {"sbatch": {"partition": "main"}}, "expected `partition` for what sbatch.partition says"),
