@@ -20,6 +20,8 @@ from tests.slurm.cluster import SlurmCluster
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 STEPS, SAVED_EVERY = 240, 20
+SECRETS = ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MY_TOKEN")  # what users have in their environment
+CANARY = "canary-3f1b9c2e7a5d"
 MODEL = {
     "name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 4,
     "options": {"embed_dim": 96, "depth": 3, "num_heads": 3, "class_token": False,
@@ -50,7 +52,7 @@ class Place:
 
     def pretrain(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "launch.cli", *words]
-        environment = {**self.cluster.environment, "PYTHONPATH": str(CHECKOUT)}
+        environment = {**self.cluster.environment, "PYTHONPATH": str(CHECKOUT), **dict.fromkeys(SECRETS, CANARY)}
         done = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=120)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
@@ -123,22 +125,23 @@ class Submitted:
         events = "\n".join(json.dumps(event) for event in JobFolder(self.run).events())
         return f"{dict(self.cluster.job(self.job_id))}\n{events}\n{self.log()[-6000:]}"
 
-    def rank_pid(self, rank: int) -> int:
-        """The process of a rank that trains now."""
+    def rank_pids(self) -> list[int]:
+        """The processes that train now, by rank."""
+        found = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():
                 try:
-                    environment = (entry / "environ").read_bytes().split(b"\0")
+                    variables = (entry / "environ").read_bytes().split(b"\0")
                     words = (entry / "cmdline").read_bytes().split(b"\0")
                 except OSError:
                     continue
-                if (
-                    f"RANK={rank}".encode() in environment
-                    and b"launch.rank" in words
-                    and str(self.run).encode() in words
-                ):
-                    return int(entry.name)
-        raise AssertionError(f"no rank {rank} of {self.run}")
+                ranks = [v.removeprefix(b"RANK=") for v in variables if v.startswith(b"RANK=")]
+                if ranks and b"launch.rank" in words and str(self.run).encode() in words:
+                    found[int(ranks[0])] = int(entry.name)
+        return [found[rank] for rank in sorted(found)]
+
+    def rank_pid(self, rank: int) -> int:
+        return self.rank_pids()[rank]
 
     def check_whole(self, expected: dict[int, float]) -> None:
         """It is done, and every step's loss is the uninterrupted run's to the bit."""

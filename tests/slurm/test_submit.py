@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.slurm.jobs import Place
+from tests.slurm.jobs import CANARY, STEPS, Place
 
 
 def test_two_nodes_train_and_the_encoder_is_judged(place: Place, expected: dict[int, float]) -> None:
@@ -10,7 +10,7 @@ def test_two_nodes_train_and_the_encoder_is_judged(place: Place, expected: dict[
     assert "#SBATCH --nodes=2" in printed
     assert "#SBATCH --signal=USR2@30" in printed
     assert not (place.folder / "runs").exists(), "a dry run writes nothing"
-    job = place.submit("two")
+    job = place.submit("two", "--set", "logging.wandb={project: tiny, mode: offline}")
     running = place.pretrain(
         "submit", "recipe.yaml", "--cluster", str(place.cluster_file()), "--out", "two", check=False
     )
@@ -21,6 +21,15 @@ def test_two_nodes_train_and_the_encoder_is_judged(place: Place, expected: dict[
     assert job.last("start")["nodes"] == ["n0", "n1"]
     judged = place.pretrain("eval", "knn", "two", "--train", "train", "--test", "val", "--k", "5").stdout
     assert "top1" in judged
+    shown = place.pretrain("status", "two").stdout
+    assert "done" in shown
+    assert f"{STEPS}/{STEPS}" in shown
+    assert place.pretrain("logs", "two").stdout.rstrip().endswith("done")
+    files = [path for path in job.run.rglob("*") if path.is_file()]
+    assert any("wandb" in str(path) for path in files)
+    told = [path for path in files if CANARY.encode() in path.read_bytes()]
+    assert not told, "what is secret in the environment stays there"
+    assert CANARY not in printed
 
 
 def test_what_can_be_known_before_is_refused_by_its_field(place: Place) -> None:
