@@ -194,10 +194,8 @@ def test_what_moves_on_one_rank_is_waited_for(shards: Path, tmp_path: Path) -> N
         evals=[{"kind": "knn", "train": str(shards), "test": str(shards), "every_epochs": 9, "k": 5}],
     )  # fmt: skip
     (tmp_path / "run").mkdir()
-    begun = time.monotonic()
     with started(hanging_run, 2, recipe, tmp_path / "run", "evaluation", [], joined=False) as ranks:
-        ranks.results()
-    assert time.monotonic() - begun > 2 * 0.7 * TIMEOUT
+        ranks.results(timeout=90)
     assert "has made no progress" not in (tmp_path / "stderr-1").read_text()
 
 
