@@ -111,7 +111,7 @@ def main(run: Path, status: int) -> None:
     reports = {path.stem: json.loads(path.read_bytes()) for path in left.glob("*.json") if path.stem != "meeting"}
     for report in reports.values():
         if report["status"] == HUNG:
-            report["why"] = _hang(folder)
+            report["why"] = _hang(folder, since=start["at"] if start is not None else 0)
     joined = {path.stem for path in left.glob("*.joined")}
     end = ending(reports, joined, nodes, status)
     step = folder.newest_step()
@@ -136,10 +136,10 @@ def main(run: Path, status: int) -> None:
         time.sleep(60)  # until the batch script is ended with it: nothing may come after
 
 
-def _hang(folder: JobFolder) -> str:
-    """What a rank's watchdog found last; empty where it could not write it down."""
-    files = sorted(folder.path.glob("hang-*.json"), key=lambda path: path.stat().st_mtime)
-    return str(json.loads(files[-1].read_bytes())["found"][0]["line"]) if files else ""
+def _hang(folder: JobFolder, since: float) -> str:
+    """What a rank's watchdog found in this attempt; empty where it could not write it down."""
+    found = [json.loads(path.read_bytes()) for path in sorted(folder.path.glob("hang-*.json"))]
+    return next((str(one["found"][0]["line"]) for one in found if one["at"] >= since), "")
 
 
 def is_queued(fields: Mapping[str, str], restart: int) -> bool:

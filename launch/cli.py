@@ -164,6 +164,31 @@ def submit(
     queue(recipe_path, cluster_path, out=out, nodes=nodes, overrides=overrides, dry_run=dry_run, local=local)
 
 
+@app.command(
+    epilog=_examples("pretrain drill configs/recipes/mae_vit_b16.yaml --cluster configs/cluster/gpu.yaml --nodes 2")
+)
+def drill(
+    recipe_path: RecipePath,
+    cluster_path: Annotated[
+        Path, typer.Option("--cluster", metavar="FILE", help="What is asked of SLURM, such as configs/cluster/*.yaml.")
+    ],
+    nodes: Annotated[int | None, typer.Option(min=1, help="Another number of nodes than the cluster file's.")] = None,
+    steps: Annotated[int, typer.Option(min=6, help="Of each of the two runs.")] = 30,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where both are kept [runs/drill-<name of the recipe>].")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Proves on this cluster, before the quota is spent, that a run which is disturbed ends as one that is not.
+
+    Two short jobs: one is left alone; the other is warned of its time limit, then killed, and is queued again each
+    time. Their losses are compared step by step. Exit status 1 where they differ.
+    """
+    from launch.drill import drill as run_drill
+
+    run_drill(recipe_path, cluster_path, nodes=nodes, steps=steps, out=out, overrides=overrides)
+
+
 @app.command(epilog=_examples("pretrain cancel runs/mae_vit_b16", "pretrain cancel runs/mae_vit_b16 --now"))
 def cancel(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],

@@ -98,8 +98,9 @@ def run_node(run: Path, token: str) -> int:
 
 
 def _run_ranks(run: Path, recipe: Recipe, cluster: Cluster, node: Node, meeting: dict[str, Any]) -> int:
+    max_steps = JobFolder(run).submitted().get("max_steps")
     return launch(
-        [str(JobFolder(run).recipe), "--out", str(run)],
+        [str(JobFolder(run).recipe), "--out", str(run), *(["--max-steps", str(max_steps)] if max_steps else [])],
         cluster.ranks_per_node,
         threads=recipe.runtime.threads,
         place=Place(

@@ -44,6 +44,7 @@ def submit(
     overrides: list[str] | None = None,
     dry_run: bool = False,
     local: bool = False,
+    max_steps: int | None = None,
 ) -> None:
     """Queues a run, or goes on with one whose job has ended; says where it is kept and how to follow it.
 
@@ -55,6 +56,7 @@ def submit(
         overrides: of the recipe.
         dry_run: print the batch script; write and start nothing.
         local: run the same job here, by submitit's local executor.
+        max_steps: the run stops after so many steps.
 
     Raises:
         InputError: of whatever is wrong; nothing was written or started.
@@ -75,7 +77,7 @@ def submit(
     what: dict[str, Any] = {
         "recipe": str(recipe_path), "overrides": overrides or [], "executor": "local" if local else "slurm",
         "job_id": None, "nodes": cluster.nodes, "ranks_per_node": cluster.ranks_per_node, "submitted_at": time.time(),
-        "cluster": str(cluster_path), "code": str(code), "token": secrets.token_hex(8),
+        "cluster": str(cluster_path), "code": str(code), "token": secrets.token_hex(8), "max_steps": max_steps,
     }  # fmt: skip
     folder.write("recipe.yaml", dump(recipe))
     folder.write("cluster.yaml", write_yaml(cluster.model_dump(mode="json")))

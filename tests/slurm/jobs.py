@@ -50,10 +50,12 @@ class Place:
     cluster: SlurmCluster
     folder: Path
 
-    def pretrain(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def pretrain(self, *words: str, check: bool = True, seconds: float = 120) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "launch.cli", *words]
         environment = {**self.cluster.environment, "PYTHONPATH": str(CHECKOUT), **dict.fromkeys(SECRETS, CANARY)}
-        done = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=seconds
+        )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 

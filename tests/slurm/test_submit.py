@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
+
+from data_pipeline.errors import RunError
+from launch.drill import _compare
 from tests.slurm.jobs import CANARY, STEPS, Place
 
 
@@ -47,3 +53,19 @@ def test_what_can_be_known_before_is_refused_by_its_field(place: Place) -> None:
         assert done.returncode == 2, done.stdout + done.stderr
         assert told in done.stderr
         assert not (place.folder / "refused").exists()
+
+
+def test_a_drill_passes_here_and_fails_where_a_loss_is_another(place: Place) -> None:
+    words = ("drill", "recipe.yaml", "--cluster", str(place.cluster_file(nodes=1)), "--steps", "120", "--out", "drill")
+    done = place.pretrain(*words, seconds=300)
+    assert "passed: 120 losses equal to the bit over 3 attempts" in done.stdout
+    again = place.pretrain(*words, check=False)
+    assert again.returncode == 2
+    assert "expected no earlier drill" in again.stderr
+    metrics = place.folder / "drill" / "disturbed" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    record = json.loads(lines[70])
+    lines[70] = json.dumps({**record, "loss": record["loss"] * (1 + 1e-6)})
+    metrics.write_text("\n".join(lines) + "\n")
+    with pytest.raises(RunError, match=r"1 of 120 that differ, the first at step \d+, by 1\.\de-06"):
+        _compare(place.folder / "drill" / "alone", place.folder / "drill" / "disturbed", 120)
