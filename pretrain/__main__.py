@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_pipeline.errors import InputError, PretrainError
+from pretrain.demand import Asked, signals
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 
@@ -31,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 the run failed, 2 the input was wrong, STOPPED where a signal asked it to stop.
     """
     given = _parse(arguments)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks for a checkpoint, and until there is a run for nothing
-    signal.signal(signal.SIGUSR2, lambda *_: os._exit(STOPPED))  # asks for a stop
+    for signum, asked in signals().items():  # until there is a run, there is nothing to save
+        signal.signal(signum, signal.SIG_IGN if asked == Asked.SAVE else lambda *_: os._exit(STOPPED))
     try:
         recipe = load_recipe(given.recipe, given.set)
         from pretrain import run  # after the recipe: loading torch takes seconds

@@ -25,6 +25,7 @@ from pretrain.augment import augmentations, mixing, prepare
 from pretrain.checkpoint import load
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World, gather_objects, process_group
+from pretrain.demand import Demand
 from pretrain.engine import Engine
 from pretrain.environment import choose_device, describe, pin_threads
 from pretrain.export import export_encoder
@@ -39,7 +40,7 @@ from pretrain.pictures import Pictures
 from pretrain.preflight import Plan, preflight
 from pretrain.recipe import Recipe
 from pretrain.record import claim, record_run
-from pretrain.saving import Demand, TimedCheckpoints
+from pretrain.saving import TimedCheckpoints
 from pretrain.schedules import learning_rate, undecayed_rate
 from pretrain.sinks import open_sinks
 from pretrain.start import Start, find_start, not_longer

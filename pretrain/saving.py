@@ -2,51 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import IntEnum
-from types import FrameType
 
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World, greatest_of_ranks, side_group
+from pretrain.demand import Asked, Demand
 from pretrain.state import RunState
-
-
-class Asked(IntEnum):
-    """What a run is asked for; of several, the greatest counts."""
-
-    NOTHING = 0
-    SAVE = 1
-    STOP = 2
-
-
-SIGNALS = {signal.SIGUSR1: Asked.SAVE, signal.SIGUSR2: Asked.STOP}
-
-
-class Demand:
-    """Raised by a signal to any rank, at any time; answered at the next step."""
-
-    def __init__(self) -> None:
-        self.asked = Asked.NOTHING
-
-    @contextmanager
-    def by_signal(self) -> Iterator[None]:
-        """Listens for the duration of a run. Only the main thread can; elsewhere nobody could send one."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {signum: signal.signal(signum, self._raise) for signum in SIGNALS}
-        try:
-            yield
-        finally:
-            for signum, previous in before.items():
-                signal.signal(signum, previous)
-
-    def _raise(self, signum: int, frame: FrameType | None) -> None:
-        self.asked = max(self.asked, SIGNALS[signal.Signals(signum)])
 
 
 class TimedCheckpoints:

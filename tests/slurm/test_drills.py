@@ -77,7 +77,7 @@ def test_a_rank_that_hangs_is_named(place: Place, expected: dict[int, float]) ->
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(place: Place, expected: dict[int, float]) -> None:
     checkpoints = place.folder / "full" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", str(checkpoints)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200K", "none", str(checkpoints)], check=True)
     try:
         job = place.submit("full")
         job.wait_until_over()

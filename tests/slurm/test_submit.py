@@ -44,7 +44,7 @@ def test_what_can_be_known_before_is_refused_by_its_field(place: Place) -> None:
         ((), {"time_minutes": 100}, "time_minutes: 100 minutes, and main gives 60 at most"),
         ((), {"nodes": 4}, "expected 4"),
         (("--set", "data.train=nowhere"), {}, "nowhere"),
-        (("--set", "batch.global_size=15"), {}, "batch.global_size"),
+        (("--set", "batch.global_size=7"), {}, "batch.global_size"),
         ((), {"sbatch": {"partition": "main"}}, "expected `partition` for what sbatch.partition says"),
         ((), {"signal_lead_seconds": 600}, "signal_lead_seconds below the time limit"),
     ):
