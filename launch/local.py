@@ -111,6 +111,7 @@ def _supervise(ranks: Sequence[subprocess.Popen[str]], events: Events, grace_sec
     failed: Ended | None = None
     asked: Asked | None = None
     deadline: float | None = None
+    to_stop = False
     while running:
         try:
             event = events.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -121,12 +122,15 @@ def _supervise(ranks: Sequence[subprocess.Popen[str]], events: Events, grace_sec
             continue
         if isinstance(event, Asked):
             stopping = event.signum in STOPPING
+            to_stop = to_stop or event.signum == signal.SIGUSR2
             for rank in running:
                 _kill(ranks[rank]) if asked and stopping else ranks[rank].send_signal(event.signum)
             if stopping:
                 asked = asked or event
             continue
         running.discard(event.rank)
+        if to_stop and event.status == -signal.SIGTERM:  # it was sent to all processes of a job, when this one was done
+            event = Ended(event.rank, STOPPED)
         if event.status and not asked and (not failed or failed.status == STOPPED):
             failed = event
             for rank in running if event.status != STOPPED else ():

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         _tell(traceback.format_exc())
         return _end(1)
-    return 0 if whole else STOPPED
+    return 0 if whole else _end(STOPPED)  # at once: Python, tidying up, would die of a second SIGTERM
 
 
 def _end(status: int) -> int:

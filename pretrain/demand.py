@@ -20,7 +20,7 @@ class Asked(IntEnum):
 
 
 def signals() -> dict[signal.Signals, Asked]:
-    """What each signal asks for. In a job SIGTERM, a scheduler's word to every process of it, is no end but a request."""
+    """What each signal asks for. In a job SIGTERM, a scheduler's word to every process of it, asks too."""
     asked = {signal.SIGUSR1: Asked.SAVE, signal.SIGUSR2: Asked.STOP}
     return {**asked, signal.SIGTERM: Asked.STOP} if "PRETRAIN_ATTEMPT" in os.environ else asked
 

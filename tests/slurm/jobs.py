@@ -108,6 +108,9 @@ class Submitted:
         self.wait(lambda: self.step() >= step, what=f"step {step}")
 
     def ended(self) -> bool:
+        """By its own word, as SLURM calls a job that it queues again by other names for a moment."""
+        if self.events()[-1:] not in (["done"], ["stop"], ["cancel"]):
+            return False
         state = self.cluster.job(self.job_id)["JobState"]
         return state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 
