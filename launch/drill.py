@@ -11,7 +11,7 @@ from pathlib import Path
 from data_pipeline.errors import InputError, RunError
 from launch.cancel import cancel
 from launch.job_folder import JobFolder
-from launch.slurm import job_fields, slurm
+from launch.slurm import hurry, job_fields, slurm
 from launch.submit import submit
 from pretrain.recipe_io import load_recipe
 
@@ -105,8 +105,7 @@ def _wait(run: Path, condition: Callable[[], bool]) -> None:
                 fix=f"See `pretrain logs {run}`; if it was over too soon to be disturbed, give more --steps.",
             )  # fmt: skip
         fields = job_fields(str(folder.submitted()["job_id"])) or {}
-        if fields.get("Reason") == "BeginTime":  # SLURM lets a requeued job wait for two minutes
-            slurm("scontrol", "update", f"JobId={fields['JobId']}", "StartTime=now")
+        hurry(fields)
         state = f"{run.name}: {fields.get('JobState', 'unknown').lower()}, step {_step(run)}"
         if state != told:
             print(state, flush=True)

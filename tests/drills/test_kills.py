@@ -78,10 +78,10 @@ def watched_run(world: World, recipe: Path, out: Path, board_path: Path, seed: i
 
     real_step = Engine.step
 
-    def step(engine: Engine, micro_batches: Sequence[Any], progress: Any, lr: float) -> Any:
+    def step(engine: Engine, micro_batches: Sequence[Any], progress: Any, *rates: float) -> Any:
         with (out / f"keys-{world.rank}.jsonl").open("a") as file:
             file.write(json.dumps([progress.step, [key for batch in micro_batches for key in batch.keys]]) + "\n")
-        return real_step(engine, micro_batches, progress, lr)
+        return real_step(engine, micro_batches, progress, *rates)
 
     Engine.step = step  # type: ignore[method-assign, assignment]
     watch(Engine, "step", 0, "step", "start")
@@ -104,7 +104,9 @@ def kill_in(phase: str | None, ranks: Ranks, board: Board, out: Path, rng: rando
     else:
         ahead = rng.randrange(1, 5)
         while len(losses(out)) < start + ahead:
-            assert all(process.is_alive() for process in ranks.processes), "ended before it could be killed"
+            if not all(process.is_alive() for process in ranks.processes):
+                ranks.results()  # raises what they raised
+                raise AssertionError("ended before it could be killed")
             time.sleep(0.01)
         while phase not in board.phases(victim):
             assert all(process.is_alive() for process in ranks.processes), "ended before it could be killed"

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 NODES = ("n0", "n1")
 CPUS = 4  # of a node, whatever the machine has: processes share what there is
@@ -84,6 +86,13 @@ class SlurmCluster:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SUBMITIT_"))}
         return {**kept, "PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
+    @contextmanager
+    def spoken_to(self) -> Iterator[None]:
+        """SLURM's commands of this process are for this cluster."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", self.environment["SLURM_CONF"])
+            yield
+
     def run(self, *words: str, check: bool = True) -> str:
         """Output of a SLURM command."""
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
@@ -105,10 +114,6 @@ class SlurmCluster:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         daemon.wait()
-
-    def start_now(self, job_id: str) -> None:
-        """A requeued job otherwise waits for two minutes."""
-        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
 
     def _start(self, name: str, program: str, *words: str) -> None:
         command = [_found(program) or program, *words]

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from launch.job_folder import JobFolder
+from launch.slurm import hurry
 from tests.runs import losses, write_recipe
 from tests.shards import write_shards
 from tests.slurm.cluster import SlurmCluster
@@ -100,8 +101,8 @@ class Submitted:
         while not condition():
             if time.monotonic() > deadline:
                 raise AssertionError(f"{what} not reached in {seconds} s\n{self.told()}")
-            if self.cluster.job(self.job_id).get("Reason") == "BeginTime":
-                self.cluster.start_now(self.job_id)
+            with self.cluster.spoken_to():
+                hurry(self.cluster.job(self.job_id))
             time.sleep(0.05)
 
     def wait_for_step(self, step: int) -> None:
