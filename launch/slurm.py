@@ -84,10 +84,8 @@ def hurry(fields: Mapping[str, str]) -> None:
 
     Not at once: nodes have just revoked its credential, and one of the same second would count as that one.
     """
-    if fields.get("Reason") != "BeginTime":
-        return
-    begin = datetime.fromisoformat(fields["StartTime"])
-    if begin - datetime.now() > timedelta(seconds=15):
+    begin = fields.get("EligibleTime", "Unknown") if fields.get("Reason") == "BeginTime" else "Unknown"
+    if begin != "Unknown" and datetime.fromisoformat(begin) - datetime.now() > timedelta(seconds=15):
         slurm("scontrol", "update", f"JobId={fields['JobId']}", "StartTime=now+5")
 
 
