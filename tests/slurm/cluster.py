@@ -95,7 +95,7 @@ class SlurmCluster:
 
     def run(self, *words: str, check: bool = True) -> str:
         """Output of a SLURM command."""
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=120)
         assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -133,7 +133,7 @@ class SlurmCluster:
         self._start("slurmctld", "slurmctld", "-D")
         for node in NODES:
             self.start_slurmd(node)
-        _until(self._idle, 60, "the nodes did not come up")
+        _until(self._idle, 180, "the nodes did not come up")
 
     def _idle(self) -> bool:
         return self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split() == ["idle"] * len(NODES)

@@ -95,7 +95,7 @@ class Submitted:
         lines = path.read_bytes().split(b"\n") if path.is_file() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith(b"}")), default=0)
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 180, what: str = "condition") -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 400, what: str = "condition") -> None:
         """Lets a requeued job start at once; fails with the job's log where the time is over."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -115,7 +115,7 @@ class Submitted:
         state = self.cluster.job(self.job_id)["JobState"]
         return state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 
-    def wait_until_over(self, seconds: float = 240) -> None:
+    def wait_until_over(self, seconds: float = 600) -> None:
         self.wait(self.ended, seconds, "the end of the job")
 
     def log(self) -> str:
