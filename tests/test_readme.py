@@ -19,7 +19,8 @@ TARGETS = {"make demo", "make test"}  # run by whoever runs this, and by a perso
 SMALLER = {"--samples 8000": "--samples 208", "--samples 2000": "--samples 48", "--max-steps 20": "--max-steps 1"}
 # A batch that few samples fill, and bounds for what would train or probe for minutes.
 ADDED = {"pretrain train": "--max-steps 2 --set batch.global_size=16", "torchrun": "--set batch.global_size=16",
-         "pretrain submit": "--dry-run", "pretrain doctor": "--set batch.global_size=16", "pretrain eval linear": "--min-steps 20"}  # fmt: skip
+         "pretrain submit": "--dry-run",
+         "pretrain doctor": "--set batch.global_size=16", "pretrain eval linear": "--min-steps 20"}  # fmt: skip
 
 
 def readme_commands() -> list[str]:
