@@ -18,9 +18,11 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_warning_of_the_time_limit(place: Place, expected: dict[int, float]) -> None:
-    """Of a job of ten minutes, which submitit by itself takes for timed out whatever happens."""
+    """Of a job of ten minutes, which submitit by itself takes for timed out, beside files that its requeue dies of."""
     job = place.submit("warned")
     job.wait_for_step(50)
+    for path in JobFolder(job.run).logs.glob("*.pkl"):
+        path.with_name(f"{path.name}.save_tmp").write_bytes(b"half")
     place.cluster.run("scancel", "--signal=USR2", job.job_id)
     job.wait_until_over()
     job.check_whole(expected)
@@ -38,15 +40,6 @@ def test_preempted_by_a_termination(place: Place, expected: dict[int, float]) ->
     job.check_whole(expected)
     assert job.events() == ["start", "end", "requeue", "start", "end", "done"]
     assert JobFolder(job.run).events()[1]["step"] >= 50
-
-
-def test_requeued_by_an_operator(place: Place, expected: dict[int, float]) -> None:
-    job = place.submit("requeued")
-    job.wait_for_step(50)
-    place.cluster.run("scontrol", "requeue", job.job_id)
-    job.wait_until_over()
-    job.check_whole(expected)
-    assert job.events().count("start") == 2
 
 
 def test_a_rank_that_is_killed(place: Place, expected: dict[int, float]) -> None:
@@ -106,7 +99,7 @@ def test_a_node_that_is_lost(place: Place, expected: dict[int, float], node: str
     job.check_whole(expected)
 
 
-def test_requeued_during_a_save(place: Place, expected: dict[int, float]) -> None:
+def test_requeued_by_an_operator_during_a_save(place: Place, expected: dict[int, float]) -> None:
     job = place.submit("in-a-save")
     job.wait_for_step(SAVED_EVERY + 5)
     folder = job.run / "checkpoints"
@@ -117,17 +110,7 @@ def test_requeued_during_a_save(place: Place, expected: dict[int, float]) -> Non
     assert new
     job.wait_until_over()
     job.check_whole(expected)
-
-
-def test_what_submitit_may_leave_behind(place: Place, expected: dict[int, float]) -> None:
-    """A stale `.save_tmp`, with which its own requeue fails for ever."""
-    job = place.submit("stale")
-    job.wait_for_step(50)
-    for path in JobFolder(job.run).logs.glob("*.pkl"):
-        path.with_name(f"{path.name}.save_tmp").write_bytes(b"half")
-    place.cluster.run("scancel", "--signal=USR2", job.job_id)
-    job.wait_until_over()
-    job.check_whole(expected)
+    assert job.events().count("start") == 2
 
 
 def test_another_number_of_nodes(place: Place, expected: dict[int, float]) -> None:
