@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 TEMPORARY_PATTERN = ".*.tmp"  # what a killed process may leave behind; never the name of anything finished
 
@@ -28,6 +29,32 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def append_line(path: Path, record: Mapping[str, Any], *, durable: bool = False) -> None:
+    """A JSON object as a line at the end of a file; behind a line that a kill tore it begins a new one."""
+    with path.open("ab+", buffering=0) as file:
+        torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+        if durable:
+            os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of a JSON object a line; a line that a kill tore is passed over, no file has none."""
+    found = []
+    try:
+        text = path.read_text("utf-8", "replace")
+    except OSError:
+        return []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def sync_folder(folder: Path) -> None:

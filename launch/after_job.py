@@ -17,11 +17,10 @@ from data_pipeline.errors import PretrainError
 from launch.cluster import Cluster, load_cluster
 from launch.job import Node, attempt_folder
 from launch.job_folder import JobFolder
-from launch.local import STOPPED
 from launch.slurm import job_fields, slurm
+from pretrain.demand import HUNG, STOPPED
 
-HUNG = 76  # status of a rank that found no progress
-_WORDS = {0: "done", 1: "the run failed", 2: "wrong input", STOPPED: "asked to stop", HUNG: "no progress"}
+_WORDS = {1: "the run failed", STOPPED: "asked to stop", HUNG: "no progress"}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 from data_pipeline.errors import InputError
@@ -29,7 +31,7 @@ def cancel(run: Path, now: bool) -> None:
         )
     folder.cancelled.touch()
     if executor == "local":
-        print(f"process {job_id} is asked to save and stop")
+        print(f"process {job_id} is ended" if now else f"process {job_id} is asked to save and stop")
         _signal_local(int(job_id), now)
     elif state == "RUNNING" and not now:
         slurm("scancel", "--signal=TERM", job_id)
@@ -41,10 +43,7 @@ def cancel(run: Path, now: bool) -> None:
 
 
 def _signal_local(pid: int, now: bool) -> None:
-    import os
-    import signal
-
     try:
-        os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
+        os.kill(pid, signal.SIGINT if now else signal.SIGTERM)  # at SIGINT submitit's controller ends what it started
     except ProcessLookupError:
         raise InputError(where=f"process {pid}", expected="a job that runs", found="no such process") from None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from data_pipeline.durable import read_lines
 from data_pipeline.errors import InputError, RunError
 from launch.cancel import cancel
 from launch.job_folder import JobFolder
+from launch.job_record import ENDINGS
 from launch.slurm import hurry, job_fields, slurm
 from launch.submit import submit
 from pretrain.recipe_io import load_recipe
@@ -68,7 +69,7 @@ def drill(
 
 def _is_over(run: Path) -> bool:
     events = JobFolder(run).events()
-    return bool(events) and events[-1]["event"] in ("done", "stop", "cancel")
+    return bool(events) and events[-1]["event"] in ENDINGS
 
 
 def _has_begun(run: Path, attempts: int) -> bool:
@@ -114,10 +115,7 @@ def _wait(run: Path, condition: Callable[[], bool]) -> None:
 
 
 def _losses(run: Path) -> dict[int, float]:
-    path = run / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    values = [json.loads(line) for line in lines if line.endswith(b"}")]
-    return {value["step"]: value["loss"] for value in values if "loss" in value}
+    return {line["step"]: line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line}
 
 
 def _step(run: Path) -> int:

@@ -144,10 +144,7 @@ def _check_data(recipe: Recipe, node: Node) -> None:
 def _host(folder: JobFolder, node: Node) -> dict[str, Any]:
     """The first node says where all meet, and that an attempt has begun."""
     meeting = {"address": _address(node), "port": free_port(), "attempt": folder.num_attempts()}
-    started = float(os.environ.get("PRETRAIN_STARTED", time.time()))
-    folder.note(
-        "start", attempt=meeting["attempt"], job_id=node.job_id, nodes=_names(node), restart=node.restart, began=started
-    )
+    folder.note("start", attempt=meeting["attempt"], job_id=node.job_id, nodes=_names(node), restart=node.restart)
     with durable_file(node.folder(folder.run) / "meeting.json") as file:
         file.write(json.dumps(meeting).encode())
     return meeting

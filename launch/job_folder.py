@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.durable import durable_file
+from data_pipeline.durable import append_line, durable_file, read_lines
 from data_pipeline.errors import InputError
-from pretrain.strict_yaml import read_yaml
+from pretrain.run_folder import complete_checkpoints, step_of
 
 
 @dataclass(frozen=True)
@@ -63,32 +62,16 @@ class JobFolder:
 
     def note(self, event: str, **values: Any) -> None:
         """Appends a line to `attempts.jsonl`; one process at a time writes there."""
-        line = json.dumps({"event": event, "at": time.time(), **values})
-        with (self.path / "attempts.jsonl").open("ab") as file:
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path / "attempts.jsonl", {"event": event, "at": time.time(), **values}, durable=True)
 
     def events(self) -> list[dict[str, Any]]:
         """All lines of `attempts.jsonl`; one that a kill cut short is passed over."""
-        try:
-            lines = (self.path / "attempts.jsonl").read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines if line.endswith(b"}")]
+        return read_lines(self.path / "attempts.jsonl")
 
     def num_attempts(self) -> int:
         return sum(event["event"] == "start" for event in self.events())
 
     def newest_step(self) -> int:
         """Of the newest complete checkpoint; 0: there is none."""
-        steps = (int(path.parent.name.removeprefix("step_")) for path in self.run.glob("checkpoints/step_*/COMPLETE"))
-        return max(steps, default=0)
-
-    def total_steps(self) -> int | None:
-        """As `resolved.yaml` says; None: the run never started."""
-        try:
-            tree, _ = read_yaml((self.run / "resolved.yaml").read_text())
-        except FileNotFoundError:
-            return None
-        return int(tree["resolved"]["total_steps"])
+        complete = complete_checkpoints(self.run / "checkpoints")
+        return step_of(complete[-1]) if complete else 0

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from types import FrameType
 
+from pretrain.demand import STOPPED
+
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ASKING = (signal.SIGUSR1, signal.SIGUSR2)  # a rank answers: it saves, and goes on or stops
-STOPPED = 75  # status of a rank that was asked to stop: the others are about to
 
 
 @dataclass(frozen=True)

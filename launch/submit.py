@@ -11,11 +11,9 @@ import os
 import secrets
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from pretrain.recipe import Recipe
 from pretrain.recipe_io import dump, load_recipe
 from pretrain.resolve import resolve
 from pretrain.strict_yaml import write_yaml
+from pretrain.versions import COPIED_COMMIT, commit, installed
 
 PACKAGES = ("data_pipeline", "pretrain", "launch")
 
@@ -81,7 +80,7 @@ def submit(
     }  # fmt: skip
     folder.write("recipe.yaml", dump(recipe))
     folder.write("cluster.yaml", write_yaml(cluster.model_dump(mode="json")))
-    folder.write("packages.json", json.dumps(_packages(), indent=1))
+    folder.write("packages.json", json.dumps(installed(), indent=1))
     folder.cancelled.unlink(missing_ok=True)
     folder.write("submitted.json", json.dumps(what, indent=1))  # a job that starts at once finds it
     job_id = _queue(run, cluster, code, recipe.name, local, what["token"])
@@ -176,25 +175,8 @@ def _copy_code(code: Path) -> None:
         target = unfinished / path.relative_to(_roots())
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    (unfinished / "COMMIT").write_text(_commit())
+    (unfinished / COPIED_COMMIT).write_text(commit() or "")
     os.rename(unfinished, code)
-
-
-def _commit() -> str:
-    """Of the checkout, with `+` where files differ from it; empty outside one."""
-    try:
-        head, changed = (
-            subprocess.run(["git", *words], cwd=_roots(), capture_output=True, text=True, timeout=10)
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return head.stdout.strip() + ("+" if changed.stdout else "") if head.returncode == 0 else ""
-
-
-def _packages() -> dict[str, str]:
-    found = {str(package.metadata["Name"]).lower(): package.version for package in distributions()}
-    return dict(sorted(found.items()))
 
 
 def _setup(code: Path, cluster: Cluster) -> list[str]:

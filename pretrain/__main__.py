@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_pipeline.errors import InputError, PretrainError
-from pretrain.demand import Asked, signals
+from pretrain.demand import STOPPED, Asked, signals
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: its state is saved, and the same command goes on
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 # All ranks of a machine find the same wrong input. The first says so and ends, and the launcher then ends the

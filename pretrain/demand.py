@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 
+STOPPED = 75  # exit status, EX_TEMPFAIL of sysexits.h: asked to stop; its state is saved, and the same command goes on
+HUNG = 76  # exit status: the watchdog found no progress
+
 
 class Asked(IntEnum):
     """What a run is asked for; of several, the greatest counts."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ import torch
 from data_pipeline.errors import InputError
 from pretrain.collectives import World
 from pretrain.recipe import Runtime
+from pretrain.versions import commit, installed
 
 
 def choose_device(runtime: Runtime, world: World) -> torch.device:
@@ -54,8 +53,8 @@ def describe(world: World, device: torch.device, threads: int, hosts: Sequence[s
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "arguments": sys.argv[1:],
             "python": platform.python_version(),
-            "packages": _packages(),
-            "commit": _commit(),
+            "packages": installed(),
+            "commit": commit(),
             "platform": platform.platform(),
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
@@ -70,28 +69,6 @@ def describe(world: World, device: torch.device, threads: int, hosts: Sequence[s
         },
         indent=1,
     )
-
-
-def _packages() -> dict[str, str]:
-    """Everything that is installed: what a number depends on is not known beforehand."""
-    found = {str(package.metadata["Name"]).lower(): package.version for package in distributions()}
-    return dict(sorted(found.items()))
-
-
-def _commit() -> str | None:
-    """Of the code that runs, with `+` where the tree differs from it; None outside a checkout or a copy of one."""
-    folder = Path(__file__).parent
-    copied = folder.parent / "COMMIT"  # `pretrain submit` writes it beside its copy
-    if copied.is_file():
-        return copied.read_text() or None
-    try:
-        head, changed = (
-            subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
-            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return head.stdout.strip() + ("+" if changed.stdout else "") if head.returncode == 0 else None
 
 
 def _cpu_model() -> str:

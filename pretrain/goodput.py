@@ -18,10 +18,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, replace
 from operator import add
 from pathlib import Path
 from typing import Any
+
+from data_pipeline.durable import append_line, read_lines
 
 FILE_NAME = "timeline.jsonl"
 _KINDS = {"data": "waiting", "step": "productive", "evaluation": "productive", "checkpoint": "saving"}
@@ -129,12 +132,8 @@ class Timeline:
     def _write(self, event: str, more: Mapping[str, float | None] | None = None) -> None:
         self._written = self._marked
         line = {"event": event, "at": self._marked, "step": self._step, **self._seconds, **(more or {})}
-        try:
-            with self._path.open("ab+", buffering=0) as file:
-                torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
-                file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
-        except OSError:
-            pass
+        with suppress(OSError):
+            append_line(self._path, line)
 
 
 def _started() -> float:
@@ -244,20 +243,3 @@ def read_goodput(run: Path, now: float | None = None) -> Goodput | None:
     timeline = [line for line in read_lines(run / FILE_NAME) if {"event", "at", "step"} <= line.keys()]
     attempts = read_lines(run / "job" / "attempts.jsonl")
     return book(timeline, attempts, now) if timeline or attempts else None
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of a JSON object a line; a line that a kill tore is passed over."""
-    found = []
-    try:
-        text = path.read_text("utf-8", "replace")
-    except OSError:
-        return []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found

@@ -30,8 +30,8 @@ from torch._C._distributed_c10d import TCPStore
 
 from data_pipeline.durable import durable_file
 from pretrain.collectives import World, from_main, gather_objects
+from pretrain.demand import HUNG
 
-HUNG = 76  # exit status
 START_UP_SECONDS = 600.0  # at least, until a step is done: checkpoints are verified, models compiled, caches filled
 BEATS = 8  # in a timeout
 UNHEARD = 3  # beats without a word

@@ -105,7 +105,7 @@ def _gathered(values: Tensor) -> Tensor:
 
 
 def _sums(x: Tensor) -> Tensor:
-    """[B, C, ...] -> [C]. One dimension at a time: a sum over several that are apart takes ten times as long."""
+    """[B, C, ...] -> [C]. One dimension at a time: over several that are apart `var_mean` takes ten times as long."""
     return x.flatten(2).sum(2).sum(0) if x.ndim > 2 else x.sum(0)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.durable import read_lines
 from pretrain.checkpoint import complete_checkpoints
-from pretrain.goodput import FILE_NAME, read_goodput, read_lines
+from pretrain.goodput import FILE_NAME, read_goodput
 from tests.runs import losses, running, train, write_recipe
 from tests.shards import write_shards
 

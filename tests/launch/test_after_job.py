@@ -6,17 +6,10 @@ from typing import Any
 
 import pytest
 
-from launch.after_job import HUNG, Ending, decide, ending, is_cancelled, is_queued
-from launch.local import STOPPED
+from launch.after_job import Ending, decide, ending, is_cancelled, is_queued
+from pretrain.demand import HUNG, STOPPED
 
 NODES = ["n0", "n1"]
-
-
-def test_ranks_and_what_comes_after_them_mean_the_same_by_a_status() -> None:
-    """Two places each, as what comes after loads no torch."""
-    from pretrain import __main__, watchdog
-
-    assert (__main__.STOPPED, watchdog.HUNG) == (STOPPED, HUNG)
 
 
 def of(*statuses: int | None, joined: int = 2, srun: int = 1) -> Ending:

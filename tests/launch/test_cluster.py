@@ -54,4 +54,7 @@ def test_a_line_that_a_kill_cut_short_is_passed_over(tmp_path: Path) -> None:
     with (folder.path / "attempts.jsonl").open("ab") as file:
         file.write(b'{"event": "en')
     assert [event["event"] for event in folder.events()] == ["start"]
-    assert folder.num_attempts() == 1
+    folder.note("start", attempt=1)
+    folder.note("end", attempt=1)
+    assert [event["event"] for event in folder.events()] == ["start", "start", "end"]
+    assert folder.num_attempts() == 2

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.goodput import FILE_NAME, Goodput, Timeline, book, read_goodput, read_lines
+from data_pipeline.durable import read_lines
+from pretrain.goodput import FILE_NAME, Goodput, Timeline, book, read_goodput
 
 SECONDS = st.floats(0.001, 1000)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.after_job import HUNG
 from launch.job_folder import JobFolder
+from pretrain.demand import HUNG
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.jobs import SAVED_EVERY, Place
 
