@@ -23,7 +23,7 @@ test: $(READY)
 
 # The long ones: runs killed in every phase, storage and networks that fail, every byte of a shard damaged.
 drills: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/drills --numprocesses 2 --dist loadfile --durations 10 -rP
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/drills --numprocesses 2 --dist loadfile --durations 10
 
 check: $(READY)
 	$(BIN)/ruff check .

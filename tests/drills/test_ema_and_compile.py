@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from pretrain.collectives import World
@@ -12,11 +14,11 @@ from tests.pretrain.test_engine_options import outcome
 from tests.ranks import run_ranks
 
 
-def test_a_thousand_steps_of_a_slow_average_are_those_of_fp64() -> None:
+def test_a_thousand_steps_of_a_slow_average_are_those_of_fp64(figure: Callable[[str], None]) -> None:
     for rank in run_ranks(averaged, 2, Ema(decay=0.9999, warmup=False), 1001):
         for stage in STAGES:
             worst = max(rank[stage]["errors"].values())
-            print(f"ZeRO {stage}: largest error of a tensor {worst:.1e}")
+            figure(f"ZeRO {stage}: largest error of a tensor {worst:.1e}")
             assert worst < 1e-5
             assert rank[stage]["moved"] > 1e-2
 
@@ -29,9 +31,9 @@ def compiled_and_plain(world: World, kind: str) -> dict[int, list[list[float]]]:
 
 
 @pytest.mark.parametrize("kind", ["mae", "resnet"])
-def test_compiled_blocks_compute_the_same(kind: str) -> None:
+def test_compiled_blocks_compute_the_same(kind: str, figure: Callable[[str], None]) -> None:
     """Random numbers of dropout are drawn otherwise when compiled; the model of this test has none."""
     (found,) = run_ranks(compiled_and_plain, 1, f"{kind}, nothing dropped" if kind == "mae" else kind)
     for stage, (plain, compiled) in found.items():
-        print(f"{kind}, ZeRO {stage}: plain {plain}, compiled {compiled}")
+        figure(f"{kind}, ZeRO {stage}: plain {plain}, compiled {compiled}")
         assert compiled == pytest.approx(plain, rel=1e-5)

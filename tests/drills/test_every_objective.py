@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,12 @@ def plain(world: World) -> dict[str, Gradients]:
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 2), (2, 1), (2, 2)])
-def test_a_batch_gives_the_same_gradient_however_it_is_cut(world_size: int, accumulation: int) -> None:
+def test_a_batch_gives_the_same_gradient_however_it_is_cut(
+    world_size: int, accumulation: int, figure: Callable[[str], None]
+) -> None:
     references = run_ranks(plain, 1)[0]
     ranks = run_ranks(gradients, world_size, accumulation)
-    print(f"{world_size} x {accumulation}: {', '.join(dict.fromkeys(name for name, _ in ranks[0]))}")
+    figure(f"{world_size} x {accumulation}: {', '.join(dict.fromkeys(name for name, _ in ranks[0]))}")
     for (name, stage), (_, found) in ranks[0].items():
         loss, expected = references[name]
         mean = sum(rank[name, stage][0] for rank in ranks) / world_size

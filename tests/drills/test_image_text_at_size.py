@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -59,7 +60,9 @@ def accumulated(world: World, kind: str, micro_batches: int) -> tuple[float, dic
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_sixteen_micro_batches_are_one_batch_in_an_eighth_of_the_memory(kind: str) -> None:
+def test_sixteen_micro_batches_are_one_batch_in_an_eighth_of_the_memory(
+    kind: str, figure: Callable[[str], None]
+) -> None:
     whole_loss, expected, whole_peak = run_ranks(accumulated, 1, kind, 1)[0]
     loss, found, peak = run_ranks(accumulated, 1, kind, 16)[0]
     assert loss == pytest.approx(whole_loss, rel=1e-5)
@@ -69,7 +72,7 @@ def test_sixteen_micro_batches_are_one_batch_in_an_eighth_of_the_memory(kind: st
         float((found[name] - gradient).norm() / gradient.norm().clamp(min=1e-3 * whole))
         for name, gradient in expected.items()
     )
-    print(f"{kind}: gradients within {worst:.1e}; {whole_peak / 2**20:.0f} and {peak / 2**20:.1f} MiB for backward")
+    figure(f"{kind}: gradients within {worst:.1e}; {whole_peak / 2**20:.0f} and {peak / 2**20:.1f} MiB for backward")
     assert worst < 1e-5
     assert peak < whole_peak / 8
 
@@ -88,11 +91,11 @@ def losses(world: World, kind: str, stage: int) -> tuple[list[float], int]:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_towers_train_where_their_weights_are_in_pieces(kind: str) -> None:
+def test_towers_train_where_their_weights_are_in_pieces(kind: str, figure: Callable[[str], None]) -> None:
     """open_clip reads some of them outside of the modules that they belong to."""
     start = time.perf_counter()
     whole, sharded = (run_ranks(losses, 2, kind, stage) for stage in (1, 3))
-    print(f"{kind}: {time.perf_counter() - start:.0f} s, {sharded[0][1]} parameters in pieces")
+    figure(f"{kind}: {time.perf_counter() - start:.0f} s, {sharded[0][1]} parameters in pieces")
     assert whole[0][1] == 0
     assert sharded[0][1] > 10
     for (ours, _), (theirs, _) in zip(sharded, whole, strict=True):

@@ -133,7 +133,7 @@ def last_keys(out: Path) -> dict[int, list[str]]:
     return {step: ranks[0] + ranks[1] for step, ranks in sorted(by_step.items())}
 
 
-def test_killed_anywhere_it_goes_on_to_the_bit(tmp_path: Path) -> None:
+def test_killed_anywhere_it_goes_on_to_the_bit(tmp_path: Path, figure: Callable[[str], None]) -> None:
     shards = write_shards(tmp_path / "train", PER_EPOCH)
     val = write_shards(tmp_path / "val", 17)
     recipe = write_recipe(
@@ -166,7 +166,7 @@ def test_killed_anywhere_it_goes_on_to_the_bit(tmp_path: Path) -> None:
     with started(watched_run, 2, recipe, out, tmp_path / "board", 0, joined=False) as ranks:
         ranks.results()
 
-    print(f"{victims.total()} kills: {dict(victims)}; died in {dict(died)}")
+    figure(f"{victims.total()} kills: {dict(victims)}; died in {dict(died)}")
     assert victims.total() >= 30
     assert all(died[phase] >= 5 for phase in PHASES), died
     assert min(victims.values()) >= 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -78,12 +79,12 @@ def kept_while_stepping(world: World, width: int) -> dict[int, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_rank_keeps_what_the_formula_says(width: int) -> None:
+def test_a_rank_keeps_what_the_formula_says(width: int, figure: Callable[[str], None]) -> None:
     """The bucket in which ZeRO 3 reduces gradients, whose size does not depend on the model, is left out."""
     for found in run_ranks(kept_while_stepping, WORLD_SIZE, width):
         for stage, (num_parameters, kept) in found.items():
             formula = model_state_bytes(num_parameters, stage, WORLD_SIZE)
-            print(
+            figure(
                 f"{num_parameters} parameters, ZeRO {stage}: {kept / num_parameters:.2f} bytes a parameter, "
                 f"formula {formula / num_parameters:.2f}, ratio {kept / formula:.3f}"
             )
@@ -125,11 +126,11 @@ def saved_for_backward(checkpointed: bool) -> tuple[int, int]:
     return kept, sum(inputs)
 
 
-def test_checkpointed_blocks_keep_their_inputs_and_nothing_else() -> None:
+def test_checkpointed_blocks_keep_their_inputs_and_nothing_else(figure: Callable[[str], None]) -> None:
     """What is left beside them is the stem's and the head's."""
     whole, _ = saved_for_backward(checkpointed=False)
     kept, inputs = saved_for_backward(checkpointed=True)
-    print(f"kept for the backward pass: {whole / 2**20:.1f} MiB; with checkpointing {kept / 2**20:.1f} MiB")
-    print(f"inputs of the blocks: {inputs / 2**20:.1f} MiB")
+    figure(f"kept for the backward pass: {whole / 2**20:.1f} MiB; with checkpointing {kept / 2**20:.1f} MiB")
+    figure(f"inputs of the blocks: {inputs / 2**20:.1f} MiB")
     assert inputs <= kept < 2 * inputs
     assert kept < 0.2 * whole

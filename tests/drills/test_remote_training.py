@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,12 @@ def test_from_s3(shards: Path, expected: dict[int, float], tmp_path: Path, monke
 
 @pytest.mark.parametrize(("nproc", "num_workers"), [(1, 0), (2, 2)])
 def test_from_a_server_in_bad_health(
-    shards: Path, expected: dict[int, float], tmp_path: Path, nproc: int, num_workers: int
+    shards: Path,
+    expected: dict[int, float],
+    tmp_path: Path,
+    nproc: int,
+    num_workers: int,
+    figure: Callable[[str], None],
 ) -> None:
     """One request in twenty fails, in one of four ways; another number of ranks sums the losses in another order."""
     chance = random.Random(nproc)
@@ -98,7 +103,7 @@ def test_from_a_server_in_bad_health(
             runtime={"peak_tflops": 0.1, "threads": 1, "num_workers": num_workers},
         )
         pretrain("train", recipe, "--nproc", nproc, "--out", tmp_path / "run")
-        print(f"{len(server.requests)} requests, faults: {[fault for fault in server.faults if fault]}")
+        figure(f"{len(server.requests)} requests, faults: {[fault for fault in server.faults if fault]}")
     found = losses(tmp_path / "run")
     if nproc == 1:
         assert found == expected

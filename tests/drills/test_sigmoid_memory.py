@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ def loss_and_backward(world: World) -> tuple[int, float, float]:
 
 
 @pytest.mark.slow
-def test_memory_stays_far_below_the_matrix_of_all_pairs() -> None:
+def test_memory_stays_far_below_the_matrix_of_all_pairs(figure: Callable[[str], None]) -> None:
     ranks = run_ranks(loss_and_backward, 2)
     for held, seconds, loss in ranks:
-        print(f"{held / 1e6:.0f} MB above the baseline, {seconds:.1f} s, loss {loss:.4f}")
+        figure(f"{held / 1e6:.0f} MB above the baseline, {seconds:.1f} s, loss {loss:.4f}")
         assert held < MATRIX / 20

@@ -206,7 +206,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_writer, "_CHUNK", 256)  # many writes, though the state is small
 
 
-def test_no_fault_makes_a_checkpoint_that_claims_what_it_does_not_hold(tmp_path: Path, small_pieces: None) -> None:
+def test_no_fault_makes_a_checkpoint_that_claims_what_it_does_not_hold(
+    tmp_path: Path, small_pieces: None, figure: Callable[[str], None]
+) -> None:
     torch.set_num_threads(1)
     expected = {}
     for step in (1, 2, 3):
@@ -244,7 +246,7 @@ def test_no_fault_makes_a_checkpoint_that_claims_what_it_does_not_hold(tmp_path:
         save(folder, 3)  # and the next save stands, whatever the last one left
         assert [p.name for p in checkpoint.all_folders(folder)] == [checkpoint.folder_name(3)]
         outcomes[f"{fault}: {'saved' if newest.path.name.endswith('2') else 'the one before'}"] += 1
-    print(f"{len(found) * rounds} faults at {dict(counts)}: {dict(outcomes)}")
+    figure(f"{len(found) * rounds} faults at {dict(counts)}: {dict(outcomes)}")
     assert len(found) * rounds >= LEAST
     assert struck > LEAST // 2
 
