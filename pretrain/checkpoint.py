@@ -31,6 +31,7 @@ from pretrain.run_folder import COMPLETE as COMPLETE
 from pretrain.run_folder import all_folders as all_folders
 from pretrain.run_folder import complete_checkpoints as complete_checkpoints
 from pretrain.run_folder import folder_name as folder_name
+from pretrain.run_folder import sha256_of
 from pretrain.state import Progress, RunState
 
 if TYPE_CHECKING:
@@ -275,11 +276,6 @@ def unreadable(path: Path, error: OSError) -> PretrainError:
         where=str(path), expected="a file that can be read", found=error.strerror or str(error),
         fix="Mend the storage and start again; nothing was changed.",
     )  # fmt: skip
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _verify(path: Path, world: World) -> None:

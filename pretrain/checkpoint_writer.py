@@ -28,9 +28,10 @@ import torch
 
 from data_pipeline.durable import durable_file, sync_folder
 from data_pipeline.errors import RunError
-from pretrain.checkpoint import COMPLETE, FORMAT, STATE, all_folders, complete_checkpoints, folder_name, sha256_of
+from pretrain.checkpoint import COMPLETE, FORMAT, STATE, all_folders, complete_checkpoints, folder_name
 from pretrain.collectives import World, gather_objects, side_group
 from pretrain.engine import Fragment
+from pretrain.run_folder import sha256_of
 from pretrain.state import RunState
 
 _CHUNK = 1 << 24  # bytes that are written and hashed at a time

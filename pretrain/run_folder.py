@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import struct
@@ -37,6 +38,11 @@ def all_folders(folder: Path) -> list[Path]:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Those that claim to be complete, oldest first; whether they are sound is only known once they are opened."""
     return [p for p in all_folders(folder) if (p / COMPLETE).is_file()]
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_claimed(run: Path) -> bool:

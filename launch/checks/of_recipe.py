@@ -17,10 +17,10 @@ from data_pipeline.remote import remote_url
 from data_pipeline.selection import beneath
 from launch.checks import machine
 from launch.checks.finding import Finding, error, gigabytes, of_error, ok, warning
-from pretrain.checkpoint import sha256_of
 from pretrain.plan import Footprint
 from pretrain.preflight import Plan, preflight
 from pretrain.recipe import Recipe
+from pretrain.run_folder import sha256_of
 
 _PREFETCH = 3  # steps of a worker that lie in shared memory: two ready, one being made
 _HASHED_SHARDS, _HASHED_BYTES = 4, 2 * 10**9  # of a data set: as much as a doctor may read

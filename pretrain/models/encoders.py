@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, InputError
 from pretrain.models import cifar_resnet  # noqa: F401  (names its models in timm's registry)
-from pretrain.models.folders import file_sha256, save_weights
+from pretrain.models.folders import save_weights
 from pretrain.recipe import Views
 from pretrain.recipe_model import Model, ModelConfig
+from pretrain.run_folder import sha256_of
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -231,7 +232,7 @@ def load_encoder(folder: Path) -> tuple[nn.Module, EncoderConfig]:
         return module.encoder, config
     try:
         raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        preprocessing, digest = raw["pretrained_cfg"], file_sha256(folder / WEIGHTS)
+        preprocessing, digest = raw["pretrained_cfg"], sha256_of(folder / WEIGHTS)
         config = EncoderConfig(
             name=raw["architecture"],
             model_args=raw.get("model_args", {"num_classes": raw["num_classes"]}),

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pretrain.run_folder import sha256_of
+
 
 def save_weights(path: Path, state: Mapping[str, Tensor], config_path: Path, config: Mapping[str, Any]) -> None:
     """Writes weights as safetensors, then a configuration with their `file_sha256`, so that an interrupted save shows.
@@ -25,16 +27,11 @@ def save_weights(path: Path, state: Mapping[str, Tensor], config_path: Path, con
     """
     partial = path.with_name(f".{path.name}.tmp")
     save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, partial, {"format": "pt"})
-    told = {**config, "file_sha256": file_sha256(partial)}
+    told = {**config, "file_sha256": sha256_of(partial)}
     _publish(partial, path)
     partial = config_path.with_name(f".{config_path.name}.tmp")
     partial.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     _publish(partial, config_path)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_sha256(module: nn.Module) -> str:

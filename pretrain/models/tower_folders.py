@@ -27,12 +27,13 @@ from pretrain.models.encoders import (
     load_strictly,
     save_encoder,
 )  # fmt: skip
-from pretrain.models.folders import file_sha256, save_weights
+from pretrain.models.folders import save_weights
 from pretrain.models.open_clip_models import build_open_clip, checked_config, model_config, named_config, text_config
 from pretrain.models.tokenizers import CLIP
 from pretrain.models.towers import SIGLIP_BIAS, Parts, TwoTowers, build_text
 from pretrain.recipe import Views
 from pretrain.recipe_model import Model, ModelConfig, TextTower
+from pretrain.run_folder import sha256_of
 
 _SCALARS = ("logit_scale", "logit_bias")  # of shape [1] here, as in the objective
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", WEIGHTS)
@@ -75,7 +76,7 @@ def save_towers(
             "text_cfg": text_config(text),
             "has_bias": has_bias,
             "tokenizer": tokenizer,
-            "encoder_sha256": file_sha256(folder / WEIGHTS),  # text and image of one and the same step
+            "encoder_sha256": sha256_of(folder / WEIGHTS),  # text and image of one and the same step
         }
         save_weights(folder / TOWERS / WEIGHTS, rest, folder / TOWERS / CONFIG, config)
         return
@@ -153,7 +154,7 @@ def load_open_clip(folder: Path, *, fresh: bool = False) -> Loaded:
     with _read(folder / OPEN_CLIP_CONFIG):
         hub = told["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
         told.setdefault("tokenizer", str(folder) if hub else CLIP)  # its files lie beside the weights
-        told["weights_sha256"] = file_sha256(path)
+        told["weights_sha256"] = sha256_of(path)
     return _open_clip(told, None if fresh else _weights(path, told), where=str(path))
 
 
@@ -232,7 +233,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _weights(path: Path, told: Mapping[str, Any]) -> dict[str, Tensor]:
     with _read(path):
-        digest = file_sha256(path)
+        digest = sha256_of(path)
         state: dict[str, Tensor] = load_file(path)
     if told.get("file_sha256", digest) != digest:
         raise CheckpointError(

@@ -14,8 +14,9 @@ import pytest
 
 from data_pipeline.errors import InputError, RecipeError
 from launch import chain as chain_module
-from launch import cli
+from launch import chain_check, cli
 from launch.chain import run_chain
+from launch.chain_folder import ChainFolder
 from launch.chain_recipe import load_chain
 from tests.runs import losses, train, write_recipe
 from tests.shards import write_shards
@@ -184,9 +185,8 @@ def test_every_chain_of_the_repository_is_valid(
     path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, shards: Path
 ) -> None:
     """Recipes, overrides, models, references and options; the data it names are not looked at."""
-    monkeypatch.setattr(chain_module, "_check_input", lambda job, path: None)
-    chain = load_chain(path)
-    chain_module._check(chain_module._Job(chain, path.parent, out, 2))
+    monkeypatch.setattr(chain_check, "_check_input", lambda chain, path: None)
+    chain_check.check_chain(ChainFolder.of(path, out), 2)
     head = path.read_text().splitlines()
     assert all(any(line.startswith(f"# {word}:") for line in head) for word in ("Paper", "Expected", "Cost", "Command"))
     assert f"pretrain chain configs/chains/{path.relative_to(CHAINS)}" in path.read_text()

@@ -1,0 +1,101 @@
+"""Whether all stages of a chain can be what they say, before the first is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import InputError, PretrainError, RecipeError
+from launch.chain_folder import ChainFolder, fingerprint
+from launch.chain_recipe import Stage, words_of
+from pretrain.resolve import split_batch
+
+
+def check_chain(chain: ChainFolder, num_ranks: int, *, build: bool = True) -> None:
+    """Every stage, before the first is started.
+
+    Args:
+        num_ranks: of each training.
+        build: models as well, for which torch is imported.
+
+    Raises:
+        RecipeError: with the problems of all stages.
+    """
+    problems = []
+    for stage in chain.stages:
+        try:
+            _check_stage(chain, stage, num_ranks, build)
+        except RecipeError as error:
+            problems += [f"{stage.name}, {error.where}, {problem}" for problem in error.problems]
+        except PretrainError as error:
+            problems.append(f"{stage.name}, {error}")
+    if problems:
+        raise RecipeError(chain.chain.name, problems)
+
+
+def _check_stage(chain: ChainFolder, stage: Stage, num_ranks: int, build: bool) -> None:
+    if stage.train is not None:
+        _check_recipe(chain, stage, num_ranks, build)
+    elif stage.label is not None:
+        _check_input(chain, stage.label.shards)
+        _check_teacher(chain, stage.label.teacher)
+    elif stage.select is not None:
+        from launch.label_commands import check_choice
+
+        _check_input(chain, stage.select.source)
+        chosen = stage.select
+        by_labels = chain.maker(chosen.source) is not None or (Path(chosen.source) / "labels.json").is_file()
+        check_choice(chosen.source, by_labels, chosen.threshold, chosen.per_class, chosen.top_k)
+    elif stage.evaluate is not None:
+        for path in (stage.evaluate.train, stage.evaluate.test):
+            _check_input(chain, path)
+        _check_words(words_of(stage, chain.folder, chain.out, num_ranks))
+
+
+def _check_recipe(chain: ChainFolder, stage: Stage, num_ranks: int, build: bool) -> None:
+    """That it loads, divides into ranks, builds its model, and finds what data are there already."""
+    recipe = chain.recipe(stage)
+    split_batch(recipe, num_ranks)
+    if build:
+        import torch
+
+        from pretrain.objectives.build import build_objective
+
+        with torch.device("meta"):
+            build_objective(recipe.model, recipe.objective)
+    sources = [recipe.data.train] if isinstance(recipe.data.train, str) else [s.path for s in recipe.data.train]
+    for path in (*sources, recipe.data.val, *(p for config in recipe.evals for p in (config.train, config.test))):
+        if path is not None:
+            _check_input(chain, path)
+
+
+def _check_teacher(chain: ChainFolder, path: str) -> None:
+    maker = chain.maker(path)
+    if maker is None:
+        fingerprint(path)
+    elif maker.train is None or chain.recipe(maker).objective.kind != "supervised":
+        raise InputError(where="label.teacher", expected="a supervised run, which has a head", found=maker.name)
+
+
+def _check_input(chain: ChainFolder, path: str) -> None:
+    if chain.maker(path) is None:
+        fingerprint(path)
+
+
+def _check_words(words: list[str]) -> None:
+    """The command and its options, as its own parser sees them."""
+    import typer
+
+    from launch import eval_commands
+
+    group: Any = typer.main.get_command(eval_commands.app)
+    command = group.commands.get(words[1])
+    if command is None:
+        raise InputError(
+            where="evaluate.protocol", expected=f"one of {', '.join(sorted(group.commands))}", found=words[1]
+        )
+    known = {option for parameter in command.params for option in parameter.opts}
+    if unknown := [word.partition("=")[0] for word in words[3:] if word.partition("=")[0] not in known]:
+        raise InputError(
+            where="evaluate.options", expected=f"options of `pretrain eval {words[1]}`", found=", ".join(unknown)
+        )

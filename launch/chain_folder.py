@@ -1,0 +1,165 @@
+"""What is kept of a chain in its folder: of what each stage was made, and what it left behind. Imports no torch.
+
+`OUT/chain/NAME.json` is written before a stage starts, of what it is made; afterwards also what it left. A stage of
+which all of that still holds is done; one whose inputs or settings are others than they were is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.durable import durable_file
+from data_pipeline.errors import InputError
+from data_pipeline.mixture import open_training
+from data_pipeline.read import open_dataset
+from launch.chain_recipe import Chain, Stage, load_chain, overrides_of
+from pretrain.recipe import Recipe
+from pretrain.recipe_io import load_recipe
+from pretrain.resolve import result_settings
+from pretrain.run_folder import COMPLETE, complete_checkpoints, sha256_of
+
+_TAKEN = ("shards", "teacher", "source", "without", "encoder", "train", "test")  # keys that name what a stage reads
+
+
+@dataclass(frozen=True)
+class ChainFolder:
+    """A chain and where its stages leave what they make.
+
+    Attributes:
+        folder: of the chain's file: recipes are found from there.
+        out: the chain's own.
+    """
+
+    chain: Chain
+    folder: Path
+    out: Path
+
+    @classmethod
+    def of(cls, path: Path, out: Path | None) -> ChainFolder:
+        """Of a chain's file; `out` None: `runs/<name>`."""
+        chain = load_chain(path)
+        return cls(chain, path.parent, out or Path("runs") / chain.name)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """With paths in the place of references."""
+        outputs = {stage.name: stage.output(self.out) for stage in self.chain.stages}
+        return [stage.filled(outputs) for stage in self.chain.stages]
+
+    def stage(self, name: str) -> Stage:
+        """With paths in the place of references."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def references(self, stage: Stage) -> list[str]:
+        """Names of the stages that it takes from."""
+        return next(own for own in self.chain.stages if own.name == stage.name).references()
+
+    def recipe(self, stage: Stage) -> Recipe:
+        return load_recipe(self.folder / str(stage.train), overrides_of(stage))
+
+    def maker(self, path: str) -> Stage | None:
+        """The stage that leaves this path behind; None: it comes from elsewhere."""
+        return next((stage for stage in self.stages if path == str(stage.output(self.out))), None)
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether a stage was finished, and all is as it was then; writes down what it is made of where it is new.
+        All that it takes from must be there.
+
+        Raises:
+            InputError: it was begun with other settings or inputs, or what it left behind is another.
+        """
+        made_of, path = self._made_of(stage), self._record(stage)
+        try:
+            kept = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            self._write(stage, made_of)
+            return False
+        left = kept.pop("left", None)
+        if kept != made_of:
+            raise InputError(
+                where=f"stage {stage.name} in {self.out}",
+                expected=f"what it was begun with: {_differing(kept, made_of)}",
+                found=_differing(made_of, kept),
+                fix=f"Restore that, choose another folder with --out, or remove {path} and {stage.output(self.out)}, "
+                "and what later stages made of it.",
+            )
+        if left is None:
+            return False
+        if (found := self._digest(stage)) != left:
+            raise InputError(
+                where=str(stage.output(self.out)),
+                expected=f"what stage {stage.name} left there",
+                found="nothing" if found is None else "something else",
+                fix=f"Restore it, or remove {path} to have the stage made again.",
+            )
+        return True
+
+    def keep(self, stage: Stage) -> None:
+        """Writes down that a stage is done."""
+        self._write(stage, {**self._made_of(stage), "left": self._digest(stage)})
+
+    def _record(self, stage: Stage) -> Path:
+        return self.out / "chain" / f"{stage.name}.json"
+
+    def _write(self, stage: Stage, record: Mapping[str, Any]) -> None:
+        self._record(stage).parent.mkdir(parents=True, exist_ok=True)
+        with durable_file(self._record(stage)) as file:
+            file.write(json.dumps(record, indent=1).encode() + b"\n")
+
+    def _made_of(self, stage: Stage) -> dict[str, Any]:
+        """What decides the result of a stage. Where the chain's folder lies does not."""
+        own = next(other for other in self.chain.stages if other.name == stage.name)
+        how = {"label": {"batch_size", "num_workers"}}
+        data: dict[str, str] = {}
+        if stage.train is not None:
+            recipe = self.recipe(stage)
+            settings = {key: value for key, value in result_settings(recipe).items() if key != "init_from"}
+            data["data.train"] = open_training(recipe.data.train, recipe.data.cache.spec()).fingerprint
+            taken = {"init_from": recipe.init_from}
+        else:
+            settings = own.model_dump(mode="json", exclude_none=True, exclude=how)
+            given = stage.label or stage.select or stage.evaluate
+            taken = {key: getattr(given, key, None) for key in _TAKEN}
+        for key, path in taken.items():
+            if path is not None and self.maker(path) is None:
+                data[key] = fingerprint(path)
+        left = {name: self._digest(self.stage(name)) for name in own.references()}
+        return {"settings": json.loads(json.dumps(settings)), "data": data, "stages": left}
+
+    def _digest(self, stage: Stage) -> str | None:
+        """SHA-256 of what stands for all that a stage left: hashes of hashes; None: there is nothing."""
+        path = stage.output(self.out)
+        if stage.train is not None:
+            complete = complete_checkpoints(path / "checkpoints")
+            path = complete[-1] / COMPLETE if complete else path / COMPLETE
+        elif stage.label is not None:
+            path = path / "labels.json"
+        return sha256_of(path) if path.is_file() else None
+
+
+def fingerprint(path: str) -> str:
+    """Identity of what a chain takes from elsewhere: labels, a run, a checkpoint, a file, or a data set."""
+    folder = Path(path)
+    runs = [checkpoint / COMPLETE for checkpoint in complete_checkpoints(folder / "checkpoints")[-1:]]
+    for file in (*runs, folder / COMPLETE, folder / "labels.json", folder / "model.safetensors", folder):
+        if file.is_file() and file.suffix != ".tar":
+            return sha256_of(file)
+    return open_dataset(path).fingerprint
+
+
+def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """The leaves of the first that the second has not."""
+
+    def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from leaves(inner, f"{path}.{key}" if path else key)
+        else:
+            yield path, value
+
+    others = dict(leaves(theirs))
+    return "; ".join(f"{p} {json.dumps(v)}" for p, v in leaves(ours) if others.get(p) != v) or "nothing more"
