@@ -1,6 +1,7 @@
 """`python -m launch.after_job RUN STATUS`: what becomes of a job whose ranks have ended; on its first node.
 
-The batch script calls it after srun, however that ended. A run is done, or is queued again, or stops with a reason.
+The batch script calls it after srun, however that ended. A run, or a command, is done, or is queued again, or stops
+with a reason; then the exit status is not 0, so that jobs which wait for this one are not started.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from data_pipeline.errors import PretrainError
 from launch.cluster import Cluster, load_cluster
-from launch.job import Node, attempt_folder
+from launch.job import Node, attempt_folder, stage_of
 from launch.job_folder import JobFolder
 from launch.slurm import job_fields, slurm
 from pretrain.demand import HUNG, STOPPED
@@ -71,9 +72,17 @@ def ending(reports: Mapping[str, Mapping[str, object]], joined: set[str], nodes:
 
 
 def decide(
-    end: Ending, *, restart: int, max_requeues: int, cancelled: bool, queued: bool, step: int, step_before: int
+    end: Ending,
+    *,
+    restart: int,
+    max_requeues: int,
+    cancelled: bool,
+    queued: bool,
+    step: int = 0,
+    step_before: int = 0,
+    is_command: bool = False,
 ) -> Next:
-    """What to do with a run whose attempt has ended.
+    """What to do with a run, or a command, of which an attempt has ended.
 
     Args:
         end: of this attempt.
@@ -83,27 +92,31 @@ def decide(
         queued: SLURM has queued the job again already.
         step: of the newest complete checkpoint.
         step_before: the same when the attempt began.
+        is_command: it has no steps; it is queued again where it was asked to stop, and for nothing else.
     """
     if end.status == 0:
         return Next("done")
     if cancelled:
-        return Next("cancel", f"cancelled at step {step}")
+        return Next("cancel", "cancelled" if is_command else f"cancelled at step {step}")
     if queued:
         return Next("requeue", f"{end.why}, by SLURM")
     if end.status == 2:
         return Next("stop", end.why)
     if restart >= max_requeues:
         return Next("stop", f"{end.why}; queued again {restart} times already, which is what max_requeues allows")
+    if is_command:
+        return Next("requeue" if end.status == STOPPED else "stop", end.why)
     if step <= step_before:
         fix = "see the log" if end.status != STOPPED else "give it more time_minutes, or save more often"
         return Next("stop", f"{end.why}, without a new checkpoint since step {step_before}: {fix}")
     return Next("requeue", end.why)
 
 
-def main(run: Path, status: int) -> None:
+def main(run: Path, status: int) -> int:
+    """Returns the exit status of the job."""
     node, folder = Node.from_environment(), JobFolder(run)
     cluster: Cluster = load_cluster(folder.cluster)
-    events = folder.events()
+    events, submitted = folder.events(), folder.submitted()
     start = next((e for e in reversed(events) if e["event"] == "start" and e["restart"] == node.restart), None)
     nodes = start["nodes"] if start is not None else [node.name]
     left = attempt_folder(run, node.job_id, node.restart)
@@ -125,7 +138,10 @@ def main(run: Path, status: int) -> None:
         queued=is_queued(fields, node.restart),
         step=step,
         step_before=max((e["step"] for e in events if e["event"] == "end"), default=0),
+        is_command=bool(submitted.get("words")),
     )
+    if then.event == "done" and submitted.get("chain") is not None:
+        then = _kept(submitted["chain"])
     if then.event == "requeue" and "SLURM_JOB_ID" not in os.environ:
         then = Next("stop", f"{then.why}; submitted again, it goes on")
     folder.note(then.event, attempt=attempt, why=then.why)
@@ -133,6 +149,17 @@ def main(run: Path, status: int) -> None:
     if then.event == "requeue" and not is_queued(fields, node.restart):
         slurm("scontrol", "requeue", node.job_id)
         time.sleep(60)  # until the batch script is ended with it: nothing may come after
+    return 0 if then.event == "done" else end.status if 0 < end.status < 256 else 1
+
+
+def _kept(what: Mapping[str, str]) -> Next:
+    """A stage of a chain is done once that is written down."""
+    chain, stage = stage_of(what)
+    try:
+        chain.keep(stage)
+    except PretrainError as error:
+        return Next("stop", str(error))
+    return Next("done")
 
 
 def _hang(folder: JobFolder, since: float) -> str:
@@ -154,7 +181,7 @@ def is_cancelled(fields: Mapping[str, str], restart: int) -> bool:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), int(sys.argv[2]))
+        sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
     except PretrainError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)

@@ -1,4 +1,4 @@
-"""`pretrain cancel`: a run that was submitted saves and stops, and is not queued again."""
+"""`pretrain cancel`: what was submitted saves and stops, and is not queued again."""
 
 from __future__ import annotations
 
@@ -10,35 +10,57 @@ from data_pipeline.errors import InputError
 from launch.job_folder import JobFolder
 from launch.slurm import job_fields, slurm
 
+_ALIVE = ("RUNNING", "PENDING", "CONFIGURING", "SUSPENDED")
 
-def cancel(run: Path, now: bool) -> None:
-    """Asks a running job to save and stop; one that waits is taken out of the queue.
+
+def cancel(folder: Path, now: bool) -> None:
+    """Asks running jobs to save and stop; those that wait are taken out of the queue.
 
     Args:
-        run: its folder.
+        folder: of a run, or of a chain: all of its jobs, those that wait for others first.
         now: do not save first.
 
     Raises:
         InputError: nothing was submitted from there, or nothing is left of it.
     """
-    folder = JobFolder(run)
-    job_id, executor = folder.submitted()["job_id"], folder.submitted()["executor"]
-    fields = job_fields(job_id) if executor == "slurm" and job_id is not None else None
-    state = fields.get("JobState") if fields is not None else None
-    if executor == "slurm" and state not in ("RUNNING", "PENDING", "CONFIGURING", "SUSPENDED"):
+    if (folder / "job").is_dir() or not list(folder.glob("*/job/submitted.json")):
+        _cancel(JobFolder(folder), now, _state(JobFolder(folder)))
+        return
+    jobs = [JobFolder(path.parent.parent) for path in folder.glob("*/job/submitted.json")]
+    alive = [(job, state) for job in jobs if (state := _state(job)) in _ALIVE]
+    if not alive:
+        raise InputError(where=str(folder), expected="jobs that run or wait", found="none")
+    for job, state in sorted(alive, key=lambda one: one[1] == "RUNNING"):
+        _cancel(job, now, state)
+
+
+def _state(job: JobFolder) -> str | None:
+    """SLURM's word for what the job is doing; "RUNNING" of a local one; None: SLURM does not know it."""
+    submitted = job.submitted()
+    if submitted["executor"] == "local":
+        return "RUNNING"
+    fields = job_fields(submitted["job_id"]) if submitted["job_id"] is not None else None
+    return fields.get("JobState") if fields is not None else None
+
+
+def _cancel(job: JobFolder, now: bool, state: str | None) -> None:
+    job_id, executor = job.submitted()["job_id"], job.submitted()["executor"]
+    if state not in _ALIVE:
         raise InputError(
-            where=str(run), expected="a job that runs or waits", found=f"job {job_id}, {(state or 'unknown').lower()}"
+            where=str(job.run),
+            expected="a job that runs or waits",
+            found=f"job {job_id}, {(state or 'unknown').lower()}",
         )
-    folder.cancelled.touch()
+    job.cancelled.touch()
     if executor == "local":
         print(f"process {job_id} is ended" if now else f"process {job_id} is asked to save and stop")
         _signal_local(int(job_id), now)
     elif state == "RUNNING" and not now:
         slurm("scancel", "--signal=TERM", job_id)
-        print(f"job {job_id} saves and stops; see `pretrain status {run}`")
+        print(f"job {job_id} saves and stops; see `pretrain status {job.run}`")
     else:
         slurm("scancel", job_id)
-        folder.note("cancel", why="before it ran" if state == "PENDING" else "at once")
+        job.note("cancel", why="before it ran" if state == "PENDING" else "at once")
         print(f"job {job_id} is cancelled")
 
 

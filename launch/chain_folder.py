@@ -18,9 +18,10 @@ from data_pipeline.mixture import open_training
 from data_pipeline.read import open_dataset
 from launch.chain_recipe import Chain, Stage, load_chain, overrides_of
 from pretrain.recipe import Recipe
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe_io import dump, load_recipe
 from pretrain.resolve import result_settings
 from pretrain.run_folder import COMPLETE, complete_checkpoints, sha256_of
+from pretrain.strict_yaml import write_yaml
 
 _TAKEN = ("shards", "teacher", "source", "without", "encoder", "train", "test")  # keys that name what a stage reads
 
@@ -58,6 +59,20 @@ class ChainFolder:
         """Names of the stages that it takes from."""
         return next(own for own in self.chain.stages if own.name == stage.name).references()
 
+    def freeze(self) -> ChainFolder:
+        """A copy of the chain and its recipes in its folder, which later changes of the files do not reach."""
+        frozen = self.out / "chain"
+        stages = []
+        for own, stage in zip(self.chain.stages, self.stages, strict=True):
+            if stage.train is not None:
+                name = f"recipes/{stage.name}.yaml"
+                _write(frozen / name, dump(self.recipe(stage)))
+                own = own.model_copy(update={"train": name})
+            stages.append(own)
+        chain = self.chain.model_copy(update={"stages": tuple(stages)})
+        _write(frozen / "chain.yaml", write_yaml(chain.model_dump(mode="json", exclude_defaults=True)))
+        return ChainFolder.of(frozen / "chain.yaml", self.out)
+
     def recipe(self, stage: Stage) -> Recipe:
         return load_recipe(self.folder / str(stage.train), overrides_of(stage))
 
@@ -65,9 +80,11 @@ class ChainFolder:
         """The stage that leaves this path behind; None: it comes from elsewhere."""
         return next((stage for stage in self.stages if path == str(stage.output(self.out))), None)
 
-    def is_done(self, stage: Stage) -> bool:
-        """Whether a stage was finished, and all is as it was then; writes down what it is made of where it is new.
-        All that it takes from must be there.
+    def is_done(self, stage: Stage, *, begin: bool = True) -> bool:
+        """Whether a stage was finished, and all is as it was then. All that it takes from must be there.
+
+        Args:
+            begin: writes down what it is made of where it is new.
 
         Raises:
             InputError: it was begun with other settings or inputs, or what it left behind is another.
@@ -76,7 +93,8 @@ class ChainFolder:
         try:
             kept = json.loads(path.read_bytes())
         except FileNotFoundError:
-            self._write(stage, made_of)
+            if begin:
+                _write(path, json.dumps(made_of, indent=1) + "\n")
             return False
         left = kept.pop("left", None)
         if kept != made_of:
@@ -100,15 +118,11 @@ class ChainFolder:
 
     def keep(self, stage: Stage) -> None:
         """Writes down that a stage is done."""
-        self._write(stage, {**self._made_of(stage), "left": self._digest(stage)})
+        record = {**self._made_of(stage), "left": self._digest(stage)}
+        _write(self._record(stage), json.dumps(record, indent=1) + "\n")
 
     def _record(self, stage: Stage) -> Path:
         return self.out / "chain" / f"{stage.name}.json"
-
-    def _write(self, stage: Stage, record: Mapping[str, Any]) -> None:
-        self._record(stage).parent.mkdir(parents=True, exist_ok=True)
-        with durable_file(self._record(stage)) as file:
-            file.write(json.dumps(record, indent=1).encode() + b"\n")
 
     def _made_of(self, stage: Stage) -> dict[str, Any]:
         """What decides the result of a stage. Where the chain's folder lies does not."""
@@ -149,6 +163,12 @@ def fingerprint(path: str) -> str:
         if file.is_file() and file.suffix != ".tar":
             return sha256_of(file)
     return open_dataset(path).fingerprint
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with durable_file(path) as file:
+        file.write(text.encode())
 
 
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

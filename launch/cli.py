@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.errors import PretrainError
+from data_pipeline.errors import InputError, PretrainError
 
 
 def _examples(*lines: str) -> str:
@@ -189,12 +189,18 @@ def drill(
     run_drill(recipe_path, cluster_path, nodes=nodes, steps=steps, out=out, overrides=overrides)
 
 
-@app.command(epilog=_examples("pretrain cancel runs/mae_vit_b16", "pretrain cancel runs/mae_vit_b16 --now"))
+@app.command(
+    epilog=_examples(
+        "pretrain cancel runs/mae_vit_b16",
+        "pretrain cancel runs/mae_vit_b16 --now",
+        "pretrain cancel runs/noisy_student",
+    )
+)
 def cancel(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a chain: all of its jobs.")],
     now: Annotated[bool, typer.Option("--now", help="Does not save first.")] = False,
 ) -> None:
-    """Stops a run that was submitted; it saves first, so that submitting it again goes on from there."""
+    """Stops what was submitted; a run saves first, so that submitting it again goes on from there."""
     from launch.cancel import cancel as stop
 
     stop(run, now)
@@ -204,21 +210,38 @@ def cancel(
     epilog=_examples(
         "pretrain chain configs/chains/cpu/noisy_student.yaml --nproc 2",
         "pretrain chain configs/chains/cpu/mae_pretraining.yaml --out runs/pre",
+        "pretrain chain configs/chains/noisy_student.yaml --cluster configs/cluster/gpu.yaml",
     )
 )
 def chain(
     chain_path: Annotated[Path, typer.Argument(metavar="FILE", help="A chain, such as configs/chains/*.yaml.")],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the chain [runs/<its name>].")] = None,
-    num_ranks: NumRanks = 1,
+    num_ranks: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="Processes of each training on this machine [1].")
+    ] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Queues stages as jobs there, each after those it takes from.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --cluster: prints the batch scripts and starts nothing.")
+    ] = False,
 ) -> None:
-    """Runs stages one after another here: train, label, select, evaluate; or goes on where they were interrupted.
+    """Runs stages one after another: train, label, select, evaluate; or goes on where they were interrupted.
 
     All stages are checked before the first is started. What is finished is passed over, what was interrupted goes
     on, and a stage whose settings or inputs changed is refused.
     """
-    from launch.chain import run_chain
+    if cluster is None:
+        from launch.chain import run_chain
 
-    raise typer.Exit(run_chain(chain_path, out, num_ranks))
+        if dry_run:
+            raise InputError("--dry-run", "--cluster beside it", "none", "Name the cluster file, or leave it out.")
+        raise typer.Exit(run_chain(chain_path, out, num_ranks or 1))
+    from launch.chain_submit import submit_chain
+
+    if num_ranks is not None:
+        raise InputError("--nproc", "no --cluster beside it", str(cluster), "Set nodes and ranks_per_node there.")
+    submit_chain(chain_path, cluster, out, dry_run=dry_run)
 
 
 @app.command(

@@ -12,15 +12,19 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import InputError, PretrainError, RunError
+from launch.chain_folder import ChainFolder
+from launch.chain_recipe import Stage
 from launch.cluster import Cluster, load_cluster
 from launch.job_folder import JobFolder
 from launch.local import Place, free_port, launch
+from pretrain.demand import STOPPED
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 
@@ -85,16 +89,48 @@ def run_node(run: Path, token: str) -> int:
     node, folder = Node.from_environment(), JobFolder(run)
     try:
         _see(folder, token, node)
-        recipe, cluster = load_recipe(folder.recipe), load_cluster(folder.cluster)
-        _check_data(recipe, node)
-        meeting = _host(folder, node) if node.index == 0 else _meet(folder, node)
-        status = _run_ranks(run, recipe, cluster, node, meeting)
+        submitted = folder.submitted()
+        if node.index == 0 and _was_done(submitted):
+            _host(folder, node)
+            status = 0
+        elif words := submitted.get("words"):
+            _host(folder, node)
+            status = _run_command(words)
+        else:
+            recipe, cluster = load_recipe(folder.recipe), load_cluster(folder.cluster)
+            _check_data(recipe, node)
+            meeting = _host(folder, node) if node.index == 0 else _meet(folder, node)
+            status = _run_ranks(run, recipe, cluster, node, meeting)
     except PretrainError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         _report(run, node, error.exit_status, str(error))
         return error.exit_status
     _report(run, node, status, "")
     return status
+
+
+def _was_done(submitted: Mapping[str, Any]) -> bool:
+    """Whether the job is for a stage of a chain that is done; else it is written down as begun.
+
+    Raises:
+        InputError: it was begun with other settings or inputs.
+    """
+    if submitted.get("chain") is None:
+        return False
+    chain, stage = stage_of(submitted["chain"])
+    return chain.is_done(stage)
+
+
+def stage_of(what: Mapping[str, str]) -> tuple[ChainFolder, Stage]:
+    """Of what `pretrain chain --cluster` wrote down of a job."""
+    chain = ChainFolder.of(Path(what["file"]), Path(what["out"]))
+    return chain, chain.stage(what["stage"])
+
+
+def _run_command(words: list[str]) -> int:
+    """`pretrain WORDS`. Asked to stop it does so at once: it goes on from what it finished, or begins again."""
+    status = launch(words, 1, module="launch.cli", passed_on={signal.SIGUSR2: signal.SIGTERM})
+    return STOPPED if status == 128 + signal.SIGTERM else status
 
 
 def _run_ranks(run: Path, recipe: Recipe, cluster: Cluster, node: Node, meeting: dict[str, Any]) -> int:

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from data_pipeline.mixture import open_training
 from data_pipeline.read import open_dataset
 from launch.checks.slurm_cluster import slurm
 from launch.cluster import Cluster, load_cluster
+from launch.job import Job
 from launch.job_folder import JobFolder
 from launch.slurm import AT_WORK, WAITING, job_fields
 from pretrain.recipe import Recipe
@@ -65,32 +66,71 @@ def submit(
     cluster = Cluster.model_validate({**cluster.model_dump(), **({"nodes": nodes} if nodes else {})})
     run = (out or Path("runs") / recipe.name).resolve()
     _check_recipe(recipe, cluster)
-    _check_slurm(cluster, cluster_path, run, local, dry_run)
-    code = run / "code" / _digest_of_code()
+    if not local:
+        check_slurm(cluster, cluster_path, dry_run)
+        refuse_running(run)
+    elif cluster.nodes > 1:
+        found = f"nodes: expected 1 with --local, found {cluster.nodes}. Use --nodes 1."
+        raise RecipeError(str(cluster_path), [found])
+    code = run / "code" / digest_of_code()
     if dry_run:
-        print(_script(run, cluster, code, recipe.name))
+        print(script(run, recipe.name, cluster, code))
         return
-    _check_folder(run)
-    _copy_code(code)
-    folder = JobFolder(run)
-    what: dict[str, Any] = {
-        "recipe": str(recipe_path), "overrides": overrides or [], "executor": "local" if local else "slurm",
-        "job_id": None, "nodes": cluster.nodes, "ranks_per_node": cluster.ranks_per_node, "submitted_at": time.time(),
-        "cluster": str(cluster_path), "code": str(code), "token": secrets.token_hex(8), "max_steps": max_steps,
-    }  # fmt: skip
-    folder.write("recipe.yaml", dump(recipe))
-    folder.write("cluster.yaml", write_yaml(cluster.model_dump(mode="json")))
-    folder.write("packages.json", json.dumps(installed(), indent=1))
-    folder.cancelled.unlink(missing_ok=True)
-    folder.write("submitted.json", json.dumps(what, indent=1))  # a job that starts at once finds it
-    job_id = _queue(run, cluster, code, recipe.name, local, what["token"])
-    folder.write("submitted.json", json.dumps({**what, "job_id": job_id}, indent=1))
+    check_folder(run)
+    copy_code(code)
+    JobFolder(run).write("recipe.yaml", dump(recipe))
+    given = {"recipe": str(recipe_path), "overrides": overrides or [], "cluster": str(cluster_path)}
+    job_id = queue(run, recipe.name, cluster, code, local=local, **given, max_steps=max_steps)
     print(
         f"job {job_id}: {cluster.nodes} x {cluster.ranks_per_node} ranks, at most {cluster.time_minutes} minutes a time"
     )
     print(f"run: {run}")
     shown = shlex.quote(os.path.relpath(run))
     print(f"follow it: pretrain logs {shown} --follow; pretrain status {shown}; stop it: pretrain cancel {shown}")
+
+
+def queue(
+    folder: Path,
+    name: str,
+    cluster: Cluster,
+    code: Path,
+    *,
+    local: bool = False,
+    after: Sequence[str] = (),
+    **what: Any,
+) -> str:
+    """Queues the job of a run, or of a command, and writes down what was queued. Returns the job's id.
+
+    Args:
+        folder: the run's, with its recipe in it, or the command's.
+        name: of the job, for SLURM's lists.
+        cluster: what it is given.
+        code: of copy_code.
+        local: by submitit's local executor.
+        after: ids of jobs that must have ended well before; where one does not, this one is dropped.
+        what: more to write down; `words` are those of a command.
+
+    Raises:
+        RunError: SLURM refused.
+    """
+    job, token = JobFolder(folder), secrets.token_hex(8)
+    record = {
+        **what, "executor": "local" if local else "slurm", "job_id": None, "submitted_at": time.time(),
+        "nodes": cluster.nodes, "ranks_per_node": cluster.ranks_per_node, "after": list(after), "code": str(code),
+        "token": token,
+    }  # fmt: skip
+    job.write("cluster.yaml", write_yaml(cluster.model_dump(mode="json")))
+    job.write("packages.json", json.dumps(installed(), indent=1))
+    job.cancelled.unlink(missing_ok=True)
+    job.write("submitted.json", json.dumps(record, indent=1))  # a job that starts at once finds it
+    try:
+        executor = _local(folder, cluster, code) if local else _slurm(folder, cluster, code, name, after)
+        job_id = str(executor.submit(Job(str(folder), token)).job_id)
+    except Exception as error:  # submitit's own, and what sbatch says
+        text = str(getattr(error, "stderr", "") or error).strip()
+        raise RunError("sbatch", "SLURM to take the job", text, "Correct the cluster file.") from None
+    job.write("submitted.json", json.dumps({**record, "job_id": job_id}, indent=1))
+    return job_id
 
 
 def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
@@ -102,12 +142,12 @@ def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
         raise RecipeError(recipe.name, [problem])
 
 
-def _check_slurm(cluster: Cluster, path: Path, run: Path, local: bool, dry_run: bool) -> None:
-    """What SLURM would refuse, or accept and never start; a dry run may be where there is no SLURM."""
-    if local:
-        if cluster.nodes > 1:
-            raise RecipeError(str(path), [f"nodes: expected 1 with --local, found {cluster.nodes}. Use --nodes 1."])
-        return
+def check_slurm(cluster: Cluster, path: Path, dry_run: bool) -> None:
+    """What SLURM would refuse, or accept and never start; a dry run may be where there is no SLURM.
+
+    Raises:
+        RecipeError: of the cluster file.
+    """
     wrong = [finding for finding in slurm(cluster) if finding.level == "error"]
     absent = [finding for finding in wrong if finding.what == "SLURM"]
     if absent and dry_run:
@@ -115,10 +155,13 @@ def _check_slurm(cluster: Cluster, path: Path, run: Path, local: bool, dry_run: 
         return
     if wrong:
         raise RecipeError(str(path), [f"{finding.what}: {finding.found}. {finding.fix}" for finding in wrong])
-    _refuse_running(run)
 
 
-def _refuse_running(run: Path) -> None:
+def refuse_running(run: Path) -> None:
+    """
+    Raises:
+        InputError: a job of it waits or runs.
+    """
     try:
         job_id = JobFolder(run).submitted()["job_id"]
     except InputError:
@@ -133,8 +176,12 @@ def _refuse_running(run: Path) -> None:
         )  # fmt: skip
 
 
-def _check_folder(run: Path) -> None:
-    """That it can be written; that other nodes see it, the job finds out in its first seconds."""
+def check_folder(run: Path) -> None:
+    """That it can be written; that other nodes see it, the job finds out in its first seconds.
+
+    Raises:
+        InputError: it cannot.
+    """
     try:
         run.mkdir(parents=True, exist_ok=True)
         with durable_file(run / ".writable"):
@@ -158,14 +205,15 @@ def _files() -> Iterator[Path]:
                 yield path
 
 
-def _digest_of_code() -> str:
+def digest_of_code() -> str:
+    """Of what `copy_code` copies."""
     digest = hashlib.sha256()
     for path in _files():
         digest.update(str(path.relative_to(_roots())).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
-def _copy_code(code: Path) -> None:
+def copy_code(code: Path) -> None:
     """The packages, under the hash of what is in them: a job that waits keeps the code that it was submitted with."""
     if code.is_dir():
         return
@@ -190,21 +238,10 @@ def _setup(code: Path, cluster: Cluster) -> list[str]:
     ]
 
 
-def _queue(run: Path, cluster: Cluster, code: Path, name: str, local: bool, token: str) -> str:
-    from launch.job import Job
-
-    try:
-        executor = _local(run, cluster, code) if local else _slurm(run, cluster, code, name)
-        return str(executor.submit(Job(str(run), token)).job_id)
-    except Exception as error:  # submitit's own, and what sbatch says
-        text = str(getattr(error, "stderr", "") or error).strip()
-        raise RunError("sbatch", "SLURM to take the job", text, "Correct the cluster file.") from None
-
-
-def _local(run: Path, cluster: Cluster, code: Path) -> Any:
+def _local(folder: Path, cluster: Cluster, code: Path) -> Any:
     import submitit
 
-    executor = submitit.LocalExecutor(JobFolder(run).logs, python=cluster.python)
+    executor = submitit.LocalExecutor(JobFolder(folder).logs, python=cluster.python)
     executor.update_parameters(
         timeout_min=cluster.time_minutes,
         signal_delay_s=cluster.signal_lead_seconds,
@@ -216,7 +253,7 @@ def _local(run: Path, cluster: Cluster, code: Path) -> Any:
     return executor
 
 
-def _slurm(run: Path, cluster: Cluster, code: Path, name: str) -> Any:
+def _slurm(folder: Path, cluster: Cluster, code: Path, name: str, after: Sequence[str]) -> Any:
     import submitit
 
     class Executor(submitit.SlurmExecutor):
@@ -226,7 +263,7 @@ def _slurm(run: Path, cluster: Cluster, code: Path, name: str) -> Any:
         def affinity(cls) -> int:
             return 2
 
-    executor = Executor(JobFolder(run).logs, python=cluster.python)
+    executor = Executor(JobFolder(folder).logs, python=cluster.python)
     python = cluster.python or shlex.quote(sys.executable)
     given = {
         "partition": cluster.partition,
@@ -235,6 +272,8 @@ def _slurm(run: Path, cluster: Cluster, code: Path, name: str) -> Any:
         "gpus_per_node": cluster.gpus_per_node or None,
         "mem": f"{round(cluster.memory_gb * 1024)}M" if cluster.memory_gb else None,
     }
+    own = {key.replace("_", "-"): value for key, value in cluster.sbatch.items()}
+    waits = {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"} if after else {}
     executor.update_parameters(
         job_name=name,
         time=cluster.time_minutes,
@@ -245,14 +284,15 @@ def _slurm(run: Path, cluster: Cluster, code: Path, name: str) -> Any:
         stderr_to_stdout=True,
         setup=_setup(code, cluster),
         srun_args=["--kill-on-bad-exit=1", "--export=ALL"],
-        teardown=[f"{python} -u -m launch.after_job {shlex.quote(str(run))} $?"],
-        additional_parameters={"requeue": True, **{k.replace("_", "-"): v for k, v in cluster.sbatch.items()}},
+        teardown=[f"{python} -u -m launch.after_job {shlex.quote(str(folder))} $?"],
+        additional_parameters={"requeue": True, **own, **waits},
         **{key: value for key, value in given.items() if value is not None},
     )
     return executor
 
 
-def _script(run: Path, cluster: Cluster, code: Path, name: str) -> str:
-    executor = _slurm(run, cluster, code, name)
+def script(folder: Path, name: str, cluster: Cluster, code: Path, after: Sequence[str] = ()) -> str:
+    """What `queue` would give sbatch."""
+    executor = _slurm(folder, cluster, code, name, after)
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
     return text

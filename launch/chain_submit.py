@@ -1,0 +1,78 @@
+"""`pretrain chain FILE --cluster C`: a job for each stage that is left, started when those it takes from are done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from launch.chain_check import check_chain
+from launch.chain_folder import ChainFolder
+from launch.chain_recipe import Stage, words_of
+from launch.cluster import Cluster, load_cluster
+from launch.job_folder import JobFolder
+from launch.submit import check_folder, check_slurm, copy_code, digest_of_code, queue, refuse_running, script
+from pretrain.recipe_io import dump
+
+
+def submit_chain(path: Path, cluster_path: Path, out: Path | None, *, dry_run: bool = False) -> None:
+    """Queues what is left of a chain: training on the whole cluster file, other stages on one rank's share of it.
+
+    A stage whose job fails has those that wait for it dropped; the same command then queues what is left.
+
+    Args:
+        path: of the chain's recipe; jobs run a copy.
+        cluster_path: what is asked of SLURM.
+        out: the chain's folder, on storage that all nodes see; None: `runs/<name>`.
+        dry_run: print the batch scripts; write and start nothing.
+
+    Raises:
+        InputError: of whatever is wrong; nothing was started.
+        RunError: SLURM refused.
+    """
+    given, cluster = ChainFolder.of(path, out), load_cluster(cluster_path)
+    chain = ChainFolder(given.chain, given.folder, given.out.resolve())
+    check_chain(chain, cluster.world_size, build=False)
+    check_slurm(cluster, cluster_path, dry_run)
+    for stage in chain.stages:
+        refuse_running(job_folder(chain, stage))
+    code = chain.out / "code" / digest_of_code()
+    if not dry_run:
+        check_folder(chain.out)
+        copy_code(code)
+        chain = chain.freeze()
+    jobs: dict[str, str] = {}
+    for stage in chain.stages:
+        after = [jobs[name] for name in chain.references(stage) if name in jobs]
+        if not after and chain.is_done(stage, begin=not dry_run):
+            print(f"{stage.name}: done before")
+            continue
+        folder, name = job_folder(chain, stage), f"{chain.chain.name}-{stage.name}"
+        asked = cluster if stage.train is not None else one_rank_of(cluster)
+        if dry_run:
+            jobs[stage.name] = f"<job of {stage.name}>"
+            print(script(folder, name, asked, code, after))
+            continue
+        jobs[stage.name] = queue(folder, name, asked, code, after=after, **_what(chain, stage))
+        waits = f", after {', '.join(n for n in chain.references(stage) if n in jobs)}" if after else ""
+        print(f"{stage.name}: job {jobs[stage.name]}{waits}: {folder}")
+    if jobs and not dry_run:
+        print(f"follow it: pretrain status {chain.out}; stop it: pretrain cancel {chain.out}")
+
+
+def job_folder(chain: ChainFolder, stage: Stage) -> Path:
+    """Where a stage's job is kept: the run's folder, or one beside what the command makes."""
+    return stage.output(chain.out) if stage.train is not None else chain.out / f"{stage.name}.job"
+
+
+def one_rank_of(cluster: Cluster) -> Cluster:
+    """For what one process does: a rank's share of CPUs and GPUs, and a whole node's memory."""
+    asked = {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": min(1, cluster.gpus_per_node)}
+    return Cluster.model_validate({**cluster.model_dump(), **asked})
+
+
+def _what(chain: ChainFolder, stage: Stage) -> dict[str, Any]:
+    here = {"file": str(chain.folder / "chain.yaml"), "out": str(chain.out), "stage": stage.name}
+    if stage.train is None:
+        return {"words": words_of(stage, chain.folder, chain.out, 1), "chain": here}
+    JobFolder(job_folder(chain, stage)).write("recipe.yaml", dump(chain.recipe(stage)))
+    return {"chain": here}
