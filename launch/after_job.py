@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data_pipeline.errors import PretrainError
 from launch.cluster import Cluster, load_cluster
+from launch.eval_jobs import let_go
 from launch.job import Node, attempt_folder, stage_of
 from launch.job_folder import JobFolder
 from launch.slurm import job_fields, slurm
@@ -146,6 +147,8 @@ def main(run: Path, status: int) -> int:
         then = Next("stop", f"{then.why}; submitted again, it goes on")
     folder.note(then.event, attempt=attempt, why=then.why)
     print(f"{then.event}: {then.why}" if then.why else then.event, flush=True)
+    if then.event != "requeue" and submitted.get("held"):
+        let_go(Path(submitted["held"]), run.parent.parent)
     if then.event == "requeue" and not is_queued(fields, node.restart):
         slurm("scontrol", "requeue", node.job_id)
         time.sleep(60)  # until the batch script is ended with it: nothing may come after

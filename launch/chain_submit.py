@@ -8,7 +8,7 @@ from typing import Any
 from launch.chain_check import check_chain
 from launch.chain_folder import ChainFolder
 from launch.chain_recipe import Stage, words_of
-from launch.cluster import Cluster, load_cluster
+from launch.cluster import load_cluster
 from launch.job_folder import JobFolder
 from launch.submit import check_folder, check_slurm, copy_code, digest_of_code, queue, refuse_running, script
 from pretrain.recipe_io import dump
@@ -47,7 +47,7 @@ def submit_chain(path: Path, cluster_path: Path, out: Path | None, *, dry_run: b
             print(f"{stage.name}: done before")
             continue
         folder, name = job_folder(chain, stage), f"{chain.chain.name}-{stage.name}"
-        asked = cluster if stage.train is not None else one_rank_of(cluster)
+        asked = cluster if stage.train is not None else cluster.one_rank()
         if dry_run:
             jobs[stage.name] = f"<job of {stage.name}>"
             print(script(folder, name, asked, code, after))
@@ -62,12 +62,6 @@ def submit_chain(path: Path, cluster_path: Path, out: Path | None, *, dry_run: b
 def job_folder(chain: ChainFolder, stage: Stage) -> Path:
     """Where a stage's job is kept: the run's folder, or one beside what the command makes."""
     return stage.output(chain.out) if stage.train is not None else chain.out / f"{stage.name}.job"
-
-
-def one_rank_of(cluster: Cluster) -> Cluster:
-    """For what one process does: a rank's share of CPUs and GPUs, and a whole node's memory."""
-    asked = {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": min(1, cluster.gpus_per_node)}
-    return Cluster.model_validate({**cluster.model_dump(), **asked})
 
 
 def _what(chain: ChainFolder, stage: Stage) -> dict[str, Any]:

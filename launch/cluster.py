@@ -37,6 +37,7 @@ class Cluster(Group):
     time_minutes: int = Field(60, ge=1)
     signal_lead_seconds: int = Field(120, ge=1)  # between the warning, at which the run saves and stops, and the limit
     max_requeues: int = Field(20, ge=0)
+    evals_apart: bool = False  # a recipe's `evals` are small jobs of their own, and training goes on meanwhile
     setup: tuple[str, ...] = ()  # lines of shell before anything is started, such as `module load`
     python: str | None = None  # None: the interpreter that submits
     sbatch: dict[str, str | int | bool] = {}  # noqa: RUF012  (pydantic copies it)
@@ -64,6 +65,11 @@ class Cluster(Group):
     @property
     def world_size(self) -> int:
         return self.nodes * self.ranks_per_node
+
+    def one_rank(self) -> Cluster:
+        """For what one process does: a rank's share of CPUs and GPUs, and a whole node's memory."""
+        asked = {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": min(1, self.gpus_per_node)}
+        return Cluster.model_validate({**self.model_dump(), **asked})
 
 
 def load_cluster(path: Path) -> Cluster:

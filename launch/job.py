@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from data_pipeline.errors import InputError, PretrainError, RunError
 from launch.chain_folder import ChainFolder
 from launch.chain_recipe import Stage
 from launch.cluster import Cluster, load_cluster
+from launch.eval_jobs import apart, eval_jobs
 from launch.job_folder import JobFolder
 from launch.local import Place, free_port, launch
 from pretrain.demand import STOPPED
@@ -100,7 +102,8 @@ def run_node(run: Path, token: str) -> int:
             recipe, cluster = load_recipe(folder.recipe), load_cluster(folder.cluster)
             _check_data(recipe, node)
             meeting = _host(folder, node) if node.index == 0 else _meet(folder, node)
-            status = _run_ranks(run, recipe, cluster, node, meeting)
+            with eval_jobs(run, recipe, cluster) if node.index == 0 else nullcontext():
+                status = _run_ranks(run, recipe, cluster, node, meeting)
     except PretrainError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         _report(run, node, error.exit_status, str(error))
@@ -135,8 +138,11 @@ def _run_command(words: list[str]) -> int:
 
 def _run_ranks(run: Path, recipe: Recipe, cluster: Cluster, node: Node, meeting: dict[str, Any]) -> int:
     max_steps = JobFolder(run).submitted().get("max_steps")
+    arguments = [str(JobFolder(run).recipe), "--out", str(run)]
+    arguments += ["--max-steps", str(max_steps)] if max_steps else []
+    arguments += ["--set=evals=[]"] if apart(recipe, cluster) else []
     return launch(
-        [str(JobFolder(run).recipe), "--out", str(run), *(["--max-steps", str(max_steps)] if max_steps else [])],
+        arguments,
         cluster.ranks_per_node,
         threads=recipe.runtime.threads,
         place=Place(

@@ -23,7 +23,8 @@ from pretrain.evals.knn import Knn
 from pretrain.loop import Periodic
 from pretrain.models.encoders import build_encoder, load_strictly
 from pretrain.objectives.base import Contrastive
-from pretrain.recipe import InlineKnn, Recipe
+from pretrain.recipe import Recipe
+from pretrain.run_folder import eval_name, folder_name
 from pretrain.state import RunState
 
 
@@ -76,8 +77,8 @@ class Inline:
         if self._val is not None:
             every_steps = every(self._recipe.validation.every_epochs)
             found.append(Periodic(every_steps, partial(self._validate, self._val)))
-        for config, knn in zip(self._recipe.evals, knn_evaluators(self._recipe), strict=True):
-            found.append(Periodic(every(config.every_epochs), self._judge(config, knn)))
+        for index, knn in enumerate(knn_evaluators(self._recipe)):
+            found.append(Periodic(every(self._recipe.evals[index].every_epochs), self._judge(index, knn)))
         return tuple(found)
 
     def _validate(self, val: Dataset, state: RunState) -> dict[str, float]:
@@ -119,15 +120,15 @@ class Inline:
         )
         return {f"val/{name}": total / totals["n"] for name, total in totals.items() if name != "n"}
 
-    def _judge(self, config: InlineKnn, knn: Knn) -> Callable[[RunState], dict[str, float]]:
+    def _judge(self, index: int, knn: Knn) -> Callable[[RunState], dict[str, float]]:
         def judge(state: RunState) -> dict[str, float]:
             weights = self._engine.materialize(self._objective.encoder)
             values: dict[str, float] = {}
             if self._world.is_main:
                 step = state.progress.step
                 report = knn.run(self._encoder(weights, step))
-                report.save(self._out / "evals" / f"knn_step_{step:08d}.json")
-                values = {f"knn/top1_k{config.k}": report.value}
+                report.save(self._out / "evals" / f"{eval_name(index)}_{folder_name(step)}.json")
+                values = {f"{eval_name(index)}/top1_k{self._recipe.evals[index].k}": report.value}
             return from_main(values, self._group)
 
         return judge

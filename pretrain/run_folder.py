@@ -24,6 +24,11 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def eval_name(index: int) -> str:
+    """What the reports of an entry of `evals` begin with."""
+    return f"knn{index + 1}" if index else "knn"
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 

@@ -1,0 +1,62 @@
+"""`python -m launch.eval_submit RUN INDEX STEP`: queues the job that judges a checkpoint, by an entry of `evals`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from data_pipeline.errors import PretrainError
+from launch.cluster import load_cluster
+from launch.job_folder import JobFolder
+from launch.submit import queue
+from pretrain.recipe import InlineKnn
+from pretrain.recipe_io import load_recipe
+from pretrain.run_folder import eval_name, folder_name
+
+
+def queue_evaluation(run: Path, index: int, step: int) -> None:
+    """Holds a checkpoint and queues the job that judges it."""
+    job = JobFolder(run)
+    recipe, cluster = load_recipe(job.recipe), load_cluster(job.cluster)
+    name = f"{eval_name(index)}_{folder_name(step)}"
+    held = run / "held" / folder_name(step)
+    try:
+        _hold(run / "checkpoints" / folder_name(step), held)
+    except FileNotFoundError:
+        print(f"{name}: its checkpoint is gone")
+        return
+    words = _words(recipe.evals[index], held, run / "evals" / f"{name}.json")
+    job_id = queue(
+        run / "evals" / f"{name}.job", f"{recipe.name}-{name}", cluster.one_rank(), Path(job.submitted()["code"]),
+        words=words, held=str(held),
+    )  # fmt: skip
+    print(f"{name}: job {job_id}")
+
+
+def _hold(checkpoint: Path, held: Path) -> None:
+    """The same files under another name: no bytes are copied, and none are lost when the first name goes."""
+    if held.is_dir():
+        return
+    unfinished = held.with_name(f".{held.name}.{os.getpid()}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(checkpoint, unfinished, copy_function=os.link)
+    os.rename(unfinished, held)
+
+
+def _words(config: InlineKnn, checkpoint: Path, report: Path) -> list[str]:
+    options = {
+        "train": config.train, "test": config.test, "k": config.k, "temperature": config.temperature,
+        "limit-train": config.max_train, "limit-test": config.max_test, "out": report,
+    }  # fmt: skip
+    given = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    return ["eval", config.kind, str(checkpoint), *given]
+
+
+if __name__ == "__main__":
+    try:
+        queue_evaluation(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    except PretrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
