@@ -26,6 +26,7 @@ from launch.cluster import Cluster, load_cluster
 from launch.eval_jobs import apart, eval_jobs
 from launch.job_folder import JobFolder
 from launch.local import Place, free_port, launch
+from launch.slurm import fields_of, job_fields, kill_wait_seconds, slurm
 from pretrain.demand import STOPPED
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
@@ -152,7 +153,20 @@ def _run_ranks(run: Path, recipe: Recipe, cluster: Cluster, node: Node, meeting:
             environment={"PRETRAIN_ATTEMPT": str(meeting["attempt"])},
         ),
         passed_on=PASSED_ON,
+        seconds_left=_seconds_left,
     )
+
+
+def _seconds_left(signum: int) -> float | None:
+    """At its time limit SLURM asks a job to end, and soon kills all of it, and with it what would queue it again."""
+    job_id = os.environ.get("SLURM_JOB_ID")
+    if signum != signal.SIGTERM or job_id is None:
+        return None
+    try:
+        fields = job_fields(job_id)
+        return kill_wait_seconds() / 2 if fields is not None and fields.get("Reason") == "TimeLimit" else None
+    except PretrainError:
+        return None
 
 
 def _see(folder: JobFolder, token: str, node: Node) -> None:
@@ -209,8 +223,6 @@ def _meet(folder: JobFolder, node: Node) -> dict[str, Any]:
 
 def _address(node: Node) -> str:
     """Under which SLURM itself finds this node; a name that only it knows would not do."""
-    from launch.slurm import fields_of, slurm
-
     if node.count == 1:
         return "127.0.0.1"
     try:
@@ -220,8 +232,6 @@ def _address(node: Node) -> str:
 
 
 def _names(node: Node) -> list[str]:
-    from launch.slurm import slurm
-
     if node.count == 1:
         return [node.name]
     try:

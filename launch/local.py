@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -34,9 +34,10 @@ class Ended:
 
 @dataclass(frozen=True)
 class Asked:
-    """The launcher was sent a signal."""
+    """The launcher was sent a signal; `signum` is what the ranks are sent for it."""
 
     signum: int
+    sent: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def launch(
     grace_seconds: float = 10.0,
     place: Place | None = None,
     passed_on: Mapping[int, int] | None = None,
+    seconds_left: Callable[[int], float | None] = lambda signum: None,
 ) -> int:
     """Runs `python -m MODULE ARGUMENTS` as so many ranks and waits for all of them.
 
@@ -81,6 +83,8 @@ def launch(
         grace_seconds: between asking a rank to stop and killing it.
         place: of this machine's ranks among all; None: they are all.
         passed_on: signals that reach ranks as others, such as a scheduler's warning.
+        seconds_left: until whoever sent a signal kills all of this; ranks that stop at it are killed by then. None:
+            they may take as long as they need.
 
     Returns:
         0 when all ranks returned 0; 128 + N when signal N stopped the launcher; else the exit status of the
@@ -99,7 +103,7 @@ def launch(
                 _thread(_wait, rank, process, events)
                 if rank:
                     printers.append(_thread(_print_lines, place.first_rank + rank, process))
-            return _supervise(ranks, events, grace_seconds, place.first_rank)
+            return _supervise(ranks, events, grace_seconds, place.first_rank, seconds_left)
         finally:
             for process in ranks:
                 _kill(process)
@@ -107,17 +111,23 @@ def launch(
                 printer.join(timeout=5)
 
 
-def _supervise(ranks: Sequence[subprocess.Popen[str]], events: Events, grace_seconds: float, first_rank: int) -> int:
+def _supervise(
+    ranks: Sequence[subprocess.Popen[str]],
+    events: Events,
+    grace_seconds: float,
+    first_rank: int,
+    seconds_left: Callable[[int], float | None],
+) -> int:
     running = set(range(len(ranks)))
     failed: Ended | None = None
     asked: Asked | None = None
     deadline: float | None = None
-    to_stop = False
+    to_stop = overdue = False
     while running:
         try:
             event = events.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
         except Empty:
-            deadline = None
+            deadline, overdue = None, to_stop and failed is None
             for rank in running:
                 _kill(ranks[rank])
             continue
@@ -128,9 +138,12 @@ def _supervise(ranks: Sequence[subprocess.Popen[str]], events: Events, grace_sec
                 _kill(ranks[rank]) if asked and stopping else ranks[rank].send_signal(event.signum)
             if stopping:
                 asked = asked or event
+            elif (left := seconds_left(event.sent)) is not None and deadline is None:
+                deadline = time.monotonic() + left
             continue
         running.discard(event.rank)
-        if to_stop and event.status == -signal.SIGTERM:  # it was sent to all processes of a job, when this one was done
+        # SIGTERM was sent to all processes of a job, when this one was done; SIGKILL by us, as it did not stop in time.
+        if (to_stop and event.status == -signal.SIGTERM) or (overdue and event.status == -signal.SIGKILL):
             event = Ended(event.rank, STOPPED)
         if event.status and not asked and (not failed or failed.status == STOPPED):
             failed = event
@@ -224,7 +237,7 @@ def _signals_into(events: Events, passed_on: Mapping[int, int]) -> Iterator[None
     """Signals become events, except those that this process was told to ignore (nohup)."""
 
     def handler(signum: int, frame: FrameType | None) -> None:
-        events.put(Asked(passed_on.get(signum, signum)))
+        events.put(Asked(passed_on.get(signum, signum), signum))
 
     before = {s: signal.getsignal(s) for s in (*STOPPING, *ASKING) if signal.getsignal(s) is not signal.SIG_IGN}
     for signum in before:

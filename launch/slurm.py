@@ -17,15 +17,15 @@ WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", 
 AT_WORK = ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
 
 
-def slurm(*words: str, seconds: float = _SECONDS) -> str:
-    """Output of a command.
+def slurm(*words: str, seconds: float = _SECONDS, given: str | None = None) -> str:
+    """Output of a command, which reads `given`.
 
     Raises:
         InputError: there is no such command here.
         RunError: it failed, or does not answer.
     """
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(words, input=given, capture_output=True, text=True, timeout=seconds)
     except FileNotFoundError:
         raise InputError(
             where=words[0], expected="SLURM's commands on this machine", found="no such command",
@@ -77,6 +77,12 @@ def _by_id(text: str, separator: str) -> dict[str, str]:
     """The first word of the state: sacct says `CANCELLED by 1000`."""
     pairs = (line.strip().partition(separator) for line in text.splitlines())
     return {job_id: state.split()[0] for job_id, _, state in pairs if state.split()}
+
+
+def kill_wait_seconds() -> float:
+    """Between the signal at which a job that has to end may end by itself, and SIGKILL to all of it."""
+    match = re.search(r"^KillWait\s*=\s*(\d+)", slurm("scontrol", "show", "config"), re.MULTILINE)
+    return float(match[1]) if match else 30.0
 
 
 def hurry(fields: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from data_pipeline.durable import durable_file
 from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.mixture import open_training
 from data_pipeline.read import open_dataset
-from launch.checks.slurm_cluster import slurm
+from launch.checks.slurm_cluster import slurm, would_take
 from launch.cluster import Cluster, load_cluster
 from launch.job import Job
 from launch.job_folder import JobFolder
@@ -153,6 +153,8 @@ def check_slurm(cluster: Cluster, path: Path, dry_run: bool) -> None:
     if absent and dry_run:
         print(f"not checked with SLURM: {absent[0].found}", file=sys.stderr)
         return
+    if not wrong:
+        wrong = list(would_take(script(Path.cwd(), "test", cluster, Path.cwd())))
     if wrong:
         raise RecipeError(str(path), [f"{finding.what}: {finding.found}. {finding.fix}" for finding in wrong])
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from launch.cluster import Cluster
 
 _NEEDED = ("sbatch", "squeue", "scontrol")
+_WORDS = {"account": "account", "qos": "qos", "partition": "partition", "time limit": "time_minutes", "node": "nodes"}
 _USEFUL = {"sacct": "how jobs ended that left the queue", "sacctmgr": "accounts and qos before a job is submitted"}
 
 
@@ -41,6 +42,17 @@ def slurm(cluster: Cluster | None) -> Iterator[Finding]:
     if cluster is not None:
         yield from _partition(cluster)
         yield from _account(cluster)
+
+
+def would_take(script: str) -> Iterator[Finding]:
+    """What SLURM itself has against a batch script, where it names what is invalid; it is not queued."""
+    try:
+        answer_of("sbatch", "--test-only", seconds=20, given=script)
+    except PretrainError as raised:
+        said = raised.found.splitlines()[-1] if raised.found else ""
+        if "nvalid" in said:  # other words may be of a busy hour
+            field = next((field for word, field in _WORDS.items() if word in said.lower()), "sbatch")
+            yield error(field, said.removeprefix("allocation failure: "), f"Correct {field} in the cluster file.")
 
 
 def _accounting() -> Iterator[Finding]:
@@ -96,8 +108,19 @@ def _misfits(cluster: Cluster, name: str, partition: Mapping[str, str]) -> Itera
     allowances = (("account", cluster.account, "AllowAccounts"), ("qos", cluster.qos, "AllowQos"))
     for word, value, key in allowances:
         allowed = partition.get(key, "ALL")
-        if value is not None and allowed != "ALL" and value not in allowed.split(","):
-            yield error(word, f"{value}, and {name} takes {allowed}", f"Set {word} to one of them.")
+        if allowed != "ALL" and (value or _default(key)) not in allowed.split(","):
+            yield error(word, f"{value or 'none'}, and {name} takes {allowed}", f"Set {word} to one of them.")
+
+
+def _default(key: str) -> str | None:
+    """What SLURM takes for this user where nothing is given, as far as it can be asked."""
+    user = getpass.getuser()
+    asked = {
+        "AllowAccounts": ("user", user, "format=DefaultAccount"),
+        "AllowQos": ("associations", f"user={user}", "format=DefaultQOS"),
+    }
+    said, _ = _ask("sacctmgr", "--noheader", "--parsable2", "show", *asked[key])
+    return next((line for line in said if line), None)
 
 
 def _nodes(cluster: Cluster, name: str) -> Finding | None:

@@ -21,7 +21,7 @@ from launch import doctor
 from launch.checks import machine, of_recipe, storage
 from launch.checks.finding import Finding
 from launch.checks.of_recipe import Free, Ranks
-from launch.checks.slurm_cluster import slurm
+from launch.checks.slurm_cluster import slurm, would_take
 from launch.cluster import Cluster
 from pretrain.plan import Footprint, footprint
 from pretrain.recipe import Recipe
@@ -146,7 +146,8 @@ def cluster(commands: Commands) -> Commands:
     commands.says("scontrol", PARTITIONS, when="*show*partition*")
     commands.says("scontrol", "Slurmctld(primary) at head is UP", when="ping")
     commands.says("sinfo", "6 64 256000 gpu:a100:4(S:0-1)\n2 16+ 64000+ (null)")
-    commands.says("sacctmgr", "vision|normal,high\ntext|normal")
+    commands.says("sacctmgr", "vision", when="*show?user*")
+    commands.says("sacctmgr", "vision|normal,high\ntext|normal", when="*show?associations*Account,QOS*")
     return commands
 
 
@@ -195,6 +196,27 @@ def test_a_cluster_without_accounting_is_only_warned_of(cluster: Commands) -> No
         cluster.says(name, "Slurm accounting storage is disabled", status=1)
     found = list(slurm(asked(account="vision")))
     assert [pair for pair in levels(found) if pair[0] != "ok"] == [("warning", "sacct"), ("warning", "account")]
+
+
+def test_an_account_that_has_to_be_named(cluster: Commands) -> None:
+    assert problems(slurm(asked(account=None))) == ""  # the default one is taken there
+    cluster.says("sacctmgr", "audio", when="*show?user*")
+    assert "none, and long takes vision,text. Set account to one of them." in problems(slurm(asked()))
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("allocation failure: Invalid account or account/partition combination specified", "account: Invalid account"),
+        ("sbatch: error: Invalid qos specification", "qos: sbatch: error: Invalid qos"),
+        ("allocation failure: Nodes required for job are DOWN, DRAINED or reserved", ""),
+    ],
+)
+def test_what_slurm_itself_would_refuse(cluster: Commands, said: str, expected: str) -> None:
+    cluster.says("sbatch", said, status=1, when="--test-only")
+    found = problems(would_take("#!/bin/sh"))
+    assert expected in found
+    assert bool(found) == bool(expected)
 
 
 # Storage.

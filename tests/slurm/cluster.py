@@ -56,6 +56,7 @@ JobAcctGatherType=jobacct_gather/none
 NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=64000 State=UNKNOWN
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} RealMemory=64000 State=UNKNOWN
 PartitionName=main Nodes=n0,n1 Default=YES MaxTime=60 State=UP OverSubscribe=NO
+PartitionName=lab Nodes=n0,n1 AllowAccounts=vision MaxTime=60 State=UP OverSubscribe=NO
 """
 
 
@@ -104,8 +105,26 @@ class SlurmCluster:
         words = self.run("scontrol", "show", "job", "-o", job_id).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def start_slurmd(self, node: str) -> None:
-        self._start(node, "slurmd", "-D", "-N", node)
+    def start_slurmd(self, node: str, hidden: Path | None = None) -> None:
+        """On a machine of its own, as far as `hidden` goes: that folder is there, and empty."""
+        command = ("slurmd", "-D", "-N", node)
+        if hidden is not None:
+            script = 'mount -t tmpfs none "$0" && exec "$@"'
+            command = ("unshare", "--mount", "sh", "-c", script, str(hidden), str(_found("slurmd")), *command[1:])
+        self._start(node, *command)
+
+    @contextmanager
+    def not_shared(self, node: str, hidden: Path) -> Iterator[None]:
+        """A node that does not see a folder."""
+        self.kill_slurmd(node)
+        self.start_slurmd(node, hidden)
+        _until(self._idle, 60, f"{node} did not come up again")
+        try:
+            yield
+        finally:
+            self.kill_slurmd(node)
+            self.start_slurmd(node)
+            _until(self._idle, 60, f"{node} did not come up again")
 
     def kill_slurmd(self, node: str) -> None:
         """With all that runs there, as when a machine loses power."""
@@ -136,7 +155,8 @@ class SlurmCluster:
         _until(self._idle, 180, "the nodes did not come up")
 
     def _idle(self) -> bool:
-        return self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split() == ["idle"] * len(NODES)
+        words = ("--noheader", "--Node", "--partition=main", "--format=%T")
+        return self.run("sinfo", *words, check=False).split() == ["idle"] * len(NODES)
 
     def down(self) -> None:
         self.run("scancel", "--user=root", check=False)

@@ -32,6 +32,21 @@ def test_a_warning_of_the_time_limit(place: Place, expected: dict[int, float]) -
     assert first["step"] >= 50, "it saved at the warning, not before"
 
 
+def test_the_time_limit_itself(place: Place, expected: dict[int, float]) -> None:
+    """Ranks that do not answer when the minute is over: they are killed while there is time to queue the job again."""
+    job = place.submit("limited", time_minutes=1, signal_lead_seconds=1)
+    job.wait_for_step(50)
+    ranks = job.rank_pids()
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    job.wait_until_over()
+    job.check_whole(expected)
+    events = JobFolder(job.run).events()
+    assert [event["event"] for event in events] == ["start", "end", "requeue", "start", "end", "done"], job.told()
+    assert events[1]["at"] - events[0]["at"] > 40, "until the limit, nobody ended it"
+    assert "TIME LIMIT" in job.log()
+
+
 def test_preempted_by_a_termination(place: Place, expected: dict[int, float]) -> None:
     job = place.submit("terminated")
     job.wait_for_step(50)

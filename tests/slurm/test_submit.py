@@ -8,6 +8,7 @@ import pytest
 
 from data_pipeline.errors import RunError
 from launch.drill import _compare
+from launch.job_folder import JobFolder
 from tests.slurm.jobs import CANARY, STEPS, Place
 
 
@@ -43,6 +44,8 @@ def test_what_can_be_known_before_is_refused_by_its_field(place: Place) -> None:
         ((), {"partition": "gpu"}, "partition: expected one of the cluster's, found gpu. It has: main."),
         ((), {"time_minutes": 100}, "time_minutes: 100 minutes, and main gives 60 at most"),
         ((), {"nodes": 4}, "expected 4"),
+        ((), {"partition": "lab"}, "account: none, and lab takes vision. Set account to one of them."),
+        ((), {"partition": "lab", "account": "audio"}, "account: audio, and lab takes vision"),
         (("--set", "data.train=nowhere"), {}, "nowhere"),
         (("--set", "batch.global_size=7"), {}, "batch.global_size"),
         ((), {"sbatch": {"partition": "main"}}, "expected `partition` for what sbatch.partition says"),
@@ -53,6 +56,20 @@ def test_what_can_be_known_before_is_refused_by_its_field(place: Place) -> None:
         assert done.returncode == 2, done.stdout + done.stderr
         assert told in done.stderr
         assert not (place.folder / "refused").exists()
+
+
+@pytest.mark.parametrize(("hidden", "told"), [("unshared", "run's folder"), ("train", "on n1: expected")])
+def test_what_a_node_does_not_see_is_told_in_the_first_minute(place: Place, hidden: str, told: str) -> None:
+    (place.folder / hidden).mkdir(exist_ok=True)
+    with place.cluster.not_shared("n1", place.folder / hidden):
+        job = place.submit("unshared" if hidden == "unshared" else "unread")
+        job.wait_until_over(120)
+    assert job.events() == ["start", "end", "stop"], job.told()
+    start, _, stop = JobFolder(job.run).events()
+    assert "n1" in stop["why"]
+    assert told in stop["why"]
+    assert stop["at"] - start["at"] < 60
+    assert place.cluster.job(job.job_id)["JobState"] == "FAILED", "what waits for it is not started"
 
 
 def test_a_drill_passes_here_and_fails_where_a_loss_is_another(place: Place) -> None:

@@ -1,0 +1,104 @@
+"""Stages as jobs that wait for each other, and evaluations as jobs of their own."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch.chain import run_chain
+from launch.job_folder import JobFolder
+from launch.slurm import hurry
+from tests.runs import losses
+from tests.slurm.jobs import SAVED_EVERY, Place
+
+pytestmark = pytest.mark.slow
+
+
+def write_chain(place: Place) -> Path:
+    """Pretraining, and its judgement."""
+    judged: dict[str, Any] = {"protocol": "knn", "encoder": "${mae}", "train": "train", "test": "val"}
+    stages = [
+        {"name": "mae", "train": "recipe.yaml"},
+        {"name": "knn", "evaluate": {**judged, "options": {"k": 5}}},
+    ]
+    path = place.folder / "chain.yaml"
+    path.write_text(yaml.safe_dump({"name": "tiny", "stages": stages}))
+    return path
+
+
+def events_of(folder: Path) -> list[str]:
+    return [event["event"] for event in JobFolder(folder).events()]
+
+
+def wait(place: Place, out: Path, seconds: float = 300) -> None:
+    """Until no job is left in the queue."""
+    deadline = time.monotonic() + seconds
+    while jobs := place.cluster.run("squeue", "--noheader", "--format=%A").split():
+        for job_id in jobs:
+            with place.cluster.spoken_to():
+                hurry(place.cluster.job(job_id))
+        if time.monotonic() > deadline:
+            logs = [path.read_text()[-3000:] for path in out.rglob("*_log.out")]
+            raise AssertionError("\n".join([place.cluster.run("squeue"), *logs]))
+        time.sleep(0.2)
+
+
+def test_stages_wait_for_each_other_and_go_on_after_a_failure(place: Place, expected: dict[int, float]) -> None:
+    path, out = write_chain(place), place.folder / "chained"
+    words = ("chain", str(path), "--cluster", str(place.cluster_file()), "--out", "chained")
+    printed = place.pretrain(*words, "--dry-run").stdout
+    assert "afterok:<job of mae>" in printed
+    assert not out.exists(), "a dry run writes nothing"
+
+    place.pretrain(*words)
+    run, judged = out / "mae", out / "knn.job"
+    assert place.cluster.job(JobFolder(judged).submitted()["job_id"])["JobState"] == "PENDING"
+    again = place.pretrain(*words, check=False)
+    assert again.returncode == 2
+    assert "expected a run without a job" in again.stderr
+    deadline = time.monotonic() + 120
+    while not list(run.glob("checkpoints/*/COMPLETE")):
+        assert time.monotonic() < deadline, place.cluster.run("squeue")
+        time.sleep(0.1)
+    place.pretrain("cancel", str(out))
+    wait(place, out)
+    assert events_of(run)[-1] == "cancel"
+    assert "start" not in events_of(judged)
+
+    place.pretrain(*words)
+    place.cluster.run("scontrol", "requeue", str(JobFolder(run).submitted()["job_id"]))
+    wait(place, out)
+    assert losses(run) == expected
+    assert events_of(run)[-1] == events_of(judged)[-1] == "done", events_of(run) + events_of(judged)
+    assert json.loads((out / "knn.json").read_text())["metric"] == "top1"
+    done = place.pretrain(*words).stdout
+    assert done.count("done before") == 2
+    shown = place.pretrain("status", "chained").stdout
+    assert shown.count("done") == 2
+
+
+def test_evaluations_are_jobs_that_training_does_not_wait_for(place: Place, expected: dict[int, float]) -> None:
+    evals = "evals=[{kind: knn, train: train, test: val, every_epochs: 10, k: 5}]"
+    job = place.submit("apart", "--set", evals, evals_apart=True)
+    job.wait_until_over()
+    job.check_whole(expected)
+    wait(place, job.run)
+    reports = sorted(path.name for path in (job.run / "evals").glob("*.json"))
+    assert reports == ["knn_step_00000120.json", "knn_step_00000240.json"]
+    steps = [json.loads((job.run / "evals" / name).read_text())["encoder"]["step"] for name in reports]
+    assert steps == [120, 240]
+    assert 120 % SAVED_EVERY == 0
+    assert not list((job.run / "held").iterdir()), "what was held is let go"
+    logged = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+    assert not any(key.startswith("knn/") for line in logged for key in line)
+
+
+def test_a_chain_gives_the_same_records_on_one_machine(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was done there is known here."""
+    monkeypatch.chdir(place.folder)
+    assert run_chain(place.folder / "chain.yaml", place.folder / "chained", 2) == 0
