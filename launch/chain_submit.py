@@ -52,7 +52,7 @@ def submit_chain(path: Path, cluster_path: Path, out: Path | None, *, dry_run: b
             jobs[stage.name] = f"<job of {stage.name}>"
             print(script(folder, name, asked, code, after))
             continue
-        jobs[stage.name] = queue(folder, name, asked, code, after=after, **_what(chain, stage))
+        jobs[stage.name] = queue(folder, name, asked, code, _what(chain, stage), after=after)
         waits = f", after {', '.join(n for n in chain.references(stage) if n in jobs)}" if after else ""
         print(f"{stage.name}: job {jobs[stage.name]}{waits}: {folder}")
     if jobs and not dry_run:

@@ -28,10 +28,9 @@ def queue_evaluation(run: Path, index: int, step: int) -> None:
         print(f"{name}: its checkpoint is gone")
         return
     words = _words(recipe.evals[index], held, run / "evals" / f"{name}.json")
-    job_id = queue(
-        run / "evals" / f"{name}.job", f"{recipe.name}-{name}", cluster.one_rank(), Path(job.submitted()["code"]),
-        words=words, held=str(held),
-    )  # fmt: skip
+    folder, code = run / "evals" / f"{name}.job", Path(job.submitted()["code"])
+    what = {"words": words, "held": str(held)}
+    job_id = queue(folder, f"{recipe.name}-{name}", cluster.one_rank(), code, what)
     print(f"{name}: job {job_id}")
 
 

@@ -27,7 +27,7 @@ from launch.eval_jobs import apart, eval_jobs
 from launch.job_folder import JobFolder
 from launch.local import Place, free_port, launch
 from launch.slurm import fields_of, job_fields, kill_wait_seconds, slurm
-from pretrain.demand import STOPPED
+from pretrain.demand import LEAD_SECONDS, STOPPED
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 
@@ -150,7 +150,7 @@ def _run_ranks(run: Path, recipe: Recipe, cluster: Cluster, node: Node, meeting:
             first_rank=node.index * cluster.ranks_per_node,
             world_size=node.count * cluster.ranks_per_node,
             master=(meeting["address"], meeting["port"]),
-            environment={"PRETRAIN_ATTEMPT": str(meeting["attempt"])},
+            environment={"PRETRAIN_ATTEMPT": str(meeting["attempt"]), LEAD_SECONDS: str(cluster.signal_lead_seconds)},
         ),
         passed_on=PASSED_ON,
         seconds_left=_seconds_left,

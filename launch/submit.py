@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,8 @@ def submit(
     check_folder(run)
     copy_code(code)
     JobFolder(run).write("recipe.yaml", dump(recipe))
-    given = {"recipe": str(recipe_path), "overrides": overrides or [], "cluster": str(cluster_path)}
-    job_id = queue(run, recipe.name, cluster, code, local=local, **given, max_steps=max_steps)
+    what = {"recipe": str(recipe_path), "overrides": overrides or [], "cluster": str(cluster_path)}
+    job_id = queue(run, recipe.name, cluster, code, {**what, "max_steps": max_steps}, local=local)
     print(
         f"job {job_id}: {cluster.nodes} x {cluster.ranks_per_node} ranks, at most {cluster.time_minutes} minutes a time"
     )
@@ -94,10 +94,10 @@ def queue(
     name: str,
     cluster: Cluster,
     code: Path,
+    what: Mapping[str, Any],
     *,
     local: bool = False,
     after: Sequence[str] = (),
-    **what: Any,
 ) -> str:
     """Queues the job of a run, or of a command, and writes down what was queued. Returns the job's id.
 
@@ -106,9 +106,9 @@ def queue(
         name: of the job, for SLURM's lists.
         cluster: what it is given.
         code: of copy_code.
+        what: more to write down; `words` are those of a command.
         local: by submitit's local executor.
         after: ids of jobs that must have ended well before; where one does not, this one is dropped.
-        what: more to write down; `words` are those of a command.
 
     Raises:
         RunError: SLURM refused.

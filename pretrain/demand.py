@@ -12,6 +12,7 @@ from types import FrameType
 
 STOPPED = 75  # exit status, EX_TEMPFAIL of sysexits.h: asked to stop; its state is saved, and the same command goes on
 HUNG = 76  # exit status: the watchdog found no progress
+LEAD_SECONDS = "PRETRAIN_LEAD_SECONDS"  # set by a job: between the warning of its time limit and that limit
 
 
 class Asked(IntEnum):

@@ -37,10 +37,11 @@ from pretrain.models.attention import choose_attention
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.pictures import Pictures
+from pretrain.plan import checkpoint_bytes
 from pretrain.preflight import Plan, preflight
 from pretrain.recipe import Recipe
 from pretrain.record import claim, record_run
-from pretrain.saving import TimedCheckpoints
+from pretrain.saving import TimedCheckpoints, check_time_to_save
 from pretrain.schedules import learning_rate, undecayed_rate
 from pretrain.sinks import open_sinks
 from pretrain.start import Start, find_start, not_longer
@@ -93,6 +94,8 @@ def run(
         torch.manual_seed(recipe.seed)
         objective = build_objective(recipe.model, recipe.objective)
         start = find_start(recipe, objective, None if overfit_batch else job.checkpoints, world)
+        if not overfit_batch:
+            check_time_to_save(checkpoint_bytes(objective, recipe), out, world)
         engine, rates = _engine(job, objective)
         state = _resumed(job, engine, start)
         lock = claim(out, world)

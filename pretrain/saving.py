@@ -1,13 +1,61 @@
-"""When to save: by steps, by minutes, and on demand; and when to stop on demand, which saves first."""
+"""When to save: by steps, by minutes, and on demand; and when to stop on demand, which saves first.
+
+Under a scheduler there is so long for that last save; whether it is enough is tried before the first step.
+"""
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
+from data_pipeline.errors import InputError
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World, greatest_of_ranks, side_group
-from pretrain.demand import Asked, Demand
+from pretrain.demand import LEAD_SECONDS, Asked, Demand
 from pretrain.state import RunState
+
+_TRIAL_BYTES = 1 << 26
+
+
+def check_time_to_save(checkpoint_bytes: int, out: Path, world: World) -> None:
+    """That a save is done between the warning and the time limit of a job. Every rank calls it, and writes its share
+    of a checkpoint, or 64 MiB of it, at the same time as the others.
+
+    Raises:
+        InputError: by this trial, it would not be.
+    """
+    lead = os.environ.get(LEAD_SECONDS)
+    if lead is None:
+        return
+    group = side_group()
+    share = checkpoint_bytes // world.size
+    greatest_of_ranks(0, group)  # all begin together
+    milliseconds = greatest_of_ranks(round(1000 * _seconds_to_write(out / f".trial-{world.rank}", share)), group)
+    if milliseconds > 1000 * float(lead):
+        raise InputError(
+            where="signal_lead_seconds", expected=f"time for a save of {checkpoint_bytes / 1e9:.2f} GB, which takes "
+            f"{milliseconds / 1000:.1f} s by a trial", found=lead,
+            fix=f"Set signal_lead_seconds in the cluster file to {2 * milliseconds // 1000 + 30} or more, and "
+            "time_minutes to more than that, or choose an --out on faster storage.",
+        )  # fmt: skip
+
+
+def _seconds_to_write(path: Path, num_bytes: int) -> float:
+    """Of so many bytes, from the time that a part of them takes to be on disk; the file is removed."""
+    part = os.urandom(1 << 20)  # nothing that storage could shorten
+    count = max(1, min(num_bytes, _TRIAL_BYTES) >> 20)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    try:
+        with path.open("wb") as file:
+            for _ in range(count):
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        return (time.perf_counter() - began) * max(1.0, num_bytes / (count << 20))
+    finally:
+        path.unlink(missing_ok=True)
 
 
 class TimedCheckpoints:

@@ -95,7 +95,7 @@ def test_a_batch_gives_the_same_gradient_however_it_is_cut(
     for (name, stage), (_, found) in ranks[0].items():
         loss, expected = references[name]
         mean = sum(rank[name, stage][0] for rank in ranks) / world_size
-        assert mean == pytest.approx(loss, rel=1e-6, abs=1e-7), (name, stage)
+        assert mean == pytest.approx(loss, rel=1e-6, abs=1e-6 * scale(name)), (name, stage)
         assert found.keys() == expected.keys()
         whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
         for parameter, gradient in expected.items():
@@ -191,9 +191,14 @@ def hand_on(world: World, source: Path, folder: Path) -> dict[tuple[str, int], l
     return losses
 
 
-def test_checkpoints_move_between_world_sizes_and_stages(tmp_path: Path) -> None:
+def scale(name: str) -> float:
+    """Of what a loss is a mean of: cosines may cancel, and their rounding does not."""
+    return 1.0 if name.startswith(("byol", "simsiam")) else 0.1
+
+
+def test_checkpoints_move_between_world_sizes_and_stages(tmp_path: Path, figure: Callable[[str], None]) -> None:
     """From two ranks at ZeRO 2 through other worlds: equal by hash at every stop, and trained on from alike."""
-    source = tmp_path / "start"
+    source, worst = tmp_path / "start", 0.0
     ranks = run_ranks(start, 2, source)
     for world_size, stages in CHAIN.items():
         folder = tmp_path / str(world_size)
@@ -204,5 +209,7 @@ def test_checkpoints_move_between_world_sizes_and_stages(tmp_path: Path) -> None
             assert handed == original, f"{name}, world {world_size}, ZeRO {stage}"
             losses = torch.tensor([rank[name, stage] for rank in found], dtype=torch.float64).mean(0)
             expected = torch.tensor([rank[name] for rank in ranks], dtype=torch.float64).mean(0)
-            torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6, msg=f"{name}, {world_size}, {stage}")
+            worst = max(worst, float(((losses - expected).abs() / expected.abs().clamp(min=scale(name))).max()))
+            assert worst < 1e-5, (name, world_size, stage, losses, expected)
         source = folder / str(stages[-1])
+    figure(f"{len(CASES)} objectives, next losses within {worst:.1e}")

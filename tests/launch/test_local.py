@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pretrain.demand import STOPPED
+
 ROOT = Path(__file__).resolve().parents[2]
 
 LAUNCH = (
@@ -225,6 +227,27 @@ def test_ctrl_c_stops_all_and_a_second_one_does_not_wait(tmp_path: Path, environ
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(timeout=10) == 130
     assert all_gone(processes)
+
+
+def test_ranks_that_do_not_stop_are_killed_while_there_is_time(tmp_path: Path, environment: dict[str, str]) -> None:
+    """A scheduler that will kill everything soon asks by SIGTERM; they were to stop, so that is what they did."""
+    script = LAUNCH.replace(
+        "grace_seconds=1.0", "passed_on={15: 12}, seconds_left=lambda signum: 1.0 if signum == 15 else None"
+    )
+    for signum in (signal.SIGTERM, signal.SIGUSR2):
+        launcher = start("asked", tmp_path, environment, program=script)
+        processes = family(tmp_path, (0, 1))
+        for process in processes:
+            process.suspend()
+        launcher.send_signal(signum)
+        if signum == signal.SIGUSR2:
+            time.sleep(2)
+            assert launcher.poll() is None, "a warning leaves as much time as it takes"
+            launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(timeout=10) == STOPPED
+        assert all_gone(processes)
+        for rank in (0, 1):
+            (tmp_path / f"{rank}.json").unlink()
 
 
 def test_no_rank_outlives_a_launcher_that_was_killed(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -1,0 +1,38 @@
+"""Whether a save fits between the warning of a time limit and the limit, tried before the first step."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import InputError
+from pretrain.collectives import World
+from pretrain.demand import LEAD_SECONDS
+from pretrain.saving import check_time_to_save
+from tests.runs import write_recipe
+from tests.shards import write_shards
+
+
+def test_time_for_a_large_checkpoint_is_told_from_a_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LEAD_SECONDS, "60")
+    check_time_to_save(10**6, tmp_path, World(0, 1, 0))
+    with pytest.raises(InputError, match=r"signal_lead_seconds: expected time for a save of 100000\.00 GB") as raised:
+        check_time_to_save(10**14, tmp_path, World(0, 1, 0))
+    assert "time_minutes" in raised.value.fix
+    assert not list(tmp_path.iterdir())
+    monkeypatch.delenv(LEAD_SECONDS)
+    check_time_to_save(10**14, tmp_path, World(0, 1, 0))  # no scheduler, no limit
+
+
+@pytest.mark.slow
+def test_a_run_that_could_not_save_in_time_is_not_started(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", write_shards(tmp_path / "shards", 30), schedule={"steps": 2})
+    command = [sys.executable, "-m", "pretrain", str(recipe), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, env={**os.environ, LEAD_SECONDS: "0.0001"}, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "signal_lead_seconds" in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
