@@ -7,11 +7,12 @@ READY := .venv/.ready
 
 setup: $(READY)
 
-# Exact versions and hashes from the lock file; the package itself is installed editable.
+# Exact versions and hashes from the lock file; the package itself is installed editable. Compiled now, as where
+# Python may not write bytecode (PYTHONDONTWRITEBYTECODE, usual in containers) each process compiled all of it again.
 $(READY): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
-	$(BIN)/uv pip install --python $(BIN)/python --require-hashes --requirement requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --require-hashes --requirement requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
