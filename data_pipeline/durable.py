@@ -45,7 +45,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     try:
         text = path.read_text("utf-8", "replace")
-    except OSError:
+    except FileNotFoundError:
         return []
     for line in text.splitlines():
         try:

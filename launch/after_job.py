@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from launch.job_folder import JobFolder
 from launch.slurm import job_fields, slurm
 from pretrain.demand import HUNG, STOPPED
 
+_GO_ON = {("data", "label")}  # commands that go on where they were stopped; others begin again
 _WORDS = {1: "the run failed", STOPPED: "asked to stop", HUNG: "no progress"}
 
 
@@ -81,7 +82,7 @@ def decide(
     queued: bool,
     step: int = 0,
     step_before: int = 0,
-    is_command: bool = False,
+    command: Sequence[str] = (),
 ) -> Next:
     """What to do with a run, or a command, of which an attempt has ended.
 
@@ -93,20 +94,22 @@ def decide(
         queued: SLURM has queued the job again already.
         step: of the newest complete checkpoint.
         step_before: the same when the attempt began.
-        is_command: it has no steps; it is queued again where it was asked to stop, and for nothing else.
+        command: its words, where it is no run. It has no steps to get further by.
     """
     if end.status == 0:
         return Next("done")
     if cancelled:
-        return Next("cancel", "cancelled" if is_command else f"cancelled at step {step}")
+        return Next("cancel", "cancelled" if command else f"cancelled at step {step}")
     if queued:
         return Next("requeue", f"{end.why}, by SLURM")
     if end.status == 2:
         return Next("stop", end.why)
     if restart >= max_requeues:
         return Next("stop", f"{end.why}; queued again {restart} times already, which is what max_requeues allows")
-    if is_command:
-        return Next("requeue" if end.status == STOPPED else "stop", end.why)
+    if command:
+        if end.status == STOPPED and tuple(command[:2]) in _GO_ON:
+            return Next("requeue", end.why)
+        return Next("stop", f"{end.why}: give it more time_minutes" if end.status == STOPPED else end.why)
     if step <= step_before:
         fix = "see the log" if end.status != STOPPED else "give it more time_minutes, or save more often"
         return Next("stop", f"{end.why}, without a new checkpoint since step {step_before}: {fix}")
@@ -139,7 +142,7 @@ def main(run: Path, status: int) -> int:
         queued=is_queued(fields, node.restart),
         step=step,
         step_before=max((e["step"] for e in events if e["event"] == "end"), default=0),
-        is_command=bool(submitted.get("words")),
+        command=submitted.get("words") or (),
     )
     if then.event == "done" and submitted.get("chain") is not None:
         then = _kept(submitted["chain"])
@@ -148,7 +151,7 @@ def main(run: Path, status: int) -> int:
     folder.note(then.event, attempt=attempt, why=then.why)
     print(f"{then.event}: {then.why}" if then.why else then.event, flush=True)
     if then.event != "requeue" and submitted.get("held"):
-        let_go(Path(submitted["held"]), run.parent.parent)
+        let_go(Path(submitted["held"]))
     if then.event == "requeue" and not is_queued(fields, node.restart):
         slurm("scontrol", "requeue", node.job_id)
         time.sleep(60)  # until the batch script is ended with it: nothing may come after
@@ -157,11 +160,11 @@ def main(run: Path, status: int) -> int:
 
 def _kept(what: Mapping[str, str]) -> Next:
     """A stage of a chain is done once that is written down."""
-    chain, stage = stage_of(what)
     try:
+        chain, stage = stage_of(what)
         chain.keep(stage)
-    except PretrainError as error:
-        return Next("stop", str(error))
+    except (PretrainError, OSError) as error:
+        return Next("stop", f"it ended well, which could not be written down: {error}")
     return Next("done")
 
 

@@ -6,11 +6,11 @@ import os
 import signal
 from pathlib import Path
 
-from data_pipeline.errors import InputError
+from data_pipeline.errors import InputError, PretrainError
 from launch.job_folder import JobFolder
-from launch.slurm import job_fields, slurm
+from launch.slurm import AT_WORK, WAITING, job_fields, slurm
 
-_ALIVE = ("RUNNING", "PENDING", "CONFIGURING", "SUSPENDED")
+_ALIVE = (*WAITING, *AT_WORK)
 
 
 def cancel(folder: Path, now: bool) -> None:
@@ -23,15 +23,20 @@ def cancel(folder: Path, now: bool) -> None:
     Raises:
         InputError: nothing was submitted from there, or nothing is left of it.
     """
-    if (folder / "job").is_dir() or not list(folder.glob("*/job/submitted.json")):
+    if not (folder / "chain" / "chain.yaml").is_file():
         _cancel(JobFolder(folder), now, _state(JobFolder(folder)))
         return
     jobs = [JobFolder(path.parent.parent) for path in folder.glob("*/job/submitted.json")]
     alive = [(job, state) for job in jobs if (state := _state(job)) in _ALIVE]
     if not alive:
-        raise InputError(where=str(folder), expected="jobs that run or wait", found="none")
-    for job, state in sorted(alive, key=lambda one: one[1] == "RUNNING"):
-        _cancel(job, now, state)
+        raise InputError(
+            where=str(folder), expected="jobs that run or wait", found="none", fix=f"See `pretrain status {folder}`."
+        )
+    for job, state in sorted(alive, key=lambda one: one[1] in AT_WORK):
+        try:
+            _cancel(job, now, state)
+        except PretrainError as error:  # it has ended meanwhile
+            print(f"{job.run}: {error}")
 
 
 def _state(job: JobFolder) -> str | None:
@@ -60,7 +65,7 @@ def _cancel(job: JobFolder, now: bool, state: str | None) -> None:
         print(f"job {job_id} saves and stops; see `pretrain status {job.run}`")
     else:
         slurm("scancel", job_id)
-        job.note("cancel", why="before it ran" if state == "PENDING" else "at once")
+        job.note("cancel", why="before it ran" if state in WAITING else "at once")
         print(f"job {job_id} is cancelled")
 
 

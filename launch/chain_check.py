@@ -11,12 +11,11 @@ from launch.chain_recipe import Stage, words_of
 from pretrain.resolve import split_batch
 
 
-def check_chain(chain: ChainFolder, num_ranks: int, *, build: bool = True) -> None:
+def check_chain(chain: ChainFolder, num_ranks: int) -> None:
     """Every stage, before the first is started.
 
     Args:
         num_ranks: of each training.
-        build: models as well, for which torch is imported.
 
     Raises:
         RecipeError: with the problems of all stages.
@@ -24,7 +23,7 @@ def check_chain(chain: ChainFolder, num_ranks: int, *, build: bool = True) -> No
     problems = []
     for stage in chain.stages:
         try:
-            _check_stage(chain, stage, num_ranks, build)
+            _check_stage(chain, stage, num_ranks)
         except RecipeError as error:
             problems += [f"{stage.name}, {error.where}, {problem}" for problem in error.problems]
         except PretrainError as error:
@@ -33,9 +32,9 @@ def check_chain(chain: ChainFolder, num_ranks: int, *, build: bool = True) -> No
         raise RecipeError(chain.chain.name, problems)
 
 
-def _check_stage(chain: ChainFolder, stage: Stage, num_ranks: int, build: bool) -> None:
+def _check_stage(chain: ChainFolder, stage: Stage, num_ranks: int) -> None:
     if stage.train is not None:
-        _check_recipe(chain, stage, num_ranks, build)
+        _check_recipe(chain, stage, num_ranks)
     elif stage.label is not None:
         _check_input(chain, stage.label.shards)
         _check_teacher(chain, stage.label.teacher)
@@ -52,17 +51,16 @@ def _check_stage(chain: ChainFolder, stage: Stage, num_ranks: int, build: bool) 
         _check_words(words_of(stage, chain.folder, chain.out, num_ranks))
 
 
-def _check_recipe(chain: ChainFolder, stage: Stage, num_ranks: int, build: bool) -> None:
+def _check_recipe(chain: ChainFolder, stage: Stage, num_ranks: int) -> None:
     """That it loads, divides into ranks, builds its model, and finds what data are there already."""
+    import torch
+
+    from pretrain.objectives.build import build_objective
+
     recipe = chain.recipe(stage)
     split_batch(recipe, num_ranks)
-    if build:
-        import torch
-
-        from pretrain.objectives.build import build_objective
-
-        with torch.device("meta"):
-            build_objective(recipe.model, recipe.objective)
+    with torch.device("meta"):
+        build_objective(recipe.model, recipe.objective)
     sources = [recipe.data.train] if isinstance(recipe.data.train, str) else [s.path for s in recipe.data.train]
     for path in (*sources, recipe.data.val, *(p for config in recipe.evals for p in (config.train, config.test))):
         if path is not None:

@@ -52,8 +52,15 @@ class ChainFolder:
         return [stage.filled(outputs) for stage in self.chain.stages]
 
     def stage(self, name: str) -> Stage:
-        """With paths in the place of references."""
-        return next(stage for stage in self.stages if stage.name == name)
+        """With paths in the place of references.
+
+        Raises:
+            InputError: it has none of that name.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise InputError(where=str(self.folder), expected=f"a stage {name}", found="none")
 
     def references(self, stage: Stage) -> list[str]:
         """Names of the stages that it takes from."""
@@ -80,6 +87,19 @@ class ChainFolder:
         """The stage that leaves this path behind; None: it comes from elsewhere."""
         return next((stage for stage in self.stages if path == str(stage.output(self.out))), None)
 
+    def refuse_other_settings(self, stage: Stage) -> None:
+        """What can be compared before all that the stage takes from is there.
+
+        Raises:
+            InputError: it was begun with other settings.
+        """
+        try:
+            kept = json.loads(self._record(stage).read_bytes())
+        except FileNotFoundError:
+            return
+        if kept["settings"] != (settings := self._settings(stage)):
+            raise self._other(stage, kept["settings"], settings)
+
     def is_done(self, stage: Stage, *, begin: bool = True) -> bool:
         """Whether a stage was finished, and all is as it was then. All that it takes from must be there.
 
@@ -98,13 +118,7 @@ class ChainFolder:
             return False
         left = kept.pop("left", None)
         if kept != made_of:
-            raise InputError(
-                where=f"stage {stage.name} in {self.out}",
-                expected=f"what it was begun with: {_differing(kept, made_of)}",
-                found=_differing(made_of, kept),
-                fix=f"Restore that, choose another folder with --out, or remove {path} and {stage.output(self.out)}, "
-                "and what later stages made of it.",
-            )
+            raise self._other(stage, kept, made_of)
         if left is None:
             return False
         if (found := self._digest(stage)) != left:
@@ -121,28 +135,41 @@ class ChainFolder:
         record = {**self._made_of(stage), "left": self._digest(stage)}
         _write(self._record(stage), json.dumps(record, indent=1) + "\n")
 
+    def _other(self, stage: Stage, kept: Mapping[str, Any], given: Mapping[str, Any]) -> InputError:
+        return InputError(
+            where=f"stage {stage.name} in {self.out}",
+            expected=f"what it was begun with: {_differing(kept, given)}",
+            found=_differing(given, kept),
+            fix=f"Restore that, choose another folder with --out, or remove {self._record(stage)} and "
+            f"{stage.output(self.out)}, and what later stages made of it.",
+        )
+
     def _record(self, stage: Stage) -> Path:
         return self.out / "chain" / f"{stage.name}.json"
 
     def _made_of(self, stage: Stage) -> dict[str, Any]:
         """What decides the result of a stage. Where the chain's folder lies does not."""
-        own = next(other for other in self.chain.stages if other.name == stage.name)
-        how = {"label": {"batch_size", "num_workers"}}
         data: dict[str, str] = {}
         if stage.train is not None:
             recipe = self.recipe(stage)
-            settings = {key: value for key, value in result_settings(recipe).items() if key != "init_from"}
             data["data.train"] = open_training(recipe.data.train, recipe.data.cache.spec()).fingerprint
-            taken = {"init_from": recipe.init_from}
+            taken = {"init_from": recipe.init_from, "resume_from": recipe.resume_from}
         else:
-            settings = own.model_dump(mode="json", exclude_none=True, exclude=how)
             given = stage.label or stage.select or stage.evaluate
             taken = {key: getattr(given, key, None) for key in _TAKEN}
         for key, path in taken.items():
             if path is not None and self.maker(path) is None:
                 data[key] = fingerprint(path)
-        left = {name: self._digest(self.stage(name)) for name in own.references()}
-        return {"settings": json.loads(json.dumps(settings)), "data": data, "stages": left}
+        left = {name: self._digest(self.stage(name)) for name in self.references(stage)}
+        return {"settings": self._settings(stage), "data": data, "stages": left}
+
+    def _settings(self, stage: Stage) -> Any:
+        """All that its own keys say and its result depends on, as JSON."""
+        if stage.train is not None:
+            found = result_settings(self.recipe(stage))
+            return json.loads(json.dumps({k: v for k, v in found.items() if k not in ("init_from", "resume_from")}))
+        own = next(other for other in self.chain.stages if other.name == stage.name)
+        return own.model_dump(mode="json", exclude_none=True, exclude={"label": {"batch_size", "num_workers"}})
 
     def _digest(self, stage: Stage) -> str | None:
         """SHA-256 of what stands for all that a stage left: hashes of hashes; None: there is nothing."""

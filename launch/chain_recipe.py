@@ -69,6 +69,8 @@ class Stage(Group):
         given = [key for key in ("train", "label", "select", "evaluate") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"expected one of train, label, select, evaluate, found {', '.join(given) or 'none'}.")
+        if self.name in ("chain", "code"):
+            raise ValueError(f"expected another name than {self.name}, a folder that each chain has.")
         if self.set and self.train is None:
             raise ValueError(f"expected set beside train alone, found it beside {given[0]}.")
         return self

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import RunError
 from launch.chain_check import check_chain
 from launch.chain_folder import ChainFolder
 from launch.chain_recipe import Stage, words_of
-from launch.cluster import load_cluster
+from launch.cluster import Cluster, load_cluster
 from launch.job_folder import JobFolder
+from launch.slurm import slurm
 from launch.submit import check_folder, check_slurm, copy_code, digest_of_code, queue, refuse_running, script
 from pretrain.recipe_io import dump
 
@@ -31,32 +34,60 @@ def submit_chain(path: Path, cluster_path: Path, out: Path | None, *, dry_run: b
     """
     given, cluster = ChainFolder.of(path, out), load_cluster(cluster_path)
     chain = ChainFolder(given.chain, given.folder, given.out.resolve())
-    check_chain(chain, cluster.world_size, build=False)
+    check_chain(chain, cluster.world_size)
     check_slurm(cluster, cluster_path, dry_run)
-    for stage in chain.stages:
-        refuse_running(job_folder(chain, stage))
+    if any(stage.train is None for stage in chain.stages):
+        check_slurm(cluster.one_rank(), cluster_path, dry_run)
+    for submitted in chain.out.glob("*/job/submitted.json"):  # also of stages that the file no longer has
+        refuse_running(submitted.parent.parent)
     code = chain.out / "code" / digest_of_code()
     if not dry_run:
         check_folder(chain.out)
         copy_code(code)
         chain = chain.freeze()
+    left = _left(chain, begin=not dry_run)
     jobs: dict[str, str] = {}
-    for stage in chain.stages:
-        after = [jobs[name] for name in chain.references(stage) if name in jobs]
-        if not after and chain.is_done(stage, begin=not dry_run):
-            print(f"{stage.name}: done before")
-            continue
-        folder, name = job_folder(chain, stage), f"{chain.chain.name}-{stage.name}"
-        asked = cluster if stage.train is not None else cluster.one_rank()
-        if dry_run:
-            jobs[stage.name] = f"<job of {stage.name}>"
-            print(script(folder, name, asked, code, after))
-            continue
-        jobs[stage.name] = queue(folder, name, asked, code, _what(chain, stage), after=after)
-        waits = f", after {', '.join(n for n in chain.references(stage) if n in jobs)}" if after else ""
-        print(f"{stage.name}: job {jobs[stage.name]}{waits}: {folder}")
-    if jobs and not dry_run:
+    try:
+        for stage in left:
+            after = [name for name in chain.references(stage) if name in jobs]
+            jobs[stage.name] = _queue(chain, stage, cluster, code, [jobs[name] for name in after], dry_run)
+            if not dry_run:
+                waits = f", after {', '.join(after)}" if after else ""
+                print(f"{stage.name}: job {jobs[stage.name]}{waits}: {job_folder(chain, stage)}")
+    except RunError:
+        if jobs and not dry_run:
+            slurm("scancel", *jobs.values())  # all or nothing
+        raise
+    if left and not dry_run:
         print(f"follow it: pretrain status {chain.out}; stop it: pretrain cancel {chain.out}")
+
+
+def _left(chain: ChainFolder, begin: bool) -> list[Stage]:
+    """The stages that are not done, in their order; those that are, are named.
+
+    Raises:
+        InputError: one was begun otherwise, or is not what it was.
+    """
+    left: list[Stage] = []
+    for stage in chain.stages:
+        if {other.name for other in left} & set(chain.references(stage)):
+            chain.refuse_other_settings(stage)
+            left.append(stage)
+        elif chain.is_done(stage, begin=begin):
+            print(f"{stage.name}: done before")
+        else:
+            left.append(stage)
+    return left
+
+
+def _queue(chain: ChainFolder, stage: Stage, cluster: Cluster, code: Path, after: Sequence[str], dry_run: bool) -> str:
+    """Returns the job's id, or what stands for it in a dry run, which prints the script."""
+    folder, name = job_folder(chain, stage), f"{chain.chain.name}-{stage.name}"
+    asked = cluster if stage.train is not None else cluster.one_rank()
+    if dry_run:
+        print(script(folder, name, asked, code, after))
+        return f"<job of {stage.name}>"
+    return queue(folder, name, asked, code, _what(chain, stage), after=after)
 
 
 def job_folder(chain: ChainFolder, stage: Stage) -> Path:

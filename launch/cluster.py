@@ -67,9 +67,11 @@ class Cluster(Group):
         return self.nodes * self.ranks_per_node
 
     def one_rank(self) -> Cluster:
-        """For what one process does: a rank's share of CPUs and GPUs, and a whole node's memory."""
-        asked = {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": min(1, self.gpus_per_node)}
-        return Cluster.model_validate({**self.model_dump(), **asked})
+        """For what one process does: a rank's share of a node, which others may have the rest of."""
+        memory = self.memory_gb / self.ranks_per_node if self.memory_gb else None
+        asked = {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": min(1, self.gpus_per_node), "memory_gb": memory}
+        further = {key: value for key, value in self.sbatch.items() if key != "exclusive"}
+        return Cluster.model_validate({**self.model_dump(), **asked, "sbatch": further})
 
 
 def load_cluster(path: Path) -> Cluster:

@@ -1,7 +1,7 @@
 """`evals` of a recipe as small jobs of their own (`evals_apart` of the cluster file): training never waits for them.
 
-The first node's agent looks for new checkpoints and has each one that is due judged. The job's checkpoint is held by
-hard links in `RUN/held`, so that the run may remove its own; what was found stands where training would have put it.
+The first node's agent looks for new checkpoints and has those judged that are due. The job's checkpoint is held by hard
+links in `RUN/held`, so that the run may remove its own; the report stands where training would have put it.
 """
 
 from __future__ import annotations
@@ -18,35 +18,15 @@ from pathlib import Path
 from data_pipeline.mixture import open_training
 from launch.cluster import Cluster
 from launch.job_folder import JobFolder
+from launch.job_record import load_job
+from launch.slurm import AT_WORK, WAITING, job_states
 from pretrain.recipe import Recipe
 from pretrain.resolve import resolve
 from pretrain.run_folder import complete_checkpoints, eval_name, step_of
 
 _LOOK_SECONDS = 5.0
+_SUBMIT_SECONDS = 120.0
 _OF_THIS_JOB = ("SLURM_", "SBATCH_", "SUBMITIT_", "PRETRAIN_")  # variables that another job must not inherit
-
-
-@contextmanager
-def eval_jobs(run: Path, recipe: Recipe, cluster: Cluster) -> Iterator[None]:
-    """Queues a job for each evaluation that falls due while the block runs; nothing where training does them."""
-    if not apart(recipe, cluster):
-        yield
-        return
-    over = threading.Event()
-    due = Due(run, recipe, cluster)
-
-    def look() -> None:
-        while not over.wait(_LOOK_SECONDS):
-            due.look()
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        due.look()
 
 
 def apart(recipe: Recipe, cluster: Cluster) -> bool:
@@ -54,43 +34,90 @@ def apart(recipe: Recipe, cluster: Cluster) -> bool:
     return cluster.evals_apart and bool(recipe.evals) and "SLURM_JOB_ID" in os.environ
 
 
-class Due:
-    """Which checkpoints of a run are to be judged, by each entry of `evals`."""
+class EvalJobs:
+    """Queues a job for each evaluation that is due."""
 
     def __init__(self, run: Path, recipe: Recipe, cluster: Cluster) -> None:
         data = recipe.data
         plan = resolve(recipe, cluster.world_size, open_training(data.train, data.cache.spec()).num_samples)
         self._run, self._total = run, plan.total_steps
-        self._tried: set[tuple[int, int]] = set()
         self._every = [max(1, round(config.every_epochs * plan.steps_per_epoch)) for config in recipe.evals]
+        self._tried: set[tuple[int, int]] = set()
+        self._lock = threading.Lock()
 
-    def entries(self) -> list[tuple[int, int]]:
-        """Index of an entry, and step of the first checkpoint from a multiple of its `every_epochs` on, or the last."""
-        found = []
+    @contextmanager
+    def while_training(self) -> Iterator[None]:
+        """Looks every few seconds for as long as the block runs."""
+        over = threading.Event()
+
+        def keep_looking() -> None:
+            while not over.wait(_LOOK_SECONDS):
+                self.look()
+
+        threading.Thread(target=keep_looking, daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def due(self) -> list[tuple[int, int]]:
+        """Index of an entry, and step of the newest checkpoint: the first in a period of its `every_epochs`, or the
+        last of all. A period whose turn comes while the entry's last job still waits in the queue is passed over.
+        """
+        checkpoints = complete_checkpoints(self._run / "checkpoints")
+        if not checkpoints:
+            return []
+        step, found = step_of(checkpoints[-1]), []
         for index, every in enumerate(self._every):
-            queued = self._run.glob(f"evals/{eval_name(index)}_step_*.job")
-            last = max((int(path.stem.rpartition("_")[2]) for path in queued), default=0)
-            for checkpoint in complete_checkpoints(self._run / "checkpoints"):
-                step = step_of(checkpoint)
-                if step > last and (step // every > last // every or step >= self._total):
-                    found.append((index, step))
-                    last = step
+            jobs = {
+                int(path.stem.rpartition("_")[2]): path for path in _queued(self._run, f"{eval_name(index)}_step_*")
+            }
+            last = max(jobs, default=0)
+            waits = last in jobs and not JobFolder(jobs[last]).events()
+            if step > last and (step >= self._total or (step // every > last // every and not waits)):
+                found.append((index, step))
         return found
 
     def look(self) -> None:
         """Queues what is due, once each. What goes wrong is told: training does not end of it."""
-        environment = {
-            key: value for key, value in os.environ.items() if key == "SLURM_CONF" or not key.startswith(_OF_THIS_JOB)
-        }
-        for index, step in set(self.entries()) - self._tried:
-            self._tried.add((index, step))
-            command = [sys.executable, "-m", "launch.eval_submit", str(self._run), str(index), str(step)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            print((done.stdout + done.stderr).strip(), flush=True)
+        with self._lock:
+            try:
+                due = set(self.due()) - self._tried
+                self._tried |= due
+                for index, step in sorted(due):
+                    self._queue(index, step)
+                if due:
+                    _let_go_of_what_is_over(self._run)
+            except Exception as error:
+                print(f"evaluations: {error!r}", file=sys.stderr, flush=True)
+
+    def _queue(self, index: int, step: int) -> None:
+        command = [sys.executable, "-m", "launch.eval_submit", str(self._run), str(index), str(step)]
+        environment = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(_OF_THIS_JOB)}
+        # Of a session of its own: a signal to all processes of this job is not for it.
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=_SUBMIT_SECONDS, start_new_session=True
+        )
+        print((done.stdout + done.stderr).strip(), flush=True)
 
 
-def let_go(held: Path, run: Path) -> None:
-    """Removes a checkpoint that was held, once no other job needs it."""
-    waiting = [JobFolder(path) for path in run.glob(f"evals/*_{held.name}.job")]
-    if all(job.events() and job.events()[-1]["event"] in ("done", "stop", "cancel") for job in waiting):
+def let_go(held: Path) -> None:
+    """Removes a checkpoint that was held, once all jobs that judge it have said how they ended."""
+    jobs = [load_job(path) for path in _queued(held.parent.parent, f"*_{held.name}")]
+    if all(job is not None and job.ending is not None for job in jobs):
         shutil.rmtree(held, ignore_errors=True)
+
+
+def _queued(run: Path, pattern: str) -> list[Path]:
+    """Folders of jobs that SLURM has taken."""
+    found = list(run.glob(f"evals/{pattern}.job"))
+    return [path for path in found if (path / "job/submitted.json").is_file() and JobFolder(path).submitted()["job_id"]]
+
+
+def _let_go_of_what_is_over(run: Path) -> None:
+    """Also of what jobs hold that could not say how they ended."""
+    for held in run.glob("held/step_*"):
+        ids = [str(JobFolder(path).submitted()["job_id"]) for path in _queued(run, f"*_{held.name}")]
+        states = job_states(ids)
+        if states is not None and not any(state in (*WAITING, *AT_WORK) for state in states.values()):
+            shutil.rmtree(held, ignore_errors=True)

@@ -7,13 +7,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from data_pipeline.errors import PretrainError
+from data_pipeline.errors import PretrainError, RunError
 from launch.cluster import load_cluster
+from launch.eval_jobs import let_go
 from launch.job_folder import JobFolder
 from launch.submit import queue
 from pretrain.recipe import InlineKnn
 from pretrain.recipe_io import load_recipe
-from pretrain.run_folder import eval_name, folder_name
+from pretrain.run_folder import COMPLETE, eval_name, folder_name
 
 
 def queue_evaluation(run: Path, index: int, step: int) -> None:
@@ -22,26 +23,38 @@ def queue_evaluation(run: Path, index: int, step: int) -> None:
     recipe, cluster = load_recipe(job.recipe), load_cluster(job.cluster)
     name = f"{eval_name(index)}_{folder_name(step)}"
     held = run / "held" / folder_name(step)
-    try:
-        _hold(run / "checkpoints" / folder_name(step), held)
-    except FileNotFoundError:
-        print(f"{name}: its checkpoint is gone")
-        return
+    _hold(run / "checkpoints" / folder_name(step), held)
     words = _words(recipe.evals[index], held, run / "evals" / f"{name}.json")
     folder, code = run / "evals" / f"{name}.job", Path(job.submitted()["code"])
     what = {"words": words, "held": str(held)}
-    job_id = queue(folder, f"{recipe.name}-{name}", cluster.one_rank(), code, what)
+    try:
+        job_id = queue(folder, f"{recipe.name}-{name}", cluster.one_rank(), code, what)
+    except PretrainError:
+        let_go(held)
+        raise
     print(f"{name}: job {job_id}")
 
 
 def _hold(checkpoint: Path, held: Path) -> None:
-    """The same files under another name: no bytes are copied, and none are lost when the first name goes."""
+    """The same files under another name: no bytes are copied, and none are lost when the first name goes.
+
+    Raises:
+        RunError: it is gone already, or files cannot have two names there.
+    """
     if held.is_dir():
         return
     unfinished = held.with_name(f".{held.name}.{os.getpid()}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(checkpoint, unfinished, copy_function=os.link)
-    os.rename(unfinished, held)
+    try:
+        shutil.copytree(checkpoint, unfinished, copy_function=os.link)
+        (unfinished / COMPLETE).stat()  # the first that goes when it is removed
+        os.rename(unfinished, held)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RunError(
+            where=str(checkpoint), expected="a checkpoint to hold by hard links until it is judged", found=str(error),
+            fix="Keep more checkpoints (checkpoint.keep_last), or leave evals_apart where storage has no hard links.",
+        ) from None  # fmt: skip
 
 
 def _words(config: InlineKnn, checkpoint: Path, report: Path) -> list[str]:

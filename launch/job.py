@@ -13,7 +13,6 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from data_pipeline.errors import InputError, PretrainError, RunError
 from launch.chain_folder import ChainFolder
 from launch.chain_recipe import Stage
 from launch.cluster import Cluster, load_cluster
-from launch.eval_jobs import apart, eval_jobs
+from launch.eval_jobs import EvalJobs, apart
 from launch.job_folder import JobFolder
 from launch.local import Place, free_port, launch
 from launch.slurm import fields_of, job_fields, kill_wait_seconds, slurm
@@ -31,7 +30,7 @@ from pretrain.demand import LEAD_SECONDS, STOPPED
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 
-MEETING_SECONDS = 120  # for the first node to say where it is: all are started at once, storage may be slow
+MEETING_SECONDS = 60  # for nodes to hear of each other: all are started at once, storage may be slow
 # A scheduler asks for an end by SIGTERM (preemption, requeue, cancellation) and warns of the time limit by SIGUSR2.
 PASSED_ON: dict[int, int] = {signal.SIGTERM: signal.SIGUSR2}
 
@@ -93,23 +92,37 @@ def run_node(run: Path, token: str) -> int:
     try:
         _see(folder, token, node)
         submitted = folder.submitted()
-        if node.index == 0 and _was_done(submitted):
-            _host(folder, node)
+        meeting = _host(folder, node, _was_done(submitted)) if node.index == 0 else _meet(folder, node)
+        if meeting["done"]:
             status = 0
         elif words := submitted.get("words"):
-            _host(folder, node)
             status = _run_command(words)
         else:
-            recipe, cluster = load_recipe(folder.recipe), load_cluster(folder.cluster)
-            _check_data(recipe, node)
-            meeting = _host(folder, node) if node.index == 0 else _meet(folder, node)
-            with eval_jobs(run, recipe, cluster) if node.index == 0 else nullcontext():
-                status = _run_ranks(run, recipe, cluster, node, meeting)
+            return _run_share(folder, node, meeting)
     except PretrainError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         _report(run, node, error.exit_status, str(error))
         return error.exit_status
     _report(run, node, status, "")
+    return status
+
+
+def _run_share(folder: JobFolder, node: Node, meeting: dict[str, Any]) -> int:
+    """This node's ranks, and on the first one the evaluations that others do for them."""
+    run, recipe, cluster = folder.run, load_recipe(folder.recipe), load_cluster(folder.cluster)
+    _check_data(recipe, node)
+    if node.index or not apart(recipe, cluster):
+        status = _run_ranks(run, recipe, cluster, node, meeting)
+        _report(run, node, status, "")
+        return status
+    evaluations = EvalJobs(run, recipe, cluster)
+    with evaluations.while_training():
+        status = _run_ranks(run, recipe, cluster, node, meeting)
+    for signum in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)  # what is left to do is short, and nobody would pass them on
+    _report(run, node, status, "")
+    if status == 0:  # else the next attempt sees what is due
+        evaluations.look()
     return status
 
 
@@ -138,10 +151,10 @@ def _run_command(words: list[str]) -> int:
 
 
 def _run_ranks(run: Path, recipe: Recipe, cluster: Cluster, node: Node, meeting: dict[str, Any]) -> int:
-    max_steps = JobFolder(run).submitted().get("max_steps")
+    max_steps, kill_wait = JobFolder(run).submitted().get("max_steps"), _kill_wait()
     arguments = [str(JobFolder(run).recipe), "--out", str(run)]
     arguments += ["--max-steps", str(max_steps)] if max_steps else []
-    arguments += ["--set=evals=[]"] if apart(recipe, cluster) else []
+    arguments += ["--evals-apart"] if apart(recipe, cluster) else []
     return launch(
         arguments,
         cluster.ranks_per_node,
@@ -153,20 +166,31 @@ def _run_ranks(run: Path, recipe: Recipe, cluster: Cluster, node: Node, meeting:
             environment={"PRETRAIN_ATTEMPT": str(meeting["attempt"]), LEAD_SECONDS: str(cluster.signal_lead_seconds)},
         ),
         passed_on=PASSED_ON,
-        seconds_left=_seconds_left,
+        seconds_left=lambda signum: kill_wait / 2 if kill_wait and _is_time_limit(signum) else None,
     )
 
 
-def _seconds_left(signum: int) -> float | None:
-    """At its time limit SLURM asks a job to end, and soon kills all of it, and with it what would queue it again."""
-    job_id = os.environ.get("SLURM_JOB_ID")
-    if signum != signal.SIGTERM or job_id is None:
+def _kill_wait() -> float | None:
+    """Seconds between the signal at the time limit and SIGKILL to all of the job; None: it is not SLURM's."""
+    if "SLURM_JOB_ID" not in os.environ:
         return None
     try:
-        fields = job_fields(job_id)
-        return kill_wait_seconds() / 2 if fields is not None and fields.get("Reason") == "TimeLimit" else None
+        return kill_wait_seconds()
     except PretrainError:
-        return None
+        return 30.0  # SLURM's default
+
+
+def _is_time_limit(signum: int) -> bool:
+    """Whether SLURM asks for an end because the time is over: with the ranks it will soon kill what would queue the job
+    again. For its other signals there is more time.
+    """
+    if signum != signal.SIGTERM:
+        return False
+    try:
+        fields = job_fields(os.environ["SLURM_JOB_ID"])
+    except PretrainError:
+        return False
+    return fields is not None and fields.get("Reason") == "TimeLimit"
 
 
 def _see(folder: JobFolder, token: str, node: Node) -> None:
@@ -197,13 +221,28 @@ def _check_data(recipe: Recipe, node: Node) -> None:
         raise InputError(f"{error.where} on {node.name}", error.expected, error.found, error.fix) from None
 
 
-def _host(folder: JobFolder, node: Node) -> dict[str, Any]:
-    """The first node says where all meet, and that an attempt has begun."""
-    meeting = {"address": _address(node), "port": free_port(), "attempt": folder.num_attempts()}
-    folder.note("start", attempt=meeting["attempt"], job_id=node.job_id, nodes=_names(node), restart=node.restart)
+def _host(folder: JobFolder, node: Node, done: bool) -> dict[str, Any]:
+    """The first node says where all meet, and that an attempt has begun; or that there is nothing left to do."""
+    names = _names(node)
+    meeting = {"address": _address(node), "port": free_port(), "attempt": folder.num_attempts(), "done": done}
+    folder.note("start", attempt=meeting["attempt"], job_id=node.job_id, nodes=names, restart=node.restart)
+    _await(folder, node, names)
     with durable_file(node.folder(folder.run) / "meeting.json") as file:
         file.write(json.dumps(meeting).encode())
     return meeting
+
+
+def _await(folder: JobFolder, node: Node, names: list[str]) -> None:
+    """All nodes: one that does not see the folder cannot say so."""
+    deadline = time.monotonic() + MEETING_SECONDS
+    while absent := [name for name in names if not (node.folder(folder.run) / f"{name}.joined").exists()]:
+        if time.monotonic() > deadline:
+            raise InputError(
+                where=f"{folder.run} on {', '.join(absent)}", found="none",
+                expected=f"the run's folder, and word of the node within {MEETING_SECONDS} s",
+                fix="Choose an --out on storage that all nodes share; see the log for what became of the node.",
+            )  # fmt: skip
+        time.sleep(0.2)
 
 
 def _meet(folder: JobFolder, node: Node) -> dict[str, Any]:

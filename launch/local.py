@@ -127,7 +127,7 @@ def _supervise(
         try:
             event = events.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
         except Empty:
-            deadline, overdue = None, to_stop and failed is None
+            deadline, overdue = None, to_stop and (failed is None or failed.status == STOPPED)
             for rank in running:
                 _kill(ranks[rank])
             continue

@@ -140,6 +140,8 @@ def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
     if data.val is not None and open_dataset(data.val, cache).num_samples < cluster.world_size:
         problem = f"data.val: expected a sample for each of {cluster.world_size} processes, found fewer."
         raise RecipeError(recipe.name, [problem])
+    for path in {path for config in recipe.evals for path in (config.train, config.test)}:
+        open_dataset(path, cache)
 
 
 def check_slurm(cluster: Cluster, path: Path, dry_run: bool) -> None:

@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_steps=given.max_steps,
             overfit_batch=given.overfit_batch,
             profile_steps=given.profile,
+            evals_apart=given.evals_apart,
         )
     except InputError as error:
         if LOCAL_RANK:
@@ -104,6 +105,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=_count, metavar="N", help="stops after N steps, to debug")
     parser.add_argument("--overfit-batch", action="store_true", help="trains on the first batch only, to debug")
     parser.add_argument("--profile", type=_count, metavar="N", help="traces N steps to RUN/profile, to debug")
+    parser.add_argument("--evals-apart", action="store_true", help="leaves `evals` to jobs of their own")
     return parser.parse_args(arguments)
 
 

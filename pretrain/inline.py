@@ -69,7 +69,9 @@ class Inline:
         self._group = side_group()  # rank 0 may take long, and NCCL's patience is short
         self._views = ViewSpec(**recipe.data.views.model_dump())
 
-    def periodic(self, steps_per_epoch: float) -> tuple[Periodic, ...]:
+    def periodic(self, steps_per_epoch: float, *, judge: bool = True) -> tuple[Periodic, ...]:
+        """What is due every so many steps; `judge` False leaves the recipe's `evals` to others."""
+
         def every(epochs: float) -> int:
             return max(1, round(epochs * steps_per_epoch))
 
@@ -77,7 +79,7 @@ class Inline:
         if self._val is not None:
             every_steps = every(self._recipe.validation.every_epochs)
             found.append(Periodic(every_steps, partial(self._validate, self._val)))
-        for index, knn in enumerate(knn_evaluators(self._recipe)):
+        for index, knn in enumerate(knn_evaluators(self._recipe) if judge else ()):
             found.append(Periodic(every(self._recipe.evals[index].every_epochs), self._judge(index, knn)))
         return tuple(found)
 

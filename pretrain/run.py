@@ -62,6 +62,7 @@ def run(
     max_steps: int | None = None,
     overfit_batch: bool = False,
     profile_steps: int | None = None,
+    evals_apart: bool = False,
 ) -> bool:
     """Trains, or goes on with the run in `out`; every rank calls it with the same arguments.
 
@@ -71,6 +72,7 @@ def run(
         max_steps: stop after so many applied steps; started again without it, the run goes on.
         overfit_batch: train on the first batch only, from scratch, in `folder_of(out, True)`.
         profile_steps: so many steps are traced to `profile/` in the run's folder, after two that warm up.
+        evals_apart: others judge the checkpoints, by the recipe's `evals`.
 
     Returns:
         Whether it got as far as it was to; False: it was asked to stop before (SIGUSR2), and its state is saved.
@@ -86,7 +88,7 @@ def run(
     if overfit_batch:
         recipe = recipe.model_copy(update={"resume_from": None})
     plan = preflight(recipe, world.size, out)
-    job = _Job(recipe, plan, world, device, out, overfit_batch)
+    job = _Job(recipe, plan, world, device, out, overfit_batch, evals_apart)
     demand = Demand()
     timeout = recipe.runtime.step_timeout_seconds
     group = process_group(world, device, seconds=max(1800, 2 * (timeout or 0)))  # after the watchdog, which says more
@@ -94,7 +96,7 @@ def run(
         torch.manual_seed(recipe.seed)
         objective = build_objective(recipe.model, recipe.objective)
         start = find_start(recipe, objective, None if overfit_batch else job.checkpoints, world)
-        if not overfit_batch:
+        if start.checkpoint is None and not overfit_batch:
             check_time_to_save(checkpoint_bytes(objective, recipe), out, world)
         engine, rates = _engine(job, objective)
         state = _resumed(job, engine, start)
@@ -139,6 +141,7 @@ class _Job:
     device: torch.device
     out: Path
     overfit_batch: bool
+    evals_apart: bool
 
     @property
     def checkpoints(self) -> Path:
@@ -242,7 +245,7 @@ def _parts(
     peak: dict[str, Any] = {"peak_lr": resolved.peak_lr, "warmup_steps": resolved.warmup_steps}
 
     inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepared, job.world, job.out, alive)
-    evaluations = inline.periodic(resolved.steps_per_epoch)
+    evaluations = inline.periodic(resolved.steps_per_epoch, judge=not job.evals_apart)
     see: Callable[[Batch], Batch] = lambda batch: batch  # noqa: E731
     if recipe.logging.images_every_steps is not None:
         pictures = Pictures(recipe, engine, log, job.world, job.out)

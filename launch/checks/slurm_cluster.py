@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from launch.cluster import Cluster
 
 _NEEDED = ("sbatch", "squeue", "scontrol")
-_WORDS = {"account": "account", "qos": "qos", "partition": "partition", "time limit": "time_minutes", "node": "nodes"}
+_WORDS = {
+    "account": "account", "qos": "qos", "gres": "gpus_per_node", "memory": "memory_gb", "feature": "sbatch.constraint",
+    "time limit": "time_minutes", "partition": "partition", "node": "nodes",
+}  # fmt: skip
+_FOR_GOOD = ("nvalid", "not available", "can not be satisfied")
 _USEFUL = {"sacct": "how jobs ended that left the queue", "sacctmgr": "accounts and qos before a job is submitted"}
 
 
@@ -50,7 +54,7 @@ def would_take(script: str) -> Iterator[Finding]:
         answer_of("sbatch", "--test-only", seconds=20, given=script)
     except PretrainError as raised:
         said = raised.found.splitlines()[-1] if raised.found else ""
-        if "nvalid" in said:  # other words may be of a busy hour
+        if any(word in said for word in _FOR_GOOD):  # other words may be of a busy hour
             field = next((field for word, field in _WORDS.items() if word in said.lower()), "sbatch")
             yield error(field, said.removeprefix("allocation failure: "), f"Correct {field} in the cluster file.")
 
@@ -108,8 +112,10 @@ def _misfits(cluster: Cluster, name: str, partition: Mapping[str, str]) -> Itera
     allowances = (("account", cluster.account, "AllowAccounts"), ("qos", cluster.qos, "AllowQos"))
     for word, value, key in allowances:
         allowed = partition.get(key, "ALL")
-        if allowed != "ALL" and (value or _default(key)) not in allowed.split(","):
-            yield error(word, f"{value or 'none'}, and {name} takes {allowed}", f"Set {word} to one of them.")
+        taken = value or _default(key) if allowed != "ALL" else None
+        if taken is not None and taken not in allowed.split(","):
+            what = value or f"none, which is {taken} here"
+            yield error(word, f"{what}, and {name} takes {allowed}", f"Set {word} to one of them.")
 
 
 def _default(key: str) -> str | None:

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -44,11 +43,12 @@ class SynchronisedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[B, C, ...] -> normalised, at least fp32; mean and biased variance, [C]; values of a channel on all ranks."""
+        """[B, C, ...] -> normalised, at least fp32; of all ranks' values mean, biased variance [C] and number, fp64."""
         x = x if x.dtype == torch.float64 else x.float()
         size = x.numel() // x.shape[1]
         mean = _sums(x) / size
-        var = _sums((x - _column(mean, x)).square()) / size
+        near = mean.to(x.dtype)
+        var = _sums((x - _column(near, x)).square()) / size - (mean - near).square()
         count = torch.full_like(mean[:1], size)
         sizes = [len(mean), len(var), 1]
         means, variances, counts = torch.split(_gathered(torch.cat([mean, var, count])), sizes, dim=1)
@@ -56,8 +56,8 @@ class SynchronisedNorm(torch.autograd.Function):
         mean = (means * counts).sum(0) / total
         # Of squared distances, not of squares less the square of the mean, which would cancel.
         var = ((variances + (means - mean).square()) * counts).sum(0) / total
-        scale = (var + eps).rsqrt()
-        normalised = functional.batch_norm(x, mean, var, eps=eps)
+        scale = (var + eps).rsqrt().to(x.dtype)
+        normalised = (x - _column(mean.to(x.dtype), x)).mul_(_column(scale, x))
         ctx.save_for_backward(normalised, scale, total)
         ctx.mark_non_differentiable(mean, var, total)
         return normalised, mean, var, total
@@ -67,7 +67,7 @@ class SynchronisedNorm(torch.autograd.Function):
         normalised, scale, total = ctx.saved_tensors
         sums = torch.stack([_sums(gradient), _sums(gradient * normalised)])
         dist.all_reduce(sums)
-        along_ones, along_itself = (_column(part / total, gradient) for part in sums)
+        along_ones, along_itself = (_column((part / total).to(gradient.dtype), gradient) for part in sums)
         return torch.addcmul(gradient - along_ones, normalised, -along_itself) * _column(scale, gradient), None
 
 
@@ -105,8 +105,10 @@ def _gathered(values: Tensor) -> Tensor:
 
 
 def _sums(x: Tensor) -> Tensor:
-    """[B, C, ...] -> [C]. One dimension at a time: over several that are apart `var_mean` takes ten times as long."""
-    return x.flatten(2).sum(2).sum(0) if x.ndim > 2 else x.sum(0)
+    """[B, C, ...] -> [C], fp64. A sample's own sum is the same on any rank, and the sum of those is as good as exact:
+    statistics do not depend on the number of ranks. Over dimensions that are apart `var_mean` takes ten times as long.
+    """
+    return (x.flatten(2).sum(2) if x.ndim > 2 else x).sum(0, dtype=torch.float64)
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

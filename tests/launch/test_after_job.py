@@ -66,10 +66,12 @@ def test_it_is_queued_again_as_long_as_it_gets_further_and_may(status: int) -> N
 @pytest.mark.parametrize(
     ("status", "event"), [(STOPPED, "requeue"), (1, "stop"), (137, "stop"), (2, "stop"), (0, "done")]
 )
-def test_a_command_is_queued_again_where_it_was_asked_to_stop(status: int, event: str) -> None:
-    assert then(status, is_command=True, step=0, step_before=0) == event
-    assert then(STOPPED, is_command=True, restart=3) == "stop"
-    assert then(STOPPED, is_command=True, cancelled=True) == "cancel"
+def test_a_command_that_goes_on_is_queued_again_where_it_was_asked_to_stop(status: int, event: str) -> None:
+    assert then(status, command=["data", "label", "shards"], step=0, step_before=0) == event
+    assert then(STOPPED, command=["data", "label"], restart=3) == "stop"
+    assert then(STOPPED, command=["data", "label"], cancelled=True) == "cancel"
+    assert then(STOPPED, command=["eval", "knn"]) == "stop", "it would begin again, and come no further"
+    assert then(STOPPED, command=["eval", "knn"], queued=True) == "requeue"
 
 
 def test_done_and_wrong_input_are_never_queued_again() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import RunError
 from launch.cluster import Cluster
-from launch.eval_jobs import Due, apart, let_go
-from launch.eval_submit import _hold
+from launch.eval_jobs import EvalJobs, apart, let_go
+from launch.eval_submit import _hold, queue_evaluation
 from launch.job_folder import JobFolder
 from pretrain.recipe_io import load_recipe
 from pretrain.run_folder import COMPLETE, eval_name, folder_name
@@ -23,10 +25,10 @@ EVALS = [
 
 
 @pytest.fixture
-def due(tmp_path: Path) -> Due:
+def jobs(tmp_path: Path) -> EvalJobs:
     shards = write_shards(tmp_path / "shards", 80)
     recipe = write_recipe(tmp_path / "r.yaml", shards, batch={"global_size": 8}, schedule={"steps": 65}, evals=EVALS)
-    return Due(tmp_path / "run", load_recipe(recipe), Cluster(ranks_per_node=2, evals_apart=True))
+    return EvalJobs(tmp_path / "run", load_recipe(recipe), Cluster(ranks_per_node=2, evals_apart=True))
 
 
 def save(run: Path, *steps: int) -> None:
@@ -36,31 +38,72 @@ def save(run: Path, *steps: int) -> None:
         (folder / COMPLETE).write_text(str(step))
 
 
-def queue(run: Path, entries: list[tuple[int, int]]) -> None:
+def queue(run: Path, entries: list[tuple[int, int]], *, started: bool = True) -> None:
     for index, step in entries:
-        JobFolder(run / "evals" / f"{eval_name(index)}_{folder_name(step)}.job").write("submitted.json", "{}")
+        job = JobFolder(run / "evals" / f"{eval_name(index)}_{folder_name(step)}.job")
+        job.write("submitted.json", json.dumps({"job_id": "1", "submitted_at": 0.0}))
+        if started:
+            job.note("start", job_id="1")
 
 
-def test_each_entry_judges_the_first_checkpoint_of_each_of_its_periods_and_the_last(due: Due, tmp_path: Path) -> None:
+def test_each_entry_judges_a_checkpoint_of_each_of_its_periods_and_the_last(jobs: EvalJobs, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert due.entries() == []
+    assert jobs.due() == []
     save(run, 8, 16)
-    assert due.entries() == []
-    save(run, 24, 32)
-    assert due.entries() == [(0, 24), (1, 32)]
-    queue(run, due.entries())
-    assert due.entries() == []
-    save(run, 40, 48, 64)
-    assert due.entries() == [(0, 40), (0, 64), (1, 64)]
-    queue(run, due.entries())
+    assert jobs.due() == []
+    save(run, 24)
+    assert jobs.due() == [(0, 24)]
+    queue(run, jobs.due())
+    save(run, 32)
+    assert jobs.due() == [(1, 32)]
+    queue(run, jobs.due())
+    assert jobs.due() == []
+    save(run, 40, 48)
+    assert jobs.due() == [(0, 48)], "the newest, as older ones are removed"
+    queue(run, jobs.due(), started=False)
+    save(run, 64)
+    assert jobs.due() == [(1, 64)], "the other entry's last job still waits"
     save(run, 65)
-    assert due.entries() == [(0, 65), (1, 65)]
-    queue(run, due.entries())
-    assert due.entries() == []
+    assert jobs.due() == [(0, 65), (1, 65)], "the last is judged in any case"
+    queue(run, jobs.due())
+    assert jobs.due() == []
+
+
+def test_what_goes_wrong_is_told_and_training_goes_on(
+    jobs: EvalJobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "no more processes")
+
+    monkeypatch.setattr("subprocess.run", refuse)
+    save(tmp_path / "run", 24)
+    jobs.look()
+    assert "no more processes" in capsys.readouterr().err
+    jobs.look()
+    assert capsys.readouterr().err == "", "once"
+
+
+def test_a_submission_that_fails_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise RunError("sbatch", "SLURM to take the job", "QOSMaxSubmitJobPerUserLimit")
+
+    monkeypatch.setattr("launch.eval_submit.queue", refuse)
+    recipe = write_recipe(tmp_path / "r.yaml", write_shards(tmp_path / "shards", 80), evals=EVALS)
+    run = tmp_path / "run"
+    JobFolder(run).write("recipe.yaml", recipe.read_text())
+    JobFolder(run).write("cluster.yaml", "{}")
+    JobFolder(run).write("submitted.json", json.dumps({"code": "code"}))
+    save(run, 24)
+    with pytest.raises(RunError, match="QOSMax"):
+        queue_evaluation(run, 0, 24)
+    assert not list((run / "held").iterdir())
+    with pytest.raises(RunError, match=r"hold by hard links.*keep_last"):
+        queue_evaluation(run, 0, 32)
+    assert not list((run / "held").iterdir())
 
 
 def test_only_a_job_of_slurm_has_its_evaluations_apart(
-    due: Due, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    jobs: EvalJobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(tmp_path / "r.yaml")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
@@ -79,11 +122,11 @@ def test_what_is_judged_is_held_until_its_last_job_is_over(tmp_path: Path) -> No
     _hold(checkpoint, held)  # for the other entry
     assert os.path.samefile(checkpoint / COMPLETE, held / COMPLETE), "no bytes are copied"
     queue(tmp_path, [(0, 8), (1, 8)])
-    jobs = [JobFolder(path) for path in sorted((tmp_path / "evals").iterdir())]
-    jobs[0].note("done")
-    let_go(held, tmp_path)
+    first, second = (JobFolder(path) for path in sorted((tmp_path / "evals").iterdir()))
+    first.note("done")
+    let_go(held)
     assert held.is_dir()
-    jobs[1].note("stop")
-    let_go(held, tmp_path)
+    second.note("stop")
+    let_go(held)
     assert not held.exists()
     assert (checkpoint / COMPLETE).read_text() == "8"

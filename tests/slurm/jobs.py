@@ -95,9 +95,7 @@ class Submitted:
         lines = path.read_bytes().split(b"\n") if path.is_file() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith(b"}")), default=0)
 
-    def wait(
-        self, condition: Callable[[], bool], seconds: float = 400, what: str = "condition", pause: float = 0.05
-    ) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 400, what: str = "condition") -> None:
         """Lets a requeued job start at once; fails with the job's log where the time is over."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -105,7 +103,7 @@ class Submitted:
                 raise AssertionError(f"{what} not reached in {seconds} s\n{self.told()}")
             with self.cluster.spoken_to():
                 hurry(self.cluster.job(self.job_id))
-            time.sleep(pause)
+            time.sleep(0.05)
 
     def wait_for_step(self, step: int) -> None:
         self.wait(lambda: self.step() >= step, what=f"step {step}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,15 +38,22 @@ def test_the_time_limit_itself(place: Place, expected: dict[int, float]) -> None
     """Ranks that do not answer when the time is over: they are killed while there is time to queue the job again."""
     job = place.submit("limited", time_minutes=2, signal_lead_seconds=1)
     job.wait_for_step(50)
-    ranks = job.rank_pids()
+    ranks, over = job.rank_pids(), threading.Event()
 
-    def end() -> bool:
-        for pid in ranks:  # SLURM has them go on, to hear its signal
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
-        return "end" in job.events()
+    def keep_still() -> None:
+        """SLURM has them go on, to hear its signal."""
+        while not over.wait(0.001):
+            for pid in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
 
-    job.wait(end, pause=0.002)
+    thread = threading.Thread(target=keep_still)
+    thread.start()
+    try:
+        job.wait(lambda: "end" in job.events(), what="the end of the first attempt")
+    finally:
+        over.set()
+        thread.join()
     job.wait_until_over()
     job.check_whole(expected)
     events = JobFolder(job.run).events()

@@ -41,10 +41,9 @@ def test_two_nodes_train_and_the_encoder_is_judged(place: Place, expected: dict[
 
 def test_what_can_be_known_before_is_refused_by_its_field(place: Place) -> None:
     for words, keys, told in (
-        ((), {"partition": "gpu"}, "partition: expected one of the cluster's, found gpu. It has: main."),
+        ((), {"partition": "gpu"}, "partition: expected one of the cluster's, found gpu. It has: main, lab."),
         ((), {"time_minutes": 100}, "time_minutes: 100 minutes, and main gives 60 at most"),
         ((), {"nodes": 4}, "expected 4"),
-        ((), {"partition": "lab"}, "account: none, and lab takes vision. Set account to one of them."),
         ((), {"partition": "lab", "account": "audio"}, "account: audio, and lab takes vision"),
         (("--set", "data.train=nowhere"), {}, "nowhere"),
         (("--set", "batch.global_size=7"), {}, "batch.global_size"),
