@@ -21,7 +21,7 @@ _WORDS = {
     "account": "account", "qos": "qos", "gres": "gpus_per_node", "memory": "memory_gb", "feature": "sbatch.constraint",
     "time limit": "time_minutes", "partition": "partition", "node": "nodes",
 }  # fmt: skip
-_FOR_GOOD = ("nvalid", "not available", "can not be satisfied")
+_FOR_GOOD = ("nvalid", "can not be satisfied")
 _USEFUL = {"sacct": "how jobs ended that left the queue", "sacctmgr": "accounts and qos before a job is submitted"}
 
 

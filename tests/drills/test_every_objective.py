@@ -126,10 +126,13 @@ def test_in_evaluation_mode_no_objective_calls_a_collective() -> None:
 
 
 def steps(engine: Engine, world: World, first: int, num: int) -> list[float]:
+    """Small ones: AdamW's do not shrink with the gradient, and where that is all rounding, which depends on the number
+    of ranks, so is the step.
+    """
     losses = []
     for at in range(first, first + num):
         batches = share(batch_for(engine.objective.needs, GLOBAL_SIZE, seed=at), world, 1)
-        losses.append(float(engine.step(batches, Progress(at, 99, 0), 1e-2).metrics["loss"]))
+        losses.append(float(engine.step(batches, Progress(at, 99, 0), 1e-3).metrics["loss"]))
     return losses
 
 

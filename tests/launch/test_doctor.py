@@ -212,7 +212,7 @@ def test_an_account_that_has_to_be_named(cluster: Commands) -> None:
         ("allocation failure: Invalid account or account/partition combination specified", "account"),
         ("sbatch: error: Invalid qos specification", "qos"),
         ("allocation failure: Invalid generic resource (gres) specification", "gpus_per_node"),
-        ("allocation failure: Requested node configuration is not available", "nodes"),
+        ("allocation failure: Requested node configuration is not available", None),
         ("allocation failure: Nodes required for job are DOWN, DRAINED or reserved", None),
     ],
 )
