@@ -40,12 +40,12 @@ def submit_chain(path: Path, cluster_path: Path, out: Path | None, *, dry_run: b
         check_slurm(cluster.one_rank(), cluster_path, dry_run)
     for submitted in chain.out.glob("*/job/submitted.json"):  # also of stages that the file no longer has
         refuse_running(submitted.parent.parent)
+    left = _left(chain)
     code = chain.out / "code" / digest_of_code()
     if not dry_run:
         check_folder(chain.out)
         copy_code(code)
         chain = chain.freeze()
-    left = _left(chain, begin=not dry_run)
     jobs: dict[str, str] = {}
     try:
         for stage in left:
@@ -62,7 +62,7 @@ def submit_chain(path: Path, cluster_path: Path, out: Path | None, *, dry_run: b
         print(f"follow it: pretrain status {chain.out}; stop it: pretrain cancel {chain.out}")
 
 
-def _left(chain: ChainFolder, begin: bool) -> list[Stage]:
+def _left(chain: ChainFolder) -> list[Stage]:
     """The stages that are not done, in their order; those that are, are named.
 
     Raises:
@@ -73,7 +73,7 @@ def _left(chain: ChainFolder, begin: bool) -> list[Stage]:
         if {other.name for other in left} & set(chain.references(stage)):
             chain.refuse_other_settings(stage)
             left.append(stage)
-        elif chain.is_done(stage, begin=begin):
+        elif chain.is_done(stage, begin=False):
             print(f"{stage.name}: done before")
         else:
             left.append(stage)
