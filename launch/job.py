@@ -30,7 +30,7 @@ from pretrain.demand import LEAD_SECONDS, STOPPED
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 
-MEETING_SECONDS = 60  # for nodes to hear of each other: all are started at once, storage may be slow
+MEETING_SECONDS = 45  # for nodes to hear of each other, within the first minute: all are started at once
 # A scheduler asks for an end by SIGTERM (preemption, requeue, cancellation) and warns of the time limit by SIGUSR2.
 PASSED_ON: dict[int, int] = {signal.SIGTERM: signal.SIGUSR2}
 
