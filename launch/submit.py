@@ -232,27 +232,27 @@ def copy_code(code: Path) -> None:
 
 
 def _setup(code: Path, cluster: Cluster) -> list[str]:
-    """Before the nodes' agents are started."""
+    """Lines of shell before the nodes' agents are started."""
     return [
         *cluster.setup,
         "export PRETRAIN_STARTED=$(date +%s.%N)",
         # The copy and nothing else: with a safe path not even a checkout that the job happens to start in.
         f"export PYTHONPATH={shlex.quote(str(code))} PYTHONSAFEPATH=1",
-        "trap : TERM  # so that what comes after srun is still done",
     ]
 
 
 def _local(folder: Path, cluster: Cluster, code: Path) -> Any:
     import submitit
 
-    executor = submitit.LocalExecutor(JobFolder(folder).logs, python=cluster.python)
+    # submitit's own `setup` puts a shell above its controller, under whose number signals would then be lost.
+    shell = "\n".join(["set -e", *_setup(code, cluster), f'exec {cluster.python or shlex.quote(sys.executable)} "$@"'])
+    executor = submitit.LocalExecutor(JobFolder(folder).logs, python=shlex.join(["sh", "-c", shell, "sh"]))
     executor.update_parameters(
         timeout_min=cluster.time_minutes,
         signal_delay_s=cluster.signal_lead_seconds,
         gpus_per_node=cluster.gpus_per_node,
         tasks_per_node=1,
         stderr_to_stdout=True,
-        setup=_setup(code, cluster),
     )
     return executor
 
@@ -286,7 +286,7 @@ def _slurm(folder: Path, cluster: Cluster, code: Path, name: str, after: Sequenc
         cpus_per_task=cluster.ranks_per_node * cluster.cpus_per_rank,
         signal_delay_s=cluster.signal_lead_seconds,
         stderr_to_stdout=True,
-        setup=_setup(code, cluster),
+        setup=[*_setup(code, cluster), "trap : TERM  # so that what comes after srun is still done"],
         srun_args=["--kill-on-bad-exit=1", "--export=ALL"],
         teardown=[f"{python} -u -m launch.after_job {shlex.quote(str(folder))} $?"],
         additional_parameters={"requeue": True, **own, **waits},

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.cancel import cancel
 from launch.job_folder import JobFolder
 from launch.slurm import hurry
 from tests.runs import losses
@@ -62,14 +63,15 @@ def test_stages_wait_for_each_other_and_go_on_after_a_failure(place: Place, expe
     assert "expected a run without a job" in again.stderr
     trained = Submitted(place.cluster, run, JobFolder(run).submitted()["job_id"])
     trained.wait_for_step(50)
-    place.pretrain("cancel", str(out))
+    with place.cluster.spoken_to():
+        cancel(out, now=False)
     wait(place, out)
     assert events_of(run)[-1] == "cancel"
     assert "start" not in events_of(judged)
 
     place.pretrain(*words)
     trained = Submitted(place.cluster, run, JobFolder(run).submitted()["job_id"])
-    trained.wait_for_step(max(losses(run)) + 20)
+    trained.wait_for_step(JobFolder(run).newest_step() + 10)
     place.cluster.run("scontrol", "requeue", trained.job_id)
     wait(place, out)
     assert losses(run) == expected
