@@ -48,7 +48,7 @@ def submit_chain(path: Path, cluster_path: Path, out: Path | None, *, dry_run: b
         chain = chain.freeze()
     jobs: dict[str, str] = {}
     try:
-        for stage in left:
+        for stage in map(chain.stage, left):
             after = [name for name in chain.references(stage) if name in jobs]
             jobs[stage.name] = _queue(chain, stage, cluster, code, [jobs[name] for name in after], dry_run)
             if not dry_run:
@@ -62,21 +62,21 @@ def submit_chain(path: Path, cluster_path: Path, out: Path | None, *, dry_run: b
         print(f"follow it: pretrain status {chain.out}; stop it: pretrain cancel {chain.out}")
 
 
-def _left(chain: ChainFolder) -> list[Stage]:
-    """The stages that are not done, in their order; those that are, are named.
+def _left(chain: ChainFolder) -> list[str]:
+    """Names of the stages that are not done, in their order; those that are, are told.
 
     Raises:
         InputError: one was begun otherwise, or is not what it was.
     """
-    left: list[Stage] = []
+    left: list[str] = []
     for stage in chain.stages:
-        if {other.name for other in left} & set(chain.references(stage)):
+        if set(left) & set(chain.references(stage)):
             chain.refuse_other_settings(stage)
-            left.append(stage)
+            left.append(stage.name)
         elif chain.is_done(stage, begin=False):
             print(f"{stage.name}: done before")
         else:
-            left.append(stage)
+            left.append(stage.name)
     return left
 
 
