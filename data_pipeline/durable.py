@@ -31,6 +31,13 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """A whole file, in a folder that is made where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with durable_file(path) as file:
+        file.write(text.encode())
+
+
 def append_line(path: Path, record: Mapping[str, Any], *, durable: bool = False) -> None:
     """A JSON object as a line at the end of a file; behind a line that a kill tore it begins a new one."""
     with path.open("ab+", buffering=0) as file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import count
 from typing import NamedTuple, Protocol, TypeVar
@@ -182,13 +182,15 @@ class Prefetcher:
 
     def _work(self) -> None:
         stop_thread_with(self._stop)
-        while (fetch := self._next()) is not None:
+        while (planned := self._next()) is not None:
             try:
-                fetch()
+                for fetch in planned:
+                    fetch()
             except PretrainError:
                 self._give_up()
 
-    def _next(self) -> Callable[[], None] | None:
+    def _next(self) -> tuple[Fetch, ...] | None:
+        """What is to be fetched now, if anything; None: no more."""
         with self._planning:
             with self._moved:
                 self._moved.wait_for(lambda: self._stop.is_set() or len(self._waiting) < self._ahead)
@@ -197,7 +199,7 @@ class Prefetcher:
             position, fetch = next(self._coming)
             with self._moved:
                 self._waiting.append(position)
-        return _nothing if fetch is None else fetch.__call__
+        return () if fetch is None else (fetch,)
 
 
 def _coming(
@@ -223,10 +225,6 @@ def _coming(
             while len(recent) > 4 * lanes * len(parts):
                 recent.popitem(last=False)
         yield cursors[-1], None
-
-
-def _nothing() -> None:
-    pass
 
 
 def _first_uses(parts: Sequence[Part], indices: Integers) -> Iterator[tuple[int, Fetch]]:

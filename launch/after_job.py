@@ -80,8 +80,8 @@ def decide(
     max_requeues: int,
     cancelled: bool,
     queued: bool,
-    step: int = 0,
-    step_before: int = 0,
+    step: int,
+    step_before: int,
     command: Sequence[str] = (),
 ) -> Next:
     """What to do with a run, or a command, of which an attempt has ended.

@@ -55,6 +55,7 @@ def _cancel(job: JobFolder, now: bool, state: str | None) -> None:
             where=str(job.run),
             expected="a job that runs or waits",
             found=f"job {job_id}, {(state or 'unknown').lower()}",
+            fix=f"See `pretrain status {job.run}`.",
         )
     job.cancelled.touch()
     if executor == "local":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.durable import durable_file
+from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError
 from data_pipeline.mixture import open_training
 from data_pipeline.read import open_dataset
@@ -64,7 +64,7 @@ class ChainFolder:
 
     def references(self, stage: Stage) -> list[str]:
         """Names of the stages that it takes from."""
-        return next(own for own in self.chain.stages if own.name == stage.name).references()
+        return self._as_given(stage).references()
 
     def freeze(self) -> ChainFolder:
         """A copy of the chain and its recipes in its folder, which later changes of the files do not reach."""
@@ -73,11 +73,11 @@ class ChainFolder:
         for own, stage in zip(self.chain.stages, self.stages, strict=True):
             if stage.train is not None:
                 name = f"recipes/{stage.name}.yaml"
-                _write(frozen / name, dump(self.recipe(stage)))
+                write_text(frozen / name, dump(self.recipe(stage)))
                 own = own.model_copy(update={"train": name})
             stages.append(own)
         chain = self.chain.model_copy(update={"stages": tuple(stages)})
-        _write(frozen / "chain.yaml", write_yaml(chain.model_dump(mode="json", exclude_defaults=True)))
+        write_text(frozen / "chain.yaml", write_yaml(chain.model_dump(mode="json", exclude_defaults=True)))
         return ChainFolder.of(frozen / "chain.yaml", self.out)
 
     def recipe(self, stage: Stage) -> Recipe:
@@ -114,7 +114,7 @@ class ChainFolder:
             kept = json.loads(path.read_bytes())
         except FileNotFoundError:
             if begin:
-                _write(path, json.dumps(made_of, indent=1) + "\n")
+                write_text(path, json.dumps(made_of, indent=1) + "\n")
             return False
         left = kept.pop("left", None)
         if kept != made_of:
@@ -133,7 +133,7 @@ class ChainFolder:
     def keep(self, stage: Stage) -> None:
         """Writes down that a stage is done."""
         record = {**self._made_of(stage), "left": self._digest(stage)}
-        _write(self._record(stage), json.dumps(record, indent=1) + "\n")
+        write_text(self._record(stage), json.dumps(record, indent=1) + "\n")
 
     def _other(self, stage: Stage, kept: Mapping[str, Any], given: Mapping[str, Any]) -> InputError:
         return InputError(
@@ -168,8 +168,12 @@ class ChainFolder:
         if stage.train is not None:
             found = result_settings(self.recipe(stage))
             return json.loads(json.dumps({k: v for k, v in found.items() if k not in ("init_from", "resume_from")}))
-        own = next(other for other in self.chain.stages if other.name == stage.name)
-        return own.model_dump(mode="json", exclude_none=True, exclude={"label": {"batch_size", "num_workers"}})
+        how = {"label": {"batch_size", "num_workers"}}
+        return self._as_given(stage).model_dump(mode="json", exclude_none=True, exclude=how)
+
+    def _as_given(self, stage: Stage) -> Stage:
+        """With its references."""
+        return next(own for own in self.chain.stages if own.name == stage.name)
 
     def _digest(self, stage: Stage) -> str | None:
         """SHA-256 of what stands for all that a stage left: hashes of hashes; None: there is nothing."""
@@ -190,12 +194,6 @@ def fingerprint(path: str) -> str:
         if file.is_file() and file.suffix != ".tar":
             return sha256_of(file)
     return open_dataset(path).fingerprint
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with durable_file(path) as file:
-        file.write(text.encode())
 
 
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

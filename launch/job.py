@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.durable import durable_file
+from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError, PretrainError, RunError
 from launch.chain_folder import ChainFolder
 from launch.chain_recipe import Stage
@@ -151,7 +151,8 @@ def _run_command(words: list[str]) -> int:
 
 
 def _run_ranks(run: Path, recipe: Recipe, cluster: Cluster, node: Node, meeting: dict[str, Any]) -> int:
-    max_steps, kill_wait = JobFolder(run).submitted().get("max_steps"), _kill_wait()
+    max_steps = JobFolder(run).submitted().get("max_steps")
+    kill_wait = kill_wait_seconds() if "SLURM_JOB_ID" in os.environ else None  # asked before there is any hurry
     arguments = [str(JobFolder(run).recipe), "--out", str(run)]
     arguments += ["--max-steps", str(max_steps)] if max_steps else []
     arguments += ["--evals-apart"] if apart(recipe, cluster) else []
@@ -168,16 +169,6 @@ def _run_ranks(run: Path, recipe: Recipe, cluster: Cluster, node: Node, meeting:
         passed_on=PASSED_ON,
         seconds_left=lambda signum: kill_wait / 2 if kill_wait and _is_time_limit(signum) else None,
     )
-
-
-def _kill_wait() -> float | None:
-    """Seconds between the signal at the time limit and SIGKILL to all of the job; None: it is not SLURM's."""
-    if "SLURM_JOB_ID" not in os.environ:
-        return None
-    try:
-        return kill_wait_seconds()
-    except PretrainError:
-        return 30.0  # SLURM's default
 
 
 def _is_time_limit(signum: int) -> bool:
@@ -227,8 +218,7 @@ def _host(folder: JobFolder, node: Node, done: bool) -> dict[str, Any]:
     meeting = {"address": _address(node), "port": free_port(), "attempt": folder.num_attempts(), "done": done}
     folder.note("start", attempt=meeting["attempt"], job_id=node.job_id, nodes=names, restart=node.restart)
     _await(folder, node, names)
-    with durable_file(node.folder(folder.run) / "meeting.json") as file:
-        file.write(json.dumps(meeting).encode())
+    write_text(node.folder(folder.run) / "meeting.json", json.dumps(meeting))
     return meeting
 
 
@@ -282,5 +272,4 @@ def _names(node: Node) -> list[str]:
 def _report(run: Path, node: Node, status: int, why: str) -> None:
     folder = node.folder(run)
     if folder.is_dir():
-        with durable_file(folder / f"{node.name}.json") as file:
-            file.write(json.dumps({"status": status, "why": why, "at": time.time()}).encode())
+        write_text(folder / f"{node.name}.json", json.dumps({"status": status, "why": why, "at": time.time()}))

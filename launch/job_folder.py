@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.durable import append_line, durable_file, read_lines
+from data_pipeline.durable import append_line, read_lines, write_text
 from data_pipeline.errors import InputError
 from pretrain.run_folder import complete_checkpoints, step_of
 
@@ -56,9 +56,7 @@ class JobFolder:
             ) from None  # fmt: skip
 
     def write(self, name: str, text: str) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        with durable_file(self.path / name) as file:
-            file.write(text.encode())
+        write_text(self.path / name, text)
 
     def note(self, event: str, **values: Any) -> None:
         """Appends a line to `attempts.jsonl`; one process at a time writes there."""

@@ -80,8 +80,12 @@ def _by_id(text: str, separator: str) -> dict[str, str]:
 
 
 def kill_wait_seconds() -> float:
-    """Between the signal at which a job that has to end may end by itself, and SIGKILL to all of it."""
-    match = re.search(r"^KillWait\s*=\s*(\d+)", slurm("scontrol", "show", "config"), re.MULTILINE)
+    """Between the signal at which a job that has to end may end by itself, and SIGKILL to all of it; where SLURM does
+    not say, its default.
+    """
+    match = None
+    with suppress(PretrainError):
+        match = re.search(r"^KillWait\s*=\s*(\d+)", slurm("scontrol", "show", "config"), re.MULTILINE)
     return float(match[1]) if match else 30.0
 
 

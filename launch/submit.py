@@ -162,7 +162,8 @@ def check_slurm(cluster: Cluster, path: Path, dry_run: bool) -> None:
 
 
 def refuse_running(run: Path) -> None:
-    """
+    """One job at a time is at work in a folder.
+
     Raises:
         InputError: a job of it waits or runs.
     """

@@ -1,4 +1,4 @@
-"""A PATH of a test's own."""
+"""A PATH of a test's own, and a cluster on it that says what it has."""
 
 from __future__ import annotations
 
@@ -21,3 +21,23 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
         (tmp_path / "coreutils" / name).symlink_to(found)
     monkeypatch.setenv("PATH", ":".join([str(made.folder), str(tmp_path / "coreutils"), *real]))
     return made
+
+
+PARTITIONS = """\
+PartitionName=short AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL Default=YES MaxNodes=1 MaxTime=00:30:00 State=UP
+PartitionName=long AllowGroups=ALL AllowAccounts=vision,text AllowQos=ALL Default=NO MaxNodes=UNLIMITED \
+MaxTime=2-00:00:00 Nodes=n[0-7] State=UP TotalNodes=8
+PartitionName=old AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL Default=NO MaxTime=UNLIMITED State=DOWN"""
+
+
+@pytest.fixture
+def cluster(commands: Commands) -> Commands:
+    """A cluster that fits."""
+    for name in ("sbatch", "squeue", "sacct"):
+        commands.says(name)
+    commands.says("scontrol", PARTITIONS, when="*show*partition*")
+    commands.says("scontrol", "Slurmctld(primary) at head is UP", when="ping")
+    commands.says("sinfo", "6 64 256000 gpu:a100:4(S:0-1)\n2 16+ 64000+ (null)")
+    commands.says("sacctmgr", "vision", when="*show?user*")
+    commands.says("sacctmgr", "vision|normal,high\ntext|normal", when="*show?associations*Account,QOS*")
+    return commands

@@ -10,7 +10,7 @@ import resource
 import shutil
 import subprocess
 from collections import namedtuple
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,14 @@ from launch import doctor
 from launch.checks import machine, of_recipe, storage
 from launch.checks.finding import Finding
 from launch.checks.of_recipe import Free, Ranks
-from launch.checks.slurm_cluster import slurm, would_take
-from launch.cluster import Cluster
 from pretrain.plan import Footprint, footprint
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 from tests.data_pipeline.servers import served
+from tests.launch.findings import asked, levels, problems
 from tests.launch.run_folders import Commands, make_run
 from tests.runs import write_recipe
 from tests.shards import write_shards
-
-
-def levels(findings: Iterable[Finding]) -> list[tuple[str, str]]:
-    return [(finding.level, finding.what) for finding in findings]
-
-
-def problems(findings: Iterable[Finding]) -> str:
-    """What is not ok; every such line says what to do."""
-    bad = [finding for finding in findings if finding.level != "ok"]
-    return "\n".join(map(str, bad))
 
 
 @pytest.fixture
@@ -119,108 +108,6 @@ def test_available_memory_is_that_of_the_cgroup_where_it_is_less(tmp_path: Path,
     assert machine.available_memory() == 1500
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.available_memory() > 10**6
-
-
-# SLURM.
-
-
-def asked(**given: Any) -> Cluster:
-    """What fits the cluster below, but for what is given."""
-    fitting = {"partition": "long", "nodes": 2, "ranks_per_node": 4, "gpus_per_node": 4, "cpus_per_rank": 8,
-               "memory_gb": 100.0, "time_minutes": 59}  # fmt: skip
-    return Cluster(**{**fitting, **given})
-
-
-PARTITIONS = """\
-PartitionName=short AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL Default=YES MaxNodes=1 MaxTime=00:30:00 State=UP
-PartitionName=long AllowGroups=ALL AllowAccounts=vision,text AllowQos=ALL Default=NO MaxNodes=UNLIMITED \
-MaxTime=2-00:00:00 Nodes=n[0-7] State=UP TotalNodes=8
-PartitionName=old AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL Default=NO MaxTime=UNLIMITED State=DOWN"""
-
-
-@pytest.fixture
-def cluster(commands: Commands) -> Commands:
-    """A cluster that fits."""
-    for name in ("sbatch", "squeue", "sacct"):
-        commands.says(name)
-    commands.says("scontrol", PARTITIONS, when="*show*partition*")
-    commands.says("scontrol", "Slurmctld(primary) at head is UP", when="ping")
-    commands.says("sinfo", "6 64 256000 gpu:a100:4(S:0-1)\n2 16+ 64000+ (null)")
-    commands.says("sacctmgr", "vision", when="*show?user*")
-    commands.says("sacctmgr", "vision|normal,high\ntext|normal", when="*show?associations*Account,QOS*")
-    return commands
-
-
-def test_a_cluster_that_fits(cluster: Commands) -> None:
-    found = list(slurm(asked(account="vision", qos="high")))
-    assert problems(found) == ""
-    assert levels(found) == [("ok", "SLURM"), ("ok", "nodes"), ("ok", "partition"), ("ok", "account")]
-
-
-@pytest.mark.parametrize(
-    ("cluster_file", "expected"),
-    [
-        (asked(partition="lnog"), "expected one of the cluster's, found lnog. Did you mean long? It has: short, long"),
-        (asked(partition="old", gpus_per_node=0), "old is DOWN"),
-        (asked(partition="short", nodes=1), "59 minutes, and short gives 30 at most. Set time_minutes to 30 or less"),
-        (asked(partition=None, nodes=2), "59 minutes, and short gives 30 at most"),
-        (asked(partition="short", time_minutes=10), "2, and short gives a job 1 at most"),
-        (asked(account="audio"), "audio, and long takes vision,text"),
-        (asked(account="audio"), "audio, expected one of yours. Set account to text or vision."),
-        (asked(account="text", qos="high"), "high, expected one of the account's. Set qos to normal."),
-        (asked(nodes=7), "6 of long have 32 CPUs, 4 GPUs and 100 GB, expected 7"),
-        (asked(gpus_per_node=8, ranks_per_node=8), "0 of long have 64 CPUs, 8 GPUs and 100 GB, expected 2"),
-        (asked(memory_gb=300.0), "0 of long have"),
-        (asked(cpus_per_rank=32), "0 of long have 128 CPUs"),
-    ],
-)
-def test_what_a_cluster_does_not_have(cluster: Commands, cluster_file: Cluster, expected: str) -> None:
-    found = list(slurm(cluster_file))
-    assert expected in problems(found)
-    assert "error" in {finding.level for finding in found}
-
-
-def test_slurm_that_is_not_there_or_does_not_answer(commands: Commands) -> None:
-    assert levels(slurm(None)) == [("ok", "SLURM")]
-    assert "no sbatch, squeue, scontrol on PATH" in problems(slurm(asked()))
-    for name in ("sbatch", "squeue"):
-        commands.says(name)
-    commands.says("scontrol", "slurm_load_ping error: Unable to contact slurm controller", status=1)
-    assert levels(slurm(None)) == [("warning", "SLURM")]
-    assert levels(slurm(asked())) == [("error", "SLURM")]
-    assert "Unable to contact slurm controller. See that slurm.conf" in problems(slurm(asked()))
-
-
-def test_a_cluster_without_accounting_is_only_warned_of(cluster: Commands) -> None:
-    for name in ("sacct", "sacctmgr"):
-        cluster.says(name, "Slurm accounting storage is disabled", status=1)
-    found = list(slurm(asked(account="vision")))
-    assert [pair for pair in levels(found) if pair[0] != "ok"] == [("warning", "sacct"), ("warning", "account")]
-
-
-def test_an_account_that_has_to_be_named(cluster: Commands) -> None:
-    assert problems(slurm(asked(account=None))) == ""  # the default one is taken there
-    cluster.says("sacctmgr", "audio", when="*show?user*")
-    assert "none, which is audio here, and long takes vision,text. Set account to" in problems(slurm(asked()))
-    cluster.says("sacctmgr", "Unable to contact slurmdbd", status=1, when="*show?user*")
-    assert problems(slurm(asked())) == "", "sbatch will say"
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        ("allocation failure: Invalid account or account/partition combination specified", "account"),
-        ("sbatch: error: Invalid qos specification", "qos"),
-        ("allocation failure: Invalid generic resource (gres) specification", "gpus_per_node"),
-        ("allocation failure: Requested node configuration is not available", None),
-        ("allocation failure: Nodes required for job are DOWN, DRAINED or reserved", None),
-    ],
-)
-def test_what_slurm_itself_would_refuse(cluster: Commands, said: str, expected: str | None) -> None:
-    cluster.says("sbatch", said, status=1, when="--test-only")
-    found = list(would_take("#!/bin/sh"))
-    assert [finding.what for finding in found] == ([expected] if expected else [])
-    assert all(finding.found in said for finding in found)
 
 
 # Storage.

@@ -1,0 +1,82 @@
+"""A cluster file against what SLURM says of its partitions, nodes and accounts."""
+
+from __future__ import annotations
+
+import pytest
+
+from launch.checks.slurm_cluster import slurm, would_take
+from launch.cluster import Cluster
+from tests.launch.findings import asked, levels, problems
+from tests.launch.run_folders import Commands
+
+
+def test_a_cluster_that_fits(cluster: Commands) -> None:
+    found = list(slurm(asked(account="vision", qos="high")))
+    assert problems(found) == ""
+    assert levels(found) == [("ok", "SLURM"), ("ok", "nodes"), ("ok", "partition"), ("ok", "account")]
+
+
+@pytest.mark.parametrize(
+    ("cluster_file", "expected"),
+    [
+        (asked(partition="lnog"), "expected one of the cluster's, found lnog. Did you mean long? It has: short, long"),
+        (asked(partition="old", gpus_per_node=0), "old is DOWN"),
+        (asked(partition="short", nodes=1), "59 minutes, and short gives 30 at most. Set time_minutes to 30 or less"),
+        (asked(partition=None, nodes=2), "59 minutes, and short gives 30 at most"),
+        (asked(partition="short", time_minutes=10), "2, and short gives a job 1 at most"),
+        (asked(account="audio"), "audio, and long takes vision,text"),
+        (asked(account="audio"), "audio, expected one of yours. Set account to text or vision."),
+        (asked(account="text", qos="high"), "high, expected one of the account's. Set qos to normal."),
+        (asked(nodes=7), "6 of long have 32 CPUs, 4 GPUs and 100 GB, expected 7"),
+        (asked(gpus_per_node=8, ranks_per_node=8), "0 of long have 64 CPUs, 8 GPUs and 100 GB, expected 2"),
+        (asked(memory_gb=300.0), "0 of long have"),
+        (asked(cpus_per_rank=32), "0 of long have 128 CPUs"),
+    ],
+)
+def test_what_a_cluster_does_not_have(cluster: Commands, cluster_file: Cluster, expected: str) -> None:
+    found = list(slurm(cluster_file))
+    assert expected in problems(found)
+    assert "error" in {finding.level for finding in found}
+
+
+def test_slurm_that_is_not_there_or_does_not_answer(commands: Commands) -> None:
+    assert levels(slurm(None)) == [("ok", "SLURM")]
+    assert "no sbatch, squeue, scontrol on PATH" in problems(slurm(asked()))
+    for name in ("sbatch", "squeue"):
+        commands.says(name)
+    commands.says("scontrol", "slurm_load_ping error: Unable to contact slurm controller", status=1)
+    assert levels(slurm(None)) == [("warning", "SLURM")]
+    assert levels(slurm(asked())) == [("error", "SLURM")]
+    assert "Unable to contact slurm controller. See that slurm.conf" in problems(slurm(asked()))
+
+
+def test_a_cluster_without_accounting_is_only_warned_of(cluster: Commands) -> None:
+    for name in ("sacct", "sacctmgr"):
+        cluster.says(name, "Slurm accounting storage is disabled", status=1)
+    found = list(slurm(asked(account="vision")))
+    assert [pair for pair in levels(found) if pair[0] != "ok"] == [("warning", "sacct"), ("warning", "account")]
+
+
+def test_an_account_that_has_to_be_named(cluster: Commands) -> None:
+    assert problems(slurm(asked(account=None))) == ""  # the default one is taken there
+    cluster.says("sacctmgr", "audio", when="*show?user*")
+    assert "none, which is audio here, and long takes vision,text. Set account to" in problems(slurm(asked()))
+    cluster.says("sacctmgr", "Unable to contact slurmdbd", status=1, when="*show?user*")
+    assert problems(slurm(asked())) == "", "sbatch will say"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("allocation failure: Invalid account or account/partition combination specified", "account"),
+        ("sbatch: error: Invalid qos specification", "qos"),
+        ("allocation failure: Invalid generic resource (gres) specification", "gpus_per_node"),
+        ("allocation failure: Requested node configuration is not available", None),
+        ("allocation failure: Nodes required for job are DOWN, DRAINED or reserved", None),
+    ],
+)
+def test_what_slurm_itself_would_refuse(cluster: Commands, said: str, expected: str | None) -> None:
+    cluster.says("sbatch", said, status=1, when="--test-only")
+    found = list(would_take("#!/bin/sh"))
+    assert [finding.what for finding in found] == ([expected] if expected else [])
+    assert all(finding.found in said for finding in found)
