@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
     import torch
 
     from pretrain.evals.base import EvalReport
+    from pretrain.evals.encoder import Encoder
     from pretrain.evals.features import Extraction
+    from pretrain.evals.readout import Readout
+    from pretrain.evals.timm_sources import Architecture
 
 
 def examples(*lines: str) -> str:
@@ -25,6 +29,13 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Pooling(StrEnum):
+    own = "own"
+    cls = "cls"
+    mean = "mean"
+    both = "both"
 
 
 class Precision(StrEnum):
@@ -52,6 +63,10 @@ DeviceOption = Annotated[Device, typer.Option("--device", help="auto: CUDA where
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images of one forward pass.")]
 Workers = Annotated[int, typer.Option("--num-workers", min=0, help="Loader processes; 0: in this one.")]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Of the forward pass.")]
+PoolingOption = Annotated[
+    Pooling, typer.Option("--pooling", help="own: as the encoder does; else class token, mean of patches, or both.")
+]
+BlocksOption = Annotated[int, typer.Option("--blocks", min=1, help="The last N blocks, side by side.")]
 LimitTrain = Annotated[int | None, typer.Option("--limit-train", min=1, help="The first N training samples only.")]
 LimitTest = Annotated[int | None, typer.Option("--limit-test", min=1, help="The first N test samples only.")]
 Seed = Annotated[
@@ -76,10 +91,24 @@ def check_out(out: Path | None) -> None:
         raise InputError(where="--out", expected="a name that ends in .json", found=str(out))
 
 
-def extraction(batch_size: int, num_workers: int, precision: Precision) -> Extraction:
+def extraction(
+    batch_size: int, num_workers: int, precision: Precision, readouts: Sequence[Readout] | None = None
+) -> Extraction:
     from pretrain.evals.features import Extraction
+    from pretrain.evals.readout import OWN
 
-    return Extraction(batch_size=batch_size, num_workers=num_workers, precision=precision.value)
+    return Extraction(
+        batch_size=batch_size,
+        num_workers=num_workers,
+        precision=precision.value,
+        readouts=tuple(readouts or (OWN,)),
+    )
+
+
+def readout(pooling: Pooling, blocks: int) -> Readout:
+    from pretrain.evals.readout import Readout
+
+    return Readout(pooling.value, blocks)
 
 
 def device_of(device: Device) -> torch.device:
@@ -90,6 +119,40 @@ def device_of(device: Device) -> torch.device:
     if device is Device.cuda and not present:
         raise InputError(where="--device", expected="auto or cpu, as there is no CUDA device", found="cuda")
     return torch.device("cuda" if present and device is not Device.cpu else "cpu")
+
+
+def architecture(
+    encoder: str, model: str | None, image_size: int | None, option: list[str] | None
+) -> Architecture | None:
+    """None where nothing about it was given."""
+    from pretrain.evals.timm_sources import Architecture
+    from pretrain.strict_yaml import StrictYamlError, read_yaml
+
+    if model is None and image_size is None and not option:
+        return None
+    options: dict[str, Any] = {}
+    for pair in option or []:
+        key, equals, text = pair.partition("=")
+        try:
+            value, _ = read_yaml(text)
+        except StrictYamlError as error:
+            raise InputError(where=f"--option {pair}", expected="KEY=VALUE", found=str(error)) from None
+        if not equals or not key.isidentifier():
+            raise InputError(where="--option", expected="KEY=VALUE", found=pair)
+        options[key] = value
+    return Architecture(model or encoder, image_size, options)
+
+
+def load_encoder(
+    source: str, random_init: bool, seed: int | None, architecture: Architecture | None, device: Device
+) -> Encoder:
+    """The encoder on its device."""
+    from pretrain.evals.sources import load_source
+
+    place = device_of(device)
+    encoder = load_source(source, random_init=random_init, seed=seed, architecture=architecture)
+    encoder.module.to(place)
+    return encoder
 
 
 def keep(report: EvalReport, run: Path | None, out: Path | None, context: typer.Context) -> None:

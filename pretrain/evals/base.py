@@ -60,7 +60,9 @@ class EvalReport:
         versions: of what computed it.
         seconds: by part.
         notes: what a reader should know; empty where all is as it should be.
-        outcomes: of each test sample.
+        outcomes: of each test sample; of the first seed, where there are several.
+        by_seed: the value of each seed, where `value` is their mean; empty where there is one.
+        spread: standard deviation of `by_seed`, points of percent; None where there is one.
         arguments: those of the command, where one was given; they say how to ask, not what was asked.
     """
 
@@ -78,6 +80,8 @@ class EvalReport:
     seconds: Mapping[str, float]
     notes: Sequence[str]
     outcomes: Outcomes
+    by_seed: Sequence[float] = ()
+    spread: float | None = None
     arguments: Mapping[str, object] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

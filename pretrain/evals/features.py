@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
-from data_pipeline.errors import CheckpointError, InputError, RunError
+from data_pipeline.errors import CheckpointError, RunError
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.progress import track
 from data_pipeline.read import Dataset
 from pretrain.augment import normalize
 from pretrain.evals.encoder import Encoder
+from pretrain.evals.readout import OWN, Reader, Readout
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,6 @@ class Features:
         return Features(self.values.to(device), self.labels.to(device), self.keys)
 
 
-def alone(share: Features) -> list[Features]:
-    """The shares of all processes where there is one."""
-    return [share]
-
-
 @dataclass(frozen=True)
 class Extraction:
     """How features are computed.
@@ -48,22 +44,22 @@ class Extraction:
         precision: of the forward pass; bf16 is autocast. Features are fp32 either way.
         num_workers: loader processes; 0: in this one.
         max_pixels: an image of more is an error.
-        rank, world_size: which share of each data set this process computes.
-        gather: gives every process the shares of all, in the order of ranks; every rank calls it.
+        readouts: what is taken of the encoder; evaluations that take one feature take the first.
+        rank, world_size: this process among those that judge together; every rank calls `extract`.
     """
 
     batch_size: int = 256
     precision: Literal["fp32", "bf16"] = "fp32"
     num_workers: int = 0
     max_pixels: int = 50_000_000
+    readouts: tuple[Readout, ...] = (OWN,)
     rank: int = 0
     world_size: int = 1
-    gather: Callable[[Features], list[Features]] = alone
 
     def extract(
         self, encoder: Encoder, dataset: Dataset, *, num_classes: int | None, limit: int | None = None, label: str
-    ) -> Features:
-        """Features of every sample once, in the order of the data set, on the CPU.
+    ) -> tuple[Features, ...]:
+        """Features of every sample once, in the order of the data set, on the CPU; of each readout.
 
         Args:
             encoder: on the device it is to run on.
@@ -78,43 +74,36 @@ class Extraction:
             RunError: not every sample arrived exactly once.
         """
         total = dataset.num_samples if limit is None else min(limit, dataset.num_samples)
-        if total < self.world_size:
-            raise InputError(where=label, expected=f"at least {self.world_size} samples", found=str(total))
         batches = evaluation_batches(
             dataset,
             BatchSpec(image_size=encoder.image_size, num_classes=num_classes),
             encoder.views,
             batch_size=self.batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
             num_workers=self.num_workers,
             max_pixels=self.max_pixels,
             limit=total,
         )
-        first, end = (total * rank // self.world_size for rank in (self.rank, self.rank + 1))
-        num_batches = -(-(end - first) // self.batch_size)
-        values: list[Tensor] = []
+        reader = Reader(encoder.module, self.readouts)
+        values: list[tuple[Tensor, ...]] = []
         labels: list[Tensor] = []
         keys: list[str] = []
         with untouched(encoder.module), full_precision():
-            for batch in track(batches, label=label, total=num_batches):
-                values.append(self._forward(encoder, batch))
+            for batch in track(batches, label=label, total=-(-total // self.batch_size)):
+                values.append(self.forward(encoder, reader, batch))
                 labels.append(torch.full((len(batch),), -1) if batch.labels is None else batch.labels)
                 keys += batch.keys
-        shares = self.gather(Features(torch.cat(values), torch.cat(labels), tuple(keys)))
-        if (found := sum(map(len, shares))) != total:
-            raise RunError(where=label, expected=f"features of {total} samples, each once", found=f"{found} of them")
-        return Features(
-            torch.cat([share.values for share in shares]),
-            torch.cat([share.labels for share in shares]),
-            tuple(key for share in shares for key in share.keys),
-        )
+        if len(keys) != total:
+            raise RunError(where=label, expected=f"features of {total} samples, each once", found=f"{len(keys)}")
+        return tuple(Features(torch.cat(parts), torch.cat(labels), tuple(keys)) for parts in zip(*values, strict=True))
 
-    def _forward(self, encoder: Encoder, batch: Batch) -> Tensor:
-        """[B, D] fp32 on the CPU."""
+    def forward(self, encoder: Encoder, reader: Reader, batch: Batch) -> tuple[Tensor, ...]:
+        """Each [B, D] fp32 on the CPU."""
         images = normalize(batch.to(encoder.device), encoder.mean, encoder.std).views[0]
         with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            values: Tensor = encoder.module(images)
+            values = reader(images)
+        return tuple(self._checked(value, batch) for value in values)
+
+    def _checked(self, values: Tensor, batch: Batch) -> Tensor:
         if values.ndim != 2 or len(values) != len(batch):
             raise CheckpointError(
                 where="encoder", expected=f"features [{len(batch)}, D]", found=f"shape {list(values.shape)}",

@@ -62,7 +62,7 @@ class Retrieval:
         texts, pairs = self._texts()
         vectors = embed_texts(towers, texts, self.extraction, label="embeddings of captions")
         between = perf_counter()
-        features = self.extraction.extract(
+        (features,) = self.extraction.extract(
             image_side(towers), self.test, num_classes=None, limit=self.max_test, label="embeddings of images"
         )
         images, device = features.values, towers.device

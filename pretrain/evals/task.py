@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 from data_pipeline.errors import FieldError, InputError
 from data_pipeline.read import Dataset
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, Features
+from pretrain.evals.readout import OWN, Readout
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,15 @@ class Task:
         return max(*sizes, len(self.train.classes or ()), len(self.test.classes or ()))
 
     def extract(self, encoder: Encoder, extraction: Extraction) -> Splits:
-        """Features of both sets.
+        """Features of both sets, of the first readout.
 
         Raises:
             InputError: the training samples are all of one class.
         """
+        return self.extract_each(encoder, replace(extraction, readouts=extraction.readouts[:1]))[0]
+
+    def extract_each(self, encoder: Encoder, extraction: Extraction) -> tuple[Splits, ...]:
+        """Of every readout; raises as `extract` does."""
         start = perf_counter()
         train = extraction.extract(
             encoder, self.train, num_classes=self.num_classes, limit=self.max_train, label="features of train"
@@ -96,13 +101,11 @@ class Task:
             encoder, self.test, num_classes=self.num_classes, limit=self.max_test, label="features of test"
         )
         seconds = {"features_train": between - start, "features_test": perf_counter() - between}
-        protocol: dict[str, object] = {
-            "pooling": str(getattr(encoder.module, "global_pool", "the module's own")),
-            "width": train.values.shape[1],
-            "precision": extraction.precision,
-            "device": encoder.device.type,
-        }
-        return Splits(train, test, seconds, self._notes(train, test), protocol)
+        notes = self._notes(train[0], test[0])
+        return tuple(
+            Splits(*pair, seconds, notes, _protocol(encoder, extraction, readout, width=pair[0].values.shape[1]))
+            for readout, pair in zip(extraction.readouts, zip(train, test, strict=True), strict=True)
+        )
 
     def _notes(self, train: Features, test: Features) -> tuple[str, ...]:
         known, asked = set(train.labels.tolist()), set(test.labels.tolist())
@@ -135,6 +138,16 @@ class Task:
             "num_classes": self.num_classes,
             "classes": list(classes) if classes is not None else None,
         }
+
+
+def _protocol(encoder: Encoder, extraction: Extraction, readout: Readout, *, width: int) -> dict[str, object]:
+    own = f"own: {getattr(encoder.module, 'global_pool', 'as the module pools')}"
+    return {
+        "pooling": own if readout == OWN else str(readout),
+        "width": width,
+        "precision": extraction.precision,
+        "device": encoder.device.type,
+    }
 
 
 def _some(names: set[str], shown: int = 5) -> list[str]:

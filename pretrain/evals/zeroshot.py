@@ -112,7 +112,7 @@ class ZeroShot:
         start = perf_counter()
         classifier = class_vectors(towers, classes, self.prompts, self.extraction)
         between = perf_counter()
-        features = self.extraction.extract(
+        (features,) = self.extraction.extract(
             image_side(towers), self.test, num_classes=len(classes), limit=self.max_test, label="embeddings of images"
         )
         seconds = {"texts": between - start, "images": perf_counter() - between}

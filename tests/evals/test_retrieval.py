@@ -93,7 +93,7 @@ def test_recalls_are_those_of_a_loop(towers: Towers, shards: str, several: bool)
     order = list(dict.fromkeys(c for own in captions for c in own))
     with torch.no_grad():
         texts = towers.encode_text(towers.tokenize(order))
-    images = Extraction().extract(image_side(towers), dataset, num_classes=None, label="").values
+    images = Extraction().extract(image_side(towers), dataset, num_classes=None, label="")[0].values
     expected = expected_recalls(images, texts, captions, order)
     assert {name: pytest.approx(value) for name, value in expected.items()} == dict(report.metrics)
     assert 0 < report.metrics["image_to_text_r1"] < 100

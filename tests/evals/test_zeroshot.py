@@ -62,7 +62,7 @@ def test_class_vectors_and_logits_are_open_clip_s(folder: Path, towers: Towers, 
 
 
 def image_vectors(towers: Towers, shapes: str) -> tuple[Tensor, list[int]]:
-    found = Extraction().extract(image_side(towers), open_dataset(shapes), num_classes=48, label="")
+    (found,) = Extraction().extract(image_side(towers), open_dataset(shapes), num_classes=48, label="")
     return found.values, found.labels.tolist()
 
 
