@@ -10,12 +10,14 @@ from data_pipeline.errors import InputError
 from launch.eval_options import (
     BatchSize,
     BlocksOption,
+    Cache,
     Device,
     DeviceOption,
     ImageSize,
     LimitTest,
     LimitTrain,
     ModelName,
+    NumRanks,
     Options,
     Out,
     Pooling,
@@ -31,8 +33,9 @@ from launch.eval_options import (
     architecture,
     check_out,
     extraction,
-    keep,
+    judge,
     load_encoder,
+    over_ranks,
     readout,
 )
 
@@ -54,6 +57,8 @@ def knn(
     batch_size: BatchSize = 256,
     num_workers: Workers = 0,
     precision: PrecisionOption = Precision.fp32,
+    cache: Cache = None,
+    nproc: NumRanks = 1,
     limit_train: LimitTrain = None,
     limit_test: LimitTest = None,
     seed: Seed = None,
@@ -69,6 +74,7 @@ def knn(
     if temperature <= 0:
         raise InputError(where="--temperature", expected="a number above 0", found=str(temperature))
     check_out(out)
+    over_ranks(context, nproc, cache)
     evaluator = Knn(
         open_dataset(train),
         open_dataset(test),
@@ -82,7 +88,7 @@ def knn(
             max_test=limit_test,
         ),
         sweep=k[1:],
-        extraction=extraction(batch_size, num_workers, precision, [readout(pooling, blocks)]),
+        extraction=extraction(batch_size, num_workers, precision, cache, [readout(pooling, blocks)]),
     )
     judged = load_encoder(encoder, random_init, seed, architecture(encoder, model, image_size, option), device)
-    keep(evaluator.run(judged), judged.run, out, context)
+    judge(evaluator, judged, out, context)

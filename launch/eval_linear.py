@@ -9,12 +9,14 @@ import typer
 from launch.eval_options import (
     BatchSize,
     BlocksOption,
+    Cache,
     Device,
     DeviceOption,
     ImageSize,
     LimitTest,
     LimitTrain,
     ModelName,
+    NumRanks,
     Options,
     Out,
     Pooling,
@@ -30,8 +32,9 @@ from launch.eval_options import (
     architecture,
     check_out,
     extraction,
-    keep,
+    judge,
     load_encoder,
+    over_ranks,
     readout,
 )
 
@@ -56,6 +59,8 @@ def linear(
     batch_size: BatchSize = 256,
     num_workers: Workers = 0,
     precision: PrecisionOption = Precision.fp32,
+    cache: Cache = None,
+    nproc: NumRanks = 1,
     limit_train: LimitTrain = None,
     limit_test: LimitTest = None,
     seed: Seed = None,
@@ -68,6 +73,7 @@ def linear(
     from pretrain.evals.linear import DINOV2_LEARNING_RATES, Linear, LinearConfig
 
     check_out(out)
+    over_ranks(context, nproc, cache)
     evaluator = Linear(
         open_dataset(train),
         open_dataset(test),
@@ -79,7 +85,7 @@ def linear(
             max_train=limit_train,
             max_test=limit_test,
         ),
-        extraction=extraction(batch_size, num_workers, precision, [readout(pooling, blocks)]),
+        extraction=extraction(batch_size, num_workers, precision, cache, [readout(pooling, blocks)]),
     )
     judged = load_encoder(encoder, random_init, seed, architecture(encoder, model, image_size, option), device)
-    keep(evaluator.run(judged), judged.run, out, context)
+    judge(evaluator, judged, out, context)
