@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -170,21 +171,25 @@ def test_the_ranks_are_given_the_recipe(
     assert seen == [recipe, "--out", str(tmp_path / "run"), 3]
 
 
-def _forked(num_ranks: int) -> Trainer:
+def _forked(max_steps: int | None = None) -> Callable[[int], Trainer]:
     """As `ranks`, without importing everything again."""
 
     def train(recipe: Recipe, run: Path) -> None:
         path = run.with_suffix(".yaml")
         path.write_text(dump(recipe))
-        runs.train(path, run, num_ranks)
+        runs.train(path, run, max_steps=max_steps)
 
-    return train
+    return lambda num_ranks: train
 
 
 def test_the_last_step_is_tested_once(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eval_finetune, "ranks", _forked)
     source, out = saved(tmp_path / "encoder"), tmp_path / "out"
     data = ["--train", folders.train, "--test", folders.test, "--out", str(out)]
+    monkeypatch.setattr(eval_finetune, "ranks", _forked(max_steps=4))
+    with pytest.raises(RunError, match="step 4 of 6"):
+        evaluate("finetune", str(source), *data, *SMALL)
+    assert not list(out.glob("*.json"))
+    monkeypatch.setattr(eval_finetune, "ranks", _forked())
     evaluate("finetune", str(source), *data, *SMALL)
     (path,) = out.glob("finetune-encoder-*.json")
     report = EvalReport.load(path)
@@ -199,13 +204,14 @@ def test_the_last_step_is_tested_once(folders: Folders, tmp_path: Path, monkeypa
     classifier = torch.nn.Sequential(teacher.model.encoder, teacher.model.head)
     assert report.encoder["finetuned"]["weights_sha256"] == weights_sha256(classifier)  # type: ignore[index]
     log = (out / "finetune-run" / "log-rank0.txt").read_text()
-    assert "with weights of" in log
+    assert "steps 0 to 6, with weights of" in log
+    assert "steps 4 to 6, from" in log
     assert "layer_3_decay" in json.dumps([g["name"] for g in _state(out)["groups"]])
 
     evaluate("finetune", str(source), *data, *SMALL)
+    assert "steps 6 to 6" in (out / "finetune-run" / "log-rank0.txt").read_text()
     (again,) = out.glob("finetune-encoder-*.json")
     assert np.array_equal(EvalReport.load(again).outcomes.predicted, report.outcomes.predicted)
-    assert "steps 6 to 6" in (out / "finetune-run" / "log-rank0.txt").read_text()
 
     other = saved(tmp_path / "other", seed=1)
     with pytest.raises(InputError, match="Choose another folder"):  # the same question of another encoder
