@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from launch.eval_fewshot import fewshot
+from launch.eval_finetune import finetune
 from launch.eval_knn import knn
 from launch.eval_linear import linear
 from launch.eval_options import called, examples
@@ -35,6 +37,19 @@ app.command(
         "pretrain eval linear runs/mae/checkpoints/step_00001000 --train shards/train --test shards/test",
     )
 )(linear)
+app.command(
+    epilog=examples(
+        "pretrain eval fewshot runs/mae --train shards/train --test shards/test --shots 1 --shots 5",
+        "pretrain eval fewshot runs/mae --train shards/train --test shards/test --fraction 0.01 --classifier linear",
+    )
+)(fewshot)
+app.command(
+    epilog=examples(
+        "pretrain eval finetune runs/mae --train shards/train --test shards/test --epochs 20",
+        "pretrain eval finetune runs/mae --paper mae --train imagenet/train --test imagenet/val --nproc 8",
+        "pretrain eval finetune resnet50 --train shards/train --test shards/test --out finetuned --set ema=null",
+    )
+)(finetune)
 app.command(
     epilog=examples(
         "pretrain eval zeroshot runs/clip --test shards/test --templates photo",
