@@ -162,15 +162,17 @@ def words_of(command: Any, values: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     for parameter in command.params:
         value = values.get(str(parameter.name))
-        if value is None or value is False:
-            continue
         given = list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
+        if value is None:
+            continue
         if parameter.param_type_name == "argument":
             positional += given
-        elif value is True:
-            words.append(parameter.opts[0])
-        else:
+        elif isinstance(value, bool):
+            words += parameter.opts[:1] if value else parameter.secondary_opts[:1]
+        elif parameter.multiple:
             words += [word for text in given for word in (parameter.opts[0], text)]
+        else:
+            words += [parameter.opts[0], *given]
     return [*words, "--", *positional]
 
 

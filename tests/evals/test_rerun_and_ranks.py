@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import typer
@@ -108,15 +109,22 @@ def test_words_give_back_what_a_command_was_given() -> None:
 
     @application.command()
     def one(
-        name: str, number: int = 3, many: list[str] | None = None, flag: bool = False, none: str | None = None
+        name: str,
+        number: int = 3,
+        many: list[str] | None = None,
+        pair: tuple[float, float] | None = None,
+        flag: Annotated[bool, typer.Option("--flag")] = False,
+        other: Annotated[bool | None, typer.Option("--other/--no-other")] = None,
+        none: str | None = None,
     ) -> None:
-        found.append((name, number, many, flag, none))
+        found.append((name, number, many, pair, flag, other, none))
 
     found: list[object] = []
     command = typer.main.get_command(application)
-    values = {"name": "-x", "number": 5, "many": ["a", "-b"], "flag": True, "none": None, "unknown": 1}
+    values = {"name": "-x", "number": 5, "many": ["a", "-b"], "pair": (0.5, 1.0), "flag": True, "other": False, "x": 1}
     command.main(words_of(command, values), standalone_mode=False)
-    assert found == [("-x", 5, ["a", "-b"], True, None)]
+    command.main(words_of(command, {"name": "y", "flag": False, "other": True}), standalone_mode=False)
+    assert found == [("-x", 5, ["a", "-b"], (0.5, 1.0), True, False, None), ("y", 3, None, None, False, True, None)]
 
 
 def by_ranks(world: World, folders: Folders, store: str) -> list[tuple[float, int, list[int], list[str]]]:
