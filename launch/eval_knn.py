@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -48,7 +49,12 @@ def knn(
     k: Annotated[
         list[int], typer.Option("--k", min=1, help="Neighbours; repeatable, the first is the reported one.")
     ] = [20, 10, 100, 200],  # noqa: B006
-    temperature: Annotated[float, typer.Option("--temperature", help="Of the weights exp(cosine / T).")] = 0.07,
+    temperature: Annotated[
+        list[float],
+        typer.Option(
+            "--temperature", help="T of the weights exp(cosine / T); repeatable, the first is the reported one."
+        ),
+    ] = [0.07],  # noqa: B006
     pooling: PoolingOption = Pooling.own,
     blocks: BlocksOption = 1,
     random_init: RandomInit = False,
@@ -71,8 +77,8 @@ def knn(
     from pretrain.evals.knn import Knn
     from pretrain.recipe import InlineKnn
 
-    if temperature <= 0:
-        raise InputError(where="--temperature", expected="a number above 0", found=str(temperature))
+    if wrong := [t for t in temperature if not 0 < t < math.inf]:
+        raise InputError(where="--temperature", expected="a number above 0", found=", ".join(map(str, wrong)))
     check_out(out)
     over_ranks(context, nproc, cache)
     evaluator = Knn(
@@ -83,11 +89,12 @@ def knn(
             train=train,
             test=test,
             k=k[0],
-            temperature=temperature,
+            temperature=temperature[0],
             max_train=limit_train,
             max_test=limit_test,
         ),
         sweep=k[1:],
+        temperatures=temperature[1:],
         extraction=extraction(batch_size, num_workers, precision, cache, [readout(pooling, blocks)]),
     )
     judged = load_encoder(encoder, random_init, seed, architecture(encoder, model, image_size, option), device)
