@@ -26,6 +26,7 @@ from launch.eval_options import (
     Source,
     Test,
     Train,
+    Weights,
     Workers,
     architecture,
     check_out,
@@ -62,6 +63,7 @@ def linear(
     model: ModelName = None,
     image_size: ImageSize = None,
     option: Options = None,
+    weights: Weights = None,
 ) -> None:
     """Linear probe on cached features: a grid trained side by side, chosen on a split of the training set."""
     from data_pipeline.read import open_dataset
@@ -81,5 +83,6 @@ def linear(
         ),
         extraction=extraction(batch_size, num_workers, precision, [readout(pooling, blocks)]),
     )
-    judged = load_encoder(encoder, random_init, seed, architecture(encoder, model, image_size, option), device)
+    built = architecture(encoder, model, image_size, option)
+    judged = load_encoder(encoder, random_init, seed, built, device, weights)
     keep(evaluator.run(judged), judged.run, out, context)
