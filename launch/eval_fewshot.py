@@ -11,12 +11,14 @@ from data_pipeline.errors import InputError
 from launch.eval_options import (
     BatchSize,
     BlocksOption,
+    Cache,
     Device,
     DeviceOption,
     ImageSize,
     LimitTest,
     LimitTrain,
     ModelName,
+    NumRanks,
     Options,
     Out,
     Pooling,
@@ -28,12 +30,14 @@ from launch.eval_options import (
     Source,
     Test,
     Train,
+    Weights,
     Workers,
     architecture,
     check_out,
     extraction,
-    keep,
+    judge,
     load_encoder,
+    over_ranks,
     readout,
 )
 
@@ -69,18 +73,22 @@ def fewshot(
     batch_size: BatchSize = 256,
     num_workers: Workers = 0,
     precision: PrecisionOption = Precision.fp32,
+    cache: Cache = None,
+    nproc: NumRanks = 1,
     limit_train: LimitTrain = None,
     limit_test: LimitTest = None,
     seed: Seed = None,
     model: ModelName = None,
     image_size: ImageSize = None,
     option: Options = None,
+    weights: Weights = None,
 ) -> None:
     """A simple classifier on a few labels of each class, on frozen features, over several draws."""
     from data_pipeline.read import open_dataset
     from pretrain.evals.fewshot import Fewshot, FewshotConfig
 
     check_out(out)
+    over_ranks(context, nproc, cache)
     if shots and fraction:
         raise InputError(where="--fraction", expected="it or --shots", found="both")
     for share in fraction or ():
@@ -96,7 +104,8 @@ def fewshot(
             max_train=limit_train,
             max_test=limit_test,
         ),
-        extraction=extraction(batch_size, num_workers, precision, [readout(pooling, blocks)]),
+        extraction=extraction(batch_size, num_workers, precision, cache, [readout(pooling, blocks)]),
     )
-    judged = load_encoder(encoder, random_init, seed, architecture(encoder, model, image_size, option), device)
-    keep(evaluator.run(judged), judged.run, out, context)
+    built = architecture(encoder, model, image_size, option)
+    judged = load_encoder(encoder, random_init, seed, built, device, weights)
+    judge(evaluator, judged, out, context)

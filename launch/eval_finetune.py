@@ -22,8 +22,10 @@ from launch.eval_options import (
     Source,
     Test,
     Train,
+    Weights,
     Workers,
     architecture,
+    check_out,
     extraction,
     keep,
     load_encoder,
@@ -60,8 +62,7 @@ def finetune(
         Path | None,
         typer.Option(
             "--out",
-            metavar="FOLDER",
-            help="Of training and report. Default: in RUN/evals/, where there is one.",
+            help="Report to write (.json); training is kept beside it. Default: RUN/evals/, where there is a run.",
         ),
     ] = None,
     device: DeviceOption = Device.auto,
@@ -73,16 +74,24 @@ def finetune(
     model: ModelName = None,
     image_size: ImageSize = None,
     option: Options = None,
+    weights: Weights = None,
 ) -> None:
     """The whole encoder is trained with a classifier; the last step is tested. Started again, it goes on."""
     from pretrain.evals.finetune import Finetune
     from pretrain.evals.finetune_recipe import FinetuneConfig
 
-    judged = load_encoder(encoder, random_init, seed, architecture(encoder, model, image_size, option), device)
-    if out is None and judged.run is None:
-        raise InputError(where="--out", expected="a folder to train in, as the encoder is of no run", found="none")
-    assert out is not None or judged.run is not None
-    folder = out or judged.run / "evals" / f"finetune-{judged.tag}"  # type: ignore[operator]
+    check_out(out)
+    built = architecture(encoder, model, image_size, option)
+    judged = load_encoder(encoder, random_init, seed, built, device, weights)
+    if out is not None:
+        folder = out.with_suffix("")
+    elif judged.run is not None:
+        folder = judged.run / "evals" / f"finetune-{judged.tag}"
+    else:
+        raise InputError(
+            where="--out", expected="a report to train beside, as the encoder is of no run", found="none",
+            fix="Add --out NAME.json.",
+        )  # fmt: skip
     evaluator = Finetune(
         train,
         test,
@@ -99,10 +108,9 @@ def finetune(
         out=folder,
         trainer=ranks(num_ranks),
         num_ranks=num_ranks,
-        extraction=extraction(256, num_workers, Precision.fp32),
+        extraction=extraction(256, num_workers, Precision.fp32, None),
     )
-    report = evaluator.run(judged)
-    keep(report, judged.run, out / report.file_name if out else None, context)
+    keep(evaluator.run(judged), judged.run, out, context)
 
 
 def ranks(num_ranks: int) -> Trainer:

@@ -30,6 +30,7 @@ from launch.eval_options import (
     Source,
     Test,
     Train,
+    Weights,
     Workers,
     architecture,
     check_out,
@@ -71,6 +72,7 @@ def knn(
     model: ModelName = None,
     image_size: ImageSize = None,
     option: Options = None,
+    weights: Weights = None,
 ) -> None:
     """Exact weighted k nearest neighbours on L2-normalised features (1805.01978)."""
     from data_pipeline.read import open_dataset
@@ -97,5 +99,6 @@ def knn(
         temperatures=temperature[1:],
         extraction=extraction(batch_size, num_workers, precision, cache, [readout(pooling, blocks)]),
     )
-    judged = load_encoder(encoder, random_init, seed, architecture(encoder, model, image_size, option), device)
+    built = architecture(encoder, model, image_size, option)
+    judged = load_encoder(encoder, random_init, seed, built, device, weights)
     judge(evaluator, judged, out, context)

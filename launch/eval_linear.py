@@ -28,6 +28,7 @@ from launch.eval_options import (
     Source,
     Test,
     Train,
+    Weights,
     Workers,
     architecture,
     check_out,
@@ -129,6 +130,7 @@ def linear(
     model: ModelName = None,
     image_size: ImageSize = None,
     option: Options = None,
+    weights: Weights = None,
 ) -> None:
     """Linear probe: a grid trained side by side, chosen on a split of the training set, tested once."""
     from data_pipeline.read import open_dataset
@@ -160,7 +162,8 @@ def linear(
         config,
         extraction=extraction(batch_size, num_workers, precision, cache, readouts(pooling, blocks)),
     )
-    judged = load_encoder(encoder, random_init, seed, architecture(encoder, model, image_size, option), device)
+    built = architecture(encoder, model, image_size, option)
+    judged = load_encoder(encoder, random_init, seed, built, device, weights)
     judge(evaluator, judged, out, context)
 
 

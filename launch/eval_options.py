@@ -66,7 +66,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="ENCODER",
-        help="A run's folder, a checkpoint in one, an encoder folder, a weights file, or a timm name.",
+        help="A run's folder, a checkpoint in one, an encoder folder (timm's, open_clip's, Hugging Face's), "
+        "a weights file, a timm name, or open_clip's NAME:TAG.",
     ),
 ]
 Train = Annotated[str, typer.Option("--train", help="Labelled training set: shards or an image folder.")]
@@ -101,8 +102,10 @@ ModelName = Annotated[
     typer.Option("--model", metavar="NAME", help="timm's name of the architecture of a weights file."),
 ]
 ImageSize = Annotated[
-    int | None, typer.Option("--image-size", min=1, help="Pixels, for a weights file or a timm model.")
+    int | None,
+    typer.Option("--image-size", min=1, help="Pixels; a ViT's position embedding is interpolated if it has others."),
 ]
+Weights = Annotated[Path | None, typer.Option("--weights", help="Local file of weights, for a name of open_clip's.")]
 Options = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="KEY=VALUE", help="Further argument of timm's constructor; repeatable."),
@@ -219,13 +222,18 @@ def architecture(
 
 
 def load_encoder(
-    source: str, random_init: bool, seed: int | None, architecture: Architecture | None, device: Device
+    source: str,
+    random_init: bool,
+    seed: int | None,
+    architecture: Architecture | None,
+    device: Device,
+    weights: Path | None = None,
 ) -> Encoder:
     """The encoder on its device."""
     from pretrain.evals.sources import load_source
 
     place = device_of(device)
-    encoder = load_source(source, random_init=random_init, seed=seed, architecture=architecture)
+    encoder = load_source(source, random_init=random_init, seed=seed, architecture=architecture, weights=weights)
     encoder.module.to(place)
     return encoder
 

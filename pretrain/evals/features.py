@@ -155,10 +155,10 @@ class Extraction:
         with untouched(encoder.module), full_precision():
             for (index, _), batch in zip(pieces, track(batches, label=asked.label, total=len(pieces)), strict=True):
                 labels = torch.full((len(batch),), -1) if batch.labels is None else batch.labels
-                values = self._forward(encoder, reader, batch)
+                values = self.forward(encoder, reader, batch)
                 keep(index, tuple(Features(value, labels, batch.keys) for value in values))
 
-    def _forward(self, encoder: Encoder, reader: Reader, batch: Batch) -> tuple[Tensor, ...]:
+    def forward(self, encoder: Encoder, reader: Reader, batch: Batch) -> tuple[Tensor, ...]:
         """Each [B, D] fp32 on the CPU."""
         images = normalize(batch.to(encoder.device), encoder.mean, encoder.std).views[0]
         with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16"):

@@ -20,16 +20,14 @@ from pretrain.evals import knn
 from pretrain.evals.base import EvalReport, Evaluator, classification_report
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, Features, full_precision
-from pretrain.evals.probes import LR_BATCH, fit
+from pretrain.evals.logistic import fit_logistic
 from pretrain.evals.task import Task
 
 Classifier = Literal["centroid", "knn", "linear"]
 Shots = int | float  # labels per class; below 1: the share of each class's
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of kNN; at most as many as there are labels
-# Of the linear classifier. On D standardised features the curvature of the loss is at most D / 2: a learning rate of
-# 2 / D is stable whatever the data.
-RATE_TIMES_WIDTH, WEIGHT_DECAY, STEPS, BATCH = 2.0, 1e-3, 1000, 1024
+INVERSE_PENALTY = 1.0  # C of the linear classifier, scikit-learn's default: a few labels leave none to choose it on
 
 
 @dataclass(frozen=True)
@@ -150,11 +148,8 @@ class Fewshot(Evaluator):
                 k = f"{NEIGHBOURS}, at most the labels drawn" if fewest < NEIGHBOURS else NEIGHBOURS
                 return {"classifier": "kNN, weights exp(cosine / temperature)", "k": k, "temperature": TEMPERATURE}
             case "linear":
-                return {
-                    "classifier": "multinomial logistic regression on standardised features, SGD as `eval linear`",
-                    "learning_rate": f"{RATE_TIMES_WIDTH:g} / number of features", "weight_decay": WEIGHT_DECAY,
-                    "num_steps": STEPS, "batch_size": f"{BATCH}, at most the labels drawn",
-                }  # fmt: skip
+                told = "multinomial logistic regression on standardised features, at its optimum"
+                return {"classifier": told, "C": INVERSE_PENALTY}
 
     def _predict(self, train: Features, chosen: Tensor, test: Features, device: torch.device, seed: int) -> Tensor:
         """Labels [n] int64 of the test set, on the CPU."""
@@ -166,19 +161,14 @@ class Fewshot(Evaluator):
                     return nearest_centroid(values, labels.to(device), queries, num_classes).cpu()
                 case "knn":
                     k = min(NEIGHBOURS, len(chosen))
-                    return knn.predict(
-                        values, labels, queries, ks=[k], temperature=TEMPERATURE, num_classes=num_classes
-                    )[k]
+                    asked = {"ks": [k], "temperatures": [TEMPERATURE], "num_classes": num_classes}
+                    return knn.predict(values, labels, queries, **asked)[k, TEMPERATURE]  # type: ignore[arg-type]
                 case "linear":
-                    batch_size = min(BATCH, len(chosen))
-                    rate = RATE_TIMES_WIDTH / values.shape[1] * LR_BATCH / batch_size  # `fit` scales it with the batch
-                    probe = fit(
-                        values, labels.to(device), [(rate, WEIGHT_DECAY)], num_classes=num_classes,
-                        num_steps=STEPS, batch_size=batch_size, seed=seed, label=f"{len(chosen)} labels, seed {seed}",
+                    fitted = fit_logistic(
+                        values, labels.to(device), [INVERSE_PENALTY], num_classes=num_classes, device=device,
+                        label=f"{len(chosen)} labels, seed {seed}",
                     )  # fmt: skip
-                    return torch.cat(
-                        [probe.logits(part)[..., 0].argmax(dim=1).cpu() for part in torch.split(queries, 4096)]
-                    )
+                    return fitted.probes.logits_of_all(queries).argmax(dim=1)
 
 
 def draw(keys: Sequence[str], labels: Tensor, shots: Shots, seed: int) -> Tensor:

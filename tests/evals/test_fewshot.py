@@ -18,7 +18,6 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from data_pipeline.errors import InputError
 from data_pipeline.read import open_dataset
-from pretrain.evals import fewshot
 from pretrain.evals.base import EvalReport
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Features
@@ -94,19 +93,16 @@ def test_few_labels_are_learned_as_by_scikit_learn(folders: Folders, encoder: En
     chosen = draw(keys, digits.train_labels, 5, 0)
     found = evaluator._predict(train, chosen, test, torch.device("cpu"), 0)
     scaler = StandardScaler().fit(digits.train[chosen].numpy())
-    reference = LogisticRegression(max_iter=2000).fit(
+    reference = LogisticRegression(max_iter=2000, tol=1e-8).fit(
         scaler.transform(digits.train[chosen].numpy()), digits.train_labels[chosen].numpy()
     )
     expected = reference.predict(scaler.transform(digits.test.numpy()))
-    assert (found.numpy() == expected).mean() > 0.95
+    assert (found.numpy() == expected).mean() > 0.995
     assert (found == digits.test_labels).double().mean() > 0.75
 
 
 @pytest.mark.parametrize("classifier", ["centroid", "knn", "linear"])
-def test_a_report_has_mean_and_spread_over_draws(
-    classifier: Classifier, folders: Folders, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fewshot, "STEPS", 100)
+def test_a_report_has_mean_and_spread_over_draws(classifier: Classifier, folders: Folders, encoder: Encoder) -> None:
     train, test = open_dataset(folders.train), open_dataset(folders.test)
     first, again = (
         Fewshot(train, test, FewshotConfig(shots=(5, 1, 0.5), seeds=3, classifier=classifier)).run(encoder)
