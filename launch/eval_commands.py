@@ -10,6 +10,7 @@ import typer
 from launch.eval_knn import knn
 from launch.eval_linear import linear
 from launch.eval_options import called, examples
+from launch.eval_suite import suite
 from launch.eval_towers import retrieval, zeroshot
 
 app = typer.Typer(
@@ -47,6 +48,12 @@ app.command(
         "pretrain eval retrieval runs/clip --test shards/test --caption-field json --caption-key captions",
     )
 )(retrieval)
+app.command(
+    epilog=examples(
+        "pretrain eval suite configs/suites/cifar10.yaml",
+        "pretrain eval suite configs/suites/cifar10.yaml --cluster configs/cluster/gpu.yaml --dry-run",
+    )
+)(suite)
 
 
 @app.command(epilog=examples("pretrain eval compare runs/a/evals/knn-encoder-1f.json runs/b/evals/knn-encoder-3c.json"))
