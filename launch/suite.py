@@ -18,7 +18,7 @@ from typing import Any
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError, PretrainError, RecipeError
 from data_pipeline.read import open_dataset
-from pretrain.evals.suite import FEATURES, HOW, KEPT, Option, Suite, result_path, unknown
+from pretrain.evals.suite import FEATURES, HOW, KEPT, Option, Suite, nearest, result_path
 from pretrain.run_folder import COMPLETE, sha256_of
 
 _DECIDED = {"out", "cache"}  # by the suite
@@ -90,7 +90,7 @@ def _cell(suite: Suite, encoder: str, dataset: str, protocol: str, out: Path) ->
             where = f"{group}.{key}"
             if key not in switches:
                 known = [name for name in switches if name not in _DECIDED]
-                raise InputError(where, f"an option of `pretrain eval {asked.kind}`", unknown(key, known).rstrip("."))
+                raise InputError(where, f"an option of `pretrain eval {asked.kind}`", key, nearest(key, known))
             if key in _DECIDED or key in ("train", "test"):
                 raise InputError(where, "none, as the suite decides it", repr(value))
             if (name := switches[key].name) in given:
@@ -116,7 +116,7 @@ def _command(kind: str, where: str) -> Any:
         name: c for name, c in group.commands.items() if {"--test", "--out"} <= {o for p in c.params for o in p.opts}
     }
     if kind not in judging:
-        raise InputError(where, "a protocol of `pretrain eval`", unknown(kind, sorted(judging)).rstrip("."))
+        raise InputError(where, "a protocol of `pretrain eval`", kind, nearest(kind, sorted(judging)))
     return judging[kind]
 
 

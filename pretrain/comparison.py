@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 from data_pipeline.errors import InputError
 from pretrain.evals.base import EvalReport, Interval, compare
-from pretrain.evals.suite import HOW, KEPT, load_suite, result_path, unknown
+from pretrain.evals.suite import HOW, KEPT, load_suite, nearest, result_path
 
 # Arguments of a command that say which encoder it judges, on what and where, and not by which protocol.
 _ENCODER = {"encoder", "towers", "random_init", "seed", "model", "image_size", "option", "weights", "tokenizer"}
@@ -88,7 +88,7 @@ def compare_results(paths: Sequence[Path], baseline: str | None = None) -> Compa
     columns = [column for column in order[1] if any(column == own for _, own in results)]
     first = baseline or encoders[0]
     if first not in encoders:
-        raise InputError("--baseline", "the name of an encoder", unknown(first, encoders).rstrip("."))
+        raise InputError("--baseline", "the name of an encoder", first, nearest(first, encoders))
     differences: dict[tuple[str, Column], Difference] = {}
     for column in columns:
         base = results.get((first, column))
@@ -101,7 +101,8 @@ def compare_results(paths: Sequence[Path], baseline: str | None = None) -> Compa
             except InputError as error:
                 warnings.append(f"{name} and {first} by {' '.join(column)} cannot be compared: {error}")
     warnings += _unlike(results.values(), columns)
-    called = paths[0].resolve().name if len(paths) == 1 and paths[0].is_dir() else "comparison"
+    suites = [load_suite(path / KEPT / "suite.yaml").name for path in paths if is_suite(path)]
+    called = ", ".join(suites) or "comparison"
     return Comparison(called, tuple(encoders), tuple(columns), results, first, differences, tuple(warnings))
 
 

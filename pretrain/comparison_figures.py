@@ -99,19 +99,19 @@ def draw_principal_axes(
     present, counts = np.unique(labels[labels >= 0], return_counts=True)
     colored = np.sort(present[np.argsort(-counts, kind="stable")[:MAX_COLORED]])
     with in_ink(title):
-        figure = Figure(figsize=(4, 4.4), layout="constrained")
+        figure = Figure(figsize=(4, 4.8), layout="constrained")
         axes = figure.add_subplot(xlabel=f"{100 * shares[0]:.0f} % of variance", ylabel=f"{100 * shares[1]:.0f} %")
         rest = ~np.isin(labels, colored)
         if rest.any():
-            axes.scatter(points[rest, 0], points[rest, 1], s=6, color=INK, alpha=0.3, linewidths=0, label="others")
+            axes.scatter(points[rest, 0], points[rest, 1], s=10, color=INK, alpha=0.3, linewidths=0, label="others")
         for index, label in enumerate(colored.tolist()):
             color, marker = _style(index)
             x, y = points[labels == label].T
-            axes.scatter(x, y, s=10, alpha=0.75, linewidths=0, label=_cut(classes[label]), color=color, marker=marker)
+            axes.scatter(x, y, s=18, alpha=0.75, linewidths=0, label=_cut(classes[label]), color=color, marker=marker)
         axes.set_xticks([])
         axes.set_yticks([])
         if len(colored):
-            figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=7, markerscale=1.5)
+            figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, markerscale=1.5)
         return drawn(figure, title)
 
 

@@ -24,7 +24,7 @@ from pretrain.evals.features import Features, full_precision, untouched
 from pretrain.evals.knn import nearest
 from pretrain.report_figures import Neighbours, Picture, class_name, picture, same_class
 
-NUM_QUERIES, NUM_NEIGHBOURS, BANK_SIZE, NUM_POINTS = 6, 8, 1000, 400
+NUM_QUERIES, NUM_NEIGHBOURS, BANK_SIZE, NUM_POINTS = 6, 5, 1000, 400
 _BATCH_SIZE, _THUMBNAIL, _MAX_PIXELS = 100, 64, 50_000_000
 
 Load = Callable[[EvalReport], Encoder]  # the encoder that a report is of, on the device where it is to run
@@ -58,15 +58,15 @@ def look(dataset: str, by_encoder: Mapping[str, EvalReport], load: Load) -> Look
     """What the encoders of these reports, of one data set, see in some of its images; what cannot be shown is told."""
     arguments = next(iter(by_encoder.values())).arguments
     try:
-        train, test = (_opened(arguments.get(key)) for key in ("train", "test"))
+        train, test = _opened(arguments.get("train")), _opened(arguments.get("test"))
     except PretrainError as error:
         return Looks(dataset, "", skipped=[f"neighbours and features: {error}"])
     if test is None:
         return Looks(dataset, "", skipped=["neighbours and features: the reports do not say where their images are"])
     about = [f"Features of {min(NUM_POINTS, test.num_samples):,} of {test.num_samples:,} test images"]
-    about += [
-        f"neighbours among {min(BANK_SIZE, train.num_samples):,} of {train.num_samples:,} training images"
-    ] * bool(train)
+    if train is not None:
+        pool_size = min(BANK_SIZE, train.num_samples)
+        about.append(f"neighbours among {pool_size:,} of {train.num_samples:,} training images")
     shown = Looks(dataset, f"{', '.join(about)}, each at equal distances in their order.")
     queries = np.linspace(0, min(NUM_POINTS, test.num_samples) - 1, NUM_QUERIES).round().astype(int).tolist()
     rows: list[dict[str, list[Picture]]] = [{} for _ in queries]

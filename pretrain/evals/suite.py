@@ -7,7 +7,7 @@ What the groups hold beside the keys named here are options of `pretrain eval KI
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,9 @@ class Suite(Group):
             for key, known in (("encoders", self.encoders), ("datasets", self.datasets)):
                 for asked in getattr(protocol, key) or ():
                     if asked not in known:
-                        raise ValueError(f"protocols.{name}.{key}: {unknown(asked, known)}")
+                        raise ValueError(
+                            f"protocols.{name}.{key}: expected one of {key}, found {asked!r}. {nearest(asked, known)}"
+                        )
         return self
 
     def cells(self) -> list[tuple[str, str, str]]:
@@ -124,7 +126,8 @@ def result_path(out: Path, encoder: str, dataset: str, protocol: str) -> Path:
     return out / encoder / dataset / f"{protocol}.json"
 
 
-def unknown(asked: str, known: Iterable[str] | Mapping[str, object]) -> str:
-    """A sentence about a name that is none of the known, with the nearest."""
-    nearest = get_close_matches(asked, list(known), n=1)
-    return f"unknown: {asked}. " + (f"Did you mean {nearest[0]}?" if nearest else f"Known here: {', '.join(known)}.")
+def nearest(asked: str, known: Iterable[str]) -> str:
+    """What to do about a name that is none of the known."""
+    known = list(known)
+    likely = get_close_matches(asked, known, n=1)
+    return f"Did you mean {likely[0]}?" if likely else f"Known here: {', '.join(known)}."
