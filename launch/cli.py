@@ -317,6 +317,30 @@ def demo(
     run_demo(out)
 
 
+@app.command(
+    epilog=_examples(
+        "pretrain report runs/mae_cifar10",
+        "pretrain report runs/cifar10 --baseline random",
+        "pretrain report runs/a/evals/knn-encoder-1f.json runs/b/evals/knn-encoder-3c.json --out runs/a_and_b",
+    )
+)
+def report(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="A run; or a suite's folder, or reports of pretrain eval.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where a comparison goes [the suite's folder].")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The encoder that others are compared with [the first].")
+    ] = None,
+) -> None:
+    """Writes report.html: a page about a run, or tables, figures and differences of several encoders."""
+    from launch.report_command import report as write
+
+    write(paths, out, baseline)
+
+
 def _mount(name: str, module: str, text: str, example: str) -> None:
     """A command that hands all its words to the app of another module, which is imported only then."""
 

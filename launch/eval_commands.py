@@ -13,6 +13,7 @@ from launch.eval_knn import knn
 from launch.eval_linear import linear
 from launch.eval_options import called, examples
 from launch.eval_rerun import rerun
+from launch.eval_suite import suite
 from launch.eval_towers import retrieval, zeroshot
 
 app = typer.Typer(
@@ -47,7 +48,7 @@ app.command(
     epilog=examples(
         "pretrain eval finetune runs/mae --train shards/train --test shards/test --epochs 20",
         "pretrain eval finetune runs/mae --paper mae --train imagenet/train --test imagenet/val --nproc 8",
-        "pretrain eval finetune resnet50 --train shards/train --test shards/test --out finetuned --set ema=null",
+        "pretrain eval finetune resnet50 --train shards/train --test shards/test --out finetuned.json --set ema=null",
     )
 )(finetune)
 app.command(
@@ -63,6 +64,12 @@ app.command(
         "pretrain eval retrieval runs/clip --test shards/test --caption-field json --caption-key captions",
     )
 )(retrieval)
+app.command(
+    epilog=examples(
+        "pretrain eval suite configs/suites/cifar10.yaml",
+        "pretrain eval suite configs/suites/cifar10.yaml --cluster configs/cluster/gpu.yaml --dry-run",
+    )
+)(suite)
 
 
 app.command(epilog=examples("pretrain eval rerun runs/mae/evals/knn-encoder-1f.json"))(rerun)

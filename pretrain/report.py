@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 
 from data_pipeline.durable import durable_file
@@ -24,12 +22,13 @@ from pretrain.goodput import read_goodput
 from pretrain.models.encoders import load_strictly
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.masked import Painter, find_painter
+from pretrain.page import render as page_of
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 from pretrain.report_figures import Neighbours, Picture, Series, curve, neighbours, reconstructions
 
 FILE_NAME = "report.html"
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+TEMPLATE = "report.html.j2"
 
 NUM_RECONSTRUCTIONS, NUM_QUERIES, NUM_NEIGHBOURS, BANK_SIZE = 12, 6, 10, 2000
 # What an evaluation found out for itself; all else in its protocol was asked of it.
@@ -92,16 +91,7 @@ def write_report(run: Path, *, notes: Sequence[str] = ()) -> Path:
 
 
 def render(page: dict[str, Any]) -> str:
-    """The page as HTML; every value is escaped, a missing one is an error."""
-    return _template().render(page)
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(TEMPLATE.read_text("utf-8"))
+    return page_of(TEMPLATE, page)
 
 
 def find_comparisons(evals: Path, weights_sha256: str) -> list[Comparison]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ from pretrain.objectives.masked import Painter
 from pretrain.recipe import Recipe
 
 # Legible on white and on black alike, since an image does not know on which of them it is shown.
-_INK, _COLORS = "#808080", ("#3b82c4", "#e08214")
+INK, _COLORS = "#808080", ("#3b82c4", "#e08214")
 _BATCH_SIZE = 250
 
 Series = tuple[str, Sequence[float], Sequence[float]]  # name, steps, values
@@ -62,22 +63,35 @@ class Neighbours:
 
 def curve(title: str, series: Sequence[Series], *, from_zero: bool = True) -> Picture:
     """Lines over steps, drawn for a phone's width."""
-    style = {"text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK}
-    with rc_context({**style, "ytick.color": _INK, "font.size": 9, "svg.hashsalt": title}):
+    with in_ink(title):
         figure = Figure(figsize=(4, 2.4), layout="constrained")
         axes = figure.add_subplot(title=title, xlabel="step")
         for (name, steps, values), color in zip(series, _COLORS, strict=False):
             marker = "o" if len(steps) < 12 else ""
             axes.plot(steps, values, color=color, label=name, marker=marker, markersize=3, linewidth=1.5)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color=_INK, alpha=0.25)
+        axes.grid(color=INK, alpha=0.25)
         if from_zero:
             axes.set_ylim(bottom=0)
         if len(series) > 1:
             axes.legend(frameon=False)
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return Picture(_uri("image/svg+xml", file.getvalue()), 400, 240, title)
+        return drawn(figure, title)
+
+
+@contextmanager
+def in_ink(salt: str) -> Iterator[None]:
+    """Figures in a colour that is legible on white and on black; `salt` makes their SVG the same each time."""
+    colored = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    with rc_context({**dict.fromkeys(colored, INK), "font.size": 9, "svg.hashsalt": salt}):
+        yield
+
+
+def drawn(figure: Figure, caption: str) -> Picture:
+    """As SVG, 100 pixels an inch."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    width, height = (round(100 * inches) for inches in figure.get_size_inches())
+    return Picture(_uri("image/svg+xml", file.getvalue()), width, height, caption)
 
 
 def reconstructions(painter: Painter, dataset: Dataset, recipe: Recipe, num_images: int) -> list[list[Picture]]:
@@ -131,10 +145,10 @@ def neighbours(
         pool = _look(encoder, bank, bank_size, max_pixels, f"neighbours: {name}")
         ask = _look(encoder, queries, int(chosen[-1]) + 1, max_pixels, f"queries: {name}").take(chosen)
         _, columns = nearest(F.normalize(ask.features, dim=1) @ F.normalize(pool.features, dim=1).T, k)
-        asked = [picture(image, _class(queries, y)) for image, y in zip(ask.images, ask.labels, strict=True)]
+        asked = [picture(image, class_name(queries, y)) for image, y in zip(ask.images, ask.labels, strict=True)]
         for row, label, near in zip(found, ask.labels, columns, strict=True):
             row[name] = [
-                picture(pool.images[j], _class(bank, pool.labels[j]), _same(label, pool.labels[j]))
+                picture(pool.images[j], class_name(bank, pool.labels[j]), same_class(label, pool.labels[j]))
                 for j in near.tolist()
             ]
     return [Neighbours(query, row) for query, row in zip(asked, found, strict=True)]
@@ -172,13 +186,13 @@ def _look(encoder: Encoder, dataset: Dataset, limit: int, max_pixels: int, label
     return _Looked(np.concatenate(images), torch.cat(labels).numpy(), torch.cat(features))
 
 
-def _class(dataset: Dataset, label: int) -> str:
+def class_name(dataset: Dataset, label: int) -> str:
     if label < 0:
         return ""
     return dataset.classes[label] if dataset.classes is not None else f"class {label}"
 
 
-def _same(a: int, b: int) -> bool | None:
+def same_class(a: int, b: int) -> bool | None:
     return None if a < 0 or b < 0 else bool(a == b)
 
 

@@ -1,0 +1,61 @@
+"""`pretrain report`: a page about a run, or a comparison of several results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from pretrain.evals.base import EvalReport
+    from pretrain.evals.encoder import Encoder
+
+
+def report(paths: Sequence[Path], out: Path | None, baseline: str | None) -> None:
+    """Writes the page of a run into its folder, or a comparison of suites and reports into `out`.
+
+    Args:
+        out: None: the suite's folder, where it is one.
+
+    Raises:
+        InputError: what is given is neither, or the options do not belong to it.
+    """
+    runs = [path for path in paths if (path / "recipe.yaml").is_file()]
+    if runs:
+        if len(paths) > 1 or out is not None or baseline is not None:
+            raise InputError(
+                where="pretrain report", expected=f"a run alone, {runs[0]}, whose page goes into its folder",
+                found="more beside it", fix="To compare encoders, give reports (RUN/evals/*.json) or a suite's folder.",
+            )  # fmt: skip
+        from pretrain.report import write_report
+
+        print(f"report: {write_report(runs[0])}")
+        return
+    from pretrain.comparison import compare_results, is_suite, table_markdown
+    from pretrain.comparison_page import write_comparison
+
+    if out is None and not (len(paths) == 1 and is_suite(paths[0])):
+        compare_results(paths, baseline)  # what is wrong with them is told first
+        raise InputError("--out", "a folder for the comparison of several reports", "none", "Name one with --out.")
+    comparison = compare_results(paths, baseline)
+    print(table_markdown(comparison))
+    print(f"report: {write_comparison(comparison, out or paths[0], load_judged)}")
+
+
+def load_judged(report: EvalReport) -> Encoder:
+    """The encoder of a report, by the arguments of its command."""
+    from launch.eval_options import Device, architecture, load_encoder
+
+    given = report.arguments
+    source = given.get("encoder", given.get("towers"))
+    if source is None:
+        raise InputError(
+            where=str(report.encoder.get("source")), expected="a report that a command wrote",
+            found="one without arguments",
+        )  # fmt: skip
+    model, image_size, option = (given.get(key) for key in ("model", "image_size", "option"))
+    known = architecture(str(source), model, image_size, list(option) if option else None)  # type: ignore[arg-type, call-overload]
+    seed = given.get("seed")
+    return load_encoder(str(source), bool(given.get("random_init")), seed, known, Device.auto)  # type: ignore[arg-type]

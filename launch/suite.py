@@ -1,0 +1,249 @@
+"""The results that a suite asks for: the command of each, what decides its number, and whether it is there.
+
+A result is there when `OUT/suite/asked/...json` holds the very question that is asked now (the command's arguments, the
+SHA-256 of the encoder's files and of each further file that is named, the fingerprints of the data), and the report
+loads and says the same of its arguments and data. The question is written once the old report is gone and before the
+command starts; a report appears whole, its outcomes before it. Nothing unfinished can be taken for a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.durable import write_text
+from data_pipeline.errors import InputError, PretrainError, RecipeError
+from data_pipeline.read import open_dataset
+from pretrain.evals.suite import FEATURES, HOW, KEPT, Option, Suite, nearest, result_path
+from pretrain.run_folder import COMPLETE, sha256_of
+
+_DECIDED = {"out", "cache"}  # by the suite
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One result.
+
+    Attributes:
+        words: its command, without `pretrain`.
+        arguments: of the command, as its parser reads them, and as its report has them; without those of HOW.
+        path: of the report.
+        asked: of the question that it answers.
+    """
+
+    encoder: str
+    dataset: str
+    protocol: str
+    words: tuple[str, ...]
+    arguments: Mapping[str, Any]
+    path: Path
+    asked: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.encoder} {self.dataset} {self.protocol}"
+
+
+def cells_of(suite: Suite, out: Path, where: str) -> list[Cell]:
+    """All that a suite asks for, each command read by its own parser.
+
+    Args:
+        out: folder of the suite.
+        where: of the suite's file, for errors.
+
+    Raises:
+        RecipeError: with the problems of all cells.
+    """
+    cells, problems = [], []
+    for names in suite.cells():
+        try:
+            cells.append(_cell(suite, *names, out))
+        except InputError as error:
+            problems.append(str(error))
+    if not cells and not problems:
+        problems.append("expected an encoder and a data set for a protocol, found none.")
+    if problems:
+        raise RecipeError(where, list(dict.fromkeys(problems)))
+    return cells
+
+
+def _cell(suite: Suite, encoder: str, dataset: str, protocol: str, out: Path) -> Cell:
+    judged, data, asked = suite.encoders[encoder], suite.datasets[dataset], suite.protocols[protocol]
+    command = _command(asked.kind, f"protocols.{protocol}.kind")
+    switches = _switches(command)
+    path = result_path(out, encoder, dataset, protocol)
+    own: dict[str, Option] = {"test": data.test, "out": str(path)}
+    own |= {"train": data.train} if "train" in switches else {}
+    own |= {"cache": str(out / FEATURES)} if "cache" in switches else {}
+    options = [word for key, value in own.items() for word in _words(switches[key], value)]
+    given: dict[str, str] = {}
+    for group, values in (
+        (f"encoders.{encoder}", judged.options),
+        (f"datasets.{dataset}", data.options),
+        (f"protocols.{protocol}", asked.options),
+    ):
+        for key, value in values.items():
+            where = f"{group}.{key}"
+            if key not in switches:
+                known = [name for name in switches if name not in _DECIDED]
+                raise InputError(where, f"an option of `pretrain eval {asked.kind}`", key, nearest(key, known))
+            if key in _DECIDED or key in ("train", "test"):
+                raise InputError(where, "none, as the suite decides it", repr(value))
+            if (name := switches[key].name) in given:
+                raise InputError(where, f"an option once, as {given[name]} has it", repr(value))
+            given[name] = where
+            options += _words(switches[key], value)
+    words = ("eval", asked.kind, judged.source, *options)
+    arguments = _read(command, words, f"protocols.{protocol}, with encoder {encoder} and data set {dataset}")
+    return Cell(encoder, dataset, protocol, words, arguments, path, result_path(out / KEPT / "asked", *_names(path)))
+
+
+def _names(path: Path) -> tuple[str, str, str]:
+    return path.parent.parent.name, path.parent.name, path.stem
+
+
+def _command(kind: str, where: str) -> Any:
+    import typer
+
+    from launch import eval_commands
+
+    group: Any = typer.main.get_command(eval_commands.app)
+    judging = {
+        name: c for name, c in group.commands.items() if {"--test", "--out"} <= {o for p in c.params for o in p.opts}
+    }
+    if kind not in judging:
+        raise InputError(where, "a protocol of `pretrain eval`", kind, nearest(kind, sorted(judging)))
+    return judging[kind]
+
+
+def _switches(command: Any) -> dict[str, Any]:
+    """Parameters by the name of their option, as YAML has it."""
+    found = {}
+    for parameter in command.params:
+        for option in parameter.opts:
+            if option.startswith("--"):
+                found[option.removeprefix("--").replace("-", "_")] = parameter
+    return found
+
+
+def _words(parameter: Any, value: Option) -> Iterator[str]:
+    option = next(name for name in parameter.opts if name.startswith("--"))
+    if value is None:
+        return
+    if isinstance(value, bool) and getattr(parameter, "is_flag", False):
+        off = parameter.secondary_opts
+        if value or off:
+            yield option if value else off[0]
+        return
+    for one in value if isinstance(value, tuple) else (value,):
+        yield f"{option}={one}"
+
+
+def _read(command: Any, words: tuple[str, ...], where: str) -> dict[str, Any]:
+    """The arguments as the command would get them, as JSON."""
+    try:
+        params = command.make_context(words[1], list(words[2:])).params
+    except Exception as error:  # of the parser, which is typer's own in some of its versions and click's in others
+        if not hasattr(error, "format_message"):
+            raise
+        raise InputError(where, f"what `pretrain eval {words[1]}` takes", error.format_message().rstrip(".")) from None
+    return {key: value for key, value in _json(params).items() if key not in HOW}
+
+
+def _json(params: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(params, default=str)))
+
+
+class Questions:
+    """What decides the number of each cell; files and data sets that several name are read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], str] = {}
+
+    def of(self, cell: Cell) -> dict[str, Any]:
+        """
+        Raises:
+            InputError: a data set is not there or damaged.
+        """
+        source = cell.words[2]
+        data = {key: self._once("data", cell.arguments[key]) for key in ("train", "test") if cell.arguments.get(key)}
+        named = {text.rpartition("=")[2] for text in _texts([v for k, v in cell.arguments.items() if k not in data])}
+        files = {text: self._once("file", text) for text in sorted(named) if text and Path(text).is_file()}
+        question = {"arguments": cell.arguments, "encoder": self._once("encoder", source), "data": data, "files": files}
+        return _json(question)
+
+    def answered(self, cell: Cell) -> bool:
+        """Whether the result is there."""
+        if not cell.asked.is_file():
+            return False
+        from pretrain.evals.base import EvalReport
+
+        try:
+            asked = json.loads(cell.asked.read_bytes())
+            report = EvalReport.load(cell.path)
+        except (OSError, ValueError, PretrainError):
+            return False
+        question = self.of(cell)
+        said = _json(report.arguments)
+        return (
+            asked == question
+            and all(said.get(key) == value for key, value in question["arguments"].items())
+            and set(question["data"].values()) <= set(_fingerprints(report.data))
+        )
+
+    def begin(self, cell: Cell) -> None:
+        """Makes room for the result; from here on what appears there answers the question as it is now."""
+        cell.path.unlink(missing_ok=True)
+        cell.path.with_suffix(".safetensors").unlink(missing_ok=True)
+        write_text(cell.asked, json.dumps(self.of(cell), indent=1) + "\n")
+
+    def _once(self, what: str, path: str) -> str:
+        if (what, path) not in self._known:
+            make = {
+                "data": lambda p: open_dataset(p).fingerprint,
+                "file": lambda p: sha256_of(Path(p)),
+                "encoder": digest,
+            }
+            self._known[what, path] = make[what](path)
+        return self._known[what, path]
+
+
+def digest(source: str) -> str:
+    """SHA-256 over the files that make an encoder what it is; of what is no path, its name."""
+    folder = Path(source)
+    if (folder / "recipe.yaml").is_file():
+        files = [folder / "recipe.yaml", *_files(folder / "encoder")]
+    elif (folder / COMPLETE).is_file():  # it holds the hashes of all others
+        files = [path for path in (folder / COMPLETE, folder.resolve().parent.parent / "recipe.yaml") if path.is_file()]
+    else:
+        files = [folder] if folder.is_file() else _files(folder)
+    whole = hashlib.sha256(b"" if files else source.encode())
+    for path in files:
+        whole.update(f"{path.name} {sha256_of(path)}\n".encode())
+    return whole.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _fingerprints(value: Any) -> Iterator[str]:
+    """All that a report's data says of the identity of data sets, at any depth."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key == "fingerprint":
+                yield str(inner)
+            else:
+                yield from _fingerprints(inner)

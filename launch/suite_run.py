@@ -1,0 +1,210 @@
+"""`pretrain eval suite FILE`: what is missing of a suite, on this machine or as jobs of a cluster.
+
+Each result is made by a process of its own: one that is killed for want of memory, or whose device fails, takes no
+other with it, and several devices work side by side. It costs some seconds of imports for each.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import SimpleQueue
+
+from data_pipeline.durable import write_text
+from data_pipeline.errors import InputError, RunError
+from launch.suite import Cell, Questions, cells_of
+from pretrain.evals.suite import KEPT, Suite, dump_suite, load_suite
+
+Say = Callable[[str], None]
+RunCell = Callable[[Cell, str | None, Say], int]  # a cell and the device it is given; returns the exit status
+
+
+def run_suite(
+    path: Path,
+    out: Path | None,
+    *,
+    dry_run: bool = False,
+    devices: Sequence[str] | None = None,
+    run: RunCell | None = None,
+) -> int:
+    """Runs what is missing, as many at a time as there are devices. Returns 0 when all of it is there, else 1.
+
+    Args:
+        path: of the suite's file.
+        out: its folder; None: `runs/<name>`.
+        dry_run: says what would be run, and starts nothing.
+        devices: each for one process, as CUDA_VISIBLE_DEVICES; None: the CUDA devices here. None of them: one process.
+        run: how a cell is run; None: in a process of its own.
+
+    Raises:
+        InputError: of whatever is wrong with the suite or its data; nothing was started.
+    """
+    suite, out, cells, questions = _opened(path, out)
+    left = [cell for cell in cells if not questions.answered(cell)]
+    print(f"{suite.name}: {len(cells) - len(left)} of {len(cells)} results are there: {out}", flush=True)
+    if dry_run:
+        for cell in left:
+            print(f"pretrain {shlex.join(cell.words)}")
+        return 0
+    write_text(out / KEPT / "suite.yaml", dump_suite(suite))
+    given = cuda_devices() if devices is None and left else list(devices or ())
+    failed = _run_all(left, given or [None], questions, run or _in_a_process)
+    _say_results(cells, failed)
+    print(f"compare them: pretrain report {shlex.quote(str(out))}")
+    return 1 if failed else 0
+
+
+def submit_suite(path: Path, cluster_path: Path, out: Path | None, *, dry_run: bool = False) -> None:
+    """Queues a job for each result that is missing, on one rank's share of the cluster file.
+
+    Args:
+        out: on storage that all nodes see.
+        dry_run: prints the batch scripts; writes and starts nothing.
+
+    Raises:
+        InputError: of whatever is wrong; nothing was started.
+        RunError: SLURM refused; those already queued are taken back.
+    """
+    from launch.cluster import load_cluster
+    from launch.slurm import slurm
+    from launch.submit import check_folder, check_slurm, copy_code, digest_of_code, queue, refuse_running, script
+
+    suite, out, cells, questions = _opened(path, out, whole=True)
+    cluster = load_cluster(cluster_path).one_rank()
+    check_slurm(cluster, cluster_path, dry_run)
+    left = [cell for cell in cells if not questions.answered(cell)]
+    print(f"{suite.name}: {len(cells) - len(left)} of {len(cells)} results are there: {out}")
+    code = out / KEPT / "code" / digest_of_code()
+    if dry_run:
+        for cell in left:
+            print(script(_job(out, cell), _job_name(suite, cell), cluster, code))
+        return
+    check_folder(out)
+    for cell in left:
+        refuse_running(_job(out, cell))
+    copy_code(code)
+    write_text(out / KEPT / "suite.yaml", dump_suite(suite))
+    jobs: list[str] = []
+    try:
+        for cell in left:
+            questions.begin(cell)
+            jobs.append(queue(_job(out, cell), _job_name(suite, cell), cluster, code, {"words": list(cell.words)}))
+            print(f"{cell.name}: job {jobs[-1]}: {_job(out, cell)}")
+    except RunError:
+        if jobs:
+            slurm("scancel", *jobs)  # all or nothing
+        raise
+    print(f"once they have ended: pretrain report {shlex.quote(str(out))}; the same command queues what failed")
+
+
+def cuda_devices() -> list[str]:
+    """By their numbers, those that this process may use."""
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return visible[:count] if visible else [str(number) for number in range(count)]
+
+
+def _opened(path: Path, out: Path | None, whole: bool = False) -> tuple[Suite, Path, list[Cell], Questions]:
+    """With every command read by its parser, and every data set looked at."""
+    suite = load_suite(path)
+    folder = out or Path("runs") / suite.name
+    folder = folder.resolve() if whole else folder
+    if (folder / "recipe.yaml").exists():
+        raise InputError(f"--out {folder}", "a folder for the suite alone", "a run in it", "Choose another with --out.")
+    cells, questions = cells_of(suite, folder, str(path)), Questions()
+    for cell in cells:
+        questions.of(cell)
+    return suite, folder, cells, questions
+
+
+def _run_all(left: list[Cell], devices: Sequence[str | None], questions: Questions, run: RunCell) -> dict[str, str]:
+    """Returns why, by the name of each cell that failed."""
+    free: SimpleQueue[str | None] = SimpleQueue()
+    for device in devices:
+        free.put(device)
+    failed: dict[str, str] = {}
+
+    def one(number: int, cell: Cell) -> str | None:
+        device, start = free.get(), time.monotonic()
+        heard: list[str] = []
+
+        def say(line: str) -> None:
+            heard.append(line)
+            print(f"{cell.name} | {line}", flush=True)
+
+        try:
+            on = f" on device {device}" if device is not None else ""
+            print(f"[{number}/{len(left)}] {cell.name}{on}: pretrain {shlex.join(cell.words)}", flush=True)
+            questions.begin(cell)
+            status = run(cell, device, say)
+        except Exception as error:  # the others go on
+            return f"{type(error).__name__}: {error}"
+        finally:
+            free.put(device)
+        if status:
+            errors = [line for line in heard if line.startswith("error: ")]
+            return f"exit status {status}: {(errors or heard or ['it said nothing'])[-1]}"
+        if not questions.answered(cell):
+            return f"no report that answers what was asked: {cell.path}"
+        print(f"[{number}/{len(left)}] {cell.name}: done in {time.monotonic() - start:.0f} s", flush=True)
+        return None
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        try:
+            futures = {pool.submit(one, number, cell): cell for number, cell in enumerate(left, 1)}
+            for future in as_completed(futures):
+                if (why := future.result()) is not None:
+                    cell = futures[future]
+                    failed[cell.name] = why
+                    print(f"{cell.name}: failed, {why}", file=sys.stderr, flush=True)
+        except BaseException:  # such as Ctrl-C, which also went to what is running
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def _in_a_process(cell: Cell, device: str | None, say: Say) -> int:
+    """`pretrain WORDS`, which ends with this process, heard line by line."""
+    command = [sys.executable, "-u", "-m", "launch.rank", str(os.getpid()), "launch.cli", *cell.words]
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            say(line.rstrip())
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _say_results(cells: Sequence[Cell], failed: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pretrain.evals.base import EvalReport
+
+    table = Table("encoder", "data set", "protocol", "metric", "%", "±", "n")
+    for cell in cells:
+        if cell.name in failed:
+            table.add_row(cell.encoder, cell.dataset, cell.protocol, "failed", "", "", "")
+            continue
+        report = EvalReport.load(cell.path)
+        spread = "" if report.spread is None else f"{report.spread:.2f}"
+        row = (cell.encoder, cell.dataset, cell.protocol, report.metric, f"{report.value:.2f}", spread, str(report.n))
+        table.add_row(*row)
+    Console(soft_wrap=True).print(table)
+
+
+def _job(out: Path, cell: Cell) -> Path:
+    return out / KEPT / "jobs" / f"{cell.encoder}-{cell.dataset}-{cell.protocol}"
+
+
+def _job_name(suite: Suite, cell: Cell) -> str:
+    return f"{suite.name}-{cell.encoder}-{cell.dataset}-{cell.protocol}"

@@ -1,0 +1,76 @@
+"""A suite small enough for a test: coloured images of three classes, and encoders without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from typer.testing import CliRunner
+
+from launch.eval_commands import app
+from launch.suite import Cell
+from pretrain.models.encoders import build_encoder, save_encoder
+from pretrain.recipe import Recipe
+from pretrain.recipe_io import dump
+from pretrain.strict_yaml import write_yaml
+from tests.shards import write_images
+
+ENCODERS = ("first", "second")
+
+
+def make_run(folder: Path, seed: int) -> Path:
+    """A run's folder with an encoder of these weights."""
+    recipe = Recipe.model_validate(
+        {
+            "name": folder.name,
+            "seed": 5,
+            "data": {"train": "shards"},
+            "model": {
+                "name": "vit_tiny_patch16_224",
+                "image_size": 16,
+                "patch_size": 8,
+                "options": {"depth": 1, "embed_dim": 24, "num_heads": 2},
+            },
+            "objective": {"kind": "supervised", "num_classes": 3},
+            "optim": {"base_lr": 1e-3},
+            "schedule": {"steps": 10},
+            "batch": {"global_size": 8},
+        }
+    )
+    torch.manual_seed(seed)
+    state, data = build_encoder(recipe.model).state_dict(), recipe.data
+    save_encoder(folder / "encoder", state, recipe.model, data.mean, data.std, data.views)
+    (folder / "recipe.yaml").write_text(dump(recipe))
+    return folder
+
+
+def tree_of(folder: Path) -> dict[str, Any]:
+    """A suite of two encoders, a random one and two protocols, with its images and runs in `folder`."""
+    write_images(folder / "train", 36)
+    write_images(folder / "test", 24)
+    runs = {name: str(make_run(folder / name, seed)) for seed, name in enumerate(ENCODERS)}
+    return {
+        "name": "small",
+        "encoders": {**runs, "random": {"source": runs["first"], "random_init": True, "seed": 3}},
+        "datasets": {"colours": {"train": str(folder / "train"), "test": str(folder / "test")}},
+        "protocols": {
+            "knn": {"kind": "knn", "k": [5, 3]},
+            "linear": {"kind": "linear", "lr": [0.1], "min_steps": 20},
+        },
+    }
+
+
+def write_suite(folder: Path, tree: dict[str, Any]) -> Path:
+    path = folder / "suite.yaml"
+    path.write_text(write_yaml(tree))
+    return path
+
+
+def in_this_process(cell: Cell, device: str | None, say: Any) -> int:
+    """A cell without the seconds that another process takes to begin."""
+    result = CliRunner().invoke(app, list(cell.words[1:]))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        say(f"error: {result.exception}")
+        return 2
+    return result.exit_code

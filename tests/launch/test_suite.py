@@ -1,0 +1,354 @@
+"""A suite from its file to its results: what is run, what is passed over, and what a failure leaves of the rest."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+
+from data_pipeline.errors import DataError, InputError, RecipeError, RunError
+from launch import suite as suites
+from launch.suite import Cell, Questions, cells_of, digest
+from launch.suite_run import _in_a_process, cuda_devices, run_suite, submit_suite
+from pretrain.evals.base import EvalReport
+from pretrain.evals.suite import load_suite
+from tests.launch.run_folders import Commands
+from tests.launch.suites import in_this_process, make_run, tree_of, write_suite
+from tests.shards import write_images
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return tree_of(tmp_path_factory.mktemp("suite"))
+
+
+def cells(tmp_path: Path, tree: dict[str, Any]) -> list[Cell]:
+    return cells_of(load_suite(write_suite(tmp_path, tree)), tmp_path / "out", "suite.yaml")
+
+
+def with_option(tree: dict[str, Any], group: str, name: str, **options: Any) -> dict[str, Any]:
+    given = tree[group][name]
+    before = {"source": given} if isinstance(given, str) else given
+    return {**tree, group: {**tree[group], name: {**before, **options}}}
+
+
+# What is asked for.
+
+
+def test_a_cell_is_a_command_of_eval(tmp_path: Path, tree: dict[str, Any]) -> None:
+    found = {cell.name: cell for cell in cells(tmp_path, tree)}
+    assert len(found) == 6
+    cell = found["random colours knn"]
+    data, out = tree["datasets"]["colours"], tmp_path / "out" / "random" / "colours" / "knn.json"
+    assert cell.words[:3] == ("eval", "knn", tree["encoders"]["first"])
+    assert set(cell.words[3:]) == {
+        f"--test={data['test']}", f"--train={data['train']}", f"--out={out}", "--random-init", "--seed=3",
+        "--k=5", "--k=3",
+    }  # fmt: skip
+    assert cell.path == out
+    assert cell.arguments["k"] == [5, 3]
+    assert cell.arguments["batch_size"] == 256, "also what was left to its default"
+    assert not {"out", "num_workers"} & set(cell.arguments), "no number depends on them"
+
+
+def test_a_protocol_without_a_training_set_is_given_none(tmp_path: Path, tree: dict[str, Any]) -> None:
+    found = cells(tmp_path, {**tree, "protocols": {"zeroshot": {"kind": "zeroshot", "templates": "photo"}}})
+    assert not [word for word in found[0].words if word.startswith("--train")]
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "options", "told"),
+    [
+        ("protocols", "knn", {"kk": 3}, "protocols.knn.kk: expected an option of `pretrain eval knn`, found kk."),
+        ("protocols", "linear", {"min_stepz": 3}, "Did you mean min_steps?"),
+        ("protocols", "knn", {"kind": "nkn"}, "Did you mean knn?"),
+        ("protocols", "knn", {"kind": "compare"}, "protocols.knn.kind: expected a protocol"),
+        ("protocols", "knn", {"k": ["many"]}, "Invalid value for '--k'"),
+        ("protocols", "knn", {"pooling": "most"}, "'most' is not one of"),
+        ("protocols", "knn", {"out": "x.json"}, "protocols.knn.out: expected none, as the suite decides it"),
+        (
+            "protocols",
+            "knn",
+            {"seed": 4},
+            "protocols.knn.seed: expected an option once, as encoders.random.seed has it",
+        ),
+        ("encoders", "first", {"sed": 1}, "encoders.first.sed: expected an option"),
+        ("datasets", "colours", {"limit_tests": 1}, "Did you mean limit_test?"),
+    ],
+)
+def test_options_are_those_of_the_command(
+    tmp_path: Path, tree: dict[str, Any], group: str, name: str, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        cells(tmp_path, with_option(tree, group, name, **options))
+    assert told in str(error.value)
+
+
+def test_a_missing_training_set_is_told_before_anything_starts(tmp_path: Path, tree: dict[str, Any]) -> None:
+    changed = {**tree, "datasets": {"colours": {"test": tree["datasets"]["colours"]["test"]}}}
+    with pytest.raises(RecipeError, match="--train"):
+        cells(tmp_path, changed)
+    gone = with_option(tree, "datasets", "colours", test="nowhere")
+    with pytest.raises(DataError, match="nowhere"):
+        run_suite(write_suite(tmp_path, gone), tmp_path / "out", run=refused)
+    assert not (tmp_path / "out").exists()
+
+
+def refused(cell: Cell, device: str | None, say: Callable[[str], None]) -> int:
+    raise AssertionError(f"{cell.name} was started")
+
+
+def test_a_command_that_keeps_features_is_told_where(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def judge(
+        encoder: str,
+        test: Annotated[str, typer.Option("--test")],
+        out: Annotated[str, typer.Option("--out")],
+        cache: Annotated[str, typer.Option("--cache")] = "",
+        sure: Annotated[bool, typer.Option("--sure/--unsure")] = True,
+    ) -> None: ...
+
+    monkeypatch.setattr(suites, "_command", lambda kind, where: typer.main.get_command(app))
+    asked = {"encoders": {"first": "anywhere"}, "protocols": {"new": {"kind": "new", "sure": False}}}
+    (first,) = cells(tmp_path, {**tree, **asked})
+    assert f"--cache={tmp_path / 'out' / 'features'}" in first.words
+    assert "--unsure" in first.words
+    assert first.arguments["sure"] is False
+    assert "cache" not in first.arguments
+
+
+# What is there.
+
+
+@pytest.fixture
+def done(tmp_path: Path, tree: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """A suite of one result that is there, with an encoder of its own."""
+    own = make_run(tmp_path / "own", 7)
+    one = {**tree, "encoders": {"own": str(own)}, "protocols": {"knn": tree["protocols"]["knn"]}}
+    assert run_suite(write_suite(tmp_path, one), tmp_path / "out", devices=[], run=in_this_process) == 0
+    return tmp_path, one
+
+
+def answered(folder: Path, tree: dict[str, Any]) -> bool:
+    (cell,) = cells(folder, tree)
+    return Questions().answered(cell)
+
+
+def test_a_result_is_there_once_it_answers_what_is_asked(done: tuple[Path, dict[str, Any]]) -> None:
+    folder, tree = done
+    assert answered(folder, tree)
+    assert answered(folder, with_option(tree, "protocols", "knn", num_workers=1)), "no number depends on it"
+    assert not answered(folder, with_option(tree, "protocols", "knn", k=[5]))
+    assert not answered(folder, with_option(tree, "encoders", "own", random_init=True))
+
+
+@pytest.mark.parametrize("name", ["knn.json", "knn.safetensors"])
+def test_half_a_result_is_none(done: tuple[Path, dict[str, Any]], name: str) -> None:
+    folder, tree = done
+    path = folder / "out" / "own" / "colours" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert not answered(folder, tree)
+    path.unlink()
+    assert not answered(folder, tree)
+
+
+def test_other_weights_ask_another_question(done: tuple[Path, dict[str, Any]]) -> None:
+    folder, tree = done
+    make_run(folder / "own", 8)
+    assert not answered(folder, tree)
+    make_run(folder / "own", 7)
+    assert answered(folder, tree)
+
+
+def test_other_images_ask_another_question(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, tree = done
+    write_images(tmp_path / "other", 24, num_classes=3)
+    (tmp_path / "other" / "class0" / "0000.jpg").write_bytes((tmp_path / "other" / "class1" / "0001.jpg").read_bytes())
+    assert not answered(folder, with_option(tree, "datasets", "colours", test=str(tmp_path / "other")))
+
+
+def test_a_report_by_hand_is_not_taken_for_the_result(done: tuple[Path, dict[str, Any]]) -> None:
+    folder, tree = done
+    (cell,) = cells(folder, with_option(tree, "protocols", "knn", k=[3]))
+    assert in_this_process(cell, None, print) == 0
+    assert not answered(folder, tree)
+
+
+def test_a_file_that_is_named_belongs_to_the_question(tmp_path: Path, tree: dict[str, Any]) -> None:
+    (tmp_path / "templates.txt").write_text("a {}\n")
+    given = {"kind": "zeroshot", "templates": str(tmp_path / "templates.txt"), "group": [f"x={tmp_path / 'names.txt'}"]}
+    (tmp_path / "names.txt").write_text("class0\n")
+    (cell, *_) = cells(tmp_path, {**tree, "protocols": {"zeroshot": given}})
+    before = Questions().of(cell)
+    assert len(before["files"]) == 2
+    (tmp_path / "names.txt").write_text("class1\n")
+    assert Questions().of(cell) != before
+
+
+def test_the_digest_of_a_run_is_of_its_recipe_and_encoder(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 0)
+    before = digest(str(run))
+    (run / "metrics.jsonl").write_text("{}")
+    assert digest(str(run)) == before
+    with (run / "recipe.yaml").open("a") as file:
+        file.write("# changed\n")
+    assert digest(str(run)) != before
+    assert digest("resnet18") != digest("resnet34")
+
+
+# What is run.
+
+
+def test_what_is_missing_is_run_and_what_is_there_is_not(
+    tmp_path: Path, tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write_suite(tmp_path, tree), tmp_path / "out"
+    assert run_suite(path, out, dry_run=True) == 0
+    assert capsys.readouterr().out.count("pretrain eval") == 6
+    assert not out.exists()
+    assert run_suite(path, out, devices=[], run=in_this_process) == 0
+    assert "0 of 6 results are there" in capsys.readouterr().out
+    report = EvalReport.load(out / "random" / "colours" / "knn.json")
+    assert report.seeds == {"init": 3}
+    assert run_suite(path, out, run=refused) == 0
+    (out / "second" / "colours" / "linear.json").unlink()
+    run: list[str] = []
+
+    def noted(cell: Cell, device: str | None, say: Callable[[str], None]) -> int:
+        run.append(cell.name)
+        return in_this_process(cell, device, say)
+
+    assert run_suite(path, out, devices=[], run=noted) == 0
+    assert run == ["second colours linear"]
+
+
+def test_one_that_fails_leaves_the_others_alone(
+    tmp_path: Path, tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = {**tree, "encoders": {"gone": str(tmp_path / "gone"), **tree["encoders"]}}
+    path, out = write_suite(tmp_path, broken), tmp_path / "out"
+    assert run_suite(path, out, devices=[], run=in_this_process) == 1
+    told = capsys.readouterr()
+    assert "gone colours knn: failed, exit status 2: error: " in told.err
+    assert len(list(out.glob("*/colours/*.json"))) == 6
+    assert not (out / "gone").exists()
+    make_run(tmp_path / "gone", 4)
+    assert run_suite(path, out, devices=[], run=in_this_process) == 0
+
+
+def test_a_command_that_leaves_no_report_has_failed(
+    tmp_path: Path, tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_suite(write_suite(tmp_path, tree), tmp_path / "out", devices=[], run=lambda *_: 0) == 1
+    assert capsys.readouterr().err.count("no report that answers what was asked") == 6
+
+
+def test_an_old_answer_is_gone_before_a_new_question_is_written(
+    done: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, tree = done
+    changed = with_option(tree, "protocols", "knn", k=[3])
+    assert run_suite(write_suite(folder, changed), folder / "out", devices=[], run=lambda *_: 137) == 1
+    assert not (folder / "out" / "own" / "colours" / "knn.json").exists()
+    assert not answered(folder, changed)
+
+
+def test_each_device_has_one_process_at_a_time(tmp_path: Path, tree: dict[str, Any]) -> None:
+    together = threading.Barrier(2, timeout=20)  # broken, unless two run at the same time
+    at_work: set[str | None] = set()
+    seen: list[str | None] = []
+    lock = threading.Lock()
+
+    def run(cell: Cell, device: str | None, say: Callable[[str], None]) -> int:
+        with lock:
+            assert device not in at_work
+            at_work.add(device)
+            seen.append(device)
+        together.wait()
+        with lock:
+            at_work.remove(device)
+        return 3
+
+    assert run_suite(write_suite(tmp_path, tree), tmp_path / "out", devices=["0", "3"], run=run) == 1
+    assert sorted(map(str, seen)) == ["0", "0", "0", "3", "3", "3"]
+
+
+def test_devices_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert cuda_devices() == ["4", "6"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert cuda_devices() == ["0", "1"]
+
+
+def test_a_process_of_its_own_gets_its_device_and_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "__init__.py").touch()
+    rank = "import os, signal, sys\nprint(os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[2:], flush=True)\n"
+    (tmp_path / "launch" / "rank.py").write_text(rank + "os.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    heard: list[str] = []
+    cell = Cell("a", "b", "c", ("eval", "knn"), {}, tmp_path, tmp_path)
+    assert _in_a_process(cell, "3", heard.append) == 137
+    assert heard == ["3 ['launch.cli', 'eval', 'knn']"]
+
+
+def test_a_run_is_no_place_for_a_suite(tmp_path: Path, tree: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="a folder for the suite alone"):
+        run_suite(write_suite(tmp_path, tree), make_run(tmp_path / "run", 0), run=refused)
+
+
+# On a cluster.
+
+
+def test_a_dry_run_prints_a_script_for_each_result(
+    tmp_path: Path, tree: dict[str, Any], cluster: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = tmp_path / "cluster.yaml"
+    asked.write_text("partition: short\nranks_per_node: 4\ncpus_per_rank: 2\ntime_minutes: 20\n")
+    submit_suite(write_suite(tmp_path, tree), asked, tmp_path / "out", dry_run=True)
+    scripts = capsys.readouterr().out
+    assert scripts.count("#!/bin/bash") == 6
+    assert "--job-name=small-second-colours-linear" in scripts
+    assert scripts.count("#SBATCH --cpus-per-task=2") == 6, "one rank's share of a node"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_is_queued_for_each_result_that_is_missing(
+    done: tuple[Path, dict[str, Any]], tree: dict[str, Any], cluster: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, one = done
+    (folder / "cluster.yaml").write_text("partition: short\ntime_minutes: 20\n")
+    path = write_suite(folder, {**one, "protocols": tree["protocols"]})
+    queued: list[dict[str, Any]] = []
+
+    def queue(where: Path, name: str, asked: Any, code: Path, what: dict[str, Any]) -> str:
+        queued.append({"where": where, "name": name, **what})
+        return "17"
+
+    monkeypatch.setattr("launch.submit.queue", queue)
+    submit_suite(path, folder / "cluster.yaml", folder / "out")
+    (job,) = queued
+    assert job["name"] == "small-own-colours-linear"
+    assert job["words"][:2] == ["eval", "linear"]
+    assert f"--out={folder / 'out' / 'own' / 'colours' / 'linear.json'}" in job["words"]
+    asked = json.loads((folder / "out" / "suite" / "asked" / "own" / "colours" / "linear.json").read_text())
+    assert asked["arguments"]["min_steps"] == 20
+
+    def refuse(*_: object, **__: object) -> str:
+        raise RunError("sbatch", "SLURM to take the job", "QOSMaxSubmitJobPerUserLimit")
+
+    monkeypatch.setattr("launch.submit.queue", refuse)
+    with pytest.raises(RunError, match="QOSMax"):
+        submit_suite(path, folder / "cluster.yaml", folder / "out")
