@@ -112,7 +112,6 @@ class MetricLog:
             self._failing = False
 
 
-<<<<<<< HEAD
 _SHOWN = {
     "loss": ".4f",
     "top1": ".3f",
@@ -123,10 +122,6 @@ _SHOWN = {
     "data_wait": ".1%",
     "mfu": ".1%",
 }
-=======
-_SHOWN = {"loss": ".4f", "top1": ".3f", "probe/top1": ".3f", "lr": ".2e", "grad_norm": ".3f",
-          "images_per_second": ".0f", "data_wait": ".1%", "mfu": ".1%"}  # fmt: skip
->>>>>>> h-online
 
 
 def _shown(name: str, value: float) -> str:
