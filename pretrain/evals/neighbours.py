@@ -30,10 +30,10 @@ class Vectors:
     """Rows [N, D] and their lengths [N] fp64; a row of zeros has the cosine 0 to any other."""
 
     def __init__(self, values: Tensor, norms: Tensor | None = None) -> None:
-        if norms is None:  # some rows at a time, as each is copied to fp64
-            norms = torch.cat(
-                [torch.linalg.vector_norm(p, dim=1, dtype=torch.float64) for p in torch.split(values, 1024)]
-            )
+        if norms is None:  # some rows at a time, as they are copied to fp64
+            norms = torch.empty(len(values), dtype=torch.float64, device=values.device)
+            for part in _parts(len(values), 1024):
+                torch.linalg.vector_norm(values[part], dim=1, dtype=torch.float64, out=norms[part])
             norms = norms.where(norms > 0, 1)
         self.values, self.norms = values, norms
 
