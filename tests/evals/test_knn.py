@@ -28,6 +28,7 @@ from pretrain.evals.base import EvalReport
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction
 from pretrain.evals.knn import Knn, predict
+from pretrain.evals.store import FeatureStore
 from pretrain.recipe import InlineKnn
 from tests.evals.conftest import Digits, Folders, small_encoder
 from tests.ranks import run_ranks
@@ -182,17 +183,17 @@ def test_judging_in_mid_training_changes_no_loss(folders: Folders) -> None:
     assert losses(judged=True) == losses(judged=False)
 
 
-def judged(world: World, folders: Folders) -> EvalReport:
+def judged(world: World, folders: Folders, store: Path) -> EvalReport:
     config = InlineKnn(kind="knn", train="", test="", k=5)
     train, test = open_dataset(folders.train), open_dataset(folders.test)
-    extraction = Extraction(rank=world.rank, world_size=world.size)
+    extraction = Extraction(rank=world.rank, world_size=world.size, store=FeatureStore(store))
     return Knn(train, test, config, sweep=(150,), temperatures=(0.5,), extraction=extraction).run(small_encoder())
 
 
 @pytest.mark.slow
-def test_ranks_report_what_one_reports(folders: Folders) -> None:
-    alone = judged(World(), folders)
-    for report in run_ranks(judged, 2, folders):
+def test_ranks_report_what_one_reports(folders: Folders, tmp_path: Path) -> None:
+    alone = judged(World(), folders, tmp_path / "one")
+    for report in run_ranks(judged, 2, folders, tmp_path / "two"):
         assert report.metrics == alone.metrics
         assert (report.outcomes.predicted == alone.outcomes.predicted).all()
         assert report.file_name == alone.file_name
