@@ -36,6 +36,7 @@ class ViewSpec:
         flip: probability of a horizontal flip.
         interpolation: filter of the antialiased resize.
         eval_crop: side of the centre crop, as a share of the resized shorter side.
+        eval_resize: shorter: of the shorter side, the ratio kept; square: of both, which distorts what is not square.
     """
 
     scale: tuple[float, float] = (0.2, 1.0)
@@ -43,6 +44,13 @@ class ViewSpec:
     flip: float = 0.5
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     eval_crop: float = 1.0
+    eval_resize: Literal["shorter", "square"] = "shorter"
+
+    @property
+    def resizing(self) -> str:
+        """That of evaluation views in words, for a report."""
+        sides = "the shorter side" if self.eval_resize == "shorter" else "both sides, to a square"
+        return f"antialiased, of {sides}, then a centre crop"
 
 
 def training_view(image: Image, size: int, spec: ViewSpec, *, seed: int, epoch: int, key: str, view: int) -> Tensor:
@@ -79,13 +87,15 @@ def crop_box(height: int, width: int, spec: ViewSpec, draws: Iterator[float]) ->
 def evaluation_size(height: int, width: int, size: int, spec: ViewSpec) -> tuple[int, int]:
     """Height and width of the resized image that `evaluation_view` takes its centre crop from."""
     short = round(size / spec.eval_crop)
+    if spec.eval_resize == "square":
+        return short, short
     if height <= width:
         return short, int(short * width / height)
     return int(short * height / width), short
 
 
 def evaluation_view(image: Image, size: int, spec: ViewSpec) -> Tensor:
-    """Shorter side to round(size / eval_crop), then the centre, as torchvision has both, [3, size, size]."""
+    """Shorter side (or both) to round(size / eval_crop), then the centre, as torchvision has it, [3, size, size]."""
     height, width = evaluation_size(image.shape[0], image.shape[1], size, spec)
     resized = resize(image, (height, width), spec.interpolation)
     top, left = round((height - size) / 2), round((width - size) / 2)

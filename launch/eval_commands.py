@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from launch.eval_fewshot import fewshot
+from launch.eval_finetune import finetune
 from launch.eval_knn import knn
 from launch.eval_linear import linear
 from launch.eval_options import called, examples
+from launch.eval_rerun import rerun
 from launch.eval_suite import suite
 from launch.eval_towers import retrieval, zeroshot
 
@@ -37,6 +40,19 @@ app.command(
 )(linear)
 app.command(
     epilog=examples(
+        "pretrain eval fewshot runs/mae --train shards/train --test shards/test --shots 1 --shots 5",
+        "pretrain eval fewshot runs/mae --train shards/train --test shards/test --fraction 0.01 --classifier linear",
+    )
+)(fewshot)
+app.command(
+    epilog=examples(
+        "pretrain eval finetune runs/mae --train shards/train --test shards/test --epochs 20",
+        "pretrain eval finetune runs/mae --paper mae --train imagenet/train --test imagenet/val --nproc 8",
+        "pretrain eval finetune resnet50 --train shards/train --test shards/test --out finetuned --set ema=null",
+    )
+)(finetune)
+app.command(
+    epilog=examples(
         "pretrain eval zeroshot runs/clip --test shards/test --templates photo",
         "pretrain eval zeroshot ViT-B-32 --weights clip.safetensors --test images/val --templates templates.txt",
         "pretrain eval zeroshot runs/clip --test shards/test --group held_out=names.txt",
@@ -54,6 +70,9 @@ app.command(
         "pretrain eval suite configs/suites/cifar10.yaml --cluster configs/cluster/gpu.yaml --dry-run",
     )
 )(suite)
+
+
+app.command(epilog=examples("pretrain eval rerun runs/mae/evals/knn-encoder-1f.json"))(rerun)
 
 
 @app.command(epilog=examples("pretrain eval compare runs/a/evals/knn-encoder-1f.json runs/b/evals/knn-encoder-3c.json"))

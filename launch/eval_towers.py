@@ -11,9 +11,11 @@ import typer
 from data_pipeline.errors import InputError
 from launch.eval_options import (
     BatchSize,
+    Cache,
     Device,
     DeviceOption,
     LimitTest,
+    NumRanks,
     Out,
     Precision,
     PrecisionOption,
@@ -22,7 +24,8 @@ from launch.eval_options import (
     check_out,
     device_of,
     extraction,
-    keep,
+    judge,
+    over_ranks,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +69,8 @@ def zeroshot(
     batch_size: BatchSize = 256,
     num_workers: Workers = 0,
     precision: PrecisionOption = Precision.fp32,
+    cache: Cache = None,
+    nproc: NumRanks = 1,
     limit_test: LimitTest = None,
     seed: Seed = None,
 ) -> None:
@@ -74,15 +79,16 @@ def zeroshot(
     from pretrain.evals.zeroshot import Prompts, ZeroShot
 
     check_out(out)
+    over_ranks(context, nproc, cache)
     evaluator = ZeroShot(
         open_dataset(test),
         Prompts.named(templates),
         max_test=limit_test,
         groups=_groups(group or ()),
-        extraction=extraction(batch_size, num_workers, precision),
+        extraction=extraction(batch_size, num_workers, precision, cache),
     )
     judged = _load(towers, random_init, seed, weights, tokenizer, device)
-    keep(evaluator.run(judged), judged.run, out, context)
+    judge(evaluator, judged, out, context)
 
 
 def retrieval(
@@ -103,6 +109,8 @@ def retrieval(
     batch_size: BatchSize = 256,
     num_workers: Workers = 0,
     precision: PrecisionOption = Precision.fp32,
+    cache: Cache = None,
+    nproc: NumRanks = 1,
     limit_test: LimitTest = None,
     seed: Seed = None,
 ) -> None:
@@ -112,16 +120,17 @@ def retrieval(
     from pretrain.recipe import Captions
 
     check_out(out)
+    over_ranks(context, nproc, cache)
     if caption_key is not None and caption_lines:
         raise InputError("--caption-lines", "not together with --caption-key", f"both, the key {caption_key!r}")
     evaluator = Retrieval(
         open_dataset(test),
         Captions(field=caption_field, key=caption_key, lines=caption_lines),
         max_test=limit_test,
-        extraction=extraction(batch_size, num_workers, precision),
+        extraction=extraction(batch_size, num_workers, precision, cache),
     )
     judged = _load(towers, random_init, seed, weights, tokenizer, device)
-    keep(evaluator.run(judged), judged.run, out, context)
+    judge(evaluator, judged, out, context)
 
 
 def _groups(given: Sequence[str]) -> dict[str, tuple[str, ...]]:

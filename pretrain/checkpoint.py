@@ -7,7 +7,8 @@ A checkpoint is a folder of logical tensors by parameter name, so that any world
       state.json                            progress, shapes of the logical tensors, parameter groups
       COMPLETE                              SHA-256 of every file; written last, its presence makes the checkpoint
 
-Names are `param/<parameter>`, `ema/<parameter>`, `optim/<key>/<parameter>` and `buffer/<buffer>`.
+Names are `param/<parameter>`, `ema/<parameter>`, `optim/<key>/<parameter>` and `buffer/<buffer>`, which a run loads
+whole or not at all; and `probe/<tensor>` of what is trained beside the objective, which may come and go.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -35,10 +36,11 @@ from pretrain.run_folder import sha256_of
 from pretrain.state import Progress, RunState
 
 if TYPE_CHECKING:
-    from pretrain.engine import Engine
+    from pretrain.engine import Engine, Fragment
 
 FORMAT = 1
 STATE = "state.json"
+BESIDE = "probe/"  # what names begin with that are no part of the training
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
@@ -161,6 +163,21 @@ def load(checkpoint: Checkpoint, engine: Engine) -> RunState:
         fragment.data.copy_(checkpoint.tensors.read(fragment.name, fragment.start, fragment.data.numel()))
     engine.after_load([group.model_dump() for group in checkpoint.state.groups])
     return checkpoint.state.run_state()
+
+
+def load_beside(checkpoint: Checkpoint, fragments: Sequence[Fragment]) -> bool:
+    """Brings back what was trained beside the objective, and is replicated: all of it, or nothing.
+
+    Returns:
+        Whether the checkpoint has exactly these tensors; else nothing was changed.
+    """
+    stored = checkpoint.tensors
+    kept = {name: (shape, stored.dtype(name)) for name, shape in stored.shapes.items() if name.startswith(BESIDE)}
+    if kept != {fragment.name: (fragment.shape, str(fragment.data.dtype)) for fragment in fragments}:
+        return False
+    for fragment in fragments:
+        fragment.data.copy_(stored.read(fragment.name, 0, fragment.data.numel()))
+    return True
 
 
 def module_state(path: Path, prefix: str = "", *, verified: bool = False) -> dict[str, Tensor]:
@@ -318,12 +335,13 @@ def _refuse_partial(
 ) -> None:
     """Every rank names its own fragments; a stored tensor that no rank asks for is as wrong as a missing one."""
     everything: dict[str, tuple[tuple[int, ...], str]] = {}
-    for names in gather_objects(wanted):
-        everything |= names
+    for found in gather_objects(wanted):
+        everything |= found
     stored = checkpoint.tensors
-    missing = sorted(everything.keys() - stored.shapes.keys())
-    unknown = sorted(stored.shapes.keys() - everything.keys())
-    both = everything.keys() & stored.shapes.keys()
+    names = {name for name in stored.shapes if not name.startswith(BESIDE)}
+    missing = sorted(everything.keys() - names)
+    unknown = sorted(names - everything.keys())
+    both = everything.keys() & names
     other = sorted(n for n in both if everything[n] != (stored.shapes[n], stored.dtype(n)))
     if missing or unknown or other:
         raise CheckpointError(

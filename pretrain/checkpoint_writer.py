@@ -78,6 +78,7 @@ class CheckpointWriter:
         unsound: complete checkpoints that were found damaged: they count as torn, and go with the next that is
             saved.
         exported: called on rank 0, in the thread, with each complete checkpoint.
+        beside: live views of what is saved with the engine's state.
         max_failures: saves that may fail one after the other before the run stops.
     """
 
@@ -91,10 +92,12 @@ class CheckpointWriter:
         say: Callable[[str], None],
         unsound: Collection[Path] = (),
         exported: Callable[[Path], None] = lambda _: None,
+        beside: Sequence[Fragment] = (),
         max_failures: int = 3,
     ) -> None:
         self._folder, self._engine, self._world, self._keep_last = folder, engine, world, keep_last
         self._say, self._unsound, self._exported = say, set(unsound), exported
+        self._beside = tuple(beside)
         self._failures, self._max_failures = 0, max_failures
         self._group = side_group()
         self._snapshot = _Snapshot()
@@ -110,7 +113,7 @@ class CheckpointWriter:
             RunError: too many saves have failed in a row; told alike on every rank.
         """
         self._settle()
-        self._snapshot.gather(self._engine.fragments(), self._world)
+        self._snapshot.gather([*self._engine.fragments(), *self._beside], self._world)
         described = {
             "format": FORMAT,
             "run": state.to_json(),

@@ -21,7 +21,7 @@ from pretrain.comparison_figures import draw_principal_axes
 from pretrain.evals.base import EvalReport
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Features, full_precision, untouched
-from pretrain.evals.knn import nearest
+from pretrain.evals.neighbours import nearest
 from pretrain.report_figures import Neighbours, Picture, class_name, picture, same_class
 
 NUM_QUERIES, NUM_NEIGHBOURS, BANK_SIZE, NUM_POINTS = 6, 5, 1000, 400

@@ -172,6 +172,24 @@ class Engine:
         self.objective.train()
         return output
 
+    @torch.no_grad()
+    def represent(self, batch: Batch) -> Tensor:
+        """The encoder's features of the first view in evaluation mode, [B, D] fp32, by the latest weights.
+
+        At ZeRO 3 weights are gathered on the way, which only a pass through the whole objective sees to: for this
+        one its forward is the encoder's. Every rank must call it.
+        """
+        encoder = self.objective.encoder
+        self.objective.eval()
+        self.objective.__dict__["forward"] = lambda images: encoder(images)
+        try:
+            features: Tensor = self._deepspeed(self._laid_out(batch).views[0])
+        finally:
+            del self.objective.__dict__["forward"]
+            self.objective.train()
+        with self._partitions.local_weights():  # what was fetched ahead for the rest of the objective is let go
+            return features.float()
+
     def materialize(self, module: nn.Module, *, averaged: bool = True) -> dict[str, Tensor]:
         """Whole fp32 weights and buffers of a submodule, on the CPU, on every rank; every rank must call it.
 

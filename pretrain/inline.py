@@ -1,4 +1,7 @@
-"""What is judged while a run trains: the validation set, and kNN on the encoder. Neither touches its random state."""
+"""What is judged while a run trains: the validation set, and kNN on the encoder. Neither touches its random state.
+
+The linear classifier that is trained beside: online_probe.py.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from pretrain.evals.knn import Knn
 from pretrain.loop import Periodic
 from pretrain.models.encoders import build_encoder, load_strictly
 from pretrain.objectives.base import Contrastive
+from pretrain.online_probe import OnlineProbe
 from pretrain.recipe import Recipe
 from pretrain.run_folder import eval_name, folder_name
 from pretrain.state import RunState
@@ -50,6 +54,7 @@ class Inline:
         world: this process among the ranks.
         out: the run's folder; reports go to `evals/`.
         alive: called with every batch that kNN takes, on rank 0, while the others wait.
+        probe: which is validated with the objective; None: there is none.
     """
 
     def __init__(
@@ -62,9 +67,10 @@ class Inline:
         world: World,
         out: Path,
         alive: Callable[[], None] = lambda: None,
+        probe: OnlineProbe | None = None,
     ) -> None:
         self._recipe, self._val, self._engine, self._objective = recipe, val, engine, engine.objective
-        self._captions = captions
+        self._captions, self._probe = captions, probe
         self._prepare, self._world, self._out, self._alive = prepare, world, out, alive
         self._group = side_group()  # rank 0 may take long, and NCCL's patience is short
         self._views = ViewSpec(**recipe.data.views.model_dump())
@@ -89,9 +95,12 @@ class Inline:
         batch_size = max(1, min(self._recipe.batch.micro_size or 256, 256))
         if isinstance(self._objective, Contrastive):  # whose loss depends on the size
             batch_size = 256
+        needs = replace(self._objective.needs, image_size=self._recipe.model.judged_size)
+        if self._probe is not None:
+            needs = replace(needs, num_classes=self._probe.num_classes)
         batches = evaluation_batches(
             val,
-            replace(self._objective.needs, image_size=self._recipe.model.judged_size),
+            needs,
             self._views,
             batch_size=batch_size,
             rank=world.rank,
@@ -109,7 +118,8 @@ class Inline:
             assert batch is not None  # preflight saw to a sample for each rank
             weight = len(batch) if following is not None else 0
             output = self._engine.evaluate(batch, state.progress)
-            for name, value in {"loss": output.loss, **output.metrics, "n": torch.ones(())}.items():
+            probed = {} if self._probe is None else self._probe.measure(batch)
+            for name, value in {"loss": output.loss, **output.metrics, **probed, "n": torch.ones(())}.items():
                 term = value.detach().double().cpu() * weight
                 sums[name] = sums[name] + term if name in sums else term
         names = sorted(sums)

@@ -6,7 +6,7 @@ from typing import Any, assert_never
 
 import torch
 from timm import optim as timm_optim
-from timm.models import group_parameters
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
@@ -24,22 +24,24 @@ _EXEMPT = {
     "cpb_mlp",
     "logit_scale",
 }  # where they are a part of a parameter's name; the last three are Swin's
+_HEAD = "head"  # no parameter's own name: those of objectives have a part of the module before a dot
 
 
 def param_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Groups by name: `decay` and `no_decay`, with layer decay one such pair per layer (`layer_3_decay`).
 
     Biases, norms, tokens and positions, Swin's relative ones too, are not decayed; those of open_clip's towers are, as
-    in its own training. With layer decay (BEiT, Bao et al.
-    2021, arXiv:2106.08254; MAE's fine-tuning) the learning rate of layer l of L is scaled by layer_decay ** (L - l):
-    layers are those of timm's encoder, stem first, and L is whatever stands on it. Modules that the objective names as
-    `undecayed` have such groups of their own (`undecayed_decay`), which take the learning rate without its decay.
+    in its own training. With layer decay (BEiT, Bao et al. 2021, arXiv:2106.08254; MAE's fine-tuning) the learning rate
+    of layer l of L is scaled by layer_decay ** (L - l): layers are timm's, stem first; L is the head, with a norm of
+    pooled features where there is one, while a norm of tokens goes with the last block. Modules that the objective
+    names as `undecayed` have such groups of their own (`undecayed_decay`), which take the learning rate without its
+    decay.
 
     Raises:
         InputError: layer decay for an encoder that does not say what its layers are.
     """
     layers = _layers(module) if optim.layer_decay < 1 else {}
-    top = 1 + max(layers.values(), default=0)
+    top = layers.pop(_HEAD, 0)
     fixed = {p for m in module.undecayed() for p in m.parameters()} if isinstance(module, Objective) else set()
     groups: dict[tuple[bool, int, bool], dict[str, Any]] = {}
     for name, p in module.named_parameters():
@@ -116,11 +118,16 @@ def step_counters(optimizer: torch.optim.Optimizer, group: dict[str, Any], kept:
 
 
 def _layers(module: nn.Module) -> dict[str, int]:
-    """Layer of each parameter of the encoder, the stem being 0; what is not the encoder's is on top of it."""
+    """Layer of each parameter of the encoder, the stem being 0; under `_HEAD`, that of whatever is not the encoder's.
+
+    timm puts what it does not know by name, such as the norm of pooled features, on top, and with it the head.
+    """
     encoder: Any = getattr(module, "encoder", None)
     matcher = getattr(encoder, "group_matcher", None)
     if matcher is None:
         raise InputError(
             where="optim.layer_decay", expected="1, as this encoder does not say what its layers are", found="less"
         )
-    return {f"encoder.{name}": layer for name, layer in group_parameters(encoder, matcher(), reverse=True).items()}
+    named = [*encoder.named_parameters(), ("head", None)]
+    layers: dict[str, int] = group_with_matcher(named, matcher(), reverse=True)
+    return {(_HEAD if name == "head" else f"encoder.{name}"): layer for name, layer in layers.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from pretrain.inline import knn_evaluators
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.objectives.base import Contrastive, Objective
 from pretrain.objectives.build import build_objective
+from pretrain.online_probe import Shape, find_shape
 from pretrain.recipe import Recipe
 from pretrain.resolve import Resolved, resolve
 from pretrain.sinks import refuse_missing_wandb
@@ -28,13 +29,14 @@ from pretrain.start import refuse_locked_at_random, refuse_other_run
 
 @dataclass(frozen=True)
 class Plan:
-    """What was found to be right before anything started."""
+    """What was found to be right before anything started; `needs` are the objective's, and the online probe's."""
 
     train: Dataset
     val: Dataset | None
     needs: BatchSpec
     captions: Captions | None
     resolved: Resolved
+    probe: Shape | None  # of the online probe
 
 
 def preflight(recipe: Recipe, world_size: int, out: Path, local_size: int | None = None) -> Plan:
@@ -73,10 +75,13 @@ def preflight(recipe: Recipe, world_size: int, out: Path, local_size: int | None
         if val.num_samples < world_size:
             problem = f"data.val: expected a sample for each of {world_size} processes, found {val.num_samples}."
             raise RecipeError(recipe.name, [problem])
+    probe = find_shape(objective, train_data, val) if recipe.online_probe is not None else None
+    if probe is not None:
+        needs = replace(needs, num_classes=probe.num_classes)
     knn_evaluators(recipe)
     refuse_missing_wandb(recipe)
     refuse_other_run(recipe, train_data.fingerprint, resolved.total_steps, out)
-    return Plan(train_data, val, needs, captions, resolved)
+    return Plan(train_data, val, needs, captions, resolved, probe)
 
 
 def _captions(recipe: Recipe, needs: BatchSpec) -> Captions | None:

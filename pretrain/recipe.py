@@ -157,6 +157,18 @@ class InlineKnn(Group):
     max_test: int | None = Field(None, ge=1)
 
 
+class OnlineProbe(Group):
+    """A linear classifier on the encoder, trained beside the objective, which it leaves as it is to the bit.
+
+    Each of its steps costs one more forward pass of the encoder, of the first view.
+    """
+
+    lr: float = Field(0.1, gt=0)  # constant, whatever the batch
+    weight_decay: float = Field(0.0, ge=0)  # as an L2 penalty, on the weights alone
+    batch_norm: bool = True  # without weights of its own, before the classifier
+    every_steps: int = Field(1, ge=1)
+
+
 class Recipe(Group):
     """One run. Groups above the line change results and make up its identity; those below must not."""
 
@@ -178,6 +190,7 @@ class Recipe(Group):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: Validation = Validation()
     evals: tuple[InlineKnn, ...] = ()
+    online_probe: OnlineProbe | None = None  # needs labels, whatever the objective does
 
     @model_validator(mode="after")
     def _go_together(self) -> Recipe:
@@ -188,4 +201,9 @@ class Recipe(Group):
             )
         if self.engine.fused_adamw and self.optim.kind != "adamw":
             raise ValueError(f"expected optim.kind adamw with engine.fused_adamw, found {self.optim.kind}.")
+        if self.online_probe is not None and self.logging.every_steps % self.online_probe.every_steps:
+            raise ValueError(
+                f"expected an online_probe.every_steps that divides logging.every_steps {self.logging.every_steps}, so "
+                f"that each logged step has its numbers, found {self.online_probe.every_steps}."
+            )
         return self

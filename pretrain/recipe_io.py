@@ -27,14 +27,30 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         RecipeError: with every problem found, each naming its path, what was expected and what was found.
     """
     tree, problems = _read_with_parents(Path(path), seen=())
+    return recipe_of(tree, overrides, where=str(path), problems=problems)
+
+
+def recipe_of(
+    tree: dict[str, Any], overrides: list[str] | None = None, *, where: str, problems: list[str] | None = None
+) -> Recipe:
+    """The recipe in a map of groups, with overrides as `load_recipe` takes them; they are applied in place.
+
+    Args:
+        where: the recipe is from, for messages.
+        problems: found before.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    problems = problems or []
     for override in overrides or []:
         problems += _apply(tree, override)
     try:
         recipe = Recipe.model_validate(as_tuples(tree), strict=True)
     except ValidationError as error:
-        raise RecipeError(str(path), problems + explain(error, tree)) from None
+        raise RecipeError(where, problems + explain(error, tree)) from None
     if problems:
-        raise RecipeError(str(path), problems)
+        raise RecipeError(where, problems)
     return recipe
 
 

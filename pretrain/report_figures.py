@@ -24,7 +24,7 @@ from data_pipeline.read import Dataset
 from data_pipeline.views import ViewSpec
 from pretrain.augment import normalize
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.knn import nearest
+from pretrain.evals.neighbours import nearest
 from pretrain.objectives.masked import Painter
 from pretrain.recipe import Recipe
 

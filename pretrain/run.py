@@ -22,7 +22,7 @@ from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.views import ViewSpec
 from pretrain.advice import Lasting, collapse
 from pretrain.augment import augmentations, mixing, prepare
-from pretrain.checkpoint import load
+from pretrain.checkpoint import BESIDE, load, load_beside
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World, gather_objects, process_group
 from pretrain.demand import Demand
@@ -36,6 +36,7 @@ from pretrain.metrics import MetricLog, Rates, flops_per_sample
 from pretrain.models.attention import choose_attention
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
+from pretrain.online_probe import OnlineProbe
 from pretrain.pictures import Pictures
 from pretrain.plan import checkpoint_bytes
 from pretrain.preflight import Plan, preflight
@@ -99,7 +100,8 @@ def run(
         if start.checkpoint is None and not overfit_batch:
             check_time_to_save(checkpoint_bytes(objective, recipe), out, world)
         engine, rates = _engine(job, objective)
-        state = _resumed(job, engine, start)
+        probe = _probe(job, engine)
+        state, notes = _resumed(job, engine, probe, start)
         lock = claim(out, world)
         hosts = gather_objects(platform.node())
         if world.is_main:
@@ -111,10 +113,10 @@ def run(
             active=world.is_main,
             sinks=open_sinks(recipe.logging, out, recipe.name, state.progress.step) if world.is_main else (),
         )
-        for line in (_opening(job, state, start), *start.notes):
+        for line in (_opening(job, state, start), *start.notes, *notes):
             log.say(line)
-        writer = _writer(job, engine, log, start)
-        parts = _parts(job, engine, state, log, rates, writer, demand, watchdog.alive)
+        writer = _writer(job, engine, probe, log, start)
+        parts = _parts(job, engine, probe, state, log, rates, writer, demand, watchdog.alive)
         timeline = Timeline(out, step=state.progress.step, active=world.is_main)
         try:
             with profiled(profile_steps, out / "profile" / f"rank{world.rank}.json.gz") as after_step:
@@ -197,19 +199,32 @@ def _watch(watchdog: Watchdog, timeline: Timeline, step: int, begins: str) -> No
     timeline.mark(step, begins)
 
 
-def _resumed(job: _Job, engine: Engine, start: Start) -> RunState:
-    """The state to go on from, its tensors in the engine; how long the run is, is the recipe's to say."""
+def _probe(job: _Job, engine: Engine) -> OnlineProbe | None:
+    config, shape = job.recipe.online_probe, job.plan.probe
+    return None if config is None or shape is None else OnlineProbe(config, shape, engine)
+
+
+def _resumed(job: _Job, engine: Engine, probe: OnlineProbe | None, start: Start) -> tuple[RunState, tuple[str, ...]]:
+    """The state to go on from, its tensors in the engine, and notes; how long the run is, is the recipe's to say."""
     if start.checkpoint is None:
-        return RunState(Progress(0, job.plan.resolved.total_steps, 0))
+        return RunState(Progress(0, job.plan.resolved.total_steps, 0)), ()
     state = load(start.checkpoint, engine)
+    notes: tuple[str, ...] = ()
+    had_probe = any(name.startswith(BESIDE) for name in start.checkpoint.tensors.shapes)
+    if probe is not None and not load_beside(start.checkpoint, probe.fragments()):
+        notes = (f"the online probe starts anew: the checkpoint has {'another' if had_probe else 'none'}",)
+    if probe is None and had_probe:
+        notes = ("the checkpoint's online probe is left behind",)
     start.checkpoint.close()  # or its files would be held, removed or not, for as long as the run goes on
     own = start.checkpoint.path.parent == job.checkpoints
     if own and (problems := not_longer(job.plan.resolved.total_steps, state.progress)):
         raise RecipeError(f"{job.out} holds another run", problems)  # its last checkpoint was passed over
-    return replace(state, progress=replace(state.progress, total_steps=job.plan.resolved.total_steps))
+    return replace(state, progress=replace(state.progress, total_steps=job.plan.resolved.total_steps)), notes
 
 
-def _writer(job: _Job, engine: Engine, log: MetricLog, start: Start) -> CheckpointWriter | None:
+def _writer(
+    job: _Job, engine: Engine, probe: OnlineProbe | None, log: MetricLog, start: Start
+) -> CheckpointWriter | None:
     """A trial on one batch has nothing to keep."""
     recipe = job.recipe
 
@@ -223,12 +238,14 @@ def _writer(job: _Job, engine: Engine, log: MetricLog, start: Start) -> Checkpoi
         say=log.say,
         unsound=start.unsound,
         exported=partial(export_encoder, recipe, folder=job.out / "encoder"),
+        beside=() if probe is None else probe.fragments(),
     )
 
 
 def _parts(
     job: _Job,
     engine: Engine,
+    probe: OnlineProbe | None,
     state: RunState,
     log: MetricLog,
     rates: Rates,
@@ -244,13 +261,14 @@ def _parts(
 
     peak: dict[str, Any] = {"peak_lr": resolved.peak_lr, "warmup_steps": resolved.warmup_steps}
 
-    inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepared, job.world, job.out, alive)
+    inline = Inline(recipe, job.plan.val, job.plan.captions, engine, prepared, job.world, job.out, alive, probe)
     evaluations = inline.periodic(resolved.steps_per_epoch, judge=not job.evals_apart)
     see: Callable[[Batch], Batch] = lambda batch: batch  # noqa: E731
     if recipe.logging.images_every_steps is not None:
         pictures = Pictures(recipe, engine, log, job.world, job.out)
         evaluations = (*evaluations, Periodic(recipe.logging.images_every_steps, pictures.paint))
         see = pictures.see
+    beside: dict[str, Any] = {} if probe is None else {"probe": probe.train}
     return Parts(
         engine=engine,
         steps=_steps(job, state.cursor),
@@ -270,6 +288,7 @@ def _parts(
         limits=Limits(recipe.data.max_bad_samples, recipe.runtime.max_skipped_steps),
         log_every=recipe.logging.every_steps,
         advise=(DataBrake(recipe.runtime.num_workers, _idle_cores(job)), Lasting(collapse)),
+        **beside,
     )
 
 

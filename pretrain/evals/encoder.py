@@ -23,7 +23,7 @@ class Encoder:
         image_size: S, pixels.
         mean: per channel, of images scaled to [0, 1].
         std: per channel, likewise.
-        views: geometry of evaluation views (`interpolation`, `eval_crop`).
+        views: geometry of evaluation views (`interpolation`, `eval_crop`, `eval_resize`).
         tag: short name among the encoders of one run, for file names: encoder, step_00001000, random.
         description: where it comes from, for the report.
         run: the run's folder, where there is one; results are kept there.
@@ -68,7 +68,7 @@ class Encoder:
     def preprocessing(self) -> dict[str, object]:
         return {
             "image_size": self.image_size,
-            "resize": "antialiased, of the shorter side, then a centre crop",
+            "resize": self.views.resizing,
             "interpolation": self.views.interpolation,
             "eval_crop": self.views.eval_crop,
             "mean": list(self.mean),

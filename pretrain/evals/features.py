@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -12,27 +12,26 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.errors import CheckpointError, RunError
-from data_pipeline.loader import evaluation_batches
+from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
 from data_pipeline.read import Dataset
 from pretrain.augment import normalize
+from pretrain.collectives import barrier, from_main
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.readout import OWN, Reader, Readout
+from pretrain.evals.store import Features as Features
+from pretrain.evals.store import FeatureStore, Shelf, architecture_sha256, joined
 
 
 @dataclass(frozen=True)
-class Features:
-    """N samples: values [N, D] fp32, labels [N] int64 (all -1 where none were asked for), and their keys."""
+class _Asked:
+    """What `Extraction.extract` is asked for; `total`: the first so many samples."""
 
-    values: Tensor
-    labels: Tensor
-    keys: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def to(self, device: torch.device) -> Features:
-        return Features(self.values.to(device), self.labels.to(device), self.keys)
+    encoder: Encoder
+    dataset: Dataset
+    num_classes: int | None
+    total: int
+    label: str
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class Extraction:
     readouts: tuple[Readout, ...] = (OWN,)
     rank: int = 0
     world_size: int = 1
+    store: FeatureStore | None = None
 
     def extract(
         self, encoder: Encoder, dataset: Dataset, *, num_classes: int | None, limit: int | None = None, label: str
@@ -74,27 +74,89 @@ class Extraction:
             RunError: not every sample arrived exactly once.
         """
         total = dataset.num_samples if limit is None else min(limit, dataset.num_samples)
-        batches = evaluation_batches(
-            dataset,
-            BatchSpec(image_size=encoder.image_size, num_classes=num_classes),
+        asked = _Asked(encoder, dataset, num_classes, total, label)
+        found = self._in_memory(asked) if self.store is None else self._out_of(self.store, asked)
+        if any(len(set(features.keys)) != total for features in found):
+            num_keys = len(set(found[0].keys))
+            raise RunError(where=label, expected=f"features of {total} samples, each once", found=f"{num_keys} keys")
+        return found
+
+    def _in_memory(self, asked: _Asked) -> tuple[Features, ...]:
+        if self.world_size > 1:
+            raise ValueError("ranks share features through a store")
+        parts: list[tuple[Features, ...]] = []
+        self._compute(asked, self.readouts, [range(asked.total)], lambda _, part: parts.append(part))
+        return tuple(joined(of_readout) for of_readout in zip(*parts, strict=True))
+
+    def _out_of(self, store: FeatureStore, asked: _Asked) -> tuple[Features, ...]:
+        """Every rank first puts its share of what is missing there."""
+        common = {
+            "weights_sha256": asked.encoder.weights_sha256(),
+            "architecture_sha256": architecture_sha256(asked.encoder.module),
+            "preprocessing": asked.encoder.preprocessing(),
+            "data": asked.dataset.fingerprint,
+            "num_classes": asked.num_classes,
+            "precision": self.precision,
+            "device": asked.encoder.device.type,
+        }
+        shelves = [store.shelf({**common, "readout": str(readout)}, asked.total) for readout in self.readouts]
+        missing = [tuple(shelf.missing()) for shelf in shelves]
+        if self.world_size > 1:
+            missing = from_main(missing)  # others may have put something since they looked
+        for numbers in dict.fromkeys(missing):  # readouts that lack the same take the same forward passes
+            chosen = [i for i, found in enumerate(missing) if found == numbers]
+            self._fill([shelves[i] for i in chosen], asked, [self.readouts[i] for i in chosen], numbers)
+        if self.world_size > 1:
+            barrier()
+        return tuple(shelf.features() for shelf in shelves)
+
+    def _fill(
+        self, shelves: Sequence[Shelf], asked: _Asked, readouts: Sequence[Readout], missing: Sequence[int]
+    ) -> None:
+        """Computes this rank's share of the missing chunks, a shelf for each readout."""
+        numbers = missing[self.rank :: self.world_size]
+        chunks = [shelves[0].chunks[number] for number in numbers]
+        waiting: list[tuple[Features, ...]] = []
+
+        def keep(index: int, part: tuple[Features, ...]) -> None:
+            waiting.append(part)
+            if sum(len(features[0]) for features in waiting) == len(chunks[index]):
+                for shelf, of_readout in zip(shelves, zip(*waiting, strict=True), strict=True):
+                    shelf.put(numbers[index], joined(of_readout))
+                waiting.clear()
+
+        self._compute(asked, readouts, chunks, keep)
+
+    def _compute(
+        self,
+        asked: _Asked,
+        readouts: Sequence[Readout],
+        rows: Sequence[range],
+        keep: Callable[[int, tuple[Features, ...]], None],
+    ) -> None:
+        """Calls `keep` with the index of some rows and the next batch of them, of each readout."""
+        if not rows:
+            return
+        pieces = [
+            (index, range(start, min(start + self.batch_size, r.stop)))
+            for index, r in enumerate(rows)
+            for start in range(r.start, r.stop, self.batch_size)
+        ]
+        encoder = asked.encoder
+        batches = batches_of(
+            asked.dataset,
+            BatchSpec(image_size=encoder.image_size, num_classes=asked.num_classes),
             encoder.views,
-            batch_size=self.batch_size,
+            [piece for _, piece in pieces],
             num_workers=self.num_workers,
             max_pixels=self.max_pixels,
-            limit=total,
         )
-        reader = Reader(encoder.module, self.readouts)
-        values: list[tuple[Tensor, ...]] = []
-        labels: list[Tensor] = []
-        keys: list[str] = []
+        reader = Reader(encoder.module, readouts)
         with untouched(encoder.module), full_precision():
-            for batch in track(batches, label=label, total=-(-total // self.batch_size)):
-                values.append(self.forward(encoder, reader, batch))
-                labels.append(torch.full((len(batch),), -1) if batch.labels is None else batch.labels)
-                keys += batch.keys
-        if len(keys) != total:
-            raise RunError(where=label, expected=f"features of {total} samples, each once", found=f"{len(keys)}")
-        return tuple(Features(torch.cat(parts), torch.cat(labels), tuple(keys)) for parts in zip(*values, strict=True))
+            for (index, _), batch in zip(pieces, track(batches, label=asked.label, total=len(pieces)), strict=True):
+                labels = torch.full((len(batch),), -1) if batch.labels is None else batch.labels
+                values = self.forward(encoder, reader, batch)
+                keep(index, tuple(Features(value, labels, batch.keys) for value in values))
 
     def forward(self, encoder: Encoder, reader: Reader, batch: Batch) -> tuple[Tensor, ...]:
         """Each [B, D] fp32 on the CPU."""

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.errors import InputError
 from data_pipeline.read import Dataset
 from pretrain.evals.base import EvalReport, Evaluator, classification_report
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction, full_precision
+from pretrain.evals.features import Extraction
+from pretrain.evals.neighbours import search
 from pretrain.evals.task import Task
 from pretrain.recipe import InlineKnn
 
-SIMILARITY_BYTES = 256 * 2**20  # of one chunk of queries against the whole bank
+VOTES = 2**22  # counted at a time: 32 MiB
 
 
 class Knn(Evaluator):
@@ -25,11 +25,14 @@ class Knn(Evaluator):
 
     Wu et al. 2018 (arXiv:1805.01978), section 3.4: cosine similarity s, weights exp(s / temperature).
 
+    With extraction.world_size > 1 each rank searches a slice of the bank, and all find the same.
+
     Args:
         train: the bank.
         test: the queries.
         config: k and temperature of the reported value, and how many samples to take.
         sweep: further k, reported beside it.
+        temperatures: further ones, each with each k.
         extraction: how features are computed.
     """
 
@@ -42,44 +45,53 @@ class Knn(Evaluator):
         config: InlineKnn,
         *,
         sweep: Sequence[int] = (),
+        temperatures: Sequence[float] = (),
         extraction: Extraction | None = None,
     ) -> None:
         self.task = Task(train, test, max_train=config.max_train, max_test=config.max_test)
         self.config = config
         self.ks = tuple(dict.fromkeys((config.k, *sweep)))
+        self.temperatures = tuple(dict.fromkeys((config.temperature, *temperatures)))
         self.extraction = extraction or Extraction()
         _check_ks(self.ks, self.task.num_train)
 
     def run(self, encoder: Encoder) -> EvalReport:
         splits = self.task.extract(encoder, self.extraction)
         start = perf_counter()
-        device = encoder.device
         predicted = predict(
-            splits.train.values.to(device),
+            splits.train.values,
             splits.train.labels,
-            splits.test.values.to(device),
+            splits.test.values,
             ks=self.ks,
-            temperature=self.config.temperature,
+            temperatures=self.temperatures,
             num_classes=self.task.num_classes,
+            device=encoder.device,
+            rank=self.extraction.rank,
+            world_size=self.extraction.world_size,
         )
-        top1 = {k: 100 * (p == splits.test.labels).double().mean().item() for k, p in predicted.items()}
+        right = {asked: (found == splits.test.labels).double() for asked, found in predicted.items()}
         return classification_report(
             self.name,
             encoder,
             self.task,
             splits,
-            predicted=predicted[self.config.k],
-            metric=f"top1_k{self.config.k}",
-            further={f"top1_k{k}": value for k, value in top1.items()},
+            predicted=predicted[self.config.k, self.config.temperature],
+            metric=self._metric(self.config.k, self.config.temperature),
+            further={self._metric(*asked): 100 * share.mean().item() for asked, share in right.items()},
             protocol={
                 "k": self.config.k,
                 "sweep": sorted(self.ks),
                 "temperature": self.config.temperature,
+                "temperatures": sorted(self.temperatures),
                 "similarity": "cosine",
                 "weights": "exp(similarity / temperature)",
+                "ties": "of equally near ones the first of the bank, of equal votes the smaller label",
             },
             seconds={"knn": perf_counter() - start},
         )
+
+    def _metric(self, k: int, temperature: float) -> str:
+        return f"top1_k{k}" if temperature == self.config.temperature else f"top1_k{k}_t{temperature}"
 
 
 def predict(
@@ -88,68 +100,54 @@ def predict(
     queries: Tensor,
     *,
     ks: Sequence[int],
-    temperature: float,
+    temperatures: Sequence[float],
     num_classes: int,
-    chunk: int | None = None,
-) -> dict[int, Tensor]:
-    """Labels by weighted votes of the k nearest rows of the bank, for each k, in one pass.
+    device: torch.device | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> dict[tuple[int, float], Tensor]:
+    """Labels by weighted votes of the k nearest rows of the bank, for each k and temperature, from one search.
 
     Of equally near rows the first in the bank is the nearer, of equal votes the smaller label wins.
 
     Args:
-        bank: features, [N, D], normalised here.
+        bank: features, [N, D].
         bank_labels: [N] int64, in [0, num_classes).
-        queries: features, [Q, D], normalised here.
+        queries: features, [Q, D].
         ks: numbers of neighbours, each in [1, N].
-        temperature: of the weights exp(cosine / temperature).
+        temperatures: of the weights exp(cosine / temperature).
         num_classes: K.
-        chunk: queries compared at a time; None: as many as keep [chunk, N] small.
+        device, rank, world_size: as `neighbours.search` takes them.
 
     Returns:
-        predicted labels by k, each [Q] int64 on the CPU.
+        predicted labels by (k, temperature), each [Q] int64 on the CPU.
 
     Raises:
         InputError: a k is larger than the bank.
     """
     _check_ks(ks, len(bank))
-    bank = F.normalize(bank, dim=1)
-    chunk = chunk or max(1, SIMILARITY_BYTES // (len(bank) * bank.element_size()))
-    predicted: dict[int, list[Tensor]] = {k: [] for k in ks}
-    with full_precision():
-        for rows in torch.split(queries, chunk):
-            similarities, neighbours = nearest(F.normalize(rows, dim=1) @ bank.T, max(ks))
-            # In fp64 on the CPU: sums of votes do not depend on the device or on the order of its atomics.
-            weights = (similarities.cpu().double() / temperature).exp()
-            labels = bank_labels.cpu()[neighbours.cpu()]
-            for k in ks:
-                votes = torch.zeros(len(rows), num_classes, dtype=torch.float64)
-                votes.scatter_add_(1, labels[:, :k], weights[:, :k])
-                predicted[k].append(votes.argmax(dim=1))
-    return {k: torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64) for k, parts in predicted.items()}
+    cosines, rows = search(bank, queries, max(ks), device=device, rank=rank, world_size=world_size)
+    labels = bank_labels.cpu()[rows]
+    chunk = max(1, VOTES // num_classes)
+    predicted: dict[tuple[int, float], Tensor] = {}
+    for temperature in temperatures:
+        # Relative to the nearest one's, so that none overflows; in fp64 on the CPU, added in the order of nearness.
+        weights = ((cosines - cosines[:, :1]) / temperature).exp()
+        pairs = zip(torch.split(labels, chunk), torch.split(weights, chunk), strict=True)
+        parts = [_votes(*pair, ks, num_classes) for pair in pairs]
+        for k in ks:
+            predicted[k, temperature] = torch.cat([part[k] for part in parts])
+    return predicted
 
 
-def nearest(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, in falling order; of equal ones the first column comes first.
-
-    Args:
-        similarities: [Q, N].
-        k: in [1, N].
-
-    Returns:
-        values [Q, k] and columns [Q, k].
-    """
-    values, columns = similarities.topk(min(k + 1, similarities.shape[1]), dim=1)
-    # topk takes any of equal values. Inside the result a stable sort mends the order; where an equal was left
-    # outside (the value after the last is the same), the row is sorted whole, which is rare.
-    columns, by_column = columns.sort(dim=1)
-    values, by_value = values.gather(1, by_column).sort(dim=1, descending=True, stable=True)
-    columns = columns.gather(1, by_value)
-    if values.shape[1] > k:
-        tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
-        if len(tied):
-            sorted_values, sorted_columns = similarities[tied].sort(dim=1, descending=True, stable=True)
-            values[tied, :k], columns[tied, :k] = sorted_values[:, :k], sorted_columns[:, :k]
-    return values[:, :k], columns[:, :k]
+def _votes(labels: Tensor, weights: Tensor, ks: Sequence[int], num_classes: int) -> dict[int, Tensor]:
+    """By k, the labels [q] with the most votes among the first k of `labels` [q, max(ks)] with their `weights`."""
+    votes = torch.zeros(len(labels), num_classes, dtype=torch.float64)
+    elected, counted = {}, 0
+    for k in sorted(set(ks)):
+        votes.scatter_add_(1, labels[:, counted:k], weights[:, counted:k])
+        elected[k], counted = votes.argmax(dim=1), k
+    return elected
 
 
 def _check_ks(ks: Sequence[int], bank_size: int) -> None:

@@ -3,85 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 
 from data_pipeline.errors import InputError, RunError
 from data_pipeline.read import Dataset
+from pretrain.collectives import from_main
 from pretrain.evals.base import EvalReport, Evaluator, classification_report
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction, Features, full_precision
-from pretrain.evals.probes import LR_BATCH, Probes, fit, scores, topk_share
-from pretrain.evals.task import Task
+from pretrain.evals.features import Extraction, full_precision
+from pretrain.evals.linear_config import LinearConfig as LinearConfig
+from pretrain.evals.linear_fits import Fit, Job, fit_of
+from pretrain.evals.linear_protocol import describe
+from pretrain.evals.probes import Probes, scores, topk_share
+from pretrain.evals.task import Splits, Task
 
-DINOV2_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """The grid and how each of its settings is trained.
-
-    Attributes:
-        learning_rates: for a batch of 256; scaled linearly with the batch. DINOv2's 13 (arXiv:2304.07193).
-        weight_decays: of the weights, never of the biases; each goes with each learning rate.
-        batch_size: samples of a step, at most the training set.
-        epochs, min_steps: steps are those of so many epochs, but no fewer than min_steps.
-        val_share: share of the training set on which the setting is chosen.
-        seed: of that split and of the order of samples.
-        max_train, max_test: the first samples only.
-    """
-
-    learning_rates: tuple[float, ...] = DINOV2_LEARNING_RATES
-    weight_decays: tuple[float, ...] = (0.0,)
-    batch_size: int = 1024
-    epochs: int = 10
-    min_steps: int = 5000
-    val_share: float = 0.1
-    seed: int = 0
-    max_train: int | None = None
-    max_test: int | None = None
-
-    def __post_init__(self) -> None:
-        checks = (
-            (
-                "learning_rates",
-                all(0 < lr < math.inf for lr in self.learning_rates),
-                "finite numbers above 0",
-            ),
-            (
-                "weight_decays",
-                all(0 <= wd < math.inf for wd in self.weight_decays),
-                "finite numbers of at least 0",
-            ),
-            ("learning_rates", bool(self.learning_rates), "at least one"),
-            ("weight_decays", bool(self.weight_decays), "at least one"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("epochs", self.epochs >= 0, "at least 0"),
-            ("min_steps", self.min_steps >= 1, "at least 1"),
-            ("val_share", 0 < self.val_share < 1, "a share between 0 and 1"),
-        )
-        for field, holds, expected in checks:
-            if not holds:
-                raise InputError(where=f"linear.{field}", expected=expected, found=str(getattr(self, field)))
-
-    @property
-    def settings(self) -> tuple[tuple[float, float], ...]:
-        """All pairs of a learning rate and a weight decay."""
-        return tuple((lr, wd) for wd in self.weight_decays for lr in self.learning_rates)
-
-    def num_steps(self, num_samples: int) -> int:
-        return max(self.min_steps, self.epochs * math.ceil(num_samples / self.batch_size))
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The setting that did best on the held-out part of the training set."""
+    """The readout and the setting that did best on the held-out part of the training set, by their numbers.
 
-    learning_rate: float
-    weight_decay: float
-    val_top1: tuple[float | None, ...]  # percent, by setting; None: diverged
+    Attributes:
+        val_top1: percent, by readout and setting; None: diverged. Empty where there was nothing to choose.
+        num_fit, num_val: samples that settings were fitted on, and those that they were judged on.
+    """
+
+    readout: int
+    setting: int
+    val_top1: tuple[tuple[float | None, ...], ...]
     num_fit: int
     num_val: int
 
@@ -91,6 +46,9 @@ class Linear(Evaluator):
 
     Features are standardised by mean and deviation of what is fitted on: the batch norm without affine of
     MAE's probe (arXiv:2111.06377) with fixed statistics. The grid, trained side by side, is DINOv2's.
+
+    With several ranks each of them trains the same classifiers, on the same features; only the encoder's work is
+    shared out.
     """
 
     name = "linear"
@@ -114,112 +72,122 @@ class Linear(Evaluator):
             )
 
     def run(self, encoder: Encoder) -> EvalReport:
-        splits = self.task.extract(encoder, self.extraction)
+        splits = self.task.extract_each(encoder, self.extraction)
         start = perf_counter()
-        train, test = splits.train.to(encoder.device), splits.test.to(encoder.device)
         with full_precision():
-            choice = choose(train, self.config, num_classes=self.task.num_classes)
-            probe = self._retrain(train, choice)
-            logits = probe.logits(test.values).squeeze(2).cpu()
-        top5 = {"top5": 100 * topk_share(logits, splits.test.labels, 5)} if self.task.num_classes >= 10 else {}
-        return classification_report(
+            fit = fit_of(self.config, encoder, self.task, self.extraction, splits)
+            choice = self._agreed(self._choose(fit, splits))
+            chosen = splits[choice.readout]
+            fitted = fit(Job([choice.readout], [choice.setting], None, "linear probe: retraining"))
+            _check(fitted.probes[0])
+            logits = fitted.probes[0].logits_of_all(chosen.test.values)
+        top5 = {"top5": 100 * topk_share(logits, chosen.test.labels, 5)} if self.task.num_classes >= 10 else {}
+        report = classification_report(
             self.name,
             encoder,
             self.task,
-            splits,
+            chosen,
             predicted=logits.argmax(dim=1),
             metric="top1",
             further=top5,
-            protocol=self._protocol(choice),
+            protocol=self._protocol(choice, encoder),
             seconds={"linear": perf_counter() - start},
             seeds={"linear": self.config.seed},
-            notes=self._notes(choice),
+            notes=[*self._notes(choice), *fitted.notes],
         )
+        return self._agreed(report)
 
-    def _retrain(self, train: Features, choice: Choice) -> Probes:
-        probe = fit(
-            train.values,
-            train.labels,
-            [(choice.learning_rate, choice.weight_decay)],
-            num_classes=self.task.num_classes,
-            num_steps=self.config.num_steps(len(train)),
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            label="linear probe: retraining",
-        )
-        if not probe.weight.isfinite().all():
-            raise RunError(
-                where="linear probe",
-                expected="finite weights after retraining on the whole training set",
-                found=f"none at learning rate {choice.learning_rate:g}",
-                fix="Leave out the largest learning rates.",
-            )
-        return probe
+    def _choose(self, fit: Fit, splits: Sequence[Splits]) -> Choice:
+        num_settings = len(self.config.described)
+        if len(splits) * num_settings == 1:
+            return Choice(readout=0, setting=0, val_top1=(), num_fit=len(splits[0].train), num_val=0)
+        return choose(fit, splits, num_settings, val_share=self.config.val_share, seed=self.config.seed)
 
-    def _protocol(self, choice: Choice) -> dict[str, object]:
-        num_train = self.task.num_train
-        return {
-            "classifier": "multinomial logistic regression",
-            "standardised": "per feature, by mean and deviation of the samples that are fitted on",
-            "optimizer": "SGD, momentum 0.9, cosine to 0; weights from 0, biases without decay",
-            "batch_size": min(self.config.batch_size, num_train),
-            "num_steps": self.config.num_steps(num_train),
-            "learning_rates": list(self.config.learning_rates),
-            "learning_rates_are_for_batch": LR_BATCH,
-            "weight_decays": list(self.config.weight_decays),
+    def _agreed(self, value: T) -> T:
+        """Rank 0's, where there are several ranks: their devices may differ in the last bit."""
+        return from_main(value) if self.extraction.world_size > 1 else value
+
+    def _protocol(self, choice: Choice, encoder: Encoder) -> dict[str, object]:
+        readouts, settings = self.extraction.readouts, self.config.described
+        several = len(readouts) > 1
+        tried = [
+            {**({"readout": str(readout)} if several else {}), **setting, "value": value}
+            for readout, values in zip(readouts, choice.val_top1, strict=False)
+            for setting, value in zip(settings, values, strict=True)
+        ]
+        by_choice = {
             "chosen_on": f"{choice.num_val} random training samples, fitted on the other {choice.num_fit}",
-            "val_top1": [
-                {"learning_rate": lr, "weight_decay": wd, "value": value}
-                for (lr, wd), value in zip(self.config.settings, choice.val_top1, strict=True)
-            ],
-            "learning_rate": choice.learning_rate,
-            "weight_decay": choice.weight_decay,
+            "val_top1": tried,
+        }
+        by_default = {"chosen_on": "nothing: there is one setting"}
+        return {
+            **describe(self.config, self.task.num_train, encoder),
+            **({"readouts": [str(readout) for readout in readouts]} if several else {}),
+            **(by_choice if tried else by_default),
+            **({"readout": str(readouts[choice.readout])} if several else {}),
+            **settings[choice.setting],
             "retrained": "on all training samples, with the chosen setting",
         }
 
     def _notes(self, choice: Choice) -> list[str]:
-        rates = self.config.learning_rates
-        edges = {min(rates): "smallest", max(rates): "largest"} if len(rates) > 1 else {}
-        return [
-            f"the chosen learning rate {rate:g} is the {word} of the grid; a wider grid may do better"
-            for rate, word in edges.items()
-            if choice.learning_rate == rate
-        ]
+        name = "inverse_penalty" if self.config.solver == "lbfgs" else "learning_rate"
+        tried = [setting[name] for setting in self.config.described]
+        chosen = self.config.described[choice.setting][name]
+        edges = {min(tried): "smallest", max(tried): "largest"} if len(set(tried)) > 1 else {}
+        word = edges.get(chosen)
+        called = {"inverse_penalty": "C", "learning_rate": "learning rate"}[name]
+        return [f"the chosen {called} {chosen:g} is the {word} of the grid; a wider grid may do better"] if word else []
 
 
-def choose(train: Features, config: LinearConfig, *, num_classes: int) -> Choice:
-    """Fits every setting on one part of the training set; on the other the best top-1 wins, then the loss.
+def choose(fit: Fit, splits: Sequence[Splits], num_settings: int, *, val_share: float, seed: int) -> Choice:
+    """Fits all on one part of the training set; on the other the best top-1 wins, then the loss.
+
+    Args:
+        fit: see `fit_of`.
+        splits: of each readout; their training sets alone are looked at.
+        num_settings: of each readout.
+        val_share: share of the training set to choose on.
+        seed: of that split.
 
     Raises:
         RunError: every setting diverged.
     """
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed))
-    num_val = min(len(train) - 1, max(1, round(config.val_share * len(train))))
-    val, rest = order[:num_val].to(train.labels.device), order[num_val:].to(train.labels.device)
-    probes = fit(
-        train.values[rest],
-        train.labels[rest],
-        config.settings,
-        num_classes=num_classes,
-        num_steps=config.num_steps(len(rest)),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        label=f"linear probe: {len(config.settings)} settings",
-    )
-    top1, loss = (values.tolist() for values in scores(probes, train.values[val], train.labels[val]))
-    finite = [s for s in range(len(loss)) if math.isfinite(loss[s])]
-    if not finite:
+    num_train = len(splits[0].train)
+    order = torch.randperm(num_train, generator=torch.Generator().manual_seed(seed))
+    num_val = min(num_train - 1, max(1, round(val_share * num_train)))
+    val, rest = order[:num_val], order[num_val:]
+    readouts = range(len(splits))
+    of_readouts = f" on each of {len(readouts)} readouts" if len(readouts) > 1 else ""
+    fitted = fit(Job(readouts, range(num_settings), rest, f"linear probe: {num_settings} settings{of_readouts}"))
+    labels = splits[0].train.labels[val]
+    top1, loss = {}, {}
+    for readout, probes in zip(readouts, fitted.probes, strict=True):
+        found = scores(probes, splits[readout].train.values[val], labels)
+        for setting, (right, entropy) in enumerate(zip(*(values.tolist() for values in found), strict=True)):
+            if math.isfinite(entropy):
+                top1[readout, setting], loss[readout, setting] = 100 * right, entropy
+    if not top1:
         raise RunError(
             where="linear probe",
             expected="a setting that does not diverge",
-            found=f"{len(loss)} that did",
+            found=f"{len(readouts) * num_settings} that did",
             fix="Add smaller learning rates.",
         )
-    learning_rate, weight_decay = config.settings[min(finite, key=lambda s: (-top1[s], loss[s]))]
+    readout, setting = min(top1, key=lambda candidate: (-top1[candidate], loss[candidate]))
     return Choice(
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        val_top1=tuple(100 * top1[s] if s in finite else None for s in range(len(loss))),
+        readout=readout,
+        setting=setting,
+        val_top1=tuple(tuple(top1.get((r, s)) for s in range(num_settings)) for r in readouts),
         num_fit=len(rest),
         num_val=num_val,
     )
+
+
+def _check(probes: Probes) -> None:
+    if not (probes.weight.isfinite().all() and probes.bias.isfinite().all()):
+        raise RunError(
+            where="linear probe",
+            expected="finite weights after retraining on the whole training set",
+            found="others",
+            fix="Leave out the largest learning rates.",
+        )

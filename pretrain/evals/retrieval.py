@@ -14,12 +14,12 @@ from data_pipeline.progress import track
 from data_pipeline.read import Dataset
 from pretrain.evals.base import EvalReport, outcomes_of, report_of
 from pretrain.evals.features import Extraction, full_precision
-from pretrain.evals.knn import SIMILARITY_BYTES
 from pretrain.evals.pairs import TOWER_LIBRARIES, embed_texts, image_side
 from pretrain.models.towers import Towers
 from pretrain.recipe import Captions
 
 KS = (1, 5, 10)
+SIMILARITY_BYTES = 256 * 2**20  # of one chunk of queries against all candidates
 
 
 @dataclass(frozen=True)

@@ -1,49 +1,60 @@
-"""Where an encoder comes from: a run, a checkpoint, an encoder folder, a weights file or timm."""
+"""Where an encoder comes from: a run, a checkpoint, a folder, a weights file, or a name of timm's or open_clip's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import timm
+from torch import nn
 
 from data_pipeline.errors import CheckpointError, InputError
 from pretrain.checkpoint import module_state, read_state
 from pretrain.evals.encoder import Encoder
+from pretrain.evals.hf_sources import hf_encoder
+from pretrain.evals.open_clip_sources import from_open_clip, is_open_clip
 from pretrain.evals.timm_sources import Architecture, checked_views, from_file, from_timm, nearest, seeded
-from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, load_encoder, load_strictly
+from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, EncoderConfig, load_encoder, load_strictly
+from pretrain.models.hf_folders import is_hf_folder
+from pretrain.models.input_size import set_image_size
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 
 
 def load_source(
-    spec: str, *, random_init: bool = False, seed: int | None = None, architecture: Architecture | None = None
+    spec: str,
+    *,
+    random_init: bool = False,
+    seed: int | None = None,
+    architecture: Architecture | None = None,
+    weights: Path | None = None,
 ) -> Encoder:
     """The encoder that `spec` names, on the CPU, with exactly its weights.
 
     Args:
-        spec: a run's folder, a checkpoint in one, a folder as timm saves it, a weights file (safetensors, or
-            a PyTorch file of tensors), or the name of a timm model: its published weights are downloaded.
+        spec: a run's folder, a checkpoint in one, a folder as timm, open_clip or Hugging Face's transformers save it,
+            a weights file (safetensors, or a PyTorch file of tensors), the name of a timm model, or one of open_clip's
+            with a tag of published weights (NAME:TAG). Published weights are downloaded.
         random_init: the same architecture with fresh weights; of a run, those that it began with.
         seed: of the fresh weights; None: the run's own, or 0.
-        architecture: of a weights file; of a timm model, where it is not to be built as timm has it.
+        architecture: of a weights file; of a timm model, where it is not to be built as timm has it; else its
+            `image_size` alone counts, for which a ViT's position embedding is interpolated.
+        weights: of one of open_clip's models: a local file.
 
     Raises:
         InputError: nothing there, or arguments that do not go together.
         CheckpointError: weights that are damaged, not finite, or not exactly those of the architecture.
     """
     path = Path(spec)
+    if weights is not None and (path.exists() or not is_open_clip(spec)):
+        raise InputError("--weights", "none, as only a name of open_clip's goes with a file", f"{spec}, {weights}")
     if path.is_dir():
-        if architecture is not None:
-            raise InputError(
-                where="--model, --image-size, --option",
-                expected=f"none of them, as {spec} says its own architecture",
-                found=str(architecture),
-            )
-        return _from_folder(path, random_init, seed)
+        size = _size_alone(spec, architecture)
+        return _at_size(_from_folder(path, random_init, seed, size), size)
     if path.is_file():
-        if architecture is None:
+        if architecture is None or architecture.name == spec:
             raise InputError(
                 where=spec,
                 expected="the architecture of a weights file",
@@ -51,10 +62,13 @@ def load_source(
                 fix="Name it with --model, and --image-size and --option where it differs from timm's.",
             )
         return from_file(path, architecture, random_init=random_init, seed=seed or 0)
+    if is_open_clip(spec) and (weights is not None or not timm.is_model(spec)):
+        size = _size_alone(spec, architecture)
+        return _at_size(_from_open_clip(spec, random_init, seed or 0, weights), size)
     if not timm.is_model(spec):
         raise InputError(
             where=spec,
-            expected="a run, a checkpoint, an encoder folder, a weights file, or the name of a timm model",
+            expected="a run, a checkpoint, an encoder folder, a weights file, or a name of timm's or open_clip's",
             found="none of these",
             fix=nearest(spec),
         )
@@ -64,11 +78,34 @@ def load_source(
     return from_timm(architecture, random_init=random_init, seed=seed or 0)
 
 
-def _from_folder(path: Path, random_init: bool, seed: int | None) -> Encoder:
+def _size_alone(spec: str, architecture: Architecture | None) -> int | None:
+    if architecture is None:
+        return None
+    if architecture.name != spec or architecture.options:
+        raise InputError(
+            where="--model, --option",
+            expected=f"none of them, as {spec} says its own architecture",
+            found=str(architecture),
+        )
+    return architecture.image_size
+
+
+def _at_size(encoder: Encoder, size: int | None) -> Encoder:
+    """For images of `size` pixels; None: of its own."""
+    if size is None:
+        return encoder
+    told = set_image_size(encoder.module, encoder.image_size, size)
+    description = {**encoder.description, "position_embedding": told} if told else encoder.description
+    return replace(encoder, image_size=size, description=description)
+
+
+def _from_folder(path: Path, random_init: bool, seed: int | None, size: int | None) -> Encoder:
     if (path / "recipe.yaml").is_file():
         return _from_run(path, random_init, seed)
     if (path / "state.json").is_file() or (path / "COMPLETE").is_file():
         return _from_checkpoint(path, random_init, seed)
+    if is_hf_folder(path):
+        return hf_encoder(path, random_init=random_init, seed=seed or 0, image_size=size)
     if (path / CONFIG).is_file() or (path / OPEN_CLIP_CONFIG).is_file():
         return _from_encoder_folder(path, random_init, seed or 0)
     raise CheckpointError(
@@ -125,12 +162,27 @@ def _from_encoder_folder(folder: Path, random_init: bool, seed: int) -> Encoder:
     if random_init:
         module = seeded(seed, config.build)
         description["init_seed"] = seed
+    if config.library == "timm" and getattr(module, "num_classes", None):
+        module.reset_classifier(0)  # type: ignore[operator]
+        description["classifier_left_out"] = timm.models.get_pretrained_cfg_value(config.name, "classifier")
+    return _of_config(module, config, description, random_init)
+
+
+def _from_open_clip(spec: str, random_init: bool, seed: int, weights: Path | None) -> Encoder:
+    towers, config, _, description = from_open_clip(spec, random_init=random_init, seed=seed, weights=weights)
+    return _of_config(towers.encoder, config, description, random_init)
+
+
+def _of_config(
+    module: nn.Module, config: EncoderConfig, description: Mapping[str, object], random_init: bool
+) -> Encoder:
+    where = str(description["source"])
     return Encoder(
         module,
         image_size=config.image_size,
         mean=config.mean,
         std=config.std,
-        views=checked_views(config.interpolation, config.eval_crop, where=str(folder)),
+        views=checked_views(config.interpolation, config.eval_crop, where=where, eval_resize=config.eval_resize),
         tag="random" if random_init else "encoder",
         description=description,
     )

@@ -116,14 +116,16 @@ class Task:
                 found=f"{len(train)} samples of class {known.pop()}",
                 fix="Take more of it (--limit-train takes the first), or shards with classes mixed.",
             )
-        unknown = asked - known
-        if not unknown:
-            return ()
-        num_lost = sum(label in unknown for label in test.labels.tolist())
-        return (
-            f"{len(unknown)} of {len(asked)} classes have no training sample: "
-            f"{num_lost} of {len(test)} test samples cannot be right",
-        )
+        notes = []
+        if unknown := asked - known:
+            num_lost = sum(label in unknown for label in test.labels.tolist())
+            notes.append(
+                f"{len(unknown)} of {len(asked)} classes have no training sample: "
+                f"{num_lost} of {len(test)} test samples cannot be right"
+            )
+        if len(asked) < self.num_classes:
+            notes.append(f"{self.num_classes - len(asked)} of {self.num_classes} classes have no test sample")
+        return tuple(notes)
 
     def describe(self) -> dict[str, object]:
         """Identity and size of both sets, for the report."""

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from data_pipeline.errors import CheckpointError, InputError
+from data_pipeline.errors import InputError
 from data_pipeline.views import ViewSpec
 from pretrain.evals.encoder import Encoder
 from pretrain.models.encoders import load_strictly
+from pretrain.models.input_size import set_image_size
+from pretrain.models.weights_files import read_tensors
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,17 @@ def from_timm(architecture: Architecture, *, random_init: bool, seed: int) -> En
     module = architecture.build(pretrained=True)
     module.reset_classifier(0)  # type: ignore[operator]
     own_size = _config(module)["input_size"][-1]
-    if architecture.image_size not in (None, own_size):
-        description["position_embedding"] = f"as timm resizes it from {own_size} px"
+    if architecture.image_size not in (None, own_size) and _config(module).get("fixed_input_size"):
+        description["position_embedding"] = {
+            "from": f"{own_size} px", "to": f"{architecture.image_size} px", "how": "as timm resizes it when it loads"
+        }  # fmt: skip
     return _encoder(module, architecture, "encoder", description)
 
 
 def from_file(path: Path, architecture: Architecture, *, random_init: bool, seed: int) -> Encoder:
     """The weights of a file, all of them but a classifier's; or fresh ones.
+
+    They are of the architecture's image size; or of a ViT's own, and their position embedding is interpolated.
 
     Raises:
         InputError: the architecture cannot be built.
@@ -82,46 +86,29 @@ def from_file(path: Path, architecture: Architecture, *, random_init: bool, seed
     description: dict[str, object] = {"source": str(path), "kind": "weights file"}
     if random_init:
         return _fresh(architecture, seed, description)
+    state = read_tensors(path)
     module = seeded(seed, lambda: architecture.build(num_classes=0))
+    if moved := _made_for_own_size(module, architecture, state):
+        module = moved
     heads = _config(module).get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
-    state = read_tensors(path)
     left_out = sorted(name for name in state if name.rpartition(".")[0] in heads)
     load_strictly(module, {name: state[name] for name in state if name not in left_out}, where=str(path))
-    return _encoder(module, architecture, "encoder", {**description, "classifier_left_out": left_out})
+    description["classifier_left_out"] = left_out
+    if moved and (told := set_image_size(module, _config(module)["input_size"][-1], architecture.image_size or 0)):
+        description["position_embedding"] = told
+    return _encoder(module, architecture, "encoder", description)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file by name; a PyTorch file may hold other plain data beside them.
-
-    Raises:
-        CheckpointError: damaged, a pickle of more than plain data, or not exactly one dictionary of tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            tensors: dict[str, Tensor] = load_file(path)
-            return tensors
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(
-            where=str(path),
-            expected="safetensors, or a PyTorch file without objects that could run code",
-            found=f"{type(error).__name__}: {(str(error).splitlines() or ['an empty file'])[0]}",
-            fix="Save the tensors alone.",
-        ) from error
-    members = [content, *content.values()] if isinstance(content, dict) else []
-    states = [member for member in members if _is_state(member)]
-    if len(states) != 1:
-        members_found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(
-            where=str(path),
-            expected="one dictionary of tensors",
-            found=f"{len(states)} among {members_found}",
-            fix="Save the one to be judged as safetensors.",
-        )
-    state = states[0]
-    wrapped = all(name.startswith("module.") for name in state)  # by DistributedDataParallel
-    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}
+def _made_for_own_size(module: nn.Module, architecture: Architecture, state: Mapping[str, Tensor]) -> nn.Module | None:
+    """The ViT at timm's size for the name, where the weights have its positions and not those of the size asked for."""
+    if architecture.image_size is None or not isinstance(module, VisionTransformer):
+        return None
+    positions = state.get("pos_embed")
+    if positions is None or module.pos_embed is None or positions.shape == module.pos_embed.shape:
+        return None
+    own = seeded(0, lambda: replace(architecture, image_size=None).build(num_classes=0))
+    return own if own.pos_embed.shape == positions.shape else None
 
 
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
@@ -136,14 +123,16 @@ def nearest(name: str) -> str:
     return f"Nearest timm models: {', '.join(near)}." if near else ""
 
 
-def checked_views(interpolation: str, eval_crop: float, *, where: str) -> ViewSpec:
+def checked_views(
+    interpolation: str, eval_crop: float, *, where: str, eval_resize: Literal["shorter", "square"] = "shorter"
+) -> ViewSpec:
     """
     Raises:
         InputError: an interpolation that evaluation views do not have.
     """
     if interpolation not in ("bilinear", "bicubic"):
         raise InputError(where=where, expected="bilinear or bicubic interpolation", found=str(interpolation))
-    return ViewSpec(interpolation=interpolation, eval_crop=eval_crop)  # type: ignore[arg-type]
+    return ViewSpec(interpolation=interpolation, eval_crop=eval_crop, eval_resize=eval_resize)  # type: ignore[arg-type]
 
 
 def _fresh(architecture: Architecture, seed: int, description: Mapping[str, object]) -> Encoder:
@@ -154,18 +143,22 @@ def _fresh(architecture: Architecture, seed: int, description: Mapping[str, obje
 def _encoder(module: nn.Module, architecture: Architecture, tag: str, description: Mapping[str, object]) -> Encoder:
     """With the preprocessing that timm has for the name."""
     config = _config(module)
-    if config.get("crop_mode", "center") != "center":
+    mode = config.get("crop_mode", "center")
+    if mode not in ("center", "squash"):
         raise InputError(
-            where=architecture.name,
-            expected="a model for centre crops",
-            found=f"crop_mode {config['crop_mode']}",
+            where=architecture.name, expected="a model for centre crops or squashed images", found=f"crop_mode {mode}"
         )
     return Encoder(
         module,
         image_size=architecture.image_size or config["input_size"][-1],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        views=checked_views(config["interpolation"], config["crop_pct"], where=architecture.name),
+        views=checked_views(
+            config["interpolation"],
+            config["crop_pct"],
+            where=architecture.name,
+            eval_resize="square" if mode == "squash" else "shorter",
+        ),
         tag=tag,
         description={"architecture": architecture.name, "options": dict(architecture.options), **description},
     )
@@ -174,7 +167,3 @@ def _encoder(module: nn.Module, architecture: Architecture, tag: str, descriptio
 def _config(module: nn.Module) -> dict[str, Any]:
     config: dict[str, Any] = module.pretrained_cfg  # type: ignore[assignment]
     return config
-
-
-def _is_state(value: object) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())

@@ -11,10 +11,13 @@ from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import CheckpointError, InputError
 from data_pipeline.views import ViewSpec
 from pretrain.checkpoint import module_state, read_state
-from pretrain.evals.timm_sources import checked_views, read_tensors
+from pretrain.evals.hf_sources import hf_towers
+from pretrain.evals.open_clip_sources import from_open_clip
+from pretrain.evals.timm_sources import checked_views
 from pretrain.models.encoders import EncoderConfig, load_strictly
+from pretrain.models.hf_folders import is_hf_folder
 from pretrain.models.tokenizers import build_tokenizer
-from pretrain.models.tower_folders import load_towers_folder, open_clip_by_name
+from pretrain.models.tower_folders import load_towers_folder
 from pretrain.models.towers import Towers, TwoTowers, build_parts
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import Recipe
@@ -46,11 +49,12 @@ def load_towers(
     """The two towers that `spec` names, on the CPU, in evaluation mode, with exactly their weights.
 
     Args:
-        spec: a run's folder, a checkpoint in one, an encoder folder that holds both towers, or the name of one of
-            open_clip's model configurations.
+        spec: a run's folder, a checkpoint in one, an encoder folder that holds both towers, a folder of Hugging
+            Face's CLIPModel, or the name of one of open_clip's model configurations, perhaps with a tag of published
+            weights (NAME:TAG), which are downloaded.
         random_init: the same architecture with fresh weights; of a run, those that it began with.
         seed: of the fresh weights; None: the run's own, or 0.
-        weights: of a configuration: a local file (safetensors, or a PyTorch file of tensors). Nothing is downloaded.
+        weights: of a configuration: a local file (safetensors, or a PyTorch file of tensors).
         tokenizer: as in a recipe, in the place of the one that the towers name.
 
     Raises:
@@ -64,6 +68,8 @@ def load_towers(
         found = _from_run(path, random_init, seed)
     elif (path / "state.json").is_file() or (path / "COMPLETE").is_file():
         found = _from_checkpoint(path, random_init, seed)
+    elif is_hf_folder(path):
+        found = _from_hf(path, random_init, seed or 0, tokenizer)
     elif path.is_dir():
         found = _from_folder(path, random_init, seed or 0)
     else:
@@ -159,35 +165,45 @@ def _from_folder(folder: Path, random_init: bool, seed: int) -> _Found:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module, config, tokens = load_towers_folder(folder, fresh=random_init)
-    return _of_config(module, config, tokens, str(folder), "encoder folder", random_init, seed)
+    description: dict[str, object] = {"architecture": config.name, "source": str(folder), "kind": "encoder folder"}
+    if random_init:
+        description["init_seed"] = seed
+    return _of_config(module, config, tokens, description, random_init)
 
 
-def _by_name(name: str, random_init: bool, seed: int, weights: Path | None) -> _Found:
-    if (weights is None) == (not random_init):
-        raise InputError(
-            where=name,
-            expected="a local file of weights, or random initialisation, as nothing is downloaded",
-            found="both" if random_init else "neither",
-            fix="Name a run, a checkpoint or an encoder folder, or add one of the two.",
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        state = None if weights is None else read_tensors(weights)
-        module, config, tokens = open_clip_by_name(name, state, where=str(weights))
-    return _of_config(module, config, tokens, name, "open_clip", random_init, seed)
+def _from_hf(folder: Path, random_init: bool, seed: int, tokenizer: str | None) -> _Found:
+    module, preprocessing, tokens, description = hf_towers(
+        folder, random_init=random_init, seed=seed, tokenizer=tokenizer
+    )
+    return _Found(
+        module,
+        tokens,
+        preprocessing.image_size,
+        preprocessing.mean,
+        preprocessing.std,
+        preprocessing.views,
+        "random" if random_init else "encoder",
+        {**description, "init_seed": seed} if random_init else description,
+    )
+
+
+def _by_name(spec: str, random_init: bool, seed: int, weights: Path | None) -> _Found:
+    module, config, tokens, description = from_open_clip(spec, random_init=random_init, seed=seed, weights=weights)
+    return _of_config(module, config, tokens, description, random_init)
 
 
 def _of_config(
-    module: TwoTowers, config: EncoderConfig, tokens: TokenSpec, source: str, kind: str, random_init: bool, seed: int
+    module: TwoTowers, config: EncoderConfig, tokens: TokenSpec, description: dict[str, object], random_init: bool
 ) -> _Found:
-    fresh = {"init_seed": seed} if random_init else {}
     return _Found(
         module,
         tokens,
         config.image_size,
         config.mean,
         config.std,
-        checked_views(config.interpolation, config.eval_crop, where=source),
+        checked_views(
+            config.interpolation, config.eval_crop, where=str(description["source"]), eval_resize=config.eval_resize
+        ),
         "random" if random_init else "encoder",
-        {"architecture": config.name, "source": source, "kind": kind, **fresh},
+        description,
     )

@@ -18,7 +18,7 @@ from data_pipeline.errors import FieldError, InputError
 from data_pipeline.read import Dataset
 from pretrain.evals.base import EvalReport, outcomes_of, report_of
 from pretrain.evals.features import Extraction, full_precision
-from pretrain.evals.knn import nearest
+from pretrain.evals.neighbours import nearest
 from pretrain.evals.pairs import TOWER_LIBRARIES, embed_texts, image_side
 from pretrain.models.towers import Towers
 

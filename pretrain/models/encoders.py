@@ -56,6 +56,8 @@ _FAMILIES: dict[str, type[nn.Module]] = {  # by timm's module; what takes a fixe
     "cifar_resnet": ResNet,  # ours
 }
 
+_CROP_MODES: dict[str, Literal["shorter", "square"]] = {"center": "shorter", "squash": "square"}  # timm's words
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -70,6 +72,7 @@ class EncoderConfig:
         interpolation: of the resize before the centre crop.
         eval_crop: side of the centre crop, as a share of the resized shorter side.
         file_sha256: hex digest of the weights file.
+        eval_resize: of which sides, as in `ViewSpec`.
     """
 
     name: str
@@ -81,6 +84,7 @@ class EncoderConfig:
     eval_crop: float
     file_sha256: str
     library: Literal["timm", "open_clip"] = "timm"
+    eval_resize: Literal["shorter", "square"] = "shorter"
 
     def build(self) -> nn.Module:
         """The same architecture, initialised from torch's global seed."""
@@ -242,6 +246,7 @@ def load_encoder(folder: Path) -> tuple[nn.Module, EncoderConfig]:
             interpolation=preprocessing["interpolation"],
             eval_crop=preprocessing["crop_pct"],
             file_sha256=digest,
+            eval_resize=_CROP_MODES[preprocessing.get("crop_mode", "center")],
         )
         state = load_file(folder / WEIGHTS)
         encoder = config.build()
@@ -268,7 +273,12 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, where: str)
     Raises:
         CheckpointError: names or shapes differ, or a value is not finite; the message lists the names.
     """
-    own = module.state_dict()
+    check_exactly(module.state_dict(), state, where=where, of=type(module).__name__)
+    module.load_state_dict(state)
+
+
+def check_exactly(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, where: str, of: str) -> None:
+    """`state` has exactly the names and shapes of `own`, and is finite; errors as in `load_strictly`."""
     both = own.keys() & state.keys()
     faults = {
         "missing": own.keys() - state.keys(),
@@ -280,11 +290,10 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, where: str)
     if told:
         raise CheckpointError(
             where=where,
-            expected=f"exactly the {len(own)} tensors of {type(module).__name__}, all finite",
+            expected=f"exactly the {len(own)} tensors of {of}, all finite",
             found="; ".join(told),
             fix="Name the weights that were saved from this very architecture.",
         )
-    module.load_state_dict(state)
 
 
 @functools.cache

@@ -158,13 +158,16 @@ def load_open_clip(folder: Path, *, fresh: bool = False) -> Loaded:
     return _open_clip(told, None if fresh else _weights(path, told), where=str(path))
 
 
-def open_clip_by_name(name: str, state: dict[str, Tensor] | None, *, where: str) -> Loaded:
+def open_clip_by_name(
+    name: str, state: dict[str, Tensor] | None, *, where: str, published: Mapping[str, Any] | None = None
+) -> Loaded:
     """Both towers of one of open_clip's configurations, with open_clip's own preprocessing.
 
     Args:
         name: as in `open_clip.list_models()`.
         state: weights under open_clip's names; None: as initialised from torch's global seed.
         where: where they come from, for messages.
+        published: what open_clip says of published weights, which have a preprocessing and an activation of their own.
 
     Raises:
         InputError: an unknown name, or towers that cannot be built here.
@@ -172,7 +175,11 @@ def open_clip_by_name(name: str, state: dict[str, Tensor] | None, *, where: str)
     """
     config = named_config(name)
     tokenizer = config["text_cfg"].get("hf_tokenizer_name", CLIP)
-    return _open_clip({"name": name, "model_cfg": config, "tokenizer": tokenizer}, state, where=where)
+    told = {"name": name, "model_cfg": config, "tokenizer": tokenizer}
+    if published is not None:
+        config["quick_gelu"] = bool(published.get("quick_gelu", False))
+        told["preprocess_cfg"] = {key: value for key, value in published.items() if value is not None}
+    return _open_clip(told, state, where=where)
 
 
 def _open_clip(told: dict[str, Any], state: dict[str, Tensor] | None, *, where: str) -> Loaded:
@@ -192,11 +199,12 @@ def _open_clip(told: dict[str, Any], state: dict[str, Tensor] | None, *, where: 
             eval_crop=told.get("eval_crop", 1.0),
             file_sha256=told.get("weights_sha256", ""),
             library="open_clip",
+            eval_resize="square" if mode == "squash" else "shorter",
         )
-    if mode != "shortest" or not isinstance(size, int):
+    if mode not in ("shortest", "squash") or not isinstance(size, int):
         raise CheckpointError(
             where=where,
-            expected="square images, resized by their shorter side and cropped",
+            expected="square images, resized by their shorter side and cropped, or by both sides",
             found=f"resize_mode {mode}, image_size {size}",
         )
     both = build_open_clip(config)

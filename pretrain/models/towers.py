@@ -121,7 +121,7 @@ class Towers:
         tokenizer: text -> tokens [L].
         image_size: S, pixels.
         mean, std: per channel, of images scaled to [0, 1].
-        views: geometry of evaluation views (`interpolation`, `eval_crop`).
+        views: geometry of evaluation views (`interpolation`, `eval_crop`, `eval_resize`).
         tag: short name among the towers of one run, for file names: encoder, step_00001000, random.
         description: where they come from, for a report.
         run: the run's folder, where there is one; results are kept there.
@@ -166,7 +166,7 @@ class Towers:
     def preprocessing(self) -> dict[str, object]:
         return {
             "image_size": self.image_size,
-            "resize": "antialiased, of the shorter side, then a centre crop",
+            "resize": self.views.resizing,
             "interpolation": self.views.interpolation,
             "eval_crop": self.views.eval_crop,
             "mean": list(self.mean),

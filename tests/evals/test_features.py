@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data_pipeline.errors import CheckpointError, FieldError, InputError, RunError
+from data_pipeline.errors import CheckpointError, FieldError, InputError
 from data_pipeline.read import open_dataset
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, Features, full_precision
@@ -20,9 +20,10 @@ from tests.evals.conftest import Folders, small_encoder
 
 
 def extract(encoder: Encoder, folder: str, limit: int | None = None, **how: object) -> Features:
-    return Extraction(**how).extract(  # type: ignore[arg-type]
+    (found,) = Extraction(**how).extract(  # type: ignore[arg-type]
         encoder, open_dataset(folder), num_classes=10, limit=limit, label="test"
     )
+    return found
 
 
 def test_each_sample_once_in_order_with_its_own_features(folders: Folders, encoder: Encoder) -> None:
@@ -48,26 +49,6 @@ def test_batches_and_workers_change_nothing(folders: Folders, encoder: Encoder, 
 def test_a_limit_takes_the_first(folders: Folders, encoder: Encoder) -> None:
     whole, part = extract(encoder, folders.test), extract(encoder, folders.test, limit=13)
     assert part.keys == whole.keys[:13]
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_shares_of_all_ranks_are_the_whole(folders: Folders, encoder: Encoder, world_size: int) -> None:
-    expected = extract(encoder, folders.test)
-    shares: list[Features] = []
-
-    def keep(share: Features) -> list[Features]:
-        shares.append(share)
-        return shares
-
-    for rank in range(world_size):
-        if rank < world_size - 1:
-            with pytest.raises(RunError, match="each once"):  # shares are missing as yet
-                extract(encoder, folders.test, rank=rank, world_size=world_size, gather=keep)
-        else:
-            found = extract(encoder, folders.test, rank=rank, world_size=world_size, gather=keep)
-    assert found.keys == expected.keys
-    assert torch.equal(found.labels, expected.labels)
-    torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-6)
 
 
 class Failing(nn.Module):

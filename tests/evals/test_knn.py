@@ -1,53 +1,94 @@
-"""kNN is exact: scikit-learn's predictions on real features, a loop's on ties, for any size of a chunk."""
+"""kNN is exact: scikit-learn's predictions on real features, a loop's on others, the same on any number of ranks."""
 
 from __future__ import annotations
 
 import math
+import tarfile
+from itertools import product
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simplejpeg import decode_jpeg
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
+from torch.nn import functional as F
+from typer.testing import CliRunner
 
 from data_pipeline.errors import InputError
 from data_pipeline.read import open_dataset
+from launch.eval_commands import app
+from pretrain.collectives import World
+from pretrain.evals import knn
+from pretrain.evals.base import EvalReport
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.knn import Knn, nearest, predict
+from pretrain.evals.features import Extraction
+from pretrain.evals.knn import Knn, predict
 from pretrain.recipe import InlineKnn
 from tests.evals.conftest import Digits, Folders, small_encoder
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_predictions_are_those_of_scikit_learn(digits: Digits, dtype: torch.dtype) -> None:
     bank, queries = digits.train.to(dtype), digits.test.to(dtype)
     ks = (1, 10, 20, 100, 200)
-    found = predict(bank, digits.train_labels, queries, ks=ks, temperature=0.07, num_classes=10)
+    found = predict(bank, digits.train_labels, queries, ks=ks, temperatures=(0.07,), num_classes=10)
     for k in ks:
-        reference = KNeighborsClassifier(
-            k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
-        )
-        reference.fit(bank.double().numpy(), digits.train_labels.numpy())
-        assert (found[k].numpy() == reference.predict(queries.double().numpy())).all(), f"k={k}"
+        reference = scikit_learn(bank, digits.train_labels, k, 0.07)
+        assert (found[k, 0.07].numpy() == reference.predict(queries.double().numpy())).all(), f"k={k}"
 
 
-# Few distinct values, so that most rows are full of ties, inside and across the k-th place.
-levels = st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0])
+def scikit_learn(bank: Tensor, labels: Tensor, k: int, temperature: float) -> KNeighborsClassifier:
+    """In fp64."""
+    model = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / temperature))
+    return model.fit(bank.double().numpy(), labels.numpy())
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.data(), st.integers(1, 4), st.integers(1, 12))
-def test_of_equally_near_the_first_comes_first(data: st.DataObject, rows: int, columns: int) -> None:
-    flat = data.draw(st.lists(levels, min_size=rows * columns, max_size=rows * columns))
-    k = data.draw(st.integers(1, columns))
-    similarities = torch.tensor(flat).view(rows, columns)
-    values, found = nearest(similarities, k)
-    for row in range(rows):
-        expected = sorted(range(columns), key=lambda c: (-similarities[row, c].item(), c))[:k]
-        assert found[row].tolist() == expected
-        assert values[row].tolist() == [similarities[row, c].item() for c in expected]
+def cifar10_features(archive: Path, every: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each `every`-th image, by split: random filters, rectified, averaged over quarters, [N, 512]; and labels."""
+    generator = torch.Generator().manual_seed(0)
+    filters = torch.randn(128, 3, 6, 6, generator=generator)
+    filters -= filters.mean(dim=(1, 2, 3), keepdim=True)
+    images: dict[str, list[Tensor]] = {"train": [], "test": []}
+    classes: dict[str, list[str]] = {"train": [], "test": []}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            _, split, name, *number = (*member.name.split("/"), "", "")
+            if member.isfile() and int(number[0].removesuffix(".jpg")) % every == 0:
+                file = tar.extractfile(member)
+                assert file is not None
+                images[split].append(torch.from_numpy(decode_jpeg(file.read())))
+                classes[split].append(name)
+    numbers = {name: i for i, name in enumerate(sorted(set(classes["train"])))}
+    found = {}
+    for split, pixels in images.items():
+        scaled = torch.stack(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5
+        maps = [F.conv2d(part, filters, stride=2).relu() for part in scaled.split(250)]
+        features = torch.cat([F.adaptive_avg_pool2d(part, 2).flatten(1) for part in maps])
+        found[split] = features, torch.tensor([numbers[name] for name in classes[split]])
+    return found
+
+
+def test_predictions_on_cifar10_are_those_of_scikit_learn(shared_data: Path) -> None:
+    splits = cifar10_features(shared_data / "cifar10.tar.gz", every=10)
+    (bank, labels), (queries, right) = splits["train"], splits["test"]
+    assert (len(bank), len(queries)) == (5000, 1000)
+    ks, temperatures = (1, 10, 20, 200), (0.07, 0.5)
+    found = predict(bank, labels, queries, ks=ks, temperatures=temperatures, num_classes=10)
+    for k, temperature in product(ks, temperatures):
+        reference = scikit_learn(bank, labels, k, temperature)
+        votes = np.sort(reference.predict_proba(queries.double().numpy()), axis=1)
+        # No image's vote is so close that rounding could turn it: all have to be equal.
+        assert (votes[:, -1] - votes[:, -2]).min() > 1e-9
+        assert (found[k, temperature].numpy() == reference.predict(queries.double().numpy())).all()
+        assert (found[k, temperature] == right).double().mean() > 0.3  # features that tell something
+    different = {tuple(predicted.tolist()) for predicted in found.values()}
+    assert len(different) == len(ks) * len(temperatures) - (len(temperatures) - 1)  # all but k = 1
 
 
 def naive(bank: Tensor, labels: Tensor, query: Tensor, k: int, temperature: float) -> int:
@@ -63,29 +104,31 @@ def naive(bank: Tensor, labels: Tensor, query: Tensor, k: int, temperature: floa
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.integers(0, 10**6),
-    st.integers(1, 25),
-    st.integers(1, 6),
-    st.integers(1, 7),
-    st.sampled_from([0.07, 1.0]),
-)
-def test_predictions_are_those_of_a_loop(seed: int, size: int, classes: int, chunk: int, temperature: float) -> None:
+@given(st.integers(0, 10**6), st.integers(1, 25), st.integers(1, 6))
+def test_predictions_are_those_of_a_loop(seed: int, size: int, classes: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     bank = torch.randn(size, 5, generator=generator, dtype=torch.float64)
     queries = torch.randn(6, 5, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, classes, (size,), generator=generator)
-    ks = sorted({1, (size + 1) // 2, size})
-    found = predict(bank, labels, queries, ks=ks, temperature=temperature, num_classes=classes, chunk=chunk)
-    for k in ks:
-        assert found[k].tolist() == [naive(bank, labels, query, k, temperature) for query in queries]
+    ks, temperatures = (size, 1, (size + 1) // 2), (0.07, 1.0)
+    with patch.object(knn, "VOTES", 4 * classes):  # four queries at a time
+        found = predict(bank, labels, queries, ks=ks, temperatures=temperatures, num_classes=classes)
+    assert set(found) == set(product(ks, temperatures))
+    for (k, temperature), predicted in found.items():
+        assert predicted.tolist() == [naive(bank, labels, query, k, temperature) for query in queries]
 
 
 def test_of_equal_votes_the_smaller_label_wins() -> None:
     bank = torch.tensor([[1.0, 0.0]] * 4)
     labels = torch.tensor([2, 1, 1, 2])
-    found = predict(bank, labels, bank[:1], ks=(1, 2, 4), temperature=0.07, num_classes=3)
-    assert [found[k].item() for k in (1, 2, 4)] == [2, 1, 1]  # the first of the nearest; then ties of votes
+    found = predict(bank, labels, bank[:1], ks=(1, 2, 4), temperatures=(0.07,), num_classes=3)
+    assert [found[k, 0.07].item() for k in (1, 2, 4)] == [2, 1, 1]  # the first of the nearest; then ties of votes
+
+
+def test_weights_do_not_overflow() -> None:
+    bank, labels = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, 0.6]]), torch.tensor([1, 0, 0])
+    found = predict(bank, labels, bank[:1], ks=(3,), temperatures=(1e-4, 10.0), num_classes=2)
+    assert [found[3, t].item() for t in (1e-4, 10.0)] == [1, 0]
 
 
 def test_k_beyond_the_bank_is_refused_before_anything_is_computed(folders: Folders, encoder: Encoder) -> None:
@@ -100,21 +143,25 @@ def test_k_beyond_the_bank_is_refused_before_anything_is_computed(folders: Folde
 def test_a_report_says_what_was_done(folders: Folders, encoder: Encoder) -> None:
     train, test = open_dataset(folders.train), open_dataset(folders.test)
     config = InlineKnn(kind="knn", train="", test="", k=5, max_test=90)
-    report = Knn(train, test, config, sweep=(1, 50)).run(encoder)
+    report = Knn(train, test, config, sweep=(1, 50), temperatures=(0.5,)).run(encoder)
     assert report.n == 90 == len(report.outcomes.keys)
     assert report.metric == "top1_k5"
     assert report.value == report.metrics["top1_k5"] == 100 * report.outcomes.correct.mean()
-    assert set(report.metrics) == {"top1_k1", "top1_k5", "top1_k50"}
+    ks = ("top1_k1", "top1_k5", "top1_k50")
+    assert set(report.metrics) == {*ks, *(f"{k}_t0.5" for k in ks)}
+    assert report.metrics["top1_k1"] == report.metrics["top1_k1_t0.5"]
+    assert report.metrics["top1_k50"] != report.metrics["top1_k50_t0.5"]
     assert report.value > 70  # a random projection of pixels keeps neighbours
     assert report.protocol["k"] == 5
     assert report.protocol["temperature"] == 0.07
+    assert report.protocol["temperatures"] == [0.07, 0.5]
     assert report.data["train"] == {"fingerprint": train.fingerprint, "n": 300, "of": 300}
     assert report.data["test"] == {"fingerprint": test.fingerprint, "n": 90, "of": 100}
 
 
 def test_judging_in_mid_training_changes_no_loss(folders: Folders) -> None:
     train, test = open_dataset(folders.train), open_dataset(folders.test)
-    knn = Knn(train, test, InlineKnn(kind="knn", train="", test="", max_train=200, max_test=20))
+    evaluator = Knn(train, test, InlineKnn(kind="knn", train="", test="", max_train=200, max_test=20))
 
     def losses(judged: bool) -> list[float]:
         torch.manual_seed(3)
@@ -129,7 +176,41 @@ def test_judging_in_mid_training_changes_no_loss(folders: Folders) -> None:
             optimizer.step()
             found.append(loss.item())
             if judged:
-                knn.run(encoder)
+                evaluator.run(encoder)
         return found
 
     assert losses(judged=True) == losses(judged=False)
+
+
+def judged(world: World, folders: Folders) -> EvalReport:
+    config = InlineKnn(kind="knn", train="", test="", k=5)
+    train, test = open_dataset(folders.train), open_dataset(folders.test)
+    extraction = Extraction(rank=world.rank, world_size=world.size)
+    return Knn(train, test, config, sweep=(150,), temperatures=(0.5,), extraction=extraction).run(small_encoder())
+
+
+@pytest.mark.slow
+def test_ranks_report_what_one_reports(folders: Folders) -> None:
+    alone = judged(World(), folders)
+    for report in run_ranks(judged, 2, folders):
+        assert report.metrics == alone.metrics
+        assert (report.outcomes.predicted == alone.outcomes.predicted).all()
+        assert report.file_name == alone.file_name
+
+
+def test_the_command_sweeps_k_and_temperature(folders: Folders, tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    architecture = ["--random-init", "--image-size", "8", "--option", "patch_size=4", "--option", "depth=1"]
+    command = ["knn", "vit_tiny_patch16_224", *architecture, "--train", folders.train, "--test", folders.test]
+    result = CliRunner().invoke(
+        app, [*command, "--k", "5", "--k", "1", "--temperature", "0.1", "--temperature", "0.07", "--out", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    report = EvalReport.load(out)
+    assert report.metric == "top1_k5"
+    assert set(report.metrics) == {"top1_k5", "top1_k1", "top1_k5_t0.07", "top1_k1_t0.07"}
+    assert report.protocol["temperature"] == 0.1
+    for wrong in ("0", "-1", "nan", "inf"):
+        error = CliRunner().invoke(app, [*command, "--temperature", "0.1", "--temperature", wrong]).exception
+        assert isinstance(error, InputError)
+        assert "--temperature" in str(error)

@@ -1,115 +1,50 @@
-"""The probe is plain logistic regression by SGD: a slow twin's weights, scikit-learn's accuracy, no leak."""
+"""The linear probe: nothing leaks into its choice, the report says all of it, and readouts compete as settings do."""
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from data_pipeline.errors import InputError, RunError
 from data_pipeline.read import open_dataset
-from pretrain.evals import probes
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Features
-from pretrain.evals.linear import Linear, LinearConfig, choose
-from pretrain.evals.probes import fit, scores, topk_share
-from tests.evals.conftest import Digits, Folders
+from pretrain.evals.features import Extraction, Features
+from pretrain.evals.linear import Choice, Linear, choose
+from pretrain.evals.linear_config import LinearConfig
+from pretrain.evals.linear_fits import Job, fit_of
+from pretrain.evals.probes import scores
+from pretrain.evals.readout import Readout
+from pretrain.evals.task import Splits
+from tests.evals.conftest import Digits, Folders, small_encoder
 
 
-def some_features(seed: int, n: int, width: int, classes: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(n, width, generator=generator, dtype=torch.float64) * 3 + 1
-    return values, torch.randint(0, classes, (n,), generator=generator)
+def splits_of(values: Tensor, labels: Tensor) -> Splits:
+    """Of features that are at hand; nothing to test on."""
+    features = Features(values, labels, tuple(map(str, range(len(values)))))
+    return Splits(features, features, {}, (), {})
 
 
-def twin(values: Tensor, labels: Tensor, rate: float, decay: float, classes: int, steps: int) -> nn.Linear:
-    """One setting with torch's own layer, loss and optimizer, on the whole set at each step."""
-    x = torch.from_numpy(StandardScaler().fit_transform(values.numpy()))
-    layer = nn.Linear(values.shape[1], classes, dtype=torch.float64)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    groups = [
-        {"params": [layer.weight], "weight_decay": decay},
-        {"params": [layer.bias], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=rate * len(values) / 256, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(layer(x), labels).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    return layer
+def choice_of(config: LinearConfig, *splits: Splits, num_classes: int) -> Choice:
+    task: Any = SimpleNamespace(num_classes=num_classes)
+    fit = fit_of(config, small_encoder(), task, Extraction(), splits)
+    return choose(fit, splits, len(config.described), val_share=config.val_share, seed=config.seed)
 
 
-def test_every_setting_is_trained_as_if_alone() -> None:
-    values, labels = some_features(0, 64, 7, 4)
-    settings_ = [(0.5, 0.0), (0.05, 0.0), (0.5, 0.03), (0.001, 0.3)]
-    found = fit(values, labels, settings_, num_classes=4, num_steps=60, batch_size=1024, seed=0, label="")
-    for s, (rate, decay) in enumerate(settings_):
-        expected = twin(values, labels, rate, decay, 4, 60)
-        torch.testing.assert_close(found.weight[:, :, s], expected.weight.T.detach(), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(found.bias[:, s], expected.bias.detach(), rtol=1e-9, atol=1e-12)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 30), st.integers(0, 99))
-def test_an_epoch_has_no_sample_twice(num_samples: int, batch_size: int, steps: int, seed: int) -> None:
-    batch_size = min(batch_size, num_samples)
-    batches = list(probes._batches(num_samples, batch_size, steps, seed))
-    assert [len(b) for b in batches] == [batch_size] * steps
-    per_epoch = num_samples // batch_size
-    for first in range(0, steps, per_epoch):
-        epoch = torch.cat(batches[first : first + per_epoch]).tolist()
-        assert len(set(epoch)) == len(epoch)
-        assert set(epoch) <= set(range(num_samples))
-
-
-@pytest.mark.parametrize("chunk", [1, 2**25])
-def test_scores_are_accuracy_and_cross_entropy(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "LOGITS_PER_CHUNK", chunk)
-    values, labels = some_features(1, 50, 5, 3)
-    found = fit(values, labels, [(1.0, 0.0), (0.01, 0.1)], num_classes=3, num_steps=30, batch_size=8, seed=0, label="")
-    top1, loss = scores(found, values, labels)
-    standard = (values - values.mean(0)) / values.std(0, correction=0)
-    for s in range(2):
-        logits = standard @ found.weight[:, :, s] + found.bias[:, s]
-        assert top1[s].item() == (logits.argmax(1) == labels).double().mean().item()
-        assert loss[s].item() == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
-
-
-def test_a_constant_feature_has_no_say() -> None:
-    values, labels = some_features(2, 40, 4, 3)
-    constant = torch.cat([values, torch.full((40, 1), 7.3, dtype=torch.float64)], dim=1)
-    without, with_it = (
-        fit(v, labels, [(0.5, 0.0)], num_classes=3, num_steps=20, batch_size=40, seed=0, label="")
-        for v in (values, constant)
-    )
-    torch.testing.assert_close(with_it.logits(constant), without.logits(values))
-
-
-def test_topk() -> None:
-    logits = torch.tensor([[0.0, 3, 2, 1], [3.0, 2, 1, 0], [0.0, 1, 2, 3]])
-    labels = torch.tensor([2, 0, 0])
-    assert [topk_share(logits, labels, k) for k in (1, 2, 4)] == [1 / 3, 2 / 3, 1.0]
-
-
-def probe_of(train: Tensor, labels: Tensor, config: LinearConfig) -> probes.Probes:
-    """What Linear does with features that are at hand."""
-    features = Features(train, labels, tuple(map(str, range(len(train)))))
-    choice = choose(features, config, num_classes=10)
-    best = [(choice.learning_rate, choice.weight_decay)]
-    return fit(train, labels, best, num_classes=10, num_steps=config.min_steps, batch_size=1024, seed=0, label="")
-
-
-def test_accuracy_on_real_digits_is_that_of_scikit_learn(digits: Digits) -> None:
-    probe = probe_of(digits.train, digits.train_labels, LinearConfig(min_steps=1500))
+@pytest.mark.parametrize("solver", ["sgd", "lbfgs"])
+def test_accuracy_on_real_digits_is_that_of_scikit_learn(digits: Digits, solver: Any) -> None:
+    config = LinearConfig(solver=solver, min_steps=1500)
+    splits = (splits_of(digits.train, digits.train_labels),)
+    task: Any = SimpleNamespace(num_classes=10)
+    fit = fit_of(config, small_encoder(), task, Extraction(), splits)
+    choice = choose(fit, splits, len(config.described), val_share=0.1, seed=0)
+    (probe,) = fit(Job([0], [choice.setting], None, "")).probes
     found = 100 * scores(probe, digits.test, digits.test_labels)[0].item()
     scaler = StandardScaler().fit(digits.train.numpy())
     reference = LogisticRegression(max_iter=2000).fit(
@@ -123,19 +58,28 @@ def test_the_choice_is_made_on_samples_that_were_not_fitted_on() -> None:
     """Each sample has a feature of its own: what was fitted on is known by heart, the rest can be guessed."""
     labels = torch.randint(0, 5, (200,), generator=torch.Generator().manual_seed(0))
     config = LinearConfig(learning_rates=(1.0, 10.0), min_steps=200, val_share=0.3)
-    train = Features(torch.eye(200), labels, tuple(map(str, range(200))))
-    choice = choose(train, config, num_classes=5)
+    choice = choice_of(config, splits_of(torch.eye(200), labels), num_classes=5)
     assert (choice.num_fit, choice.num_val) == (140, 60)
-    assert all(value is not None and value < 50 for value in choice.val_top1)
+    assert all(value is not None and value < 50 for value in choice.val_top1[0])
+
+
+def test_of_readouts_the_better_is_chosen_whatever_its_width(digits: Digits) -> None:
+    poor, good = digits.train[:, :20], digits.train
+    config = LinearConfig(learning_rates=(0.01, 0.1), min_steps=100)
+    splits = [splits_of(values, digits.train_labels) for values in (poor, good)]
+    choice = choice_of(config, *splits, num_classes=10)
+    assert choice.readout == 1
+    alone = [choice_of(config, of_one, num_classes=10).val_top1[0] for of_one in splits]
+    assert choice.val_top1 == tuple(alone)
 
 
 def test_a_setting_that_diverges_is_told_and_never_chosen(digits: Digits) -> None:
-    train = Features(digits.train[:200], digits.train_labels[:200], tuple(map(str, range(200))))
-    choice = choose(train, LinearConfig(learning_rates=(1e38, 0.1), min_steps=50), num_classes=10)
-    assert choice.learning_rate == 0.1
-    assert choice.val_top1[0] is None
+    splits = splits_of(digits.train[:200], digits.train_labels[:200])
+    choice = choice_of(LinearConfig(learning_rates=(1e38, 0.1), min_steps=50), splits, num_classes=10)
+    assert choice.setting == 1
+    assert choice.val_top1[0][0] is None
     with pytest.raises(RunError, match="smaller learning rates"):
-        choose(train, LinearConfig(learning_rates=(1e38,), min_steps=50), num_classes=10)
+        choice_of(LinearConfig(learning_rates=(1e38, 1e37), min_steps=50), splits, num_classes=10)
 
 
 @pytest.mark.parametrize(
@@ -146,8 +90,11 @@ def test_a_setting_that_diverges_is_told_and_never_chosen(digits: Digits) -> Non
         ("learning_rates", (math.nan,)),
         ("weight_decays", ()),
         ("weight_decays", (-0.1,)),
+        ("inverse_penalties", (0.0,)),
         ("batch_size", 0),
         ("epochs", -1),
+        ("warmup_epochs", 10),
+        ("crop_scale", (0.5, 0.4)),
         ("min_steps", 0),
         ("val_share", 1.0),
     ],
@@ -173,3 +120,35 @@ def test_a_report_says_what_was_chosen_and_repeats(folders: Folders, encoder: En
     best = max(tried, key=lambda setting: setting["value"])["value"]
     chosen = (first.protocol["learning_rate"], first.protocol["weight_decay"])
     assert chosen in [(s["learning_rate"], s["weight_decay"]) for s in tried if s["value"] == best]
+
+
+def test_a_single_setting_is_not_chosen_but_said(folders: Folders, encoder: Encoder) -> None:
+    config = LinearConfig(solver="lbfgs", inverse_penalties=(0.1,))
+    report = Linear(open_dataset(folders.train), open_dataset(folders.test), config).run(encoder)
+    assert report.protocol["chosen_on"] == "nothing: there is one setting"
+    assert report.protocol["inverse_penalty"] == 0.1
+    assert not report.notes
+
+
+def test_the_report_is_of_the_readout_that_was_chosen(folders: Folders) -> None:
+    import timm
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = timm.create_model(
+            "vit_tiny_patch16_224", img_size=8, patch_size=4, depth=2, embed_dim=24, num_heads=2, num_classes=0
+        )
+        nn.init.zeros_(module.cls_token)
+    readouts = (Readout("cls", 1), Readout("mean", 1), Readout("both", 2))
+    config = LinearConfig(min_steps=100, learning_rates=(0.1,), max_test=20)
+    data = open_dataset(folders.train), open_dataset(folders.test)
+    report = Linear(*data, config, extraction=Extraction(readouts=readouts)).run(small_encoder(module))
+    tried: Any = report.protocol["val_top1"]
+    assert [t["readout"] for t in tried] == [str(r) for r in readouts]
+    best = max(t["value"] for t in tried)
+    assert report.protocol["readout"] in [t["readout"] for t in tried if t["value"] == best]
+    features: Any = report.protocol["features"]
+    assert features["pooling"] == report.protocol["readout"]
+    chosen = next(r for r in readouts if str(r) == report.protocol["readout"])
+    alone = Linear(*data, config, extraction=Extraction(readouts=(chosen,))).run(small_encoder(module))
+    assert (alone.outcomes.predicted == report.outcomes.predicted).all()

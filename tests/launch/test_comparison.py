@@ -237,7 +237,7 @@ def test_the_page_says_how_each_number_came_about(suite: Path, tmp_path: Path) -
             own = load(suite, name, protocol)
             assert own.weights_sha256 in text
             assert f"{own.value:.2f}" in text
-    assert text.count("pretrain eval linear") == 3
+    assert text.count("eval linear: encoder ") == 3
     assert not re.search(r"""(?:src|href)=(?!["']data:)""", text), "nothing from outside"
     assert {p.name for p in path.parent.iterdir()} == {"report.html", "table.md", "table.csv"}
 

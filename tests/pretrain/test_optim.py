@@ -26,6 +26,9 @@ SWIN = Model(
 )
 MODELS = {
     "vit": Model(name="vit_tiny_patch16_224", image_size=32, options={"reg_tokens": 2, "init_values": 0.1}),
+    "vit, norm of the mean": Model(
+        name="vit_tiny_patch16_224", image_size=32, options={"global_pool": "avg", "fc_norm": True, "depth": 3}
+    ),
     "deit": Model(name="deit_tiny_distilled_patch16_224", image_size=32),
     "swin": SWIN,
     "swin, v2": SWIN.model_copy(update={"name": "swinv2_tiny_window8_256"}),

@@ -1,0 +1,136 @@
+"""`pretrain eval finetune`."""
+
+from __future__ import annotations
+
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from data_pipeline.errors import InputError, RunError
+from launch.eval_options import (
+    Device,
+    DeviceOption,
+    ImageSize,
+    ModelName,
+    Options,
+    Precision,
+    RandomInit,
+    Seed,
+    Source,
+    Test,
+    Train,
+    Weights,
+    Workers,
+    architecture,
+    check_out,
+    extraction,
+    keep,
+    load_encoder,
+)
+
+if TYPE_CHECKING:
+    from pretrain.evals.finetune import Trainer
+    from pretrain.recipe import Recipe
+
+
+class Paper(StrEnum):
+    mae = "mae"
+
+
+def finetune(
+    context: typer.Context,
+    encoder: Source,
+    train: Train,
+    test: Test,
+    paper: Annotated[
+        Paper | None, typer.Option("--paper", help="A paper's setting. Default: one for small data sets, 20 epochs.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="In place of the setting's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Of one step, over all processes; the setting's else.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the recipe; may be repeated."),
+    ] = None,
+    num_ranks: Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, to train.")] = 1,
+    random_init: RandomInit = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Report to write (.json); training is kept beside it. Default: RUN/evals/, where there is a run.",
+        ),
+    ] = None,
+    device: DeviceOption = Device.auto,
+    num_workers: Workers = 0,
+    precision: Annotated[
+        Precision | None, typer.Option("--precision", help="Of training. Default: bf16 on CUDA, else fp32.")
+    ] = None,
+    seed: Seed = None,
+    model: ModelName = None,
+    image_size: ImageSize = None,
+    option: Options = None,
+    weights: Weights = None,
+) -> None:
+    """The whole encoder is trained with a classifier; the last step is tested. Started again, it goes on."""
+    from pretrain.evals.finetune import Finetune
+    from pretrain.evals.finetune_recipe import FinetuneConfig
+
+    check_out(out)
+    built = architecture(encoder, model, image_size, option)
+    judged = load_encoder(encoder, random_init, seed, built, device, weights)
+    if out is not None:
+        folder = out.with_suffix("")
+    elif judged.run is not None:
+        folder = judged.run / "evals" / f"finetune-{judged.tag}"
+    else:
+        raise InputError(
+            where="--out", expected="a report to train beside, as the encoder is of no run", found="none",
+            fix="Add --out NAME.json.",
+        )  # fmt: skip
+    evaluator = Finetune(
+        train,
+        test,
+        FinetuneConfig(
+            preset=paper.value if paper else "small",
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed or 0,
+            precision=precision.value if precision else None,
+            num_workers=num_workers,
+            device=device.value,
+            overrides=tuple(overrides or ()),
+        ),
+        out=folder,
+        trainer=ranks(num_ranks),
+        num_ranks=num_ranks,
+        extraction=extraction(256, num_workers, Precision.fp32, None),
+    )
+    keep(evaluator.run(judged), judged.run, out, context)
+
+
+def ranks(num_ranks: int) -> Trainer:
+    """Trains in processes of their own, even one: DeepSpeed keeps what belongs to its first run in a process."""
+
+    def train(recipe: Recipe, run: Path) -> None:
+        from launch.local import launch
+        from pretrain.demand import STOPPED
+        from pretrain.recipe_io import dump
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "recipe.yaml"
+            path.write_text(dump(recipe), "utf-8")
+            status = launch([str(path), "--out", str(run)], num_ranks, threads=recipe.runtime.threads)
+        if status == STOPPED:
+            raise RunError(
+                where=str(run), expected="to train to the end", fix="Give the same command again: it goes on.",
+                found="a signal that asked to stop; the state was saved",
+            )  # fmt: skip
+        if status:  # a rank has said why
+            raise typer.Exit(status)
+
+    return train

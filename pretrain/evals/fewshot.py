@@ -1,0 +1,244 @@
+"""Few-shot: a simple classifier on a few labels of each class, drawn by several seeds; features are computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from data_pipeline.errors import InputError
+from data_pipeline.progress import track
+from data_pipeline.read import Dataset
+from pretrain.evals import knn
+from pretrain.evals.base import EvalReport, Evaluator, classification_report
+from pretrain.evals.encoder import Encoder
+from pretrain.evals.features import Extraction, Features, full_precision
+from pretrain.evals.logistic import fit_logistic
+from pretrain.evals.task import Task
+
+Classifier = Literal["centroid", "knn", "linear"]
+Shots = int | float  # labels per class; below 1: the share of each class's
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of kNN; at most as many as there are labels
+INVERSE_PENALTY = 1.0  # C of the linear classifier, scikit-learn's default: a few labels leave none to choose it on
+
+
+@dataclass(frozen=True)
+class FewshotConfig:
+    """What is drawn and what is made of it.
+
+    Attributes:
+        shots: labels of each class, 1 and above; or shares of each class's labels, below 1, of which at least one is
+            drawn. The first is the reported one.
+        seeds: 0 .. seeds - 1, each a draw.
+        classifier: what the drawn samples are learned by.
+        max_train, max_test: the first samples only.
+    """
+
+    shots: tuple[Shots, ...] = (1, 5, 10)
+    seeds: int = 5
+    classifier: Classifier = "centroid"
+    max_train: int | None = None
+    max_test: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or not self.shots:
+            raise InputError(
+                where="fewshot", expected="at least one seed and one number of shots",
+                found=f"{self.seeds} seeds and {len(self.shots)} numbers of shots",
+            )  # fmt: skip
+        for shots in self.shots:
+            whole = shots >= 1 and float(shots).is_integer()
+            if not (whole or 0 < shots < 1):
+                raise InputError(
+                    where="fewshot.shots",
+                    expected="whole numbers from 1 on, or shares between 0 and 1",
+                    found=str(shots),
+                )
+
+
+class Fewshot(Evaluator):
+    """Top-1 with few labels, mean and standard deviation over draws.
+
+    Args:
+        train: what is drawn from.
+        test: all of it is tested, for each draw.
+        config: how many labels, how often, and what learns from them.
+        extraction: how features are computed.
+    """
+
+    name = "fewshot"
+
+    def __init__(
+        self, train: Dataset, test: Dataset, config: FewshotConfig, *, extraction: Extraction | None = None
+    ) -> None:
+        self.task = Task(train, test, max_train=config.max_train, max_test=config.max_test)
+        self.config = config
+        self.extraction = extraction or Extraction()
+        if config.max_train is None:
+            assert train.label_counts is not None  # Task saw to it
+            _refuse_too_few(torch.from_numpy(train.label_counts), config.shots, train.classes)
+
+    def run(self, encoder: Encoder) -> EvalReport:
+        """
+        Raises:
+            InputError: a class has fewer labels than are to be drawn of it.
+        """
+        splits = self.task.extract(encoder, self.extraction)
+        start = perf_counter()
+        train, test = splits.train, splits.test
+        counts = torch.bincount(train.labels, minlength=self.task.num_classes)
+        _refuse_too_few(counts, self.config.shots, self.task.train.classes)
+        values: dict[Shots, list[float]] = {shots: [] for shots in self.config.shots}
+        sizes: dict[str, int] = {}
+        first: Tensor | None = None
+        draws = [(shots, seed) for shots in values for seed in range(self.config.seeds)]
+        # The linear classifier shows its own progress, and there can be one bar at a time.
+        shown = draws if self.config.classifier == "linear" else track(draws, label="few-shot", total=len(draws))
+        for shots, seed in shown:
+            chosen = draw(train.keys, train.labels, shots, seed)
+            sizes[called(shots)] = len(chosen)
+            predicted = self._predict(train, chosen, test, encoder.device, seed)
+            first = predicted if first is None else first
+            values[shots].append(100 * (predicted == test.labels).double().mean().item())
+        assert first is not None  # the config has a draw
+        means = {called(shots): sum(found) / len(found) for shots, found in values.items()}
+        spreads = {called(shots): spread(found) for shots, found in values.items()}
+        metric = called(self.config.shots[0])
+        report = classification_report(
+            self.name,
+            encoder,
+            self.task,
+            splits,
+            predicted=first,
+            metric=metric,
+            further={},
+            protocol={
+                "shots": list(self.config.shots),
+                "seeds": list(range(self.config.seeds)),
+                "drawn": "of each class, those whose SHA-256 of (seed, key) is smallest; of a share at least 1",
+                "num_drawn": sizes,
+                **self._classifier(min(sizes.values())),
+                "value": f"mean of {metric} over the seeds; outcomes are of seed 0",
+            },
+            seconds={"fewshot": perf_counter() - start},
+            seeds={"first_draw": 0},
+        )
+        several = self.config.seeds > 1
+        return replace(
+            report,
+            value=means[metric],
+            metrics={**means, **{f"{name}_std": s for name, s in spreads.items() if several}},
+            by_seed=tuple(values[self.config.shots[0]]),
+            spread=spreads[metric] if several else None,
+        )
+
+    def _classifier(self, fewest: int) -> dict[str, object]:
+        match self.config.classifier:
+            case "centroid":
+                return {"classifier": "nearest centroid: cosine to the mean of each class's normalised features"}
+            case "knn":
+                k = f"{NEIGHBOURS}, at most the labels drawn" if fewest < NEIGHBOURS else NEIGHBOURS
+                return {"classifier": "kNN, weights exp(cosine / temperature)", "k": k, "temperature": TEMPERATURE}
+            case "linear":
+                told = "multinomial logistic regression on standardised features, at its optimum"
+                return {"classifier": told, "C": INVERSE_PENALTY}
+
+    def _predict(self, train: Features, chosen: Tensor, test: Features, device: torch.device, seed: int) -> Tensor:
+        """Labels [n] int64 of the test set, on the CPU."""
+        values, labels = train.values[chosen].to(device), train.labels[chosen]
+        num_classes, queries = self.task.num_classes, test.values.to(device)
+        with full_precision():
+            match self.config.classifier:
+                case "centroid":
+                    return nearest_centroid(values, labels.to(device), queries, num_classes).cpu()
+                case "knn":
+                    k = min(NEIGHBOURS, len(chosen))
+                    asked = {"ks": [k], "temperatures": [TEMPERATURE], "num_classes": num_classes}
+                    return knn.predict(values, labels, queries, **asked)[k, TEMPERATURE]  # type: ignore[arg-type]
+                case "linear":
+                    fitted = fit_logistic(
+                        values, labels.to(device), [INVERSE_PENALTY], num_classes=num_classes, device=device,
+                        label=f"{len(chosen)} labels, seed {seed}",
+                    )  # fmt: skip
+                    return fitted.probes.logits_of_all(queries).argmax(dim=1)
+
+
+def draw(keys: Sequence[str], labels: Tensor, shots: Shots, seed: int) -> Tensor:
+    """Which samples are learned from: a function of seed, keys and labels, whatever their order.
+
+    A larger number of shots has those of a smaller one, so that curves over it are of growing sets.
+
+    Args:
+        keys: of the samples, each once.
+        labels: [N] int64.
+        shots: of each class so many, or below 1 the share of its samples, rounded, and at least one.
+        seed: of the draw.
+
+    Returns:
+        indices, class after class, [n] int64.
+
+    Raises:
+        InputError: a class has fewer.
+    """
+    _refuse_too_few(torch.bincount(labels), (shots,), None)
+    ranks = [hashlib.sha256(f"{seed}\0{key}".encode()).digest() for key in keys]
+    by_class: dict[int, list[int]] = {}
+    for i, label in enumerate(labels.tolist()):
+        by_class.setdefault(label, []).append(i)
+    chosen: list[int] = []
+    for label in sorted(by_class):
+        members = sorted(by_class[label], key=ranks.__getitem__)
+        chosen += members[: int(shots) if shots >= 1 else max(1, round(shots * len(members)))]
+    return torch.tensor(chosen)
+
+
+def nearest_centroid(values: Tensor, labels: Tensor, queries: Tensor, num_classes: int) -> Tensor:
+    """The class with the nearest centroid, by cosine; of equally near ones the smaller label.
+
+    Args:
+        values: features, [N, D]; normalised here, and their means again.
+        labels: [N] int64; a class without a sample is never given.
+        queries: features, [Q, D].
+        num_classes: K.
+
+    Returns:
+        labels, [Q] int64.
+    """
+    # As a product, and not by index_add_, whose order of additions on CUDA is any.
+    members = torch.nn.functional.one_hot(labels, num_classes).to(values.dtype).T  # [K, N]
+    centroids = normalize(members @ normalize(values, dim=1), dim=1)  # of sums, as of means
+    similarities = normalize(queries, dim=1) @ centroids.T
+    similarities[:, members.sum(dim=1) == 0] = -math.inf
+    return similarities.argmax(dim=1)
+
+
+def called(shots: Shots) -> str:
+    """The metric of a number of shots or a share: top1_5shot, top1_1%."""
+    return f"top1_{int(shots)}shot" if shots >= 1 else f"top1_{100 * shots:g}%"
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over draws, with n - 1; 0 of one."""
+    return torch.tensor(values, dtype=torch.float64).std().item() if len(values) > 1 else 0.0
+
+
+def _refuse_too_few(counts: Tensor, shots: Sequence[Shots], classes: Sequence[str] | None) -> None:
+    """Classes without any sample are left to the report's notes: a set may have labels that none of its samples has."""
+    most = max((int(s) for s in shots if s >= 1), default=1)
+    short = [(label, n) for label, n in enumerate(counts.tolist()) if 0 < n < most]
+    if short:
+        label, n = min(short, key=lambda pair: pair[1])
+        name = f"class {label} ({classes[label]})" if classes is not None else f"class {label}"
+        rest = f"; {len(short)} classes have too few" if len(short) > 1 else ""
+        raise InputError(
+            where="training set", expected=f"{most} samples of each class", found=f"{n} of {name}{rest}",
+            fix=f"Ask for at most {n} shots, for a share (--fraction), or take more samples.",
+        )  # fmt: skip

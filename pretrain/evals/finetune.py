@@ -1,0 +1,182 @@
+"""Fine-tuning: the whole encoder is trained with a classifier, by the project's trainer, and tested once at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+from torch import nn
+
+from data_pipeline.errors import InputError, RunError
+from data_pipeline.read import open_dataset
+from data_pipeline.views import ViewSpec
+from pretrain.checkpoint import complete_checkpoints, module_state, read_state
+from pretrain.evals.base import LIBRARIES, EvalReport, Evaluator, outcomes_of, report_of
+from pretrain.evals.encoder import Encoder
+from pretrain.evals.features import Extraction
+from pretrain.evals.finetune_recipe import FinetuneConfig, finetune_recipe, starting_encoder
+from pretrain.evals.probes import topk_share
+from pretrain.evals.task import Task
+from pretrain.evals.timm_sources import seeded
+from pretrain.goodput import read_goodput
+from pretrain.models.encoders import CONFIG, load_encoder, load_strictly, save_encoder
+from pretrain.models.folders import weights_sha256
+from pretrain.objectives.build import build_objective
+from pretrain.objectives.supervised import Supervised
+from pretrain.preflight import preflight
+from pretrain.recipe import Recipe
+from pretrain.recipe_model import Model
+from pretrain.resolve import result_settings
+from pretrain.strict_yaml import read_yaml
+
+START, RUN = "start", "finetune-run"
+
+Trainer = Callable[[Recipe, Path], None]  # trains to the end, or goes on; raises where it does not get there
+
+
+class Finetune(Evaluator):
+    """Top-1 after supervised training of the whole encoder with a linear classifier.
+
+    The last step is what is tested (its moving averages, where there are any), each test sample once: nothing is chosen
+    on the test set. The training is a run like any other, in a folder of its own: started again, it goes on.
+
+    Args:
+        train, test: paths of labelled data sets with the same classes.
+        config: what the recipe is made of.
+        out: the folder; `start/` is the encoder that training starts from, `finetune-run/` the run.
+        trainer: starts the run.
+        num_ranks: that it starts; for the checks before.
+        extraction: how the test set is gone through.
+    """
+
+    name = "finetune"
+
+    def __init__(
+        self,
+        train: str,
+        test: str,
+        config: FinetuneConfig,
+        *,
+        out: Path,
+        trainer: Trainer,
+        num_ranks: int = 1,
+        extraction: Extraction | None = None,
+    ) -> None:
+        self.task = Task(open_dataset(train), open_dataset(test))
+        self.train, self.config, self.out = train, config, out.resolve()
+        self.trainer, self.num_ranks = trainer, num_ranks
+        self.extraction = extraction or Extraction()
+
+    def run(self, encoder: Encoder) -> EvalReport:
+        """
+        Raises:
+            InputError: an encoder that recipes cannot train, a wrong override, or a folder with another fine-tuning;
+                nothing was changed.
+            RunError: training did not get to its end.
+        """
+        run, start = self.out / RUN, self.out / START
+        recipe = finetune_recipe(encoder, self.config, train=self.train, num_classes=self.task.num_classes, start=start)
+        assert isinstance(recipe.model, Model)  # or there would be no recipe
+        preflight(recipe, self.num_ranks, run)
+        module, new, left = starting_encoder(encoder, recipe.model, recipe.seed)
+        _keep_start(start, module, recipe)
+        self.trainer(recipe, run)
+
+        begun = perf_counter()
+        classifier = _classifier(recipe, run)
+        views = recipe.data.views
+        judged = replace(
+            encoder,
+            image_size=recipe.model.judged_size,
+            mean=recipe.data.mean,
+            std=recipe.data.std,
+            views=ViewSpec(interpolation=views.interpolation, eval_crop=views.eval_crop),
+        )
+        classified = replace(judged, module=classifier.to(encoder.device))
+        (logits,) = self.extraction.extract(
+            classified, self.task.test, num_classes=self.task.num_classes, label="test of the fine-tuned"
+        )
+        seconds = {"test": perf_counter() - begun}
+        if (goodput := read_goodput(run)) is not None:
+            seconds |= {f"train_{kind}": value for kind, value in asdict(goodput).items()}
+        several = self.task.num_classes >= 10
+        settings = {key: value for key, value in result_settings(recipe).items() if key != "init_from"}
+        report = report_of(
+            self.name,
+            judged,
+            outcomes_of(logits.keys, logits.labels, logits.values.argmax(dim=1)),
+            metric="top1",
+            further={"top5": 100 * topk_share(logits.values, logits.labels, 5)} if several else {},
+            protocol={
+                "preset": self.config.preset,
+                "recipe": settings,
+                "resolved": read_yaml((run / "resolved.yaml").read_text("utf-8"))[0]["resolved"],
+                "precision": {"training": recipe.engine.precision, "test": self.extraction.precision},
+                "device": encoder.device.type,
+                "tested": f"the {'moving averages' if recipe.ema else 'weights'} of the last step, once",
+                "chosen_on_test": "nothing",
+                "initialised_anew": ["head.bias", "head.weight", *new],
+                "left_behind": list(left),
+            },
+            data=self.task.describe(),
+            seconds=seconds,
+            seeds={"finetune": recipe.seed},
+            notes=[*_unseen(self.task), *_watched(recipe, self.task)],
+            libraries=(*LIBRARIES, "deepspeed"),
+        )
+        finetuned = {"run": str(run), "weights_sha256": weights_sha256(classifier)}
+        return replace(report, encoder={**report.encoder, "finetuned": finetuned})
+
+
+def _keep_start(folder: Path, module: nn.Module, recipe: Recipe) -> None:
+    """Written once; whoever goes on must have started from the same weights."""
+    if not (folder / CONFIG).is_file():
+        data = recipe.data
+        assert isinstance(recipe.model, Model)
+        save_encoder(folder, module.state_dict(), recipe.model, data.mean, data.std, data.views)
+    elif (kept := weights_sha256(load_encoder(folder)[0])) != (given := weights_sha256(module)):
+        raise InputError(
+            where=str(folder), expected=f"the encoder that is to be fine-tuned, weights {given[:12]}",
+            found=f"another, weights {kept[:12]}", fix="Choose another folder with --out.",
+        )  # fmt: skip
+
+
+def _classifier(recipe: Recipe, run: Path) -> nn.Module:
+    """Of the last step, on the CPU: normalised images [B, 3, S, S] to logits [B, K]."""
+    complete = complete_checkpoints(run / "checkpoints")
+    progress = read_state(complete[-1]).progress if complete else None
+    if progress is None or progress.step < progress.total_steps:
+        raise RunError(
+            where=str(run), expected="a fine-tuning that got to its end", fix="Ask again: it goes on.",
+            found=f"step {progress.step} of {progress.total_steps}" if progress else "no complete checkpoint",
+        )  # fmt: skip
+    model = seeded(0, lambda: build_objective(recipe.model, recipe.objective))
+    assert isinstance(model, Supervised)
+    load_strictly(model, module_state(complete[-1]), where=str(complete[-1]))
+    return nn.Sequential(model.encoder, model.head)
+
+
+def _unseen(task: Task) -> list[str]:
+    counts = [np.zeros(task.num_classes, np.int64) for _ in range(2)]
+    for count, dataset in zip(counts, (task.train, task.test), strict=True):
+        assert dataset.label_counts is not None  # Task saw to it
+        count[: len(dataset.label_counts)] = dataset.label_counts
+    known, asked = counts
+    lost = (known == 0) & (asked > 0)
+    if not lost.any():
+        return []
+    return [
+        f"{lost.sum()} of {(asked > 0).sum()} classes have no training sample: "
+        f"{asked[lost].sum()} of {asked.sum()} test samples cannot be right"
+    ]
+
+
+def _watched(recipe: Recipe, task: Task) -> list[str]:
+    """What was looked at while it trained, where that was the test set."""
+    paths = [recipe.data.val, *(path for knn in recipe.evals for path in (knn.train, knn.test))]
+    if all(open_dataset(path).fingerprint != task.test.fingerprint for path in paths if path):
+        return []
+    return ["the test set was watched during training, by --set; nothing was chosen by it here"]

@@ -1,0 +1,94 @@
+"""Towers out of open_clip by name: published weights (NAME:TAG), those of a file, or fresh ones."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from open_clip import get_pretrained_cfg, list_models
+from open_clip.pretrained import download_pretrained, list_pretrained_tags_by_model
+
+from data_pipeline.batch import TokenSpec
+from data_pipeline.errors import InputError
+from pretrain.models.encoders import EncoderConfig
+from pretrain.models.tower_folders import open_clip_by_name
+from pretrain.models.towers import TwoTowers
+from pretrain.models.weights_files import read_tensors
+
+
+class OpenClipSource(NamedTuple):
+    module: TwoTowers
+    config: EncoderConfig
+    tokens: TokenSpec
+    description: dict[str, object]
+
+
+def is_open_clip(spec: str) -> bool:
+    """One of open_clip's names, perhaps with the tag of published weights."""
+    return spec.partition(":")[0] in list_models()
+
+
+def from_open_clip(spec: str, *, random_init: bool, seed: int, weights: Path | None) -> OpenClipSource:
+    """Both towers on the CPU.
+
+    Args:
+        spec: NAME or NAME:TAG. A tag has a preprocessing and an activation of its own, which hold for a file and for
+            fresh weights too; without either its weights are downloaded, unless open_clip's cache has them.
+        random_init: fresh weights.
+        seed: of the fresh weights.
+        weights: a local file, safetensors or a PyTorch file of tensors.
+
+    Raises:
+        InputError: an unknown name or tag, arguments that do not go together, or weights that cannot be had.
+        CheckpointError: damaged weights, or not exactly those of the towers.
+    """
+    name, _, tag = spec.partition(":")
+    if (weights is not None and random_init) or not (weights or random_init or tag):
+        raise InputError(
+            where=spec,
+            expected="a local file of weights, random initialisation, or the tag of published weights",
+            found="the first two" if random_init else "none of them",
+            fix=f"Add one of them: --weights FILE, --random-init, or {name}:TAG.",
+        )
+    published = _published(name, tag) if tag else None
+    description: dict[str, object] = {"architecture": name, "source": spec, "kind": "open_clip"}
+    if random_init:
+        description["init_seed"] = seed
+        state, where = None, spec
+    else:
+        path = weights or _download(spec, published or {})
+        description["weights"] = path.name if weights is None else str(weights)
+        state, where = read_tensors(path), str(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module, config, tokens = open_clip_by_name(name, state, where=where, published=published)
+    return OpenClipSource(module, config, tokens, description)
+
+
+def _published(name: str, tag: str) -> dict[str, Any]:
+    found: dict[str, Any] = get_pretrained_cfg(name, tag)
+    if not found:
+        tags = list_pretrained_tags_by_model(name)
+        near = difflib.get_close_matches(tag, tags, n=3, cutoff=0) or ["none"]
+        raise InputError(
+            where=f"{name}:{tag}",
+            expected=f"a tag of the weights that open_clip has for {name}",
+            found=tag,
+            fix=f"Nearest: {', '.join(near)}.",
+        )
+    return found
+
+
+def _download(spec: str, published: dict[str, Any]) -> Path:
+    try:
+        return Path(download_pretrained(published))
+    except Exception as error:  # whatever the hub or the network raises
+        home = published.get("hf_hub") or published.get("url")
+        raise InputError(
+            where=spec,
+            expected="published weights that can be had",
+            found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            fix=f"Without a network, bring the file from {home} and name it: {spec} --weights FILE.",
+        ) from error

@@ -1,0 +1,158 @@
+"""A folder as Hugging Face's transformers writes it: its configuration, its weights, how its images are prepared."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from data_pipeline.errors import CheckpointError
+from data_pipeline.views import ViewSpec
+from pretrain.models.encoders import CONFIG, WEIGHTS
+from pretrain.models.weights_files import read_shards, read_tensors
+
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+INDEX, PYTORCH = f"{WEIGHTS}.index.json", "pytorch_model.bin"
+
+_FILTERS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_STEPS = {"do_resize", "do_rescale", "do_normalize", "do_center_crop"}
+_HARMLESS = {"do_convert_rgb"}  # images are RGB here
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become a model's input.
+
+    Attributes:
+        image_size: S, pixels.
+        mean, std: per channel, of images scaled to [0, 1].
+        views: geometry of evaluation views.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    views: ViewSpec
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """It has a config.json of transformers, not of timm."""
+    try:
+        told = json.loads((folder / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and "model_type" in told and "pretrained_cfg" not in told
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    return _json(folder / CONFIG)
+
+
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """All tensors by name, and the file that they come from.
+
+    Raises:
+        CheckpointError: no file, a damaged one, or a pickle of more than plain data.
+    """
+    if (path := folder / WEIGHTS).is_file() or (path := folder / PYTORCH).is_file():
+        return read_tensors(path), path
+    if (path := folder / INDEX).is_file():
+        return read_shards(path), path
+    raise CheckpointError(
+        where=str(folder),
+        expected=f"weights: {WEIGHTS}, {INDEX} or {PYTORCH}",
+        found="none of them",
+        fix="Save the model with save_pretrained, which writes safetensors.",
+    )
+
+
+def read_preprocessing(folder: Path) -> Preprocessing:
+    """What the image processor says, which is resized as its torchvision variant does, antialiased in uint8.
+
+    Raises:
+        CheckpointError: it is missing, or cannot be done here: the message names the entry.
+    """
+    path = folder / PREPROCESSOR
+    if not path.is_file() and (folder / PROCESSOR).is_file():
+        path = folder / PROCESSOR
+        told = _json(path).get("image_processor", {})
+    else:
+        told = _json(path)
+    for key in ("size", "resample", "image_mean", "image_std"):
+        if told.get(key) is None:
+            raise _refused(path, key, "a value", "none")
+    told = {"do_center_crop": "crop_size" in told, **told}
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if not told.get(key, True):
+            raise _refused(path, key, "true", "false")
+    if other := sorted(key for key in told.keys() - _STEPS - _HARMLESS if key.startswith("do_") and told[key]):
+        raise _refused(path, other[0], "false, as evaluation views have no such step", "true")
+    if not math.isclose(told.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3):
+        raise _refused(path, "rescale_factor", "1/255", told["rescale_factor"])
+    if told["resample"] not in _FILTERS:
+        raise _refused(path, "resample", "2 (bilinear) or 3 (bicubic)", told["resample"])
+    sides, resized = _resized(told, path)
+    size = _square(told["crop_size"], "crop_size", path) if told["do_center_crop"] else resized
+    if sides == "shorter" and not told["do_center_crop"]:
+        raise _refused(path, "do_center_crop", "true, as only the shorter side is resized", "false")
+    if size > resized:
+        raise _refused(path, "crop_size", f"at most the resized {resized}", size)
+    return Preprocessing(
+        size,
+        _channels(told, "image_mean", path),
+        _channels(told, "image_std", path),
+        ViewSpec(interpolation=_FILTERS[told["resample"]], eval_crop=size / resized, eval_resize=sides),
+    )
+
+
+def _resized(told: Mapping[str, Any], path: Path) -> tuple[Literal["shorter", "square"], int]:
+    """Of which sides, and to how many pixels."""
+    size = told["size"]
+    if isinstance(size, dict) and set(size) == {"shortest_edge"}:
+        return "shorter", int(size["shortest_edge"])
+    if isinstance(size, int):  # of old files, where it depends on the class
+        kind = str(told.get("image_processor_type") or told.get("feature_extractor_type"))
+        if kind.startswith("CLIP"):
+            return "shorter", size
+        if not kind.startswith("ViT"):
+            raise _refused(path, "size", "height and width, or shortest_edge", f"{size} for a {kind}")
+    return "square", _square(size, "size", path)
+
+
+def _square(size: Any, key: str, path: Path) -> int:
+    if isinstance(size, int):
+        return size
+    if isinstance(size, dict) and set(size) == {"height", "width"} and size["height"] == size["width"]:
+        return int(size["height"])
+    raise _refused(path, key, "equal height and width", size)
+
+
+def _channels(told: Mapping[str, Any], key: str, path: Path) -> tuple[float, float, float]:
+    values = told[key]
+    if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, int | float) for v in values):
+        raise _refused(path, key, "three numbers", values)
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def _refused(path: Path, key: str, expected: str, found: object) -> CheckpointError:
+    return CheckpointError(where=f"{path}: {key}", expected=expected, found=str(found))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        if not isinstance(told, dict):
+            raise ValueError(f"a {type(told).__name__}")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            where=str(path),
+            expected="a JSON object, as transformers writes it",
+            found=f"{type(error).__name__}: {error}",
+            fix="Save model and image processor into one folder, each with save_pretrained.",
+        ) from error
+    return told

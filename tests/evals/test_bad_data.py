@@ -1,0 +1,88 @@
+"""Data that no number can be trusted of: an error that names it, or a note in the report; never a number alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from data_pipeline.errors import DataError, InputError
+from data_pipeline.read import open_dataset
+from data_pipeline.scan import index_shards
+from pretrain.evals.base import EvalReport
+from pretrain.evals.features import Extraction
+from pretrain.evals.knn import Knn
+from pretrain.evals.linear import Linear, LinearConfig
+from pretrain.evals.store import FeatureStore
+from pretrain.recipe import InlineKnn
+from tests.evals.conftest import Folders, small_encoder
+
+
+@pytest.fixture
+def copied(folders: Folders, tmp_path: Path) -> Folders:
+    for name, folder in (("train", folders.train), ("test", folders.test)):
+        shutil.copytree(folder, tmp_path / name)
+    return Folders(str(tmp_path / "train"), str(tmp_path / "test"))
+
+
+def judge(kind: str, data: Folders, store: Path | None = None) -> EvalReport:
+    extraction = Extraction(store=FeatureStore(store) if store else None, num_workers=1)
+    train, test = open_dataset(data.train), open_dataset(data.test)
+    if kind == "knn":
+        asked = InlineKnn(kind="knn", train=data.train, test=data.test, k=5)
+        return Knn(train, test, asked, extraction=extraction).run(small_encoder())
+    config = LinearConfig(learning_rates=(0.1,), min_steps=20)
+    return Linear(train, test, config, extraction=extraction).run(small_encoder())
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+@pytest.mark.parametrize("damage", ["cut short", "no image", "empty"])
+def test_an_image_that_does_not_decode_is_named(
+    copied: Folders, tmp_path: Path, split: str, kind: str, damage: str
+) -> None:
+    victim = sorted(Path(getattr(copied, split)).rglob("*.jpg"))[7]
+    content = victim.read_bytes()
+    victim.write_bytes({"cut short": content[:200], "no image": b"GIF8" * 50, "empty": b""}[damage])
+    with pytest.raises(DataError, match=victim.stem):
+        judge(kind, copied, tmp_path / "features")
+    victim.write_bytes(content)
+    assert judge(kind, copied, tmp_path / "features").n == 100
+
+
+def sharded(folder: str, out: Path, leave_out: str) -> str:
+    """The images as a shard whose labels are numbers, without those of one class."""
+    out.mkdir()
+    with webdataset.TarWriter(str(out / "part-0000.tar")) as tar:
+        for path in sorted(Path(folder).rglob("*.jpg")):
+            if path.parent.name != leave_out:
+                tar.write({"__key__": path.stem, "jpg": path.read_bytes(), "cls": path.parent.name})
+    index_shards(str(out), classes=[str(k) for k in range(10)])
+    return str(out)
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_a_class_without_training_samples_is_counted(folders: Folders, tmp_path: Path, kind: str) -> None:
+    data = Folders(sharded(folders.train, tmp_path / "train", "3"), sharded(folders.test, tmp_path / "test", ""))
+    report = judge(kind, data)
+    lost = len(list((Path(folders.test) / "3").iterdir()))
+    assert report.notes == [f"1 of 10 classes have no training sample: {lost} of 100 test samples cannot be right"]
+    assert not report.outcomes.correct[report.outcomes.labels == 3].any()
+    assert report.n == 100
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_a_class_without_test_samples_is_counted(folders: Folders, tmp_path: Path, kind: str) -> None:
+    data = Folders(sharded(folders.train, tmp_path / "train", ""), sharded(folders.test, tmp_path / "test", "3"))
+    report = judge(kind, data)
+    assert report.notes == ["1 of 10 classes have no test sample"]
+    assert report.n == open_dataset(data.test).num_samples < 100
+
+
+def test_a_class_folder_that_is_empty_makes_the_classes_differ(copied: Folders) -> None:
+    for image in (Path(copied.train) / "3").iterdir():
+        image.unlink()
+    with pytest.raises(InputError, match="test only: 3"):
+        judge("knn", copied)

@@ -1,0 +1,225 @@
+"""Fine-tuning: the encoder that training starts from, the paper's recipe, and a run that is tested once at its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from safetensors.torch import save_file
+
+from data_pipeline.errors import CheckpointError, InputError, RecipeError, RunError
+from data_pipeline.read import open_dataset
+from launch import eval_finetune
+from pretrain.demand import STOPPED
+from pretrain.evals.base import EvalReport
+from pretrain.evals.encoder import Encoder
+from pretrain.evals.finetune import Trainer
+from pretrain.evals.finetune_recipe import FinetuneConfig, finetune_recipe, model_of, starting_encoder
+from pretrain.evals.sources import load_source
+from pretrain.evals.timm_sources import Architecture
+from pretrain.models.encoders import build_encoder, save_encoder
+from pretrain.models.folders import weights_sha256
+from pretrain.pseudo_label import load_teacher
+from pretrain.recipe import Recipe, Views
+from pretrain.recipe_io import dump, load_recipe
+from pretrain.recipe_model import Model
+from tests import runs
+from tests.evals.conftest import Folders, small_encoder
+from tests.evals.test_commands import evaluate
+
+MODEL = Model(
+    name="vit_tiny_patch16_224",
+    image_size=8,
+    patch_size=4,
+    options={"depth": 2, "embed_dim": 24, "num_heads": 2},
+)
+SMALL = ["--paper", "mae", "--epochs", "1", "--batch-size", "50", "--set", "data.augment=[]"]
+SMALL += ["--set", "runtime.peak_tflops=0.1", "--set", "runtime.threads=1", "--set", "logging.tensorboard=false"]
+
+
+def saved(folder: Path, model: Model = MODEL, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    state = build_encoder(model).state_dict()
+    save_encoder(folder, state, model, (0.5, 0.5, 0.5), (0.4, 0.4, 0.4), Views(eval_crop=0.9))
+    return folder
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Encoder:
+    return load_source(str(saved(tmp_path / "encoder")))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        MODEL,
+        MODEL.model_copy(update={"name": "deit_tiny_patch16_224"}),
+        Model(name="test_resnet", image_size=32),
+        Model(
+            name="swin_tiny_patch4_window7_224",
+            image_size=32,
+            options={"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 2},
+        ),
+    ],
+    ids=lambda model: model.name,
+)
+def test_the_model_of_a_folder_is_that_of_the_recipe(model: Model, tmp_path: Path) -> None:
+    found = model_of(load_source(str(saved(tmp_path / "encoder", model))))
+    assert found.model_dump() == model.model_dump()
+
+
+def test_the_model_of_a_timm_name_and_of_a_file(tmp_path: Path) -> None:
+    architecture = Architecture("vit_tiny_patch16_224", 8, {"patch_size": 4, "depth": 1})
+    fresh = load_source("vit_tiny_patch16_224", random_init=True, architecture=architecture)
+    save_file(fresh.module.state_dict(), tmp_path / "weights.safetensors")
+    of_file = load_source(str(tmp_path / "weights.safetensors"), architecture=architecture)
+    for encoder in (fresh, of_file):
+        assert model_of(encoder).model_dump() == MODEL.model_copy(update={"options": {"depth": 1}}).model_dump()
+
+
+def test_an_encoder_that_recipes_cannot_build_is_refused(encoder: Encoder) -> None:
+    with pytest.raises(InputError, match="timm ViT, Swin or ResNet"):
+        model_of(small_encoder())
+    encoder.module.norm.eps = 0.5  # type: ignore[union-attr, assignment]
+    with pytest.raises(CheckpointError, match="the same features"):
+        model_of(encoder)
+
+
+def test_the_paper_s_recipe_is_the_paper_s(tmp_path: Path) -> None:
+    """What MAE's own command for ViT-B says, key by key."""
+    module = Architecture("vit_base_patch16_224", None, {"depth": 1})
+    encoder = load_source("vit_base_patch16_224", random_init=True, architecture=module)
+    recipe = finetune_recipe(
+        encoder, FinetuneConfig(preset="mae"), train="t", num_classes=1000, start=tmp_path
+    ).model_dump()
+    optim = recipe["optim"]
+    assert (optim["base_lr"], optim["lr_batch"], optim["layer_decay"]) == (5e-4, 256, 0.65)
+    assert (optim["kind"], optim["weight_decay"], optim["betas"]) == ("adamw", 0.05, (0.9, 0.999))
+    assert recipe["optim"]["clip_norm"] is None
+    schedule = recipe["schedule"]
+    assert (recipe["batch"]["global_size"], schedule["epochs"], schedule["warmup"]) == (1024, 100, 0.05)
+    assert schedule["final_lr"] * 5e-4 * 4 == pytest.approx(1e-6)  # of the peak at batch 1024
+    assert recipe["data"]["mixing"] == {"mixup": 0.8, "cutmix": 1.0, "probability": 1.0, "switch_probability": 0.5}
+    (augment,) = recipe["data"]["augment"]
+    assert augment["rand_augment"] == {
+        "num_ops": 2, "magnitude": 9.0, "magnitude_std": 0.5, "probability": 0.5, "increasing": True,
+    }  # fmt: skip
+    assert (augment["erasing"]["probability"], augment["erasing"]["mode"]) == (0.25, "pixel")
+    assert (augment["jitter"], augment["blur"], augment["grey"], augment["solarise"]) == (None, None, 0, 0)
+    assert recipe["data"]["views"]["scale"] == (0.08, 1.0)
+    assert recipe["objective"]["label_smoothing"] == 0.1
+    assert recipe["objective"]["classifier_init"] == 2e-5
+    assert recipe["model"]["options"] == {"depth": 1, "drop_path_rate": 0.1, "global_pool": "avg", "fc_norm": True}
+    assert recipe["ema"] is None
+    resnet = load_source("test_resnet", random_init=True)
+    with pytest.raises(InputError, match="expected a ViT"):
+        finetune_recipe(resnet, FinetuneConfig(preset="mae"), train="t", num_classes=3, start=tmp_path)
+
+
+def test_training_starts_from_the_encoder_but_for_the_norm_of_the_mean(encoder: Encoder) -> None:
+    module, new, left = starting_encoder(encoder, MODEL, seed=1)
+    assert (weights_sha256(module), new, left) == (encoder.weights_sha256(), (), ())
+    pooled = MODEL.model_copy(update={"options": {**MODEL.options, "global_pool": "avg", "fc_norm": True}})
+    module, new, left = starting_encoder(encoder, pooled, seed=1)
+    assert (new, left) == (("fc_norm.bias", "fc_norm.weight"), ("norm.bias", "norm.weight"))
+    assert module.fc_norm.weight.eq(1).all()  # type: ignore[union-attr, operator]
+    given = encoder.module.state_dict()
+    assert all(torch.equal(t, given[name]) for name, t in module.state_dict().items() if name not in new)
+    larger = MODEL.model_copy(update={"image_size": 16})
+    with pytest.raises(CheckpointError, match="pos_embed"):
+        starting_encoder(encoder, larger, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.train=elsewhere", "data.train"),
+        ("objective.num_classes=11", "objective.num_classes"),
+        ("init_from=elsewhere", "init_from"),
+        ("optim.layer_decai=0.5", "layer_decay"),
+    ],
+)
+def test_an_override_may_not_change_what_is_asked(
+    encoder: Encoder, override: str, told: str, folders: Folders, tmp_path: Path
+) -> None:
+    data = ["--train", folders.train, "--test", folders.test, "--out", str(tmp_path / "out.json")]
+    with pytest.raises(RecipeError, match=told):
+        evaluate("finetune", str(encoder.description["source"]), *data, "--set", override)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(("status", "error"), [(0, None), (STOPPED, RunError), (1, typer.Exit)])
+def test_the_ranks_are_given_the_recipe(
+    encoder: Encoder, status: int, error: type[Exception] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = finetune_recipe(encoder, FinetuneConfig(), train="t", num_classes=3, start=tmp_path)
+    seen: list[object] = []
+
+    def launch(arguments: list[str], num_ranks: int, threads: int | None) -> int:
+        seen.extend([load_recipe(arguments[0]), *arguments[1:], num_ranks])
+        return status
+
+    monkeypatch.setattr("launch.local.launch", launch)
+    with pytest.raises(error) if error else nullcontext():
+        eval_finetune.ranks(3)(recipe, tmp_path / "run")
+    assert seen == [recipe, "--out", str(tmp_path / "run"), 3]
+
+
+def _forked(max_steps: int | None = None) -> Callable[[int], Trainer]:
+    """As `ranks`, without importing everything again."""
+
+    def train(recipe: Recipe, run: Path) -> None:
+        path = run.with_suffix(".yaml")
+        path.write_text(dump(recipe))
+        runs.train(path, run, max_steps=max_steps)
+
+    return lambda num_ranks: train
+
+
+def test_the_last_step_is_tested_once(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = saved(tmp_path / "encoder"), tmp_path / "out"
+    data = ["--train", folders.train, "--test", folders.test, "--out", str(out.with_suffix(".json"))]
+    monkeypatch.setattr(eval_finetune, "ranks", _forked(max_steps=4))
+    with pytest.raises(RunError, match="step 4 of 6"):
+        evaluate("finetune", str(source), *data, *SMALL)
+    assert not out.with_suffix(".json").exists()
+    monkeypatch.setattr(eval_finetune, "ranks", _forked())
+    evaluate("finetune", str(source), *data, *SMALL)
+    report = EvalReport.load(out.with_suffix(".json"))
+    test = open_dataset(folders.test)
+    assert sorted(report.outcomes.keys) == sorted(test.read(i).key for i in range(test.num_samples))
+    assert report.metrics["top5"] >= report.value == 100 * report.outcomes.correct.mean()
+    assert report.protocol["preprocessing"]["eval_crop"] == 0.875  # type: ignore[index]
+    assert report.protocol["resolved"]["total_steps"] == 6  # type: ignore[index]
+    assert report.weights_sha256 == load_source(str(source)).weights_sha256()
+
+    teacher = load_teacher(str(out / "finetune-run"))  # another way to the run's classifier
+    classifier = torch.nn.Sequential(teacher.model.encoder, teacher.model.head)
+    assert report.encoder["finetuned"]["weights_sha256"] == weights_sha256(classifier)  # type: ignore[index]
+    log = (out / "finetune-run" / "log-rank0.txt").read_text()
+    assert "steps 0 to 6, with weights of" in log
+    assert "steps 4 to 6, from" in log
+    assert "layer_3_decay" in json.dumps([g["name"] for g in _state(out)["groups"]])
+
+    evaluate("finetune", str(source), *data, *SMALL)
+    assert "steps 6 to 6" in (out / "finetune-run" / "log-rank0.txt").read_text()
+    again = EvalReport.load(out.with_suffix(".json"))
+    assert np.array_equal(again.outcomes.predicted, report.outcomes.predicted)
+
+    other = saved(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match="Choose another folder"):  # the same question of another encoder
+        evaluate("finetune", str(other), *data, *SMALL)
+    with pytest.raises(RecipeError, match="holds another run"):
+        evaluate("finetune", str(source), *data, *SMALL, "--seed", "1")
+
+
+def _state(out: Path) -> dict[str, list[dict[str, str]]]:
+    path = out / "finetune-run" / "checkpoints" / "step_00000006" / "state.json"
+    found: dict[str, list[dict[str, str]]] = json.loads(path.read_text())
+    return found

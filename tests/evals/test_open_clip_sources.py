@@ -1,0 +1,97 @@
+"""open_clip's names: published weights bring their preprocessing and activation, and without a network one is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from open_clip import pretrained
+from safetensors.torch import save_file
+
+from data_pipeline.errors import InputError
+from pretrain.evals import open_clip_sources
+from pretrain.evals.sources import load_source
+from pretrain.evals.timm_sources import Architecture
+from pretrain.evals.tower_sources import load_towers
+
+NAME = "ViT-S-32-alt"  # the smallest of its configurations
+TAG = f"{NAME}:small"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_file(open_clip.create_model(NAME).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def tag(monkeypatch: pytest.MonkeyPatch, weights: Path) -> dict[str, object]:
+    """Published weights, of which open_clip's table says what it does of others; `file` stands for the download."""
+    published: dict[str, object] = {
+        "hf_hub": "someone/model/", "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear",
+        "resize_mode": "squash", "quick_gelu": True, "file": str(weights),
+    }  # fmt: skip
+    monkeypatch.setitem(pretrained._PRETRAINED, NAME, {"small": published})
+    return published
+
+
+def test_a_tag_brings_weights_preprocessing_and_activation(tag: dict[str, object], weights: Path) -> None:
+    encoder = load_source(TAG)
+    theirs = open_clip.create_model(NAME, pretrained=str(weights), force_quick_gelu=True).eval()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = theirs.encode_image(images)
+        torch.testing.assert_close(encoder.module.eval()(images), expected, rtol=0, atol=1e-5)
+        plain = load_source(NAME, weights=weights)
+        assert not torch.allclose(plain.module.eval()(images), expected, atol=1e-3)
+    told = encoder.preprocessing()
+    assert (told["mean"], told["interpolation"]) == ([0.1, 0.2, 0.3], "bilinear")
+    assert "square" in str(told["resize"])
+    assert plain.preprocessing()["interpolation"] == "bicubic"
+    towers = load_towers(TAG)
+    assert (towers.mean, towers.views) == (encoder.mean, encoder.views)
+    by_hand = load_source(TAG, weights=weights)
+    assert (by_hand.weights_sha256(), by_hand.preprocessing()) == (encoder.weights_sha256(), told)
+
+
+def test_what_cannot_be_downloaded_can_be_brought(
+    tag: dict[str, object], weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(_: object) -> str:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(open_clip_sources, "download_pretrained", unreachable)
+    for load in (load_source, load_towers):
+        with pytest.raises(InputError, match=f"no network.*someone/model/ and name it: {TAG} --weights FILE"):
+            load(TAG)
+    load_source(TAG, weights=weights)
+
+
+def test_fresh_weights_and_another_size() -> None:
+    encoder = load_source(NAME, random_init=True, seed=3, architecture=Architecture(NAME, 96))
+    assert encoder.description["position_embedding"] == {
+        "from": [7, 7], "to": [3, 3], "how": "bicubic, antialiased, as open_clip's resize_pos_embed"
+    }  # fmt: skip
+    assert encoder.description["init_seed"] == 3
+    assert encoder.module(torch.zeros(1, 3, 96, 96)).shape == (1, 256)
+
+
+@pytest.mark.parametrize(
+    ("spec", "arguments", "told"),
+    [
+        (NAME, {}, "tag of published weights, found none"),
+        (NAME, {"random_init": True, "weights": Path("w")}, "the first two"),
+        ("ViT-B-32:laion2b_s34b_b79", {}, "Nearest: laion2b_s34b_b79k"),
+        (f"{NAME}:any", {}, "Nearest: none"),
+        ("coca_ViT-B-32", {"random_init": True}, "CoCa"),
+        ("test_vit", {"weights": Path("w")}, "--weights: expected none"),
+        (NAME, {"random_init": True, "architecture": Architecture("test_vit")}, "its own architecture"),
+    ],
+)
+def test_what_makes_no_sense_is_an_input_error(spec: str, arguments: dict[str, object], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        load_source(spec, **arguments)  # type: ignore[arg-type]

@@ -1,0 +1,173 @@
+"""A report's question asked again, and by several processes together: the same number."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from data_pipeline.errors import InputError
+from data_pipeline.read import open_dataset
+from launch.eval_commands import app
+from launch.eval_options import words_of
+from launch.eval_rerun import differences
+from pretrain.collectives import World
+from pretrain.evals.base import EvalReport
+from pretrain.evals.features import Extraction
+from pretrain.evals.knn import Knn
+from pretrain.evals.linear import Linear, LinearConfig
+from pretrain.evals.store import FeatureStore
+from pretrain.recipe import InlineKnn
+from tests.evals.conftest import Folders, small_encoder
+from tests.ranks import run_ranks
+
+VIT = [
+    "vit_tiny_patch16_224", "--random-init", "--image-size", "8", "--option", "patch_size=4", "--option", "depth=1",
+    "--option", "embed_dim=24", "--option", "num_heads=2",
+]  # fmt: skip
+
+
+def invoke(*arguments: str) -> Result:
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def knn(folders: Folders, out: Path, *more: str) -> list[str]:
+    data = ["--train", folders.train, "--test", folders.test]
+    return ["knn", *VIT, *data, "--k", "5", "--k", "3", "--out", str(out), *more]
+
+
+@pytest.fixture
+def result(folders: Folders, tmp_path: Path) -> Path:
+    out = tmp_path / "knn.json"
+    assert (
+        invoke(*knn(folders, out, "--seed", "3", "--limit-test", "90", "--cache", str(tmp_path / "f"))).exit_code == 0
+    )
+    return out
+
+
+def test_a_report_s_question_has_the_same_answer_again(result: Path) -> None:
+    before = result.read_bytes()
+    again = invoke("rerun", str(result))
+    assert again.exit_code == 0
+    assert "the same number" in again.stdout
+    assert "not as it was" not in again.stdout
+    assert result.read_bytes() == before
+    first, second = EvalReport.load(result), EvalReport.load(result.with_name("knn.rerun.json"))
+    assert (second.value, second.n, second.seeds) == (first.value, 90, {"init": 3})
+
+
+def test_another_number_is_said_with_what_changed(result: Path) -> None:
+    described = json.loads(result.read_text())
+    described["value"] += 1
+    described["arguments"]["seed"] = 4
+    result.write_text(json.dumps(described))
+    again = invoke("rerun", str(result), "--out", str(result.with_name("new.json")))
+    assert again.exit_code == 1
+    assert "ANOTHER NUMBER" in again.stdout
+    assert "not as it was: weights_sha256" in again.stdout
+    assert "not as it was: seeds: {'init': 3} then, {'init': 4} now" in again.stdout
+
+
+def test_what_cannot_be_asked_again_is_refused(result: Path) -> None:
+    with pytest.raises(InputError, match="another file"):
+        invoke("rerun", str(result), "--out", str(result))
+    report = EvalReport.load(result)
+    replace(report, arguments={}).save(result)
+    with pytest.raises(InputError, match="made during training"):
+        invoke("rerun", str(result))
+    assert not result.with_name("knn.rerun.json").exists()
+
+
+def test_differences_name_every_part(result: Path) -> None:
+    report = EvalReport.load(result)
+    assert differences(report, report) == []
+    changed = replace(
+        report,
+        n=91,
+        protocol={**report.protocol, "k": 7},
+        outcomes=replace(report.outcomes, predicted=(report.outcomes.predicted + 1) % 10),
+    )
+    assert differences(report, changed) == [
+        "n: 90 then, 91 now",
+        "protocol.k: 5 then, 7 now",
+        "predictions: 90 of 91 differ",
+    ]
+
+
+def test_words_give_back_what_a_command_was_given() -> None:
+    application = typer.Typer()
+
+    @application.command()
+    def one(
+        name: str,
+        number: int = 3,
+        many: list[str] | None = None,
+        pair: tuple[float, float] | None = None,
+        flag: Annotated[bool, typer.Option("--flag")] = False,
+        other: Annotated[bool | None, typer.Option("--other/--no-other")] = None,
+        none: str | None = None,
+    ) -> None:
+        found.append((name, number, many, pair, flag, other, none))
+
+    found: list[object] = []
+    command = typer.main.get_command(application)
+    values = {"name": "-x", "number": 5, "many": ["a", "-b"], "pair": (0.5, 1.0), "flag": True, "other": False, "x": 1}
+    command.main(words_of(command, values), standalone_mode=False)
+    command.main(words_of(command, {"name": "y", "flag": False, "other": True}), standalone_mode=False)
+    assert found == [("-x", 5, ["a", "-b"], (0.5, 1.0), True, False, None), ("y", 3, None, None, False, True, None)]
+
+
+def by_ranks(world: World, folders: Folders, store: str) -> list[tuple[float, int, list[int], list[str]]]:
+    extraction = Extraction(rank=world.rank, world_size=world.size, store=FeatureStore(Path(store)))
+    train, test = open_dataset(folders.train), open_dataset(folders.test)
+    asked = InlineKnn(kind="knn", train=folders.train, test=folders.test, k=7)
+    evaluators = [
+        Knn(train, test, asked, extraction=extraction),
+        Linear(train, test, LinearConfig(learning_rates=(0.01, 0.1), min_steps=60), extraction=extraction),
+    ]
+    found = [evaluator.run(small_encoder()) for evaluator in evaluators]
+    return [(r.value, r.n, r.outcomes.predicted.tolist(), list(r.outcomes.keys)) for r in found]
+
+
+def test_any_number_of_ranks_gives_one_answer(folders: Folders, tmp_path: Path) -> None:
+    one = by_ranks(World(), folders, str(tmp_path / "1"))
+    keys = sorted(open_dataset(folders.test).read(i).key for i in range(100))
+    for _, n, _, found in one:
+        assert n == open_dataset(folders.test).num_samples == 100
+        assert found == keys  # every one once
+    for ranks in (2, 3):
+        for of_rank in run_ranks(by_ranks, ranks, folders, str(tmp_path / str(ranks))):
+            assert of_rank == one
+
+
+def test_the_command_starts_its_ranks(folders: Folders, tmp_path: Path) -> None:
+    values = []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.json"
+        words = [sys.executable, "-m", "launch.cli", "eval", *knn(folders, out, "--nproc", str(ranks))]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("report:") == 1
+        report = EvalReport.load(out)
+        values.append((report.value, report.n, report.outcomes.predicted.tolist()))
+    assert values[0] == values[1]
+    assert report.arguments["nproc"] == 2
+
+
+def test_ranks_without_a_shared_folder_are_refused(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="all 2 ranks share"):
+        invoke(*knn(folders, tmp_path / "out.json"))

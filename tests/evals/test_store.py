@@ -1,0 +1,195 @@
+"""Features on disk: what one process computes in memory, whoever fills the store and however often it is stopped."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.errors import InputError
+from data_pipeline.read import open_dataset
+from pretrain.collectives import World
+from pretrain.evals import store as store_module
+from pretrain.evals.encoder import Encoder
+from pretrain.evals.features import Extraction, Features
+from pretrain.evals.readout import OWN, Readout
+from pretrain.evals.store import FeatureStore, architecture_sha256
+from tests.evals.conftest import Folders, small_encoder
+from tests.ranks import run_ranks
+
+MEAN = Readout("mean")
+
+
+class Count:
+    """How many images went through, and after how many it breaks down."""
+
+    images = 0
+    limit: int | None = None
+
+
+class Counting(nn.Module):
+    def __init__(self, count: Count) -> None:
+        super().__init__()
+        self.module, self.count = small_encoder().module, count
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.count.images += len(images)
+        if self.count.limit is not None and self.count.images > self.count.limit:
+            raise KeyboardInterrupt
+        values: Tensor = self.module(images)
+        return values
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "CHUNK", 32)
+
+
+def counting() -> tuple[Encoder, Count]:
+    count = Count()
+    return small_encoder(Counting(count)), count
+
+
+def extract(encoder: Encoder, folder: str, store: Path | None, limit: int | None = None) -> Features:
+    extraction = Extraction(batch_size=10, store=FeatureStore(store) if store else None)
+    (found,) = extraction.extract(encoder, open_dataset(folder), num_classes=10, limit=limit, label="test")
+    return found
+
+
+def same(found: Features, expected: Features) -> None:
+    assert found.keys == expected.keys
+    assert torch.equal(found.labels, expected.labels)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-6)
+
+
+def test_they_are_those_in_memory_and_computed_once(folders: Folders, tmp_path: Path) -> None:
+    encoder, count = counting()
+    expected = extract(encoder, folders.test, None)
+    count.images = 0
+    same(extract(encoder, folders.test, tmp_path), expected)
+    assert count.images == 100
+    same(extract(encoder, folders.test, tmp_path), expected)
+    assert count.images == 100
+
+
+def test_a_stop_loses_the_chunk_it_was_in(folders: Folders, tmp_path: Path) -> None:
+    encoder, count = counting()
+    count.limit = 75  # two chunks of 32, and a part of the third
+    with pytest.raises(KeyboardInterrupt):
+        extract(encoder, folders.test, tmp_path)
+    count.limit, count.images = None, 0
+    expected = extract(encoder, folders.test, None)
+    count.images = 0
+    same(extract(encoder, folders.test, tmp_path), expected)
+    assert count.images == 100 - 64
+
+
+@pytest.mark.parametrize(
+    "damage", ["a bit of the values", "values cut short", "no values", "a torn record", "no record"]
+)
+def test_what_is_damaged_is_computed_again_and_nothing_else(folders: Folders, tmp_path: Path, damage: str) -> None:
+    encoder, count = counting()
+    expected = extract(encoder, folders.test, tmp_path)
+    expected = Features(expected.values.clone(), expected.labels, expected.keys)
+    (shelf,) = tmp_path.iterdir()
+    values, record = shelf / "values.f32", shelf / "chunk_000003.json"
+    content = bytearray(values.read_bytes())
+    if damage == "a bit of the values":
+        content[-3] ^= 1
+        values.write_bytes(content)
+    elif damage == "values cut short":
+        values.write_bytes(content[:-1])
+    elif damage == "no values":
+        values.unlink()
+    elif damage == "a torn record":
+        record.write_text(record.read_text()[:-20])
+    else:
+        record.unlink()
+    count.images = 0
+    same(extract(encoder, folders.test, tmp_path), expected)
+    assert count.images == (100 if damage == "no values" else 4)
+
+
+def test_another_question_has_another_answer(folders: Folders, tmp_path: Path) -> None:
+    base = small_encoder()
+    asked: list[tuple[Encoder, str, int | None]] = [
+        (base, folders.test, None),
+        (base, folders.test, 50),
+        (base, folders.train, 50),
+        (small_encoder(seed=1), folders.test, 50),
+    ]
+    for encoder, folder, limit in asked:
+        same(extract(encoder, folder, tmp_path, limit), extract(encoder, folder, None, limit))
+    assert len(list(tmp_path.iterdir())) == len(asked)
+    questions = [json.loads((shelf / "question.json").read_text()) for shelf in tmp_path.iterdir()]
+    assert {question["readout"] for question in questions} == {"own"}
+
+
+def test_what_weights_do_not_tell_is_part_of_the_question() -> None:
+    def vit(heads: int, eps: float = 1e-6) -> nn.Module:
+        return timm.create_model(
+            "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=heads, num_classes=0,
+            norm_layer=partial(nn.LayerNorm, eps=eps),
+        )  # fmt: skip
+
+    base = architecture_sha256(vit(2))
+    assert architecture_sha256(vit(2).train()) == architecture_sha256(vit(2).eval()) == base
+    assert len({base, architecture_sha256(vit(4)), architecture_sha256(vit(2, eps=1e-12))}) == 3
+
+
+def vit_encoder() -> Encoder:
+    torch.manual_seed(0)
+    return small_encoder(
+        timm.create_model(
+            "vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=0
+        )
+    )
+
+
+def both_readouts(world: World, folder: str, store: str) -> tuple[Features, ...]:
+    store_module.CHUNK = 16
+    extraction = Extraction(
+        batch_size=10,
+        readouts=(OWN, MEAN),
+        rank=world.rank,
+        world_size=world.size,
+        store=FeatureStore(Path(store)),
+    )
+    found = extraction.extract(vit_encoder(), open_dataset(folder), num_classes=10, label="test")
+    return tuple(Features(f.values.clone(), f.labels, f.keys) for f in found)
+
+
+def test_ranks_share_what_is_missing_and_each_has_all(folders: Folders, tmp_path: Path) -> None:
+    expected = Extraction(readouts=(OWN, MEAN)).extract(
+        vit_encoder(), open_dataset(folders.test), num_classes=10, label="test"
+    )
+    for _ in range(2):
+        for found in run_ranks(both_readouts, 3, folders.test, str(tmp_path)):
+            for of_readout, wanted in zip(found, expected, strict=True):
+                same(of_readout, wanted)
+    assert not torch.equal(expected[0].values, expected[1].values)
+    for record in tmp_path.glob("*/chunk_000001.json"):
+        record.unlink()
+    assert len(run_ranks(both_readouts, 2, folders.test, str(tmp_path))) == 2
+
+
+def test_a_readout_more_computes_that_one_alone(folders: Folders, tmp_path: Path) -> None:
+    encoder, store = vit_encoder(), FeatureStore(tmp_path)
+    dataset = open_dataset(folders.test)
+    Extraction(readouts=(OWN,), store=store).extract(encoder, dataset, num_classes=10, label="test")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    own, mean = Extraction(readouts=(OWN, MEAN), store=store).extract(encoder, dataset, num_classes=10, label="test")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert own.values.shape == mean.values.shape
+    assert not torch.equal(own.values, mean.values)
+
+
+def test_a_file_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--cache"):
+        FeatureStore(tmp_path / "file")
