@@ -48,7 +48,7 @@ app.command(
     epilog=examples(
         "pretrain eval finetune runs/mae --train shards/train --test shards/test --epochs 20",
         "pretrain eval finetune runs/mae --paper mae --train imagenet/train --test imagenet/val --nproc 8",
-        "pretrain eval finetune resnet50 --train shards/train --test shards/test --out finetuned --set ema=null",
+        "pretrain eval finetune resnet50 --train shards/train --test shards/test --out tuned.json --set ema=null",
     )
 )(finetune)
 app.command(

@@ -14,6 +14,7 @@ from launch.eval_options import (
     Cache,
     Device,
     DeviceOption,
+    ImageSize,
     LimitTest,
     NumRanks,
     Out,
@@ -35,7 +36,8 @@ TowersSource = Annotated[
     str,
     typer.Argument(
         metavar="TOWERS",
-        help="A run of kind clip or siglip, a checkpoint in one, its encoder folder, or a name of open_clip's.",
+        help="A run of kind clip or siglip, a checkpoint in one, its encoder folder, one of open_clip's or Hugging "
+        "Face's, or a name of open_clip's, perhaps NAME:TAG.",
     ),
 ]
 TestSet = Annotated[str, typer.Option("--test", help="Test set: shards, or for zeroshot an image folder.")]
@@ -64,6 +66,7 @@ def zeroshot(
     random_init: RandomInit = False,
     weights: Weights = None,
     tokenizer: TokenizerOption = None,
+    image_size: ImageSize = None,
     out: Out = None,
     device: DeviceOption = Device.auto,
     batch_size: BatchSize = 256,
@@ -87,7 +90,7 @@ def zeroshot(
         groups=_groups(group or ()),
         extraction=extraction(batch_size, num_workers, precision, cache),
     )
-    judged = _load(towers, random_init, seed, weights, tokenizer, device)
+    judged = _load(towers, random_init, seed, weights, tokenizer, image_size, device)
     judge(evaluator, judged, out, context)
 
 
@@ -104,6 +107,7 @@ def retrieval(
     random_init: RandomInit = False,
     weights: Weights = None,
     tokenizer: TokenizerOption = None,
+    image_size: ImageSize = None,
     out: Out = None,
     device: DeviceOption = Device.auto,
     batch_size: BatchSize = 256,
@@ -129,7 +133,7 @@ def retrieval(
         max_test=limit_test,
         extraction=extraction(batch_size, num_workers, precision, cache),
     )
-    judged = _load(towers, random_init, seed, weights, tokenizer, device)
+    judged = _load(towers, random_init, seed, weights, tokenizer, image_size, device)
     judge(evaluator, judged, out, context)
 
 
@@ -146,12 +150,20 @@ def _groups(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _load(
-    source: str, random_init: bool, seed: int | None, weights: Path | None, tokenizer: str | None, device: Device
+    source: str,
+    random_init: bool,
+    seed: int | None,
+    weights: Path | None,
+    tokenizer: str | None,
+    image_size: int | None,
+    device: Device,
 ) -> Towers:
     """The towers on their device."""
     from pretrain.evals.tower_sources import load_towers
 
     chosen = device_of(device)
-    towers = load_towers(source, random_init=random_init, seed=seed, weights=weights, tokenizer=tokenizer)
+    towers = load_towers(
+        source, random_init=random_init, seed=seed, weights=weights, tokenizer=tokenizer, image_size=image_size
+    )
     towers.module.to(chosen)
     return towers

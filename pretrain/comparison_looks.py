@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.nn import functional as F
 
 from data_pipeline.batch import BatchSpec
 from data_pipeline.errors import CheckpointError, InputError, PretrainError
@@ -21,7 +20,7 @@ from pretrain.comparison_figures import draw_principal_axes
 from pretrain.evals.base import EvalReport
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Features, full_precision, untouched
-from pretrain.evals.neighbours import nearest
+from pretrain.evals.neighbours import search
 from pretrain.report_figures import Neighbours, Picture, class_name, picture, same_class
 
 NUM_QUERIES, NUM_NEIGHBOURS, BANK_SIZE, NUM_POINTS = 6, 5, 1000, 400
@@ -111,8 +110,8 @@ def _same_weights(encoder: Encoder, report: EvalReport) -> Encoder:
 
 
 def _neighbours(seen: _Looked, pool: _Looked, queries: list[int], bank: Dataset) -> list[list[Picture]]:
-    ask = F.normalize(seen.features.values[queries], dim=1)
-    _, columns = nearest(ask @ F.normalize(pool.features.values, dim=1).T, min(NUM_NEIGHBOURS, len(pool.images)))
+    k = min(NUM_NEIGHBOURS, len(pool.images))
+    _, columns = search(pool.features.values, seen.features.values[queries], k)
     labels, known = seen.features.labels[queries].tolist(), pool.features.labels.tolist()
     return [
         [picture(pool.images[j], class_name(bank, known[j]), same_class(label, known[j])) for j in near.tolist()]

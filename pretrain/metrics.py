@@ -112,8 +112,16 @@ class MetricLog:
             self._failing = False
 
 
-_SHOWN = {"loss": ".4f", "top1": ".3f", "lr": ".2e", "grad_norm": ".3f", "images_per_second": ".0f",
-          "data_wait": ".1%", "mfu": ".1%"}  # fmt: skip
+_SHOWN = {
+    "loss": ".4f",
+    "top1": ".3f",
+    "probe/top1": ".3f",
+    "lr": ".2e",
+    "grad_norm": ".3f",
+    "images_per_second": ".0f",
+    "data_wait": ".1%",
+    "mfu": ".1%",
+}
 
 
 def _shown(name: str, value: float) -> str:

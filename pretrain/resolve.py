@@ -122,9 +122,9 @@ def identity(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(result_settings(recipe), sort_keys=True).encode()).hexdigest()
 
 
-def result_settings(recipe: Recipe) -> dict[str, Any]:
-    """What the identity is made of: all that differs from its default, as JSON."""
-    return recipe.model_dump(mode="json", include=_INCLUDED, exclude=_EXCLUDED, exclude_defaults=True)
+def result_settings(recipe: Recipe, *, with_defaults: bool = False) -> dict[str, Any]:
+    """What the identity is made of, as JSON: all that differs from its default, or all."""
+    return recipe.model_dump(mode="json", include=_INCLUDED, exclude=_EXCLUDED, exclude_defaults=not with_defaults)
 
 
 def differences(given: Recipe, kept: Recipe) -> list[str]:

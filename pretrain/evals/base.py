@@ -80,7 +80,7 @@ class EvalReport:
     seconds: Mapping[str, float]
     notes: Sequence[str]
     outcomes: Outcomes
-    by_seed: Sequence[float] = ()
+    by_seed: Sequence[float] = field(default_factory=list)
     spread: float | None = None
     arguments: Mapping[str, object] = field(default_factory=dict)
 

@@ -136,7 +136,7 @@ class Fewshot(Evaluator):
             report,
             value=means[metric],
             metrics={**means, **{f"{name}_std": s for name, s in spreads.items() if several}},
-            by_seed=tuple(values[self.config.shots[0]]),
+            by_seed=list(values[self.config.shots[0]]),
             spread=spreads[metric] if several else None,
         )
 

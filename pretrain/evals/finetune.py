@@ -69,6 +69,11 @@ class Finetune(Evaluator):
         self.train, self.config, self.out = train, config, out.resolve()
         self.trainer, self.num_ranks = trainer, num_ranks
         self.extraction = extraction or Extraction()
+        if self.extraction.world_size > 1:
+            raise InputError(
+                where="finetune", expected="one process, which starts the ranks that train",
+                found=f"one of {self.extraction.world_size}", fix="Start it once, with --nproc.",
+            )  # fmt: skip
 
     def run(self, encoder: Encoder) -> EvalReport:
         """
@@ -103,7 +108,8 @@ class Finetune(Evaluator):
         if (goodput := read_goodput(run)) is not None:
             seconds |= {f"train_{kind}": value for kind, value in asdict(goodput).items()}
         several = self.task.num_classes >= 10
-        settings = {key: value for key, value in result_settings(recipe).items() if key != "init_from"}
+        settings = result_settings(recipe, with_defaults=True)
+        del settings["init_from"]  # a path; whose weights they are, the report says
         report = report_of(
             self.name,
             judged,

@@ -67,24 +67,27 @@ def hf_encoder(folder: Path, *, random_init: bool, seed: int, image_size: int | 
 
 
 def hf_towers(
-    folder: Path, *, random_init: bool, seed: int, tokenizer: str | None
-) -> tuple[TwoTowers, Preprocessing, TokenSpec, dict[str, object]]:
-    """Both towers of a CLIPModel, and what a report says of them; errors as in `hf_encoder`.
+    folder: Path, *, random_init: bool, seed: int, tokenizer: str | None, image_size: int | None = None
+) -> tuple[TwoTowers, int, Preprocessing, TokenSpec, dict[str, object]]:
+    """Both towers of a CLIPModel, their image size, and what a report says of them; errors as in `hf_encoder`.
 
     Args:
         folder: with the tokenizer's files too.
         random_init, seed: as in `hf_encoder`.
         tokenizer: one that stands in for that of the folder; None: its own, which must be CLIP's.
+        image_size: as in `hf_encoder`.
     """
     config = read_config(folder)
     if config.get("model_type") != hf_models.CLIP:
         raise _unknown(folder, config.get("model_type"), [hf_models.CLIP])
     preprocessing = read_preprocessing(folder)
     towers = _clip(folder, config, random_init, seed)
-    _check_size(folder, preprocessing, _size(towers.encoder))
+    size = _size(towers.encoder)
+    if image_size is None:
+        _check_size(folder, preprocessing, size)
     length = towers.parts.context_length
     spec = TokenSpec(tokenizer or _tokenizer(folder, length), length, towers.parts.vocab_size)
-    return towers, preprocessing, spec, _description(folder, config)
+    return towers, size, preprocessing, spec, _description(folder, config)
 
 
 def _clip(folder: Path, config: dict[str, Any], random_init: bool, seed: int) -> TwoTowers:

@@ -30,10 +30,10 @@ class Vectors:
     """Rows [N, D] and their lengths [N] fp64; a row of zeros has the cosine 0 to any other."""
 
     def __init__(self, values: Tensor, norms: Tensor | None = None) -> None:
-        if norms is None:  # some rows at a time, as each is copied to fp64
-            norms = torch.cat(
-                [torch.linalg.vector_norm(p, dim=1, dtype=torch.float64) for p in torch.split(values, 1024)]
-            )
+        if norms is None:  # some rows at a time, as they are copied to fp64
+            norms = torch.empty(len(values), dtype=torch.float64, device=values.device)
+            for part in _parts(len(values), 1024):
+                torch.linalg.vector_norm(values[part], dim=1, dtype=torch.float64, out=norms[part])
             norms = norms.where(norms > 0, 1)
         self.values, self.norms = values, norms
 
@@ -137,10 +137,8 @@ def _search(bank: Vectors, queries: Vectors, k: int, tile: tuple[int, int], show
     cosines = torch.empty(len(queries), k, dtype=torch.float64, device=rows.device)
     found = torch.empty(len(queries), k, dtype=torch.int64, device=rows.device)
     doubtful = torch.zeros(len(queries), dtype=torch.bool, device=rows.device)
-    for part in _parts(len(queries), max(1, 2**20 // (count * width))):  # candidates that fit into a cache
-        exact = bank.values[rows[part]].double() @ queries[part].double().unsqueeze(2)
-        exact = exact.squeeze(2) / bank.norms[rows[part]]
-        values, columns = _ordered(_on_grid(exact), rows[part])
+    for part in _parts(len(queries), tile[0]):
+        values, columns = _ordered(_cosines(bank, queries[part], rows[part]), rows[part])
         cosines[part], found[part] = values[:, :k], columns[:, :k]
         if count < len(bank):
             doubtful[part] = values[:, k - 1] <= similarities[part, -1].double() + error
@@ -212,6 +210,16 @@ def _greater(blocks: Tensor, above: Tensor, least: Tensor) -> tuple[Tensor, Tens
     values[query, place] = inside[hit, offset]
     columns[query, place] = block[hit] * BLOCK + offset
     return values, columns
+
+
+def _cosines(bank: Vectors, queries: Vectors, rows: Tensor) -> Tensor:
+    """Of each query to its `rows` of the bank, [q, C], in fp64 on the grid."""
+    asked = queries.double().unsqueeze(2)
+    products = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
+    size = max(1, 2**21 // (rows.shape[1] * bank.values.shape[1]))  # 24 MiB with the copy in fp64, near to a cache's
+    for part in _parts(len(rows), size):
+        products[part] = (bank.values[rows[part]].double() @ asked[part]).squeeze(2)
+    return _on_grid(products / bank.norms[rows])
 
 
 def _search_in_fp64(

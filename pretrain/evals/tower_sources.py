@@ -16,6 +16,7 @@ from pretrain.evals.open_clip_sources import from_open_clip
 from pretrain.evals.timm_sources import checked_views
 from pretrain.models.encoders import EncoderConfig, load_strictly
 from pretrain.models.hf_folders import is_hf_folder
+from pretrain.models.input_size import set_image_size
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.models.tower_folders import load_towers_folder
 from pretrain.models.towers import Towers, TwoTowers, build_parts
@@ -45,6 +46,7 @@ def load_towers(
     seed: int | None = None,
     weights: Path | None = None,
     tokenizer: str | None = None,
+    image_size: int | None = None,
 ) -> Towers:
     """The two towers that `spec` names, on the CPU, in evaluation mode, with exactly their weights.
 
@@ -56,6 +58,7 @@ def load_towers(
         seed: of the fresh weights; None: the run's own, or 0.
         weights: of a configuration: a local file (safetensors, or a PyTorch file of tensors).
         tokenizer: as in a recipe, in the place of the one that the towers name.
+        image_size: pixels, for which the position embedding of the image tower is interpolated; None: its own.
 
     Raises:
         InputError: nothing there, or arguments that do not go together.
@@ -69,11 +72,12 @@ def load_towers(
     elif (path / "state.json").is_file() or (path / "COMPLETE").is_file():
         found = _from_checkpoint(path, random_init, seed)
     elif is_hf_folder(path):
-        found = _from_hf(path, random_init, seed or 0, tokenizer)
+        found = _from_hf(path, random_init, seed or 0, tokenizer, image_size)
     elif path.is_dir():
         found = _from_folder(path, random_init, seed or 0)
     else:
         found = _by_name(spec, random_init, seed or 0, weights)
+    found = _at_size(found, image_size)
     tokens = found.tokens if tokenizer is None else replace(found.tokens, tokenizer=tokenizer)
     built = build_tokenizer(tokens)
     return Towers(
@@ -87,6 +91,14 @@ def load_towers(
         found.description,
         found.run,
     )
+
+
+def _at_size(found: _Found, size: int | None) -> _Found:
+    if size is None:
+        return found
+    told = set_image_size(found.module.encoder, found.image_size, size)
+    description = {**found.description, "position_embedding": told} if told else found.description
+    return replace(found, image_size=size, description=description)
 
 
 def _from_run(run: Path, random_init: bool, seed: int | None) -> _Found:
@@ -171,14 +183,14 @@ def _from_folder(folder: Path, random_init: bool, seed: int) -> _Found:
     return _of_config(module, config, tokens, description, random_init)
 
 
-def _from_hf(folder: Path, random_init: bool, seed: int, tokenizer: str | None) -> _Found:
-    module, preprocessing, tokens, description = hf_towers(
-        folder, random_init=random_init, seed=seed, tokenizer=tokenizer
+def _from_hf(folder: Path, random_init: bool, seed: int, tokenizer: str | None, image_size: int | None) -> _Found:
+    module, own_size, preprocessing, tokens, description = hf_towers(
+        folder, random_init=random_init, seed=seed, tokenizer=tokenizer, image_size=image_size
     )
     return _Found(
         module,
         tokens,
-        preprocessing.image_size,
+        own_size,
         preprocessing.mean,
         preprocessing.std,
         preprocessing.views,

@@ -19,9 +19,11 @@ from launch import eval_finetune
 from pretrain.demand import STOPPED
 from pretrain.evals.base import EvalReport
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.finetune import Trainer
+from pretrain.evals.features import Extraction
+from pretrain.evals.finetune import Finetune, Trainer, _unseen, _watched
 from pretrain.evals.finetune_recipe import FinetuneConfig, finetune_recipe, model_of, starting_encoder
 from pretrain.evals.sources import load_source
+from pretrain.evals.task import Task
 from pretrain.evals.timm_sources import Architecture
 from pretrain.models.encoders import build_encoder, save_encoder
 from pretrain.models.folders import weights_sha256
@@ -196,6 +198,8 @@ def test_the_last_step_is_tested_once(folders: Folders, tmp_path: Path, monkeypa
     assert sorted(report.outcomes.keys) == sorted(test.read(i).key for i in range(test.num_samples))
     assert report.metrics["top5"] >= report.value == 100 * report.outcomes.correct.mean()
     assert report.protocol["preprocessing"]["eval_crop"] == 0.875  # type: ignore[index]
+    assert report.protocol["recipe"]["optim"]["eps"] == 1e-8  # type: ignore[index]
+    assert str(tmp_path) not in json.dumps(report.protocol)  # or elsewhere it would be another question
     assert report.protocol["resolved"]["total_steps"] == 6  # type: ignore[index]
     assert report.weights_sha256 == load_source(str(source)).weights_sha256()
 
@@ -217,6 +221,31 @@ def test_the_last_step_is_tested_once(folders: Folders, tmp_path: Path, monkeypa
         evaluate("finetune", str(other), *data, *SMALL)
     with pytest.raises(RecipeError, match="holds another run"):
         evaluate("finetune", str(source), *data, *SMALL, "--seed", "1")
+
+
+def test_what_a_reader_should_know_is_noted(encoder: Encoder, folders: Folders, tmp_path: Path) -> None:
+    task = Task(open_dataset(folders.train), open_dataset(folders.test))
+    for overrides, watched in (
+        ((), False),
+        ((f"data.val={folders.test}",), True),
+        ((f"data.val={folders.train}",), False),
+    ):
+        config = FinetuneConfig(overrides=overrides)
+        recipe = finetune_recipe(encoder, config, train=folders.train, num_classes=10, start=tmp_path)
+        assert bool(_watched(recipe, task)) == watched
+    assert _unseen(task) == []
+    task.train.label_counts[3] = 0  # type: ignore[index]
+    (note,) = _unseen(task)
+    lost = int(task.test.label_counts[3])  # type: ignore[index]
+    assert note == f"1 of 10 classes have no training sample: {lost} of 100 test samples cannot be right"
+
+
+def test_the_ranks_of_an_evaluation_do_not_each_start_a_run(folders: Folders, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--nproc"):
+        Finetune(
+            folders.train, folders.test, FinetuneConfig(), out=tmp_path, trainer=_forked()(1),
+            extraction=Extraction(world_size=2),
+        )  # fmt: skip
 
 
 def _state(out: Path) -> dict[str, list[dict[str, str]]]:

@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from data_pipeline.errors import CheckpointError, InputError
 from data_pipeline.views import evaluation_view
+from launch.eval_commands import app
+from pretrain.evals.base import EvalReport
 from pretrain.evals.sources import load_source
 from pretrain.evals.timm_sources import Architecture
 from pretrain.evals.tower_sources import load_towers
 from pretrain.models.hf_folders import read_preprocessing
+from tests.evals.conftest import Folders
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 import transformers
@@ -198,6 +202,28 @@ def test_text_towers_that_open_clip_has_not_are_refused(tmp_path: Path) -> None:
         load_source(str(folder))
     change(folder / "config.json", text_config={**text, "eos_token_id": 2})
     load_source(str(folder))
+
+
+def evaluate(*arguments: object) -> EvalReport:
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    if result.exception is not None:
+        raise result.exception
+    return EvalReport.load(Path(str(arguments[-1])))
+
+
+def test_commands_judge_them_at_another_size(tmp_path: Path, folders: Folders) -> None:
+    data = ["--test", folders.test, "--limit-test", 20, "--image-size", 24, "--out", tmp_path / "report.json"]
+    vit, clip = save_vit(tmp_path / "vit"), save_clip(tmp_path / "clip")
+    knn = evaluate("knn", vit, "--train", folders.train, "--limit-train", 30, "--k", 5, *data)
+    zeroshot = evaluate("zeroshot", clip, "--tokenizer", "clip", *data)
+    for report, how in ((knn, "timm"), (zeroshot, "open_clip")):
+        told = report.encoder["position_embedding"]
+        assert isinstance(told, dict)
+        assert (told["from"], told["to"]) == ([2, 2], [3, 3])
+        assert how in told["how"]
+        assert report.protocol["preprocessing"]["image_size"] == 24  # type: ignore[index]
+        assert report.encoder["kind"] == "Hugging Face folder"
+    assert "square" in str(knn.protocol["preprocessing"])
 
 
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused(tmp_path: Path) -> None:

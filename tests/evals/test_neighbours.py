@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.collectives import World
 from pretrain.evals import neighbours
-from pretrain.evals.neighbours import GRID, nearest, search
+from pretrain.evals.neighbours import GRID, Vectors, nearest, search
 from tests.ranks import run_ranks
 
 # Few distinct values, so that most rows are full of ties, inside and across the k-th place.
@@ -73,7 +73,10 @@ def test_maxima_of_blocks_lose_nothing(seed: int, copies: int, k: int, tile_quer
     distinct = torch.randn(1500 // copies, 6, generator=generator)
     bank = distinct.repeat(copies, 1)[torch.randperm(len(distinct) * copies, generator=generator)]
     queries = torch.randn(7, 6, generator=generator)
-    with patch.object(neighbours, "BLOCK", 4), patch.object(neighbours, "_search_in_fp64", side_effect=AssertionError):
+    with (
+        patch.multiple(neighbours, BLOCK=4, SPARE=16),
+        patch.object(neighbours, "_search_in_fp64", side_effect=AssertionError),
+    ):
         _, rows = search(bank, queries, k, tile=(tile_queries, tile_rows))
     assert rows.tolist() == naive(bank, queries, k)
 
@@ -88,7 +91,10 @@ def test_most_blocks_are_passed_over() -> None:
         patch.object(neighbours, "_search_in_fp64", side_effect=AssertionError),
     ):
         _, rows = search(bank, queries, 10, tile=(10, 1000))
+        candidates, _ = neighbours._candidates(Vectors(bank), Vectors(queries), 74, (10, 1000), False)
     assert rows.tolist() == naive(bank, queries, 10)
+    plain = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
+    assert torch.allclose(candidates, plain.topk(74, dim=1).values, atol=1e-6, rtol=0)  # of those, too, none is lost
     shares = [call.args[1].double().mean().item() for call in greater.call_args_list]
     assert len(shares) >= 15  # of 20 tiles
     assert shares[-1] < 0.05
@@ -102,7 +108,7 @@ def test_what_fp32_cannot_tell_apart_is_told_apart() -> None:
     expected = naive(bank, queries, 30)
     plain = nearest(F.normalize(queries.float(), dim=1) @ F.normalize(bank.float(), dim=1).T, 30)[1]
     assert (plain != torch.tensor(expected)).double().mean() > 0.5
-    assert search(bank, queries, 30)[1].tolist() == expected
+    assert search(bank, queries, 30, tile=(3, 200))[1].tolist() == expected
 
 
 def test_neither_tiles_nor_scale_change_a_bit() -> None:

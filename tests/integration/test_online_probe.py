@@ -186,9 +186,9 @@ def test_it_learns_real_handwriting(tmp_path: Path) -> None:
     )  # fmt: skip
     train(path, tmp_path / "run")
     found = probed(tmp_path / "run")
-    assert found[1]["probe/top1"] < 0.3
-    assert found[120]["probe/loss"] < 0.6 * found[1]["probe/loss"]
-    assert logged(tmp_path / "run", "val/probe_top1")[120]["val/probe_top1"] > 0.6
+    assert found[1]["probe/loss"] == pytest.approx(torch.tensor(10.0).log().item())
+    assert found[120]["probe/loss"] < 0.9 * found[1]["probe/loss"]
+    assert logged(tmp_path / "run", "val/probe_top1")[120]["val/probe_top1"] > 0.3  # by chance: 0.1
 
 
 class TestRefused:

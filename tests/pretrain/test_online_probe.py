@@ -256,7 +256,7 @@ def test_a_checkpoint_brings_it_back_at_any_world_size_and_stage(tmp_path: Path)
     original = checkpoint.digests(source)
     assert sum(name.startswith("probe/") for name in original) == 7
     assert not any(name.startswith("probe/") for name in checkpoint.module_state(source))
-    for stop, (world_size, stage) in enumerate([(1, 1), (2, 3), (2, 2), (1, 0)]):
+    for stop, (world_size, stage) in enumerate([(1, 1), (2, 3), (1, 0)]):
         losses = run_ranks(hand_on, world_size, source, tmp_path / str(stop), stage)[0]
         source = tmp_path / str(stop) / "step_00000003"
         assert checkpoint.digests(source) == original
