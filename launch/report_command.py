@@ -57,5 +57,6 @@ def load_judged(report: EvalReport) -> Encoder:
         )  # fmt: skip
     model, image_size, option = (given.get(key) for key in ("model", "image_size", "option"))
     known = architecture(str(source), model, image_size, list(option) if option else None)  # type: ignore[arg-type, call-overload]
-    seed = given.get("seed")
-    return load_encoder(str(source), bool(given.get("random_init")), seed, known, Device.auto)  # type: ignore[arg-type]
+    random_init, seed, weights = bool(given.get("random_init")), given.get("seed"), given.get("weights")
+    place = Path(str(weights)) if weights is not None else None
+    return load_encoder(str(source), random_init, seed, known, Device.auto, place)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.durable import write_text
-from data_pipeline.errors import InputError, PretrainError, RecipeError
+from data_pipeline.errors import InputError, RecipeError
 from data_pipeline.read import open_dataset
 from pretrain.evals.suite import FEATURES, HOW, KEPT, Option, Suite, nearest, result_path
 from pretrain.run_folder import COMPLETE, sha256_of
@@ -32,7 +32,7 @@ class Cell:
         words: its command, without `pretrain`.
         arguments: of the command, as its parser reads them, and as its report has them; without those of HOW.
         path: of the report.
-        asked: of the question that it answers.
+        asked: file of the question that it answers.
     """
 
     encoder: str
@@ -75,7 +75,8 @@ def _cell(suite: Suite, encoder: str, dataset: str, protocol: str, out: Path) ->
     judged, data, asked = suite.encoders[encoder], suite.datasets[dataset], suite.protocols[protocol]
     command = _command(asked.kind, f"protocols.{protocol}.kind")
     switches = _switches(command)
-    path = result_path(out, encoder, dataset, protocol)
+    names = encoder, dataset, protocol
+    path = result_path(out, *names)
     own: dict[str, Option] = {"test": data.test, "out": str(path)}
     own |= {"train": data.train} if "train" in switches else {}
     own |= {"cache": str(out / FEATURES)} if "cache" in switches else {}
@@ -99,11 +100,7 @@ def _cell(suite: Suite, encoder: str, dataset: str, protocol: str, out: Path) ->
             options += _words(switches[key], value)
     words = ("eval", asked.kind, judged.source, *options)
     arguments = _read(command, words, f"protocols.{protocol}, with encoder {encoder} and data set {dataset}")
-    return Cell(encoder, dataset, protocol, words, arguments, path, result_path(out / KEPT / "asked", *_names(path)))
-
-
-def _names(path: Path) -> tuple[str, str, str]:
-    return path.parent.parent.name, path.parent.name, path.stem
+    return Cell(*names, words, arguments, path, result_path(out / KEPT / "asked", *names))
 
 
 def _command(kind: str, where: str) -> Any:
@@ -178,21 +175,17 @@ class Questions:
 
     def answered(self, cell: Cell) -> bool:
         """Whether the result is there."""
-        if not cell.asked.is_file():
+        if _asked(cell) != (question := self.of(cell)):
             return False
         from pretrain.evals.base import EvalReport
 
         try:
-            asked = json.loads(cell.asked.read_bytes())
             report = EvalReport.load(cell.path)
-        except (OSError, ValueError, PretrainError):
+        except InputError:
             return False
-        question = self.of(cell)
         said = _json(report.arguments)
-        return (
-            asked == question
-            and all(said.get(key) == value for key, value in question["arguments"].items())
-            and set(question["data"].values()) <= set(_fingerprints(report.data))
+        return all(said.get(key) == value for key, value in question["arguments"].items()) and (
+            set(question["data"].values()) <= set(_fingerprints(report.data))
         )
 
     def begin(self, cell: Cell) -> None:
@@ -210,6 +203,14 @@ class Questions:
             }
             self._known[what, path] = make[what](path)
         return self._known[what, path]
+
+
+def _asked(cell: Cell) -> Any:
+    """The question that was asked last; None: none."""
+    try:
+        return json.loads(cell.asked.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def digest(source: str) -> str:

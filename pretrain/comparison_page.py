@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -143,7 +142,7 @@ def _details(result: Result) -> dict[str, Any]:
     report = result.report
     said = report.to_json()
     rows = {
-        "command": _command(report),
+        "arguments": _arguments(report),
         "weights, SHA-256": report.weights_sha256,
         "report": f"{result.path.name}, SHA-256 {sha256_of(result.path)}",
         "metrics, %": ", ".join(f"{name} {value:.2f}" for name, value in report.metrics.items()),
@@ -159,18 +158,11 @@ def _details(result: Result) -> dict[str, Any]:
     }
 
 
-def _command(report: EvalReport) -> str:
-    """As it would be typed; options that were not given are left to their defaults, as far as a report can tell."""
-    given = dict(report.arguments)
-    command = str(given.pop("command", ""))
-    source = given.pop("encoder", given.pop("towers", None))
-    words = [*command.split(), *([str(source)] if source is not None else [])]
-    for key, value in given.items():
-        option = f"--{key.replace('_', '-')}"
-        if value is True:
-            words.append(option)
-        elif isinstance(value, list | tuple):
-            words += [f"{option}={one}" for one in value]
-        elif value not in (None, False):
-            words.append(f"{option}={value}")
-    return f"pretrain {shlex.join(words)}" if command else ""
+def _arguments(report: EvalReport) -> str:
+    """Of the command, those that say anything."""
+    first = [key for key in ("command", "encoder", "towers") if key in report.arguments]
+    ordered = {key: report.arguments[key] for key in dict.fromkeys([*first, *report.arguments])}
+    given = {key: value for key, value in ordered.items() if value not in (None, False, [], ())}
+    command = given.pop("command", "")
+    texts = {key: ", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for key, v in given.items()}
+    return f"{command}: " + "; ".join(f"{key} {text}" for key, text in texts.items()) if command else ""

@@ -22,7 +22,7 @@ from pretrain.strict_yaml import write_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 KEPT, FEATURES = "suite", "features"  # folders of a suite beside those of its encoders
-HOW = frozenset({"out", "cache", "num_workers"})  # parameters of a command on which no number depends
+HOW = frozenset({"out", "cache", "num_workers", "num_ranks"})  # parameters of a command on which no number depends
 
 Scalar = bool | int | float | str
 Option = Scalar | tuple[Scalar, ...] | None

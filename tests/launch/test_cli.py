@@ -245,7 +245,7 @@ def test_show_without_the_data_says_what_is_missing(workplace: Path, pretrain: C
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("show",), ("train",), ("status",), ("logs",), ("doctor",), ("demo",), ("data",), ("eval",)],
+    [(), ("show",), ("train",), ("status",), ("logs",), ("doctor",), ("demo",), ("report",), ("data",), ("eval",)],
     ids=" ".join,
 )
 def test_help_is_of_the_command_and_ours_end_with_examples(

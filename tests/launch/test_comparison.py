@@ -213,6 +213,16 @@ def test_neighbours_are_the_nearest_of_images_from_all_over_the_training_set(sui
         assert item.found["first"][0].good
 
 
+def test_images_are_taken_from_all_over_a_set_that_is_sorted_by_class(
+    suite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.comparison_looks.BANK_SIZE", 6)
+    monkeypatch.setattr("pretrain.comparison_looks.NUM_POINTS", 6)
+    shown = look("colours", {"first": load(suite, "first")}, load_judged).neighbours
+    assert {item.query.caption for item in shown} == {"class0", "class1", "class2"}
+    assert {near.caption for item in shown for near in item.found["first"]} == {"class0", "class1", "class2"}
+
+
 def test_what_cannot_be_shown_is_told_with_its_reason(suite: Path, tmp_path: Path) -> None:
     own = load(suite, "first")
     others = make_run(tmp_path / "first", 9)
@@ -237,7 +247,7 @@ def test_the_page_says_how_each_number_came_about(suite: Path, tmp_path: Path) -
             own = load(suite, name, protocol)
             assert own.weights_sha256 in text
             assert f"{own.value:.2f}" in text
-    assert text.count("pretrain eval linear") == 3
+    assert text.count("eval linear: encoder ") == 3
     assert not re.search(r"""(?:src|href)=(?!["']data:)""", text), "nothing from outside"
     assert {p.name for p in path.parent.iterdir()} == {"report.html", "table.md", "table.csv"}
 

@@ -48,7 +48,7 @@ def test_a_cell_is_a_command_of_eval(tmp_path: Path, tree: dict[str, Any]) -> No
     assert cell.words[:3] == ("eval", "knn", tree["encoders"]["first"])
     assert set(cell.words[3:]) == {
         f"--test={data['test']}", f"--train={data['train']}", f"--out={out}", "--random-init", "--seed=3",
-        "--k=5", "--k=3",
+        "--k=5", "--k=3", f"--cache={tmp_path / 'out' / 'features'}",
     }  # fmt: skip
     assert cell.path == out
     assert cell.arguments["k"] == [5, 3]
