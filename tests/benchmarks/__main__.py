@@ -14,7 +14,15 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import bench_checkpoint, bench_loader, bench_scale, bench_scaling, bench_step, bench_views
+from tests.benchmarks import (
+    bench_checkpoint,
+    bench_linear,
+    bench_loader,
+    bench_scale,
+    bench_scaling,
+    bench_step,
+    bench_views,
+)
 
 
 def help_seconds(runs: int = 7) -> list[list[str]]:
@@ -59,7 +67,15 @@ def _alone(part: Callable[[], list[list[str]]]) -> list[list[str]]:
 
 def main() -> None:
     rows = [["what", "median", "ratio (least to greatest)", "goal"]]
-    for part in (help_seconds, bench_step.run, bench_checkpoint.run, bench_scaling.run, bench_scale.run, photographs):
+    for part in (
+        help_seconds,
+        bench_step.run,
+        bench_checkpoint.run,
+        bench_scaling.run,
+        bench_scale.run,
+        bench_linear.run,
+        photographs,
+    ):
         rows += _alone(part)
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
