@@ -32,15 +32,16 @@ class Part:
     Args:
         base: the whole.
         rows: their numbers in it, [N] int64, in any order; none twice.
+        label_counts: how many of them have each label, [K].
     """
 
-    def __init__(self, base: Dataset, rows: Tensor) -> None:
+    def __init__(self, base: Dataset, rows: Tensor, label_counts: Tensor) -> None:
         self.base = base
         self.rows = np.sort(rows.numpy())
         self.num_samples = len(self.rows)
         self.shard_sizes = np.diff(np.searchsorted(self.rows, np.cumsum(base.shard_sizes)), prepend=0)
         self.fields, self.classes = base.fields, base.classes
-        self.label_counts = base.label_counts  # of the whole: what labels there may be
+        self.label_counts = label_counts.numpy()
         self.fingerprint = base.fingerprint
 
     def read(self, i: int) -> Sample:

@@ -83,6 +83,7 @@ class Heads:
         device: torch.device,
     ) -> None:
         self.mean, self.std = (part.to(device) for part in moments)
+        self._scale = 1 / self.std
         self.norm: nn.BatchNorm1d | None = None
         if training.batch_norm:
             self.norm = nn.BatchNorm1d(
@@ -103,14 +104,16 @@ class Heads:
             nn.init.trunc_normal_(first, std=training.initial_std, generator=generator)
             self.weight.copy_(first.repeat(len(settings), 1))
         self.update = _UPDATES[training.optimizer](settings, self.weight, self.bias)
-        self._softmax = self.bias.new_empty(0)
+        self._logits, self._softmax = self.bias.new_empty(0), self.bias.new_empty(0)
 
     def step(self, values: Tensor, labels: Tensor, factor: float) -> None:
         """One step on features [B, D] and labels [B] of the same device; `factor` multiplies the learning rates."""
-        x = (values - self.mean).div_(self.std) if self.norm is None else self.norm(values)
-        logits = torch.addmm(self.bias, x, self.weight.T).view(len(x), *self.shape)
+        x = (values - self.mean).mul_(self._scale) if self.norm is None else self.norm(values)
+        # Room for logits and their softmax is taken once: they may be larger than all the rest.
+        logits = torch.addmm(self.bias, x, self.weight.T, out=self._logits.resize_(len(x), len(self.bias)))
         # The gradient of the mean cross entropy with respect to the logits is (softmax - one-hot) / B.
-        residual = torch.softmax(logits, dim=2, out=self._softmax.resize_(logits.shape))
+        residual = self._softmax.resize_(len(x), *self.shape)
+        torch.softmax(logits.view(residual.shape), dim=2, out=residual)
         residual[torch.arange(len(x), device=x.device), :, labels] -= 1
         self.update(residual.view(len(x), -1), x, factor)
 
@@ -140,7 +143,7 @@ class _Sgd:
         self.weight_momentum.addmm_(residual.T, x, beta=MOMENTUM, alpha=1 / len(x))
         if self.decays is not None:
             self.weight_momentum.addcmul_(self.weight, self.decays[:, None])
-        self.bias_momentum.mul_(MOMENTUM).add_(residual.sum(dim=0), alpha=1 / len(x))
+        self.bias_momentum.addmv_(residual.T, residual.new_ones(len(x)), beta=MOMENTUM, alpha=1 / len(x))
         self.weight.addcmul_(self.weight_momentum, self.rates[:, None], value=-factor)
         self.bias.addcmul_(self.bias_momentum, self.rates, value=-factor)
 
@@ -202,9 +205,9 @@ def train(
     heads = [Heads(settings, training, num_classes=num_classes, moments=m, device=device) for m in moments]
     steps = zip(range(training.num_steps), examples, strict=False)
     for step, (values, labels) in track(steps, label=label, total=training.num_steps):
-        labels = labels.to(device)
+        labels, factor = labels.to(device), training.factor(step)
         for head, x in zip(heads, values, strict=True):
-            head.step(x.to(device), labels, training.factor(step))
+            head.step(x.to(device), labels, factor)
     return tuple(head.probes() for head in heads)
 
 

@@ -73,9 +73,10 @@ def fit_of(config: LinearConfig, encoder: Encoder, task: Task, extraction: Extra
 
     def to_views(job: Job) -> Fitted:
         training = config.training(num_samples(job))
+        rows = torch.arange(len(labels)) if job.rows is None else job.rows
         examples = augmented_examples(
             encoder,
-            Part(task.train, torch.arange(len(labels)) if job.rows is None else job.rows),
+            Part(task.train, rows, labels[rows].bincount(minlength=num_classes)),
             replace(extraction, readouts=tuple(extraction.readouts[i] for i in job.readouts)),
             augmented_views(encoder, config.crop_scale),
             num_classes=num_classes,

@@ -17,6 +17,7 @@ import torch
 from tests.benchmarks import (
     bench_checkpoint,
     bench_knn,
+    bench_linear,
     bench_loader,
     bench_scale,
     bench_scaling,
@@ -74,6 +75,7 @@ def main() -> None:
         bench_scaling.run,
         bench_scale.run,
         bench_knn.run,
+        bench_linear.run,
         photographs,
     ):
         rows += _alone(part)

@@ -154,3 +154,50 @@ def test_a_user_sees_one_message_and_status_2(folders: Folders) -> None:
 def test_help_loads_no_torch() -> None:
     code = "import sys, launch.eval_commands; assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_linear_chooses_among_poolings_and_blocks(run: Path, folders: Folders, tmp_path: Path) -> None:
+    data = ["--train", folders.train, "--test", folders.test, "--out", str(tmp_path / "a.json")]
+    tokens = ["--pooling", "own", "--pooling", "cls", "--pooling", "mean", "--blocks", "1"]
+    evaluate("linear", str(run), *data, *tokens, "--solver", "lbfgs", "-C", "0.01", "-C", "0.1")
+    protocol = EvalReport.load(tmp_path / "a.json").protocol
+    assert protocol["readouts"] == ["own", "cls", "mean"]
+    assert protocol["inverse_penalties"] == [0.01, 0.1]
+    assert len(protocol["val_top1"]) == 6  # type: ignore[arg-type]
+
+
+def test_linear_of_a_paper_can_be_made_smaller(run: Path, folders: Folders, tmp_path: Path) -> None:
+    data = ["--train", folders.train, "--test", folders.test, "--out", str(tmp_path / "a.json")]
+    smaller = [
+        "--epochs",
+        "2",
+        "--warmup-epochs",
+        "1",
+        "--head-batch-size",
+        "50",
+        "--lr",
+        "1",
+        "--crop-scale",
+        "0.5",
+        "1",
+    ]
+    evaluate("linear", str(run), *data, "--paper", "mae", *smaller)
+    protocol = EvalReport.load(tmp_path / "a.json").protocol
+    found = [protocol[name] for name in ("paper", "num_steps", "warmup_steps", "batch_size", "learning_rates")]
+    assert found == ["mae", 12, 6, 50, [1.0]]
+    assert protocol["augmentation"]["random_resized_crop"]["scale"] == [0.5, 1.0]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        (["--solver", "lbfgs", "--lr", "1", "--augment"], "--lr, --augment"),
+        (["--solver", "lbfgs", "--paper", "mae"], "--paper"),
+        (["-C", "1"], "--inverse-penalty"),
+        (["--crop-scale", "0.1", "1"], "--crop-scale"),
+        (["--paper", "mae", "--epochs", "5"], "linear.warmup_epochs"),
+    ],
+)
+def test_linear_refuses_what_would_have_no_say(run: Path, folders: Folders, arguments: list[str], where: str) -> None:
+    with pytest.raises(InputError, match=where):
+        evaluate("linear", str(run), "--train", folders.train, "--test", folders.test, *arguments)

@@ -1,0 +1,149 @@
+"""Through the encoder: the loader's own views, every sample once an epoch, the same for any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.decode import decode_image
+from data_pipeline.errors import InputError
+from data_pipeline.read import open_dataset
+from data_pipeline.views import training_view
+from pretrain.collectives import World
+from pretrain.evals.augmented import Part, augmented_examples, augmented_views
+from pretrain.evals.encoder import Encoder
+from pretrain.evals.features import Extraction
+from pretrain.evals.heads import Rates, Training, train
+from pretrain.evals.linear import Linear
+from pretrain.evals.linear_config import MAE, LinearConfig
+from tests.evals.conftest import Folders, small_encoder
+from tests.ranks import run_ranks
+
+CROP = (0.3, 1.0)
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def first_batches(encoder: Encoder, folder: str, count: int, size: int, extraction: Extraction) -> Batches:
+    """Features [size, D] and labels [size] of each of the first batches."""
+    examples = augmented_examples(
+        encoder,
+        open_dataset(folder),
+        extraction,
+        augmented_views(encoder, CROP),
+        num_classes=10,
+        batch_size=size,
+        seed=3,
+    )
+    return [(values[0], labels) for values, labels in (next(examples) for _ in range(count))]
+
+
+def sorted_rows(values: Tensor) -> Tensor:
+    return values[torch.from_numpy(np.lexsort(values.round(decimals=3).numpy().T))]
+
+
+def test_views_are_those_of_the_training_loader(folders: Folders) -> None:
+    """An encoder that does nothing gives the pixels back: each sample's own crop of each epoch."""
+    encoder = small_encoder(nn.Sequential(nn.Flatten(), nn.Linear(192, 192)))
+    linear: Any = encoder.module[1]  # type: ignore[index]
+    nn.init.eye_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    dataset = open_dataset(folders.train)
+    found = first_batches(encoder, folders.train, 2, dataset.num_samples, Extraction())
+    for epoch, (values, labels) in enumerate(found):
+        views = []
+        for i in range(dataset.num_samples):
+            sample = dataset.read(i)
+            image = decode_image(sample.fields["jpg"], max_pixels=10_000, where="")
+            spec = augmented_views(encoder, CROP)
+            views.append(training_view(image, 8, spec, seed=3, epoch=epoch, key=sample.key, view=0).flatten())
+        expected = (torch.stack(views).float() / 255 - 0.5) / 0.5
+        torch.testing.assert_close(sorted_rows(values), sorted_rows(expected), rtol=1e-4, atol=1e-4)
+        assert dataset.label_counts is not None
+        assert labels.bincount().tolist() == dataset.label_counts.tolist()
+
+
+def test_batches_do_not_depend_on_the_size_of_a_forward_pass(folders: Folders) -> None:
+    encoder = small_encoder()
+    whole, cut = (
+        first_batches(encoder, folders.train, 3, 60, Extraction(batch_size=size, num_workers=workers))
+        for size, workers in ((256, 0), (7, 1))
+    )
+    for (values, labels), (others, other_labels) in zip(whole, cut, strict=True):
+        torch.testing.assert_close(sorted_rows(values), sorted_rows(others))
+        assert labels.bincount().tolist() == other_labels.bincount().tolist()
+    assert not torch.equal(whole[0][1], whole[1][1])
+
+
+def on_a_rank(world: World, folder: str) -> tuple[Batches, Tensor]:
+    """The first batches, and what is trained on them."""
+    encoder = small_encoder()
+    extraction = Extraction(batch_size=16, rank=world.rank, world_size=world.size)
+    found = first_batches(encoder, folder, 3, 60, extraction)
+    examples = iter([((values,), labels) for values, labels in found])
+    (probes,) = train(
+        examples,
+        [(torch.zeros(32), torch.ones(32))],
+        [Rates(0.5, 0.0), Rates(5.0, 0.0)],
+        Training(num_steps=3, batch_size=60, seed=0, optimizer="lars", batch_norm=True),
+        num_classes=10,
+        device=torch.device("cpu"),
+        label="",
+    )
+    return found, probes.weight
+
+
+def test_two_ranks_train_what_one_trains(folders: Folders) -> None:
+    alone, weight = on_a_rank(World(), folders.train)
+    for found, of_rank in run_ranks(on_a_rank, 2, folders.train):
+        for (values, labels), (expected, expected_labels) in zip(found, alone, strict=True):
+            torch.testing.assert_close(sorted_rows(values), sorted_rows(expected))
+            assert labels.bincount().tolist() == expected_labels.bincount().tolist()
+        torch.testing.assert_close(of_rank, weight)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(folders: Folders) -> None:
+    with pytest.raises(InputError, match="multiple of the 7 ranks"):
+        first_batches(small_encoder(), folders.train, 1, 60, Extraction(world_size=7))
+
+
+def test_a_part_has_the_chosen_samples_and_no_others(folders: Folders) -> None:
+    dataset = open_dataset(folders.train)
+    part = Part(dataset, torch.tensor([250, 3, 17]), torch.tensor([0, 3]))
+    assert [part.read(i).key for i in range(3)] == [dataset.read(i).key for i in (3, 17, 250)]
+    assert part.origin(1) == dataset.origin(17)
+    assert part.shard_sizes.sum() == part.num_samples == 3
+    assert len(part.shard_sizes) == len(dataset.shard_sizes)
+
+
+def test_a_grid_on_augmented_views_is_chosen_on_samples_as_they_are(folders: Folders) -> None:
+    encoder = small_encoder()
+    encoder.module.train()
+    config = LinearConfig(augment=True, min_steps=60, batch_size=64, learning_rates=(1e-4, 0.1), crop_scale=(0.5, 1.0))
+    state = torch.get_rng_state()
+    report = Linear(open_dataset(folders.train), open_dataset(folders.test), config).run(encoder)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(part.training for part in encoder.module.modules())
+    assert report.value > 50
+    assert report.protocol["learning_rate"] == 0.1
+    assert report.protocol["chosen_on"] == "30 random training samples, fitted on the other 270"
+    augmentation: Any = report.protocol["augmentation"]
+    assert augmentation["random_resized_crop"]["scale"] == [0.5, 1.0]
+
+
+def test_the_preset_of_mae_is_what_the_paper_says_and_learns(folders: Folders) -> None:
+    assert (MAE.learning_rates, MAE.batch_size, MAE.epochs, MAE.warmup_epochs) == ((0.1,), 16384, 90, 10)
+    assert MAE.training(1_281_167).num_steps == 7038
+    assert MAE.training(1_281_167).warmup_steps == 782
+    # Few steps on few digits: a learning rate to go with them.
+    config = replace(MAE, epochs=20, warmup_epochs=2, batch_size=50, learning_rates=(30.0,), crop_scale=(0.7, 1.0))
+    report = Linear(open_dataset(folders.train), open_dataset(folders.test), config).run(small_encoder())
+    assert report.value > 40
+    assert report.protocol["paper"] == "mae"
+    assert str(report.protocol["optimizer"]).startswith("LARS, momentum 0.9, trust coefficient 0.001, linear warmup")
+    assert str(report.protocol["standardised"]).startswith("by batch norm without affine")
+    assert (report.protocol["num_steps"], report.protocol["warmup_steps"]) == (120, 12)

@@ -1,0 +1,116 @@
+"""The optimum is scikit-learn's, on digits and on features of CIFAR-10; the gradient is autograd's."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from data_pipeline.read import open_dataset
+from pretrain.evals import logistic
+from pretrain.evals.features import Extraction
+from pretrain.evals.linear import Linear
+from pretrain.evals.linear_config import LinearConfig
+from pretrain.evals.logistic import Objective, fit_logistic
+from tests.evals.conftest import Digits, small_encoder
+
+CPU = torch.device("cpu")
+
+
+def reference(values: Any, labels: Any, c: float) -> LogisticRegression:
+    return LogisticRegression(C=c, tol=1e-9, max_iter=20_000).fit(values, labels)
+
+
+def penalised_loss(values: Any, labels: Any, weight: Any, bias: Any, c: float) -> float:
+    """Written out: C * sum of the cross entropies + |weights|^2 / 2, over C * N."""
+    logits = values @ weight.T + bias
+    entropies = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
+    return float(entropies.mean() + (weight**2).sum() / (2 * c * len(labels)))
+
+
+@pytest.mark.parametrize("chunk", [1, 2**20])
+def test_loss_and_gradient_are_autograds(digits: Digits, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logistic, "VALUES_PER_CHUNK", chunk)
+    rows = torch.arange(40)
+    objective = Objective(digits.train, digits.train_labels, rows=rows, num_classes=10, device=CPU)
+    theta = torch.randn(objective.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss, gradient = objective.loss_and_gradient(theta, 0.3)
+    theta.requires_grad_()
+    x = (digits.train[rows].double() - objective.mean) / objective.std
+    logits = x @ theta[:, :-1].T + theta[:, -1]
+    expected = nn.functional.cross_entropy(logits, digits.train_labels[rows])
+    expected = expected + theta[:, :-1].square().sum() / (2 * 0.3 * 40)
+    expected.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, theta.grad)
+
+
+def test_for_each_penalty_the_optimum_is_scikit_learns(digits: Digits) -> None:
+    penalties = [1.0, 0.001, 30.0]
+    found = fit_logistic(digits.train, digits.train_labels, penalties, num_classes=10, device=CPU, label="")
+    assert not found.notes()
+    scaled, labels = StandardScaler().fit_transform(digits.train.double().numpy()), digits.train_labels.numpy()
+    for i, c in enumerate(penalties):
+        expected = reference(scaled, labels, c)
+        lowest = penalised_loss(scaled, labels, expected.coef_, expected.intercept_, c)
+        assert found.loss[i] == pytest.approx(lowest, rel=1e-6)
+        weight, bias = found.probes.weight[i].double().numpy(), found.probes.bias[i].double().numpy()
+        assert penalised_loss(scaled, labels, weight, bias, c) == pytest.approx(lowest, rel=1e-5)
+
+
+def test_a_search_that_ends_too_early_is_told(digits: Digits) -> None:
+    found = fit_logistic(
+        digits.train, digits.train_labels, [1e6], num_classes=10, device=CPU, max_iterations=1, label=""
+    )
+    (note,) = found.notes()
+    assert "C = 1e+06" in note
+
+
+def write_cifar10(archive: Path, root: Path, num_train: int, num_test: int) -> None:
+    """Some images of each class, all of them of CIFAR-10's test set, whose files come first."""
+    taken: dict[str, int] = {}
+    with tarfile.open(archive, "r|gz") as tar:
+        for member in tar:
+            parts = Path(member.name).parts
+            if not member.isfile() or len(parts) != 4:
+                continue
+            place = taken.setdefault(parts[2], 0)
+            if place < num_train + num_test:
+                file = tar.extractfile(member)
+                assert file is not None
+                folder = root / ("train" if place < num_train else "test") / parts[2]
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / parts[3]).write_bytes(file.read())
+                taken[parts[2]] = place + 1
+            if len(taken) == 10 and min(taken.values()) == num_train + num_test:
+                return
+
+
+def test_on_cifar10_loss_and_accuracy_are_scikit_learns(shared_data: Path, tmp_path: Path) -> None:
+    write_cifar10(shared_data / "cifar10.tar.gz", tmp_path, 120, 60)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = timm.create_model("resnet18", num_classes=0)
+    encoder = small_encoder(module.eval())
+    encoder = type(encoder)(**{**vars(encoder), "image_size": 32})
+    data = open_dataset(str(tmp_path / "train")), open_dataset(str(tmp_path / "test"))
+    train, test = (Extraction().extract(encoder, part, num_classes=10, label="")[0] for part in data)
+    c = 0.003
+    scaler = StandardScaler().fit(train.values.double().numpy())
+    scaled, labels = scaler.transform(train.values.double().numpy()), train.labels.numpy()
+    expected = reference(scaled, labels, c)
+    lowest = penalised_loss(scaled, labels, expected.coef_, expected.intercept_, c)
+    found = fit_logistic(train.values, train.labels, [c], num_classes=10, device=CPU, label="")
+    assert found.loss[0] == pytest.approx(lowest, rel=1e-6)
+    report = Linear(*data, LinearConfig(solver="lbfgs", inverse_penalties=(c,))).run(encoder)
+    accuracy = 100 * expected.score(scaler.transform(test.values.double().numpy()), test.labels.numpy())
+    assert accuracy > 15
+    assert report.value == pytest.approx(accuracy, abs=0.1)
