@@ -86,7 +86,7 @@ def crop_box(height: int, width: int, spec: ViewSpec, draws: Iterator[float]) ->
 
 def evaluation_size(height: int, width: int, size: int, spec: ViewSpec) -> tuple[int, int]:
     """Height and width of the resized image that `evaluation_view` takes its centre crop from."""
-    short = round(size / spec.eval_crop)
+    short = math.floor(size / spec.eval_crop + 1e-6)  # as timm has it; a share such as 224 / 256 is no exact float
     if spec.eval_resize == "square":
         return short, short
     if height <= width:
@@ -95,7 +95,7 @@ def evaluation_size(height: int, width: int, size: int, spec: ViewSpec) -> tuple
 
 
 def evaluation_view(image: Image, size: int, spec: ViewSpec) -> Tensor:
-    """Shorter side (or both) to round(size / eval_crop), then the centre, as torchvision has it, [3, size, size]."""
+    """Shorter side (or both) to floor(size / eval_crop), then the centre, as torchvision has it, [3, size, size]."""
     height, width = evaluation_size(image.shape[0], image.shape[1], size, spec)
     resized = resize(image, (height, width), spec.interpolation)
     top, left = round((height - size) / 2), round((width - size) / 2)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import InterpolationMode, RandomResizedCrop, Resize
 from torchvision.transforms.v2 import functional as torchvision
 
 from data_pipeline import keyed
@@ -70,7 +72,7 @@ def test_an_evaluation_view_equals_torchvisions_resize_and_centre_crop(
     pixels = image(height, width)
     spec = ViewSpec(eval_crop=eval_crop, interpolation=interpolation)  # type: ignore[arg-type]
     mode = InterpolationMode(interpolation)
-    short = round(size / eval_crop)
+    short = math.floor(size / eval_crop + 1e-6)
     resized = torchvision.resize(channels_first(pixels), [short], mode, antialias=True)
     assert tuple(resized.shape[1:]) == evaluation_size(height, width, size, spec)
     assert torch.equal(evaluation_view(pixels, size, spec), torchvision.center_crop(resized, [size, size]))
@@ -176,3 +178,16 @@ def test_masks_differ_and_hide_every_patch_equally_often() -> None:
     masks = torch.stack([patch_mask(spec, seed=0, epoch=i % 2, key=str(i // 2)) for i in range(2000)])
     assert len({mask.numpy().tobytes() for mask in masks}) > 1000  # of 1,820 there are
     assert (masks.float().mean(0) - 0.75).abs().max() < 0.05  # five standard errors
+
+
+@pytest.mark.parametrize("size", [160, 224, 288, 384])
+@pytest.mark.parametrize("eval_crop", [0.875, 0.9, 0.95, 1.0])
+def test_evaluation_sizes_are_timms(size: int, eval_crop: float) -> None:
+    transform = timm.data.create_transform((3, size, size), crop_pct=eval_crop, interpolation="bicubic")
+    (resized,) = (step.size for step in transform.transforms if isinstance(step, Resize))
+    assert evaluation_size(400, 600, size, ViewSpec(eval_crop=eval_crop))[0] == resized
+
+
+@pytest.mark.parametrize("resized", range(200, 300))
+def test_a_share_of_two_whole_numbers_gives_them_back(resized: int) -> None:
+    assert evaluation_size(400, 600, 200, ViewSpec(eval_crop=200 / resized))[0] == resized
