@@ -55,9 +55,9 @@ def hanging_run(world: World, recipe: Path, out: Path, hang: str | None, overrid
         time.sleep(0.7 * TIMEOUT)
         return forward(*args)
 
-    forward = Extraction._forward
+    forward = Extraction.forward
     if hang == "evaluation":
-        Extraction._forward = sleepy_forward  # type: ignore[method-assign]
+        Extraction.forward = sleepy_forward  # type: ignore[method-assign]
     elif hang is not None and world.rank == world.size - 1:
         if hang == "step":
             run.prepare = sleepy_prepare
