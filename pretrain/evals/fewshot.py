@@ -27,7 +27,9 @@ Classifier = Literal["centroid", "knn", "linear"]
 Shots = int | float  # labels per class; below 1: the share of each class's
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of kNN; at most as many as there are labels
-INVERSE_PENALTY = 1.0  # C of the linear classifier, scikit-learn's default: a few labels leave none to choose it on
+# Of the linear classifier: C, scikit-learn's default, as a few labels leave none to choose it on; and the gradient of
+# the mean loss to which its optimum is searched.
+INVERSE_PENALTY, TOLERANCE = 1.0, 1e-6
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Fewshot(Evaluator):
                 return {"classifier": "kNN, weights exp(cosine / temperature)", "k": k, "temperature": TEMPERATURE}
             case "linear":
                 told = "multinomial logistic regression on standardised features, at its optimum"
-                return {"classifier": told, "C": INVERSE_PENALTY}
+                return {"classifier": told, "C": INVERSE_PENALTY, "tolerance": TOLERANCE}
 
     def _predict(self, train: Features, chosen: Tensor, test: Features, device: torch.device, seed: int) -> Tensor:
         """Labels [n] int64 of the test set, on the CPU."""
@@ -166,7 +168,7 @@ class Fewshot(Evaluator):
                 case "linear":
                     fitted = fit_logistic(
                         values, labels.to(device), [INVERSE_PENALTY], num_classes=num_classes, device=device,
-                        label=f"{len(chosen)} labels, seed {seed}",
+                        tolerance=TOLERANCE, label=f"{len(chosen)} labels, seed {seed}",
                     )  # fmt: skip
                     return fitted.probes.logits_of_all(queries).argmax(dim=1)
 

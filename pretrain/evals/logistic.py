@@ -12,7 +12,7 @@ from torch import Tensor
 from data_pipeline.progress import track
 from pretrain.evals.probes import Probes, statistics
 
-TOLERANCE = 1e-6
+TOLERANCE = 1e-8
 MAX_ITERATIONS = 5000
 HISTORY = 10
 ROUND = 50  # iterations of a call, between which progress is told
