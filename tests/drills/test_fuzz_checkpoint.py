@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.checkpoint import complete_checkpoints, digests, module_state, read_state
-from tests.drills.test_fuzz import FUZZ, bounded_memory, mutated, tries
+from tests.drills.test_fuzz import FUZZ, Tries, bounded_memory, mutated
 from tests.pretrain.test_checkpoint import train_and_save
 from tests.ranks import run_ranks
 
@@ -28,6 +28,7 @@ def test_checkpoints(sound: Path) -> None:
     contents = {path.name: path.read_bytes() for path in sound.iterdir()}
     headers = {name: content[:2000] for name, content in contents.items()}
     assert {"COMPLETE", "state.json"} <= contents.keys()
+    tries = Tries()
 
     @settings(FUZZ, max_examples=300)
     @given(st.sampled_from(sorted(contents)), st.data())
@@ -44,3 +45,4 @@ def test_checkpoints(sound: Path) -> None:
             path.write_bytes(contents[name])
 
     try_one()
+    assert tries.say_something, tries
