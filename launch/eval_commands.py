@@ -11,8 +11,9 @@ from launch.eval_fewshot import fewshot
 from launch.eval_finetune import finetune
 from launch.eval_knn import knn
 from launch.eval_linear import linear
-from launch.eval_options import called, examples
+from launch.eval_options import examples
 from launch.eval_rerun import rerun
+from launch.eval_run import called
 from launch.eval_suite import suite
 from launch.eval_towers import retrieval, zeroshot
 

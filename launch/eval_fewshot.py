@@ -8,38 +8,9 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import InputError
-from launch.eval_options import (
-    BatchSize,
-    BlocksOption,
-    Cache,
-    Device,
-    DeviceOption,
-    ImageSize,
-    LimitTest,
-    LimitTrain,
-    ModelName,
-    NumRanks,
-    Options,
-    Out,
-    Pooling,
-    PoolingOption,
-    Precision,
-    PrecisionOption,
-    RandomInit,
-    Seed,
-    Source,
-    Test,
-    Train,
-    Weights,
-    Workers,
-    architecture,
-    check_out,
-    extraction,
-    judge,
-    load_encoder,
-    over_ranks,
-    readout,
-)
+from launch.eval_options import ClassData, EncoderOptions, How, ReadoutOptions
+from launch.eval_run import judge
+from launch.option_groups import grouped
 
 
 class Classifier(StrEnum):
@@ -48,11 +19,11 @@ class Classifier(StrEnum):
     linear = "linear"
 
 
+@grouped
 def fewshot(
     context: typer.Context,
-    encoder: Source,
-    train: Train,
-    test: Test,
+    *,
+    data: ClassData,
     shots: Annotated[
         list[int] | None,
         typer.Option("--shots", min=1, help="Labels per class; repeatable, the first is reported. Default: 1, 5, 10."),
@@ -65,47 +36,30 @@ def fewshot(
     classifier: Annotated[
         Classifier, typer.Option("--classifier", help="What learns from the labels: nothing in it is chosen.")
     ] = Classifier.centroid,
-    pooling: PoolingOption = Pooling.own,
-    blocks: BlocksOption = 1,
-    random_init: RandomInit = False,
-    out: Out = None,
-    device: DeviceOption = Device.auto,
-    batch_size: BatchSize = 256,
-    num_workers: Workers = 0,
-    precision: PrecisionOption = Precision.fp32,
-    cache: Cache = None,
-    nproc: NumRanks = 1,
-    limit_train: LimitTrain = None,
-    limit_test: LimitTest = None,
-    seed: Seed = None,
-    model: ModelName = None,
-    image_size: ImageSize = None,
-    option: Options = None,
-    weights: Weights = None,
+    feature: ReadoutOptions,
+    source: EncoderOptions,
+    how: How,
 ) -> None:
     """A simple classifier on a few labels of each class, on frozen features, over several draws."""
     from data_pipeline.read import open_dataset
     from pretrain.evals.fewshot import Fewshot, FewshotConfig
 
-    check_out(out)
-    over_ranks(context, nproc, cache)
     if shots and fraction:
         raise InputError(where="--fraction", expected="it or --shots", found="both")
     for share in fraction or ():
         if not 0 < share < 1:
             raise InputError(where="--fraction", expected="shares between 0 and 1", found=str(share))
+    how.begin(context)
     evaluator = Fewshot(
-        open_dataset(train),
-        open_dataset(test),
+        open_dataset(data.train),
+        open_dataset(data.test),
         FewshotConfig(
             shots=tuple(fraction or shots or (1, 5, 10)),
             seeds=seeds,
             classifier=classifier.value,
-            max_train=limit_train,
-            max_test=limit_test,
+            max_train=data.limit_train,
+            max_test=data.limit_test,
         ),
-        extraction=extraction(batch_size, num_workers, precision, cache, [readout(pooling, blocks)]),
+        extraction=how.extraction([feature.readout()]),
     )
-    built = architecture(encoder, model, image_size, option)
-    judged = load_encoder(encoder, random_init, seed, built, device, weights)
-    judge(evaluator, judged, out, context)
+    judge(evaluator, source.load(), how.out, context)

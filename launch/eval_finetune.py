@@ -10,26 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import InputError, RunError
-from launch.eval_options import (
-    Device,
-    DeviceOption,
-    ImageSize,
-    ModelName,
-    Options,
-    Precision,
-    RandomInit,
-    Seed,
-    Source,
-    Test,
-    Train,
-    Weights,
-    Workers,
-    architecture,
-    check_out,
-    extraction,
-    keep,
-    load_encoder,
-)
+from launch.eval_options import EncoderOptions, How, Precision, Test, Train, Workers, check_out
+from launch.eval_run import keep
+from launch.option_groups import grouped
 
 if TYPE_CHECKING:
     from pretrain.evals.finetune import Trainer
@@ -40,9 +23,10 @@ class Paper(StrEnum):
     mae = "mae"
 
 
+@grouped
 def finetune(
     context: typer.Context,
-    encoder: Source,
+    *,
     train: Train,
     test: Test,
     paper: Annotated[
@@ -57,7 +41,6 @@ def finetune(
         typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the recipe; may be repeated."),
     ] = None,
     num_ranks: Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, to train.")] = 1,
-    random_init: RandomInit = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -65,24 +48,18 @@ def finetune(
             help="Report to write (.json); training is kept beside it. Default: RUN/evals/, where there is a run.",
         ),
     ] = None,
-    device: DeviceOption = Device.auto,
     num_workers: Workers = 0,
     precision: Annotated[
         Precision | None, typer.Option("--precision", help="Of training. Default: bf16 on CUDA, else fp32.")
     ] = None,
-    seed: Seed = None,
-    model: ModelName = None,
-    image_size: ImageSize = None,
-    option: Options = None,
-    weights: Weights = None,
+    source: EncoderOptions,
 ) -> None:
     """The whole encoder is trained with a classifier; the last step is tested. Started again, it goes on."""
     from pretrain.evals.finetune import Finetune
     from pretrain.evals.finetune_recipe import FinetuneConfig
 
     check_out(out)
-    built = architecture(encoder, model, image_size, option)
-    judged = load_encoder(encoder, random_init, seed, built, device, weights)
+    judged = source.load()
     if out is not None:
         folder = out.with_suffix("")
     elif judged.run is not None:
@@ -99,16 +76,16 @@ def finetune(
             preset=paper.value if paper else "small",
             epochs=epochs,
             batch_size=batch_size,
-            seed=seed or 0,
+            seed=source.seed or 0,
             precision=precision.value if precision else None,
             num_workers=num_workers,
-            device=device.value,
+            device=source.device.value,
             overrides=tuple(overrides or ()),
         ),
         out=folder,
         trainer=ranks(num_ranks),
         num_ranks=num_ranks,
-        extraction=extraction(256, num_workers, Precision.fp32, None),
+        extraction=How(num_workers=num_workers).extraction(),
     )
     keep(evaluator.run(judged), judged.run, out, context)
 

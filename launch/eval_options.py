@@ -1,43 +1,25 @@
-"""What the commands of `pretrain eval` have in common: their options, and what becomes of a report."""
+"""The options that commands of `pretrain eval` have in common, one by one and in the groups that go together."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from enum import Enum, StrEnum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from data_pipeline.errors import InputError
+from launch.eval_run import over_ranks
 
 if TYPE_CHECKING:
     import torch
 
-    from pretrain.evals.base import EvalReport
     from pretrain.evals.encoder import Encoder
     from pretrain.evals.features import Extraction
     from pretrain.evals.readout import Readout
     from pretrain.evals.timm_sources import Architecture
-
-
-class OnDevice(Protocol):
-    """An encoder, or two towers."""
-
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def run(self) -> Path | None: ...
-
-
-T = TypeVar("T", bound=OnDevice)
-T_contra = TypeVar("T_contra", bound=OnDevice, contravariant=True)
-
-
-class Judge(Protocol[T_contra]):
-    def run(self, judged: T_contra, /) -> EvalReport: ...
 
 
 def examples(*lines: str) -> str:
@@ -112,71 +94,96 @@ Options = Annotated[
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions:
+    """Which encoder, and where it runs."""
+
+    encoder: Source
+    random_init: RandomInit = False
+    seed: Seed = None
+    model: ModelName = None
+    image_size: ImageSize = None
+    option: Options = None
+    weights: Weights = None
+    device: DeviceOption = Device.auto
+
+    def load(self) -> Encoder:
+        """The encoder on its device."""
+        from pretrain.evals.sources import load_source
+
+        place = device_of(self.device)
+        encoder = load_source(
+            self.encoder,
+            random_init=self.random_init,
+            seed=self.seed,
+            architecture=_architecture(self.encoder, self.model, self.image_size, self.option),
+            weights=self.weights,
+        )
+        encoder.module.to(place)
+        return encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassData:
+    """What is learned from, and what is asked."""
+
+    train: Train
+    test: Test
+    limit_train: LimitTrain = None
+    limit_test: LimitTest = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadoutOptions:
+    """What of the encoder is a feature."""
+
+    pooling: PoolingOption = Pooling.own
+    blocks: BlocksOption = 1
+
+    def readout(self) -> Readout:
+        return readout(self.pooling, self.blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """How features are computed, by how many, and where the report goes; nothing here decides the number."""
+
+    out: Out = None
+    batch_size: BatchSize = 256
+    num_workers: Workers = 0
+    precision: PrecisionOption = Precision.fp32
+    cache: Cache = None
+    nproc: NumRanks = 1
+
+    def begin(self, context: typer.Context) -> None:
+        """To be called first: the same command in each of several ranks goes on from here, this process does not."""
+        check_out(self.out)
+        over_ranks(context, self.nproc, self.cache)
+
+    def extraction(self, readouts: Sequence[Readout] | None = None) -> Extraction:
+        """For this rank, of the readouts given; None: of the encoder's own."""
+        from pretrain.collectives import World
+        from pretrain.evals.features import Extraction
+        from pretrain.evals.readout import OWN
+        from pretrain.evals.store import FeatureStore
+
+        world = World.from_environment()
+        if world.size > 1 and self.cache is None:
+            raise InputError(where="--cache", expected=f"a folder that all {world.size} ranks share", found="none")
+        return Extraction(
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            precision=self.precision.value,
+            readouts=tuple(readouts or (OWN,)),
+            rank=world.rank,
+            world_size=world.size,
+            store=FeatureStore(self.cache) if self.cache is not None else None,
+        )
+
+
 def check_out(out: Path | None) -> None:
     if out is not None and out.suffix != ".json":
         raise InputError(where="--out", expected="a name that ends in .json", found=str(out))
-
-
-def extraction(
-    batch_size: int,
-    num_workers: int,
-    precision: Precision,
-    cache: Path | None,
-    readouts: Sequence[Readout] | None = None,
-) -> Extraction:
-    """For this rank, of the readouts given."""
-    from pretrain.collectives import World
-    from pretrain.evals.features import Extraction
-    from pretrain.evals.readout import OWN
-    from pretrain.evals.store import FeatureStore
-
-    world = World.from_environment()
-    if world.size > 1 and cache is None:
-        raise InputError(where="--cache", expected=f"a folder that all {world.size} ranks share", found="none")
-    return Extraction(
-        batch_size=batch_size,
-        num_workers=num_workers,
-        precision=precision.value,
-        readouts=tuple(readouts or (OWN,)),
-        rank=world.rank,
-        world_size=world.size,
-        store=FeatureStore(cache) if cache is not None else None,
-    )
-
-
-def over_ranks(context: typer.Context, num_ranks: int, cache: Path | None) -> None:
-    """Starts the same command once for each rank and exits with their status, unless this is one of them already."""
-    if num_ranks == 1 or "RANK" in os.environ:
-        return
-    from tempfile import TemporaryDirectory
-
-    from launch.local import launch
-
-    with TemporaryDirectory(prefix="pretrain-features-") as folder:
-        shared = {**context.params, "cache": cache or folder}
-        words = ["eval", str(context.info_name), *words_of(context.command, shared)]
-        status = launch(words, num_ranks, module="launch.cli")
-    raise typer.Exit(status)
-
-
-def words_of(command: Any, values: Mapping[str, Any]) -> list[str]:
-    """The words of a command line that give these values to the parameters of a click command."""
-    positional: list[str] = []
-    words: list[str] = []
-    for parameter in command.params:
-        value = values.get(str(parameter.name))
-        given = list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
-        if value is None:
-            continue
-        if parameter.param_type_name == "argument":
-            positional += given
-        elif isinstance(value, bool):
-            words += parameter.opts[:1] if value else parameter.secondary_opts[:1]
-        elif parameter.multiple:
-            words += [word for text in given for word in (parameter.opts[0], text)]
-        else:
-            words += [parameter.opts[0], *given]
-    return [*words, "--", *positional]
 
 
 def readout(pooling: Pooling, blocks: int) -> Readout:
@@ -199,7 +206,7 @@ def device_of(device: Device) -> torch.device:
     return torch.device("cuda", World.from_environment().local_rank)
 
 
-def architecture(
+def _architecture(
     encoder: str, model: str | None, image_size: int | None, option: list[str] | None
 ) -> Architecture | None:
     """None where nothing about it was given."""
@@ -219,57 +226,3 @@ def architecture(
             raise InputError(where="--option", expected="KEY=VALUE", found=pair)
         options[key] = value
     return Architecture(model or encoder, image_size, options)
-
-
-def load_encoder(
-    source: str,
-    random_init: bool,
-    seed: int | None,
-    architecture: Architecture | None,
-    device: Device,
-    weights: Path | None = None,
-) -> Encoder:
-    """The encoder on its device."""
-    from pretrain.evals.sources import load_source
-
-    place = device_of(device)
-    encoder = load_source(source, random_init=random_init, seed=seed, architecture=architecture, weights=weights)
-    encoder.module.to(place)
-    return encoder
-
-
-def judge(evaluator: Judge[T], judged: T, out: Path | None, context: typer.Context) -> None:
-    """Runs an evaluation, with the other ranks where there are any; the first keeps the report."""
-    from pretrain.collectives import World, process_group
-
-    world = World.from_environment()
-    with process_group(world, judged.device) if world.size > 1 else nullcontext():
-        report = evaluator.run(judged)
-    if world.is_main:
-        keep(report, judged.run, out, context)
-
-
-def keep(report: EvalReport, run: Path | None, out: Path | None, context: typer.Context) -> None:
-    """Writes the report where it belongs, and prints what it says."""
-    from dataclasses import replace
-
-    from rich.console import Console
-    from rich.table import Table
-
-    plain = {name: str(v) if isinstance(v, (Path, Enum)) else v for name, v in context.params.items()}
-    report = replace(report, arguments={"command": f"eval {report.evaluator}", **plain})
-    path = out or (run / "evals" / report.file_name if run else None)
-    if path is not None:
-        report.save(path)
-    console = Console(soft_wrap=True)
-    table = Table("metric", "%", "n", title=f"{report.evaluator}: {called(report)}", title_justify="left")
-    for name, value in report.metrics.items():
-        table.add_row(name, f"{value:.2f}", str(report.n), style="bold" if name == report.metric else None)
-    console.print(table)
-    for note in report.notes:
-        console.print(f"note: {note}")
-    console.print(f"report: {path}" if path else "not kept: name a file with --out FILE.json")
-
-
-def called(report: EvalReport) -> str:
-    return f"{report.encoder['source']} ({report.encoder['tag']})"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import InputError
-from launch.eval_options import check_out, words_of
+from launch.eval_options import check_out
+from launch.eval_run import words_of
 
 if TYPE_CHECKING:
     from pretrain.evals.base import EvalReport
@@ -45,7 +46,8 @@ def rerun(
             fix="Judge the checkpoint with `pretrain eval`.",
         )
     asked = {**before.arguments, "out": out, "cache": None}
-    command.main(words_of(command, asked), prog_name=f"pretrain eval {name}", standalone_mode=False)
+    if status := command.main(words_of(command, asked), prog_name=f"pretrain eval {name}", standalone_mode=False):
+        raise typer.Exit(status)
     after = EvalReport.load(out)
     console = Console(soft_wrap=True)
     for line in differences(before, after):

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from data_pipeline.errors import InputError
-from launch.eval_options import (
-    BatchSize,
-    Cache,
-    Device,
-    DeviceOption,
-    ImageSize,
-    LimitTest,
-    NumRanks,
-    Out,
-    Precision,
-    PrecisionOption,
-    RandomInit,
-    Workers,
-    check_out,
-    device_of,
-    extraction,
-    judge,
-    over_ranks,
-)
+from launch.eval_options import Device, DeviceOption, How, ImageSize, LimitTest, RandomInit, device_of
+from launch.eval_run import judge
+from launch.option_groups import grouped
 
 if TYPE_CHECKING:
     from pretrain.models.towers import Towers
@@ -50,9 +35,39 @@ TokenizerOption = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Of fresh weights. Default: the run's, else 0.")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TowerOptions:
+    """Which two towers, and where they run."""
+
+    towers: TowersSource
+    random_init: RandomInit = False
+    seed: Seed = None
+    weights: Weights = None
+    tokenizer: TokenizerOption = None
+    image_size: ImageSize = None
+    device: DeviceOption = Device.auto
+
+    def load(self) -> Towers:
+        """The towers on their device."""
+        from pretrain.evals.tower_sources import load_towers
+
+        place = device_of(self.device)
+        towers = load_towers(
+            self.towers,
+            random_init=self.random_init,
+            seed=self.seed,
+            weights=self.weights,
+            tokenizer=self.tokenizer,
+            image_size=self.image_size,
+        )
+        towers.module.to(place)
+        return towers
+
+
+@grouped
 def zeroshot(
     context: typer.Context,
-    towers: TowersSource,
+    *,
     test: TestSet,
     templates: Annotated[
         str, typer.Option("--templates", help="plain ({} alone), photo, or a file: one a line, with {} for the class.")
@@ -63,40 +78,29 @@ def zeroshot(
             "--group", metavar="NAME=FILE", help="Classes, one a line, whose top-1 is also given apart; repeatable."
         ),
     ] = None,
-    random_init: RandomInit = False,
-    weights: Weights = None,
-    tokenizer: TokenizerOption = None,
-    image_size: ImageSize = None,
-    out: Out = None,
-    device: DeviceOption = Device.auto,
-    batch_size: BatchSize = 256,
-    num_workers: Workers = 0,
-    precision: PrecisionOption = Precision.fp32,
-    cache: Cache = None,
-    nproc: NumRanks = 1,
     limit_test: LimitTest = None,
-    seed: Seed = None,
+    source: TowerOptions,
+    how: How,
 ) -> None:
     """Zero-shot classification: the class whose prompts are nearest to the image (2103.00020)."""
     from data_pipeline.read import open_dataset
     from pretrain.evals.zeroshot import Prompts, ZeroShot
 
-    check_out(out)
-    over_ranks(context, nproc, cache)
+    how.begin(context)
     evaluator = ZeroShot(
         open_dataset(test),
         Prompts.named(templates),
         max_test=limit_test,
         groups=_groups(group or ()),
-        extraction=extraction(batch_size, num_workers, precision, cache),
+        extraction=how.extraction(),
     )
-    judged = _load(towers, random_init, seed, weights, tokenizer, image_size, device)
-    judge(evaluator, judged, out, context)
+    judge(evaluator, source.load(), how.out, context)
 
 
+@grouped
 def retrieval(
     context: typer.Context,
-    towers: TowersSource,
+    *,
     test: TestSet,
     caption_field: Annotated[str, typer.Option("--caption-field", help="Member that holds the captions.")] = "txt",
     caption_key: Annotated[
@@ -104,37 +108,25 @@ def retrieval(
         typer.Option("--caption-key", help="Of a JSON member: the entry with the caption or a list of them."),
     ] = None,
     caption_lines: Annotated[bool, typer.Option("--caption-lines", help="Each line is a caption of its own.")] = False,
-    random_init: RandomInit = False,
-    weights: Weights = None,
-    tokenizer: TokenizerOption = None,
-    image_size: ImageSize = None,
-    out: Out = None,
-    device: DeviceOption = Device.auto,
-    batch_size: BatchSize = 256,
-    num_workers: Workers = 0,
-    precision: PrecisionOption = Precision.fp32,
-    cache: Cache = None,
-    nproc: NumRanks = 1,
     limit_test: LimitTest = None,
-    seed: Seed = None,
+    source: TowerOptions,
+    how: How,
 ) -> None:
     """Recall at 1, 5, 10 of images by captions and of captions by images, exact."""
     from data_pipeline.read import open_dataset
     from pretrain.evals.retrieval import Retrieval
     from pretrain.recipe import Captions
 
-    check_out(out)
-    over_ranks(context, nproc, cache)
+    how.begin(context)
     if caption_key is not None and caption_lines:
         raise InputError("--caption-lines", "not together with --caption-key", f"both, the key {caption_key!r}")
     evaluator = Retrieval(
         open_dataset(test),
         Captions(field=caption_field, key=caption_key, lines=caption_lines),
         max_test=limit_test,
-        extraction=extraction(batch_size, num_workers, precision, cache),
+        extraction=how.extraction(),
     )
-    judged = _load(towers, random_init, seed, weights, tokenizer, image_size, device)
-    judge(evaluator, judged, out, context)
+    judge(evaluator, source.load(), how.out, context)
 
 
 def _groups(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -147,23 +139,3 @@ def _groups(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
             raise InputError(where="--group", expected="NAME=FILE, each name once", found=pair)
         found[name] = lines_of(Path(path), "a file of class names, one a line")
     return found
-
-
-def _load(
-    source: str,
-    random_init: bool,
-    seed: int | None,
-    weights: Path | None,
-    tokenizer: str | None,
-    image_size: int | None,
-    device: Device,
-) -> Towers:
-    """The towers on their device."""
-    from pretrain.evals.tower_sources import load_towers
-
-    chosen = device_of(device)
-    towers = load_towers(
-        source, random_init=random_init, seed=seed, weights=weights, tokenizer=tokenizer, image_size=image_size
-    )
-    towers.module.to(chosen)
-    return towers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ def report(paths: Sequence[Path], out: Path | None, baseline: str | None) -> Non
 
 def load_judged(report: EvalReport) -> Encoder:
     """The encoder of a report, by the arguments of its command."""
-    from launch.eval_options import Device, architecture, load_encoder
+    from launch.eval_options import EncoderOptions
 
     given = report.arguments
     source = given.get("encoder", given.get("towers"))
@@ -55,8 +56,10 @@ def load_judged(report: EvalReport) -> Encoder:
             where=str(report.encoder.get("source")), expected="a report that a command wrote",
             found="one without arguments",
         )  # fmt: skip
-    model, image_size, option = (given.get(key) for key in ("model", "image_size", "option"))
-    known = architecture(str(source), model, image_size, list(option) if option else None)  # type: ignore[arg-type, call-overload]
-    random_init, seed, weights = bool(given.get("random_init")), given.get("seed"), given.get("weights")
-    place = Path(str(weights)) if weights is not None else None
-    return load_encoder(str(source), random_init, seed, known, Device.auto, place)  # type: ignore[arg-type]
+    names = {field.name for field in fields(EncoderOptions)} - {"encoder", "weights", "device"}
+    weights = given.get("weights")
+    return EncoderOptions(
+        encoder=str(source),
+        weights=Path(str(weights)) if weights is not None else None,
+        **{name: given[name] for name in names & given.keys()},  # type: ignore[arg-type]
+    ).load()

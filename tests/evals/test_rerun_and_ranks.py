@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 from data_pipeline.errors import InputError
 from data_pipeline.read import open_dataset
 from launch.eval_commands import app
-from launch.eval_options import words_of
 from launch.eval_rerun import differences
+from launch.eval_run import words_of
 from pretrain.collectives import World
 from pretrain.evals.base import EvalReport
 from pretrain.evals.features import Extraction
