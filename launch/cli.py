@@ -63,7 +63,7 @@ def _options(
         typer.Option("--version", callback=_version, is_eager=True, help="Prints the version and exits."),
     ] = False,
 ) -> None:
-    pass
+    """What stands before the command; the help is the application's own."""
 
 
 @app.command(

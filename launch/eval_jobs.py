@@ -1,7 +1,7 @@
 """`evals` of a recipe as small jobs of their own (`evals_apart` of the cluster file): training never waits for them.
 
 The first node's agent looks for new checkpoints and has those judged that are due. The job's checkpoint is held by hard
-links in `RUN/held`, so that the run may remove its own; the report stands where training would have put it.
+links in `RUN/held_<entry>`, so that the run may remove its own; the report stands where training would have put it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_pipeline.errors import RunError
 from data_pipeline.mixture import open_training
 from launch.cluster import Cluster
 from launch.job_folder import JobFolder
-from launch.job_record import load_job
 from launch.slurm import AT_WORK, WAITING, job_states
 from pretrain.recipe import Recipe
 from pretrain.resolve import resolve
-from pretrain.run_folder import complete_checkpoints, eval_name, step_of
+from pretrain.run_folder import COMPLETE, complete_checkpoints, eval_name, folder_name, step_of
 
-_LOOK_SECONDS = 5.0
+_LOOK_SECONDS = 1.0  # a run keeps as few as one checkpoint, and a small one saves every few seconds
 _SUBMIT_SECONDS = 120.0
 _OF_THIS_JOB = ("SLURM_", "SBATCH_", "SUBMITIT_", "PRETRAIN_")  # variables that another job must not inherit
 
@@ -84,6 +84,8 @@ class EvalJobs:
             try:
                 due = set(self.due()) - self._tried
                 self._tried |= due
+                for index, step in due:
+                    hold(self._run, index, step)  # all at once: to queue one takes seconds
                 for index, step in sorted(due):
                     self._queue(index, step)
                 if due:
@@ -101,11 +103,34 @@ class EvalJobs:
         print((done.stdout + done.stderr).strip(), flush=True)
 
 
+def hold(run: Path, index: int, step: int) -> Path:
+    """The same files under another name: no bytes are copied, and none are lost when the first name goes.
+
+    Raises:
+        RunError: it is gone already, or files cannot have two names there.
+    """
+    checkpoint = run / "checkpoints" / folder_name(step)
+    held = run / f"held_{eval_name(index)}" / folder_name(step)
+    if held.is_dir():
+        return held
+    unfinished = held.with_name(f".{held.name}.{os.getpid()}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        shutil.copytree(checkpoint, unfinished, copy_function=os.link)
+        (unfinished / COMPLETE).stat()  # the first that goes when it is removed
+        os.rename(unfinished, held)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RunError(
+            where=str(checkpoint), expected="a checkpoint to hold by hard links until it is judged", found=str(error),
+            fix="Keep more checkpoints (checkpoint.keep_last), or leave evals_apart where storage has no hard links.",
+        ) from None  # fmt: skip
+    return held
+
+
 def let_go(held: Path) -> None:
-    """Removes a checkpoint that was held, once all jobs that judge it have said how they ended."""
-    jobs = [load_job(path) for path in _queued(held.parent.parent, f"*_{held.name}")]
-    if all(job is not None and job.ending is not None for job in jobs):
-        shutil.rmtree(held, ignore_errors=True)
+    """Removes what was held."""
+    shutil.rmtree(held, ignore_errors=True)
 
 
 def _queued(run: Path, pattern: str) -> list[Path]:
@@ -116,8 +141,9 @@ def _queued(run: Path, pattern: str) -> list[Path]:
 
 def _let_go_of_what_is_over(run: Path) -> None:
     """Also of what jobs hold that could not say how they ended."""
-    for held in run.glob("held/step_*"):
-        ids = [str(JobFolder(path).submitted()["job_id"]) for path in _queued(run, f"*_{held.name}")]
+    for held in run.glob("held_*/step_*"):
+        entry = held.parent.name.removeprefix("held_")
+        ids = [str(JobFolder(path).submitted()["job_id"]) for path in _queued(run, f"{entry}_{held.name}")]
         states = job_states(ids)
         if states is not None and not any(state in (*WAITING, *AT_WORK) for state in states.values()):
-            shutil.rmtree(held, ignore_errors=True)
+            let_go(held)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from pathlib import Path
 
-from data_pipeline.errors import PretrainError, RunError
+from data_pipeline.errors import PretrainError
 from launch.cluster import load_cluster
-from launch.eval_jobs import let_go
+from launch.eval_jobs import hold, let_go
 from launch.job_folder import JobFolder
 from launch.submit import queue
 from pretrain.recipe import InlineKnn
 from pretrain.recipe_io import load_recipe
-from pretrain.run_folder import COMPLETE, eval_name, folder_name
+from pretrain.run_folder import eval_name, folder_name
 
 
 def queue_evaluation(run: Path, index: int, step: int) -> None:
@@ -22,8 +20,7 @@ def queue_evaluation(run: Path, index: int, step: int) -> None:
     job = JobFolder(run)
     recipe, cluster = load_recipe(job.recipe), load_cluster(job.cluster)
     name = f"{eval_name(index)}_{folder_name(step)}"
-    held = run / "held" / folder_name(step)
-    _hold(run / "checkpoints" / folder_name(step), held)
+    held = hold(run, index, step)
     words = _words(recipe.evals[index], held, run / "evals" / f"{name}.json")
     folder, code = run / "evals" / f"{name}.job", Path(job.submitted()["code"])
     what = {"words": words, "held": str(held)}
@@ -33,28 +30,6 @@ def queue_evaluation(run: Path, index: int, step: int) -> None:
         let_go(held)
         raise
     print(f"{name}: job {job_id}")
-
-
-def _hold(checkpoint: Path, held: Path) -> None:
-    """The same files under another name: no bytes are copied, and none are lost when the first name goes.
-
-    Raises:
-        RunError: it is gone already, or files cannot have two names there.
-    """
-    if held.is_dir():
-        return
-    unfinished = held.with_name(f".{held.name}.{os.getpid()}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        shutil.copytree(checkpoint, unfinished, copy_function=os.link)
-        (unfinished / COMPLETE).stat()  # the first that goes when it is removed
-        os.rename(unfinished, held)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise RunError(
-            where=str(checkpoint), expected="a checkpoint to hold by hard links until it is judged", found=str(error),
-            fix="Keep more checkpoints (checkpoint.keep_last), or leave evals_apart where storage has no hard links.",
-        ) from None  # fmt: skip
 
 
 def _words(config: InlineKnn, checkpoint: Path, report: Path) -> list[str]:

@@ -13,8 +13,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """The command as typer is to see it: each field of a dataclass among its parameters is an option of its own.
 
     Args:
-        command: each parameter that is annotated with a dataclass is given one, made from the options of its fields; the
-            annotations of these are typer's.
+        command: each parameter that is annotated with a dataclass is given one, made from the options of its fields,
+            whose annotations are typer's.
     """
     groups: dict[str, Any] = {}
     seen: list[inspect.Parameter] = []

@@ -164,6 +164,30 @@ def test_the_command_starts_its_ranks(folders: Folders, tmp_path: Path) -> None:
     assert report.arguments["nproc"] == 2
 
 
+@pytest.mark.parametrize("status", [0, 3])
+def test_what_ranks_found_they_are_asked_again(result: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    """As `eval knn`, by as many; and where they fail, no report that stood there before is taken for theirs."""
+    report = EvalReport.load(result)
+    report = replace(report, arguments={**report.arguments, "nproc": 2})
+    report.save(result)
+    report.save(result.with_name("knn.rerun.json"))
+    started: list[list[str]] = []
+
+    def launch(words: list[str], num_ranks: int, *, module: str) -> int:
+        assert (num_ranks, module) == (2, "launch.cli")
+        started.append(words)
+        return status
+
+    monkeypatch.setattr("launch.local.launch", launch)
+    again = invoke("rerun", str(result))
+    assert again.exit_code == status
+    assert ("the same number" in again.stdout) == (status == 0)
+    ((*words, end, source),) = started
+    assert words[:2] == ["eval", "knn"]
+    assert words[words.index("--seed") + 1] == "3"
+    assert (end, source) == ("--", "vit_tiny_patch16_224")
+
+
 def test_ranks_without_a_shared_folder_are_refused(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

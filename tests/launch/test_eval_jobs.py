@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.errors import RunError
 from launch.cluster import Cluster
-from launch.eval_jobs import EvalJobs, apart, let_go
-from launch.eval_submit import _hold, queue_evaluation
+from launch.eval_jobs import EvalJobs, apart, hold, let_go
+from launch.eval_submit import queue_evaluation
 from launch.job_folder import JobFolder
 from pretrain.recipe_io import load_recipe
 from pretrain.run_folder import COMPLETE, eval_name, folder_name
@@ -96,10 +98,10 @@ def test_a_submission_that_fails_holds_nothing(tmp_path: Path, monkeypatch: pyte
     save(run, 24)
     with pytest.raises(RunError, match="QOSMax"):
         queue_evaluation(run, 0, 24)
-    assert not list((run / "held").iterdir())
+    assert not list((run / "held_knn").iterdir())
     with pytest.raises(RunError, match=r"hold by hard links.*keep_last"):
         queue_evaluation(run, 0, 32)
-    assert not list((run / "held").iterdir())
+    assert not list((run / "held_knn").iterdir())
 
 
 def test_only_a_job_of_slurm_has_its_evaluations_apart(
@@ -114,19 +116,31 @@ def test_only_a_job_of_slurm_has_its_evaluations_apart(
     assert not apart(recipe.model_copy(update={"evals": ()}), Cluster(evals_apart=True))
 
 
-def test_what_is_judged_is_held_until_its_last_job_is_over(tmp_path: Path) -> None:
+def test_what_is_judged_is_held_for_each_of_its_jobs(tmp_path: Path) -> None:
     save(tmp_path, 8)
-    checkpoint, held = tmp_path / "checkpoints" / folder_name(8), tmp_path / "held" / folder_name(8)
-    held.parent.mkdir()
-    _hold(checkpoint, held)
-    _hold(checkpoint, held)  # for the other entry
-    assert os.path.samefile(checkpoint / COMPLETE, held / COMPLETE), "no bytes are copied"
-    queue(tmp_path, [(0, 8), (1, 8)])
-    first, second = (JobFolder(path) for path in sorted((tmp_path / "evals").iterdir()))
-    first.note("done")
-    let_go(held)
-    assert held.is_dir()
-    second.note("stop")
-    let_go(held)
-    assert not held.exists()
-    assert (checkpoint / COMPLETE).read_text() == "8"
+    checkpoint = tmp_path / "checkpoints" / folder_name(8)
+    first, second = (hold(tmp_path, index, 8) for index in (0, 1))
+    assert hold(tmp_path, 0, 8) == first, "held already"
+    assert os.path.samefile(checkpoint / COMPLETE, first / COMPLETE), "no bytes are copied"
+    shutil.rmtree(checkpoint)
+    let_go(first)
+    assert not first.exists()
+    assert (second / COMPLETE).read_text() == "8"
+
+
+def test_what_is_due_is_held_before_its_jobs_are_queued(
+    jobs: EvalJobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As training goes on meanwhile, and removes the checkpoint."""
+    run, asked = tmp_path / "run", []
+
+    def submit(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        shutil.rmtree(run / "checkpoints" / folder_name(32), ignore_errors=True)
+        *_, folder, index, step = command
+        asked.append((int(index), (hold(Path(folder), int(index), int(step)) / COMPLETE).read_text()))
+        return subprocess.CompletedProcess(command, 0, "queued", "")
+
+    monkeypatch.setattr("subprocess.run", submit)
+    save(run, 32)
+    jobs.look()
+    assert asked == [(0, "32"), (1, "32")]
