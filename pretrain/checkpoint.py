@@ -36,7 +36,7 @@ from pretrain.run_folder import sha256_of
 from pretrain.state import Progress, RunState
 
 if TYPE_CHECKING:
-    from pretrain.engine import Engine, Fragment
+    from pretrain.training_state import Fragment, TrainingState
 
 FORMAT = 1
 STATE = "state.json"
@@ -149,19 +149,19 @@ def read_state(path: Path) -> RunState:
     return _read_state(path).run_state()
 
 
-def load(checkpoint: Checkpoint, engine: Engine) -> RunState:
+def load(checkpoint: Checkpoint, trained: TrainingState) -> RunState:
     """Brings a whole training state back, whatever world size and ZeRO stage wrote it. Every rank calls it.
 
     Raises:
-        CheckpointError: its tensors are not exactly those of this engine; told alike on every rank, and nothing
+        CheckpointError: its tensors are not exactly those of this state; told alike on every rank, and nothing
             was changed.
     """
-    fragments = engine.fragments()
+    fragments = trained.fragments()
     wanted = {fragment.name: (fragment.shape, str(fragment.data.dtype)) for fragment in fragments}
-    _refuse_partial(checkpoint, wanted, [str(group["name"]) for group in engine.group_values()])
+    _refuse_partial(checkpoint, wanted, [str(group["name"]) for group in trained.group_values()])
     for fragment in fragments:
         fragment.data.copy_(checkpoint.tensors.read(fragment.name, fragment.start, fragment.data.numel()))
-    engine.after_load([group.model_dump() for group in checkpoint.state.groups])
+    trained.after_load([group.model_dump() for group in checkpoint.state.groups])
     return checkpoint.state.run_state()
 
 

@@ -30,9 +30,9 @@ from data_pipeline.durable import durable_file, sync_folder
 from data_pipeline.errors import RunError
 from pretrain.checkpoint import COMPLETE, FORMAT, STATE, all_folders, complete_checkpoints, folder_name
 from pretrain.collectives import World, gather_objects, side_group
-from pretrain.engine import Fragment
 from pretrain.run_folder import sha256_of
 from pretrain.state import RunState
+from pretrain.training_state import Fragment
 
 _CHUNK = 1 << 24  # bytes that are written and hashed at a time
 _DTYPES = {
@@ -48,7 +48,7 @@ _DTYPES = {
 
 
 class HoldsState(Protocol):
-    """What a checkpoint is taken of: the engine."""
+    """What a checkpoint is taken of, laid out for a ZeRO stage."""
 
     @property
     def stage(self) -> int: ...
@@ -71,21 +71,21 @@ class CheckpointWriter:
 
     Args:
         folder: where the checkpoints of the run lie.
-        engine: whose state is saved.
+        trained: what is saved.
         world: this process among the ranks.
         keep_last: complete checkpoints that are kept.
         say: told what came of a save; on rank 0.
         unsound: complete checkpoints that were found damaged: they count as torn, and go with the next that is
             saved.
         exported: called on rank 0, in the thread, with each complete checkpoint.
-        beside: live views of what is saved with the engine's state.
+        beside: live views of what is saved with it.
         max_failures: saves that may fail one after the other before the run stops.
     """
 
     def __init__(
         self,
         folder: Path,
-        engine: HoldsState,
+        trained: HoldsState,
         *,
         world: World,
         keep_last: int,
@@ -95,7 +95,7 @@ class CheckpointWriter:
         beside: Sequence[Fragment] = (),
         max_failures: int = 3,
     ) -> None:
-        self._folder, self._engine, self._world, self._keep_last = folder, engine, world, keep_last
+        self._folder, self._trained, self._world, self._keep_last = folder, trained, world, keep_last
         self._say, self._unsound, self._exported = say, set(unsound), exported
         self._beside = tuple(beside)
         self._failures, self._max_failures = 0, max_failures
@@ -113,12 +113,12 @@ class CheckpointWriter:
             RunError: too many saves have failed in a row; told alike on every rank.
         """
         self._settle()
-        self._snapshot.gather([*self._engine.fragments(), *self._beside], self._world)
+        self._snapshot.gather([*self._trained.fragments(), *self._beside], self._world)
         described = {
             "format": FORMAT,
             "run": state.to_json(),
-            "groups": self._engine.group_values(),
-            "written_by": {"world_size": self._world.size, "zero_stage": self._engine.stage},
+            "groups": self._trained.group_values(),
+            "written_by": {"world_size": self._world.size, "zero_stage": self._trained.stage},
         }
         target = self._folder / folder_name(state.progress.step)
         self._thread = threading.Thread(target=self._run, args=(target, described), name="checkpoint", daemon=True)

@@ -1,10 +1,10 @@
-"""DeepSpeed behind a handful of methods: one optimizer step, whole weights, and the state as logical fragments."""
+"""DeepSpeed behind a handful of methods: one optimizer step, evaluation, whole weights."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
 from pretrain.activation_checkpointing import checkpoint_activations
-from pretrain.collectives import World, sum_over_ranks
+from pretrain.collectives import World
 from pretrain.deepspeed_config import deepspeed_config
-from pretrain.ema import WeightEma, follow
+from pretrain.ema import follow
 from pretrain.models.batch_norm import synchronise_batch_norms
 from pretrain.models.blocks import repeated_blocks
 from pretrain.objectives.base import Contrastive, Features, LossOutput, Objective
-from pretrain.optim import UNDECAYED, build_optimizer, empty_state, step_counters
+from pretrain.optim import UNDECAYED, build_optimizer
 from pretrain.partitions import Partitions
 from pretrain.recipe import EngineConfig
 from pretrain.recipe_optim import Ema, OptimConfig
 from pretrain.state import Progress
 from pretrain.timing import Stopwatch
+from pretrain.training_state import TrainingState
 from pretrain.two_passes import loss_and_gradients, poisoned
 
 
@@ -44,27 +45,11 @@ class StepResult:
     applied: bool
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """A contiguous stretch of a logical tensor that this rank keeps; writing into `data` changes the state.
-
-    Attributes:
-        name: `param/<name>`, `ema/<name>`, `optim/<key>/<name>` or `buffer/<name>`.
-        shape: of the whole logical tensor.
-        start: index of the first element in the flattened logical tensor.
-        data: the elements, flat, a live view.
-        replicated: every rank keeps the same.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    data: Tensor
-    replicated: bool
-
-
 class Engine:
     """Trains an objective under ZeRO 0-3; the only place that knows there is DeepSpeed.
+
+    Attributes:
+        state: what was learned so far.
 
     Args:
         objective: the whole model, on the CPU, equal on all ranks; the engine moves it to `device`.
@@ -105,10 +90,9 @@ class Engine:
         if world.size > 1:
             synchronise_batch_norms(objective, device)
         _choose_computation(objective, config, device)
-        self.names = {p: name for name, p in objective.named_parameters()}
-        self.shapes = {name: tuple(p.shape) for p, name in self.names.items()}
+        self._names = {p: name for name, p in objective.named_parameters()}
+        shapes = {name: tuple(p.shape) for p, name in self._names.items()}  # at ZeRO 3 they will be empty
         self.optimizer = build_optimizer(objective, optim, fused=config.fused_adamw)
-        self.group_names = [str(group["name"]) for group in self.optimizer.param_groups]
         self._deepspeed, *_ = deepspeed.initialize(
             model=objective,
             optimizer=self.optimizer,
@@ -124,14 +108,7 @@ class Engine:
         if self.stage == 3:
             self._register_shared_parameters(deepspeed)
         self._partitions = Partitions(self._deepspeed, self.optimizer, self.stage)
-        stepped = []
-        for group in self.optimizer.param_groups:
-            for kept in self._partitions.stepped(group):
-                self.optimizer.state[kept] = empty_state(self.optimizer, group, kept)
-                stepped.append(kept)
-        self._ema = WeightEma(ema, stepped) if ema is not None else None
-        self._buffers = [buffer for _, buffer in self._persistent_buffers()]
-        self._statistics = self._statistics_average(ema)
+        self.state = TrainingState(objective, shapes, self.optimizer, self._partitions, ema)
 
     def step(
         self, micro_batches: Sequence[Batch], progress: Progress, lr: float, undecayed_lr: float | None = None
@@ -146,7 +123,7 @@ class Engine:
         """
         self.objective.train()
         self._set_lr(lr, lr if undecayed_lr is None else undecayed_lr)
-        buffers = [(buffer, buffer.clone()) for buffer in self._buffers]
+        buffers = [(buffer, buffer.clone()) for buffer in self.state.buffers]
         if isinstance(self.objective, Contrastive) and len(micro_batches) > 1:
             metrics = self._in_two_passes(self.objective, micro_batches, progress)
         else:
@@ -199,57 +176,21 @@ class Engine:
         """
         state = {}
         for name, value in module.state_dict(keep_vars=True).items():
-            statistic = self._statistics.of(value) if averaged and self._statistics is not None else None
-            if statistic is not None:
-                state[name] = statistic.detach().to("cpu", copy=True)
-            elif averaged and self._ema is not None and value.requires_grad:
-                state[name] = self._whole_average(value, self._ema)
-            elif isinstance(value, nn.Parameter) and self.stage == 3:
+            found = self._average(value) if averaged else None
+            if found is None and isinstance(value, nn.Parameter) and self.stage == 3:
                 import deepspeed
 
                 with deepspeed.zero.GatheredParameters([value]):
-                    state[name] = value.detach().to("cpu", copy=True)
-            else:
-                state[name] = value.detach().to("cpu", copy=True)
+                    found = value.detach().to("cpu", copy=True)
+            state[name] = value.detach().to("cpu", copy=True) if found is None else found
         return state
 
-    def fragments(self) -> list[Fragment]:
-        """The whole training state that this rank keeps: weights, averages, optimizer state, buffers, as live views.
-
-        Together the ranks' fragments cover every logical tensor. What is not sharded every rank has whole.
-        """
-        found = []
-        for p, name in self.names.items():
-            replicated = self._partitions.is_replicated(p)
-            for kind, data, start in self._parameter_fragments(p):
-                found.append(Fragment(f"{kind}/{name}", self.shapes[name], start, data, replicated))
-        for name, buffer in self._persistent_buffers():
-            found.append(Fragment(f"buffer/{name}", tuple(buffer.shape), 0, buffer.view(-1), True))
-            average = self._statistics.of(buffer) if self._statistics is not None else None
-            if average is not None:
-                found.append(Fragment(f"ema/{name}", tuple(buffer.shape), 0, average.view(-1), True))
-        return found
-
-    def group_values(self) -> list[dict[str, Any]]:
-        """Name, hyperparameters and step count of each parameter group: the optimizer's state that is no tensor."""
-        values = []
-        for name, group in zip(self.group_names, self.optimizer.param_groups, strict=True):
-            steps = [
-                float(counter) for counter in step_counters(self.optimizer, group, self._partitions.stepped(group))
-            ]
-            hyper = {
-                k: v for k, v in group.items() if isinstance(v, int | float | bool | tuple | list) and k != "params"
-            }
-            values.append({**hyper, "name": name, "step": max(steps, default=0.0)})
-        return values
-
-    def after_load(self, groups: list[dict[str, Any]]) -> None:
-        """Call once the fragments are written: takes the groups' step counts and refreshes the working weights."""
-        steps = {group["name"]: float(group["step"]) for group in groups}
-        for name, group in zip(self.group_names, self.optimizer.param_groups, strict=True):
-            for counter in step_counters(self.optimizer, group, self._partitions.stepped(group)):
-                counter.fill_(steps[name])
-        self._partitions.refresh_weights()
+    def _average(self, value: Tensor) -> Tensor | None:
+        """On the CPU: that of a trained weight, whole, or of a running statistic; None where there is none."""
+        if isinstance(value, nn.Parameter):
+            return self.state.whole_average(self._names[value], value) if value.requires_grad else None
+        average = self.state.average_of(value)
+        return None if average is None else average.detach().to("cpu", copy=True)
 
     def _in_one_pass(self, micro_batches: Sequence[Batch], progress: Progress) -> dict[str, Tensor]:
         """Gradients of a loss that is a mean over samples; its metrics."""
@@ -288,13 +229,13 @@ class Engine:
     def _apply(self) -> tuple[float, bool]:
         """ZeRO 1-3 find a non-finite gradient themselves and skip the step; stage 0 would apply it."""
         if self.stage == 0:
-            grads = [p.grad for p in self.names if p.grad is not None]
+            grads = [p.grad for p in self._names if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(grads)
             if not torch.isfinite(norm):
                 self.objective.zero_grad(set_to_none=True)
                 return float(norm), False
             if self.clip_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(list(self.names), self.clip_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(list(self._names), self.clip_norm, norm)
             self._deepspeed.step()
             return float(norm), True
         self._deepspeed.step()
@@ -318,36 +259,6 @@ class Engine:
             if hasattr(module, "get_cast_dtype"):  # open_clip's towers ask one weight for its type
                 deepspeed.zero.register_external_parameter(self.objective, module.resblocks[0].mlp.c_fc.weight)
 
-    def _parameter_fragments(self, p: nn.Parameter) -> Iterator[tuple[str, Tensor, int]]:
-        """(kind, live flat view, start) of the parameter itself, of its average, of each of its optimizer states."""
-        piece = self._partitions.piece(p)
-        if piece is None:
-            return
-        yield "param", piece.of(piece.kept), piece.start
-        average = self._ema.of(piece.kept) if self._ema is not None else None
-        if average is not None:
-            yield "ema", piece.of(average), piece.start
-        for key, value in self.optimizer.state.get(piece.kept, {}).items():
-            if isinstance(value, Tensor) and value.shape == piece.kept.shape:
-                yield f"optim/{key}", piece.of(value), piece.start
-
-    def _statistics_average(self, ema: Ema | None) -> WeightEma | None:
-        """Averaged weights do not go with the running statistics of the latest: these are averaged too, as in timm."""
-        statistics = [buffer for buffer in self._buffers if buffer.is_floating_point()]
-        return WeightEma(ema, statistics) if ema is not None and statistics else None
-
-    def _whole_average(self, p: nn.Parameter, ema: WeightEma) -> Tensor:
-        """On the CPU of every rank; each rank contributes what it keeps, and exact zeros elsewhere."""
-        whole = torch.zeros(self.shapes[self.names[p]], device=self.device)
-        piece = self._partitions.piece(p)
-        if piece is not None:
-            average = ema.of(piece.kept)
-            assert average is not None
-            whole.view(-1).narrow(0, piece.start, piece.numel).copy_(piece.of(average))
-        if not self._partitions.is_replicated(p):
-            sum_over_ranks(whole)
-        return whole.cpu()
-
     @torch.no_grad()
     def _clamp_parameters(self) -> None:
         """Elementwise, so that every rank clamps what it keeps, and what it computes with, without a collective."""
@@ -359,9 +270,7 @@ class Engine:
 
     def _move_averages(self, progress: Progress) -> None:
         """After an applied step: the average of the weights, and the objective's momentum teachers."""
-        for average in (self._ema, self._statistics):
-            if average is not None:
-                average.update(progress.step + 1)
+        self.state.update_averages(progress.step + 1)
         decay, pairs = self.objective.ema(progress)
         if pairs:
             with self._partitions.local_weights():
@@ -370,12 +279,6 @@ class Engine:
                     for side in (0, 1)
                 )
                 follow(targets, online, decay, progress.step + 1)
-
-    def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        parameters = set(self.shapes)
-        for name, value in self.objective.state_dict(keep_vars=True).items():
-            if name not in parameters:
-                yield name, value
 
     def _laid_out(self, batch: Batch) -> Batch:
         """Convolutions take their memory format from the images; weights keep one layout, which checkpoints rely on."""

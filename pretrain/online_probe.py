@@ -25,8 +25,9 @@ from data_pipeline.selection import soft_classes
 from pretrain import recipe
 from pretrain.checkpoint import BESIDE
 from pretrain.collectives import sum_over_ranks
-from pretrain.engine import Engine, Fragment
+from pretrain.engine import Engine
 from pretrain.objectives.base import Objective
+from pretrain.training_state import Fragment
 
 MOMENTUM = 0.9
 STATISTICS_MOMENTUM = 0.1  # share of the latest batch in the running statistics, as batch norm has it

@@ -47,11 +47,11 @@ class Partitions:
     """
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, stage: int) -> None:
-        self._zero, self._optimizer, self._stage = engine.optimizer, optimizer, stage
+        self._zero, self._optimizer, self.stage = engine.optimizer, optimizer, stage
 
     def stepped(self, group: dict[str, Any]) -> list[Tensor]:
         """The tensors that the optimizer steps for a group: parameters at stage 0, else flat partitions, in fp32."""
-        if self._stage < 3:
+        if self.stage < 3:
             return list(group["params"])
         index = next(i for i, g in enumerate(self._optimizer.param_groups) if g is group)
         return [
@@ -62,9 +62,9 @@ class Partitions:
 
     def piece(self, p: Any) -> Piece | None:
         """What this rank keeps of a parameter; None where that is nothing."""
-        if self._stage == 3:
+        if self.stage == 3:
             return self._piece_of_shard(p)
-        if self._stage == 0 or not p.requires_grad:
+        if self.stage == 0 or not p.requires_grad:
             return Piece(p, 0, 0, p.numel())
         mapping = p._hp_mapping
         if mapping is None:  # no element of it lies in this rank's partition
@@ -75,13 +75,13 @@ class Partitions:
 
     def is_replicated(self, p: Any) -> bool:
         """Whether every rank keeps all of it."""
-        return self._stage == 0 or (self._stage < 3 and not p.requires_grad)
+        return self.stage == 0 or (self.stage < 3 and not p.requires_grad)
 
     def refresh_weights(self) -> None:
         """After the kept tensors were written to: brings the weights that the modules compute with up to date."""
-        if self._stage in (1, 2):
+        if self.stage in (1, 2):
             self._zero.update_lp_params()
-        elif self._stage == 3:
+        elif self.stage == 3:
             with self.local_weights():
                 for sub_group in range(len(self._zero.fp16_groups)):
                     self._zero._reassign_or_swap_out_partitioned_parameters(sub_group)
@@ -92,15 +92,15 @@ class Partitions:
 
         At stage 3 small parameters stay gathered between steps; they are let go of before, and gathered again after.
         """
-        if self._stage == 3:
+        if self.stage == 3:
             self._zero.checkpoint_event_prologue()
         yield
-        if self._stage == 3:
+        if self.stage == 3:
             self._zero.checkpoint_event_epilogue()
 
     def local_weight(self, p: Any) -> Tensor:
         """What this rank holds of the weight that the modules compute with; padded at stage 3."""
-        tensor: Tensor = p.ds_tensor if self._stage == 3 else p
+        tensor: Tensor = p.ds_tensor if self.stage == 3 else p
         return tensor.data
 
     def _piece_of_shard(self, p: Any) -> Piece | None:

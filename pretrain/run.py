@@ -208,7 +208,7 @@ def _resumed(job: _Job, engine: Engine, probe: OnlineProbe | None, start: Start)
     """The state to go on from, its tensors in the engine, and notes; how long the run is, is the recipe's to say."""
     if start.checkpoint is None:
         return RunState(Progress(0, job.plan.resolved.total_steps, 0)), ()
-    state = load(start.checkpoint, engine)
+    state = load(start.checkpoint, engine.state)
     notes: tuple[str, ...] = ()
     had_probe = any(name.startswith(BESIDE) for name in start.checkpoint.tensors.shapes)
     if probe is not None and not load_beside(start.checkpoint, probe.fragments()):
@@ -232,7 +232,7 @@ def _writer(
         return None
     return CheckpointWriter(
         job.checkpoints,
-        engine,
+        engine.state,
         world=job.world,
         keep_last=recipe.checkpoint.keep_last,
         say=log.say,

@@ -50,13 +50,13 @@ def _stall(rounds: int) -> list[str]:
         accumulation=1,
         seed=0,
     )
-    copies = [torch.empty_like(fragment.data) for fragment in engine.fragments()]
+    copies = [torch.empty_like(fragment.data) for fragment in engine.state.fragments()]
     ratios, stalls = [], []
     with tempfile.TemporaryDirectory() as folder:
-        writer = CheckpointWriter(Path(folder), engine, world=World(), keep_last=1, say=lambda _: None)
+        writer = CheckpointWriter(Path(folder), engine.state, world=World(), keep_last=1, say=lambda _: None)
         for number in range(rounds + 1):
             start = time.perf_counter()
-            for copy, fragment in zip(copies, engine.fragments(), strict=True):
+            for copy, fragment in zip(copies, engine.state.fragments(), strict=True):
                 copy.copy_(fragment.data)
             copied = time.perf_counter()
             writer.save(RunState(Progress(number + 1, 99, 0)))
@@ -81,7 +81,7 @@ def _slowdown(rounds: int) -> list[str]:
     batch = blank_batch(engine.objective, 256)
     ratios, seconds = [], []
     with tempfile.TemporaryDirectory() as folder:
-        writer = CheckpointWriter(Path(folder), engine, world=World(), keep_last=1, say=lambda _: None)
+        writer = CheckpointWriter(Path(folder), engine.state, world=World(), keep_last=1, say=lambda _: None)
         for number in range(rounds):
             took = {}
             for saving in (False, True) if number % 2 else (True, False):

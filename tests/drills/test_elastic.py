@@ -77,7 +77,7 @@ def hand_on(world: World, source: Path, folder: Path, kind: str) -> dict[int, li
     for stage in CHAIN[world.size]:
         engine = build(world, stage, kind, seed=7)
         steps(engine, world, 50, 1)
-        state = checkpoint.load(checkpoint.open_checkpoint(source, world), engine)
+        state = checkpoint.load(checkpoint.open_checkpoint(source, world), engine.state)
         save(folder / str(stage), engine, state, world)
         barrier()
         source = folder / str(stage) / checkpoint.folder_name(SAVED_AT)

@@ -155,7 +155,7 @@ def loaded(world: World, name: str, source: Path, stage: int) -> Engine:
     """With the state of a checkpoint in place of another."""
     engine = engine_of(world, name, stage, seed=7)
     steps(engine, world, 50, 1)
-    checkpoint.load(checkpoint.open_checkpoint(source, world), engine)
+    checkpoint.load(checkpoint.open_checkpoint(source, world), engine.state)
     return engine
 
 

@@ -120,7 +120,7 @@ def save_runs(world: World, root: Path, states: dict[str, dict[str, Tensor]]) ->
         engine = Engine(
             objective, r.optim, r.engine, world=world, device=torch.device("cpu"), micro_size=8, accumulation=1, seed=0
         )
-        writer = CheckpointWriter(folder / "checkpoints", engine, world=world, keep_last=1, say=print)
+        writer = CheckpointWriter(folder / "checkpoints", engine.state, world=world, keep_last=1, say=print)
         writer.save(RunState(Progress(7, 10, 56)))
         writer.finish()
         (folder / "recipe.yaml").write_text(dump(r))

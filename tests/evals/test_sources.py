@@ -71,7 +71,7 @@ def save_runs(world: World, root: Path) -> None:
             seed=0,
         )
         state = RunState(Progress(7, 10, 56))
-        writer = CheckpointWriter(root / kind / "checkpoints", engine, world=world, keep_last=1, say=print)
+        writer = CheckpointWriter(root / kind / "checkpoints", engine.state, world=world, keep_last=1, say=print)
         writer.save(state)
         writer.finish()
         weights = objective.encoder.state_dict()

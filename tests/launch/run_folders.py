@@ -14,12 +14,12 @@ import torch
 
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World
-from pretrain.engine import Fragment
 from pretrain.metrics import MetricLog
 from pretrain.recipe_io import dump, resolved_yaml
 from pretrain.record import claim
 from pretrain.resolve import resolve
 from pretrain.state import Progress, RunState
+from pretrain.training_state import Fragment
 from tests.pretrain.recipes import SMALL, load
 
 TOTAL_STEPS = 30

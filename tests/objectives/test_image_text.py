@@ -347,7 +347,9 @@ def pushed(world: World) -> list[float]:
         for at in range(2):
             result = engine.step([batch], Progress(at, 20, 0), 1e-7)
         whole = engine.materialize(engine.objective)["logit_scale"].exp().item()
-        kept = [f.data.exp().item() for f in engine.fragments() if f.name == "param/logit_scale" and f.data.numel()]
+        kept = [
+            f.data.exp().item() for f in engine.state.fragments() if f.name == "param/logit_scale" and f.data.numel()
+        ]
         found += [whole, *kept, float(result.metrics["logit_scale"])]
     return found
 

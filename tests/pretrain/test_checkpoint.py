@@ -13,8 +13,8 @@ from data_pipeline.errors import CheckpointError, RunError
 from pretrain import checkpoint, checkpoint_writer
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World, barrier
-from pretrain.engine import Fragment
 from pretrain.state import Progress, RunState
+from pretrain.training_state import Fragment
 from tests.pretrain.test_engine import make_engine, whole_state
 from tests.ranks import run_ranks
 from tests.toy import split, toy_batch
@@ -28,7 +28,7 @@ def steps(engine: Any, world: World, first: int, last: int) -> list[float]:
 
 
 def save(folder: Path, engine: Any, state: RunState, world: World, keep_last: int = 5) -> None:
-    writer = CheckpointWriter(folder, engine, world=world, keep_last=keep_last, say=lambda _: None)
+    writer = CheckpointWriter(folder, engine.state, world=world, keep_last=keep_last, say=lambda _: None)
     writer.save(state)
     writer.finish()
 
@@ -44,7 +44,7 @@ def train_and_save(world: World, folder: Path, stage: int, more: int) -> list[fl
 def load_and_save(world: World, source: Path, folder: Path, stage: int, more: int) -> list[float]:
     engine = make_engine(world, stage, seed=7)  # other weights, to be replaced entirely
     steps(engine, world, 50, 51)
-    state = checkpoint.load(checkpoint.open_checkpoint(source, world), engine)
+    state = checkpoint.load(checkpoint.open_checkpoint(source, world), engine.state)
     assert state == RunState(Progress(3, 99, 24), cursor=24)
     save(folder, engine, state, world)
     return steps(engine, world, 3, 3 + more)
@@ -109,7 +109,7 @@ def save_many(world: World, folder: Path) -> None:
 def refuse_to_write(world: World, folder: Path) -> tuple[list[str], str]:
     """Rank 1's disk is full for three saves."""
     engine, told = make_engine(world, 1), list[str]()
-    writer = CheckpointWriter(folder, engine, world=world, keep_last=2, say=told.append)
+    writer = CheckpointWriter(folder, engine.state, world=world, keep_last=2, say=told.append)
     writer.save(RunState(Progress(4, 9, 0)))
     writer.finish()
     full = OSError(28, "No space left on device")
@@ -140,7 +140,7 @@ def test_one_rank_that_cannot_write_leaves_nothing_complete(tmp_path: Path) -> N
 def damage_and_find(world: World, folder: Path, keep_last: int) -> tuple[str, list[str]]:
     """Four saves; the newest two are damaged, and a run that goes on from the third saves again."""
     engine = make_engine(world, 2)
-    writer = CheckpointWriter(folder, engine, world=world, keep_last=4, say=lambda _: None)
+    writer = CheckpointWriter(folder, engine.state, world=world, keep_last=4, say=lambda _: None)
     for step in (1, 2, 3, 4):
         writer.save(RunState(Progress(step, 9, 0)))
     writer.finish()
@@ -154,7 +154,7 @@ def damage_and_find(world: World, folder: Path, keep_last: int) -> tuple[str, li
     assert found is not None
     unsound = [folder / f"step_0000000{step}" for step in (3, 4)]
     again = CheckpointWriter(
-        folder, engine, world=world, keep_last=keep_last, say=lambda _: None, unsound=unsound
+        folder, engine.state, world=world, keep_last=keep_last, say=lambda _: None, unsound=unsound
     )  # fmt: skip
     again.save(RunState(Progress(3, 9, 0)))
     again.finish()
@@ -209,7 +209,7 @@ def open_different(world: World, folders: list[Path]) -> str:
 def buffers_of_two_saves(world: World, folder: Path) -> tuple[int, int, bool]:
     """Training goes on while a copy is written: what is stored is the state of the step that was saved."""
     engine = make_engine(world, 1)
-    writer = CheckpointWriter(folder, engine, world=world, keep_last=5, say=lambda _: None)
+    writer = CheckpointWriter(folder, engine.state, world=world, keep_last=5, say=lambda _: None)
     steps(engine, world, 0, 1)
     before = {name: t.clone() for name, t in whole_state(engine).items()}
     writer.save(RunState(Progress(1, 9, 0)))
@@ -264,7 +264,7 @@ def load_other_model(world: World, source: Path) -> str:
     engine = make_engine(world, 1, batch_norm=True)
     before = whole_state(engine)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(checkpoint.open_checkpoint(source, world), engine)
+        checkpoint.load(checkpoint.open_checkpoint(source, world), engine.state)
     after = whole_state(engine)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     return str(caught.value)

@@ -51,7 +51,7 @@ def kept(engine: Engine, kind: str) -> dict[str, Tensor]:
     kinds = ("param/", "buffer/") if kind == "param/" else (kind,)
     return {
         f.name.split("/", 1)[1]: f.data.double()  # a copy
-        for f in engine.fragments()
+        for f in engine.state.fragments()
         if f.name.startswith(kinds) and f.data.is_floating_point()
     }
 
@@ -79,7 +79,7 @@ def averaged(world: World, config: Ema, steps: int) -> dict[int, Any]:
             "moved": max(error(value, start[name]) for name, value in averages.items()),
             "all": averages.keys() == expected.keys(),
             "numel": sum(value.numel() for value in averages.values()),
-            "dtypes": {f.data.dtype for f in engine.fragments() if f.name.startswith("ema/")},
+            "dtypes": {f.data.dtype for f in engine.state.fragments() if f.name.startswith("ema/")},
             "state": whole_state(engine),
             "exported": engine.materialize(engine.objective.encoder),
             "raw": engine.materialize(engine.objective.encoder, averaged=False),
@@ -141,7 +141,7 @@ def taught(world: World, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
         progress = Progress(0, 10, 0)
         if source is not None:
             step(engine, world, 50)  # what was gathered before must not outlive the loading
-            progress = checkpoint.load(checkpoint.open_checkpoint(source, world), engine).progress
+            progress = checkpoint.load(checkpoint.open_checkpoint(source, world), engine.state).progress
         for _ in range(2):
             losses.append(float(step(engine, world, progress.step).metrics["loss"]))
             progress = progress.advance(8)

@@ -54,7 +54,7 @@ def make_engine(
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     """Every logical tensor, assembled from the fragments of all ranks."""
     whole: dict[str, torch.Tensor] = {}
-    for fragments in gather_objects([(f.name, f.shape, f.start, f.data.clone()) for f in engine.fragments()]):
+    for fragments in gather_objects([(f.name, f.shape, f.start, f.data.clone()) for f in engine.state.fragments()]):
         for name, shape, start, data in fragments:
             flat = whole.setdefault(name, torch.empty(shape, dtype=data.dtype)).view(-1)
             flat[start : start + data.numel()] = data
@@ -86,7 +86,7 @@ def train(world: World, accumulation: int, steps: int) -> dict[tuple[str, int], 
             "losses": [float(result.metrics["loss"]) for result in results],
             "norms": [result.grad_norm for result in results],
             "state": whole_state(engine),
-            "groups": engine.group_values(),
+            "groups": engine.state.group_values(),
         }
     return found
 
@@ -227,7 +227,7 @@ def skip_steps(world: World, kind: str) -> dict[int, list[bool]]:
             found[stage].append(engine.step(batches, Progress(at, 10, 0), 1e-2).applied)
             changed = any(not torch.equal(before[name], value) for name, value in whole_state(engine).items())
             assert changed != bad, (stage, at)
-        assert [group["step"] for group in engine.group_values()] == [2, 2]
+        assert [group["step"] for group in engine.state.group_values()] == [2, 2]
     return found
 
 

@@ -132,7 +132,7 @@ def offload_and_back(world: World, folder: Path) -> dict[str, Any]:
             steps(engine, world, "mae")
         else:
             steps(engine, world, "mae", first=50)
-            checkpoint.load(checkpoint.open_checkpoint(source, world), engine)
+            checkpoint.load(checkpoint.open_checkpoint(source, world), engine.state)
         save(folder / str(hop), engine, RunState(Progress(3, 9, 0)), world)
         source = folder / str(hop) / checkpoint.folder_name(3)
         digests.append(checkpoint.digests(source) if world.is_main else {})

@@ -110,7 +110,7 @@ def weights(engine: Engine) -> dict[str, Tensor]:
     """Of the parameters, in fp64: whole below stage 3, there this rank's pieces, cut alike for target and online."""
     if engine.stage < 3:
         return {name: p.detach().double() for name, p in engine.objective.named_parameters()}
-    kept = {f.name: f.data.double() for f in engine.fragments()}
+    kept = {f.name: f.data.double() for f in engine.state.fragments()}
     return {name.removeprefix("param/"): value for name, value in kept.items() if name.startswith("param/")}
 
 
@@ -178,7 +178,7 @@ def load_and_save(world: World, source: Path, folder: Path, stages: tuple[int, .
     for stage in stages:
         engine = make(world, stage, "byol", seed=7)  # other weights, to be replaced entirely
         step(engine, world, 50)
-        state = checkpoint.load(checkpoint.open_checkpoint(source, world), engine)
+        state = checkpoint.load(checkpoint.open_checkpoint(source, world), engine.state)
         save(folder / str(stage), engine, state, world)
         barrier()
         losses.append([step(engine, world, at) for at in range(3, 6)])
@@ -212,7 +212,7 @@ def rates(world: World) -> list[dict[str, float]]:
     engine.step(share(batch_at(0), world), Progress(0, 20, 0), 0.0, 0.5)
     after = whole_state(engine)
     moved = {n: float((after[n] - before[n]).norm()) for n in before if n.startswith("param/")}
-    return [{str(group["name"]): float(group["lr"]) for group in engine.group_values()}, moved]
+    return [{str(group["name"]): float(group["lr"]) for group in engine.state.group_values()}, moved]
 
 
 def test_the_predictor_of_simsiam_takes_the_rate_without_decay() -> None:

@@ -231,7 +231,7 @@ def steps(engine: Engine, probe: OnlineProbe, world: World, first: int, last: in
 
 def save(folder: Path, engine: Engine, probe: OnlineProbe | None, world: World) -> None:
     beside = () if probe is None else probe.fragments()
-    writer = CheckpointWriter(folder, engine, world=world, keep_last=5, say=lambda _: None, beside=beside)
+    writer = CheckpointWriter(folder, engine.state, world=world, keep_last=5, say=lambda _: None, beside=beside)
     writer.save(RunState(Progress(3, 99, 24), cursor=24))
     writer.finish()
 
@@ -244,7 +244,7 @@ def hand_on(world: World, source: Path | None, target: Path, stage: int) -> list
     else:
         steps(engine, probe, world, 50, 51)  # another state, to be replaced entirely
         opened = checkpoint.open_checkpoint(source, world)
-        checkpoint.load(opened, engine)
+        checkpoint.load(opened, engine.state)
         assert checkpoint.load_beside(opened, probe.fragments())
     save(target, engine, probe, world)
     return steps(engine, probe, world, 3, 8)
@@ -274,7 +274,7 @@ def take_or_leave(world: World, folder: Path) -> list[bool]:
     found = []
     for name, wanted in (("with", probe), ("with", other), ("without", probe)):
         opened = checkpoint.open_checkpoint(folder / name / "step_00000003", world)
-        checkpoint.load(opened, engine)  # the training's state fits, whatever there is beside
+        checkpoint.load(opened, engine.state)  # the training's state fits, whatever there is beside
         before = state_of(wanted)
         found.append(checkpoint.load_beside(opened, wanted.fragments()))
         assert all(torch.equal(value, before[key]) for key, value in state_of(wanted).items())

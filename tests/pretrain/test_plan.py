@@ -42,7 +42,7 @@ def saved_bytes(world: World, recipes: dict[str, Recipe]) -> dict[str, int]:
     for case, recipe in recipes.items():
         objective = build_objective(recipe.model, recipe.objective)
         engine = make_engine(world, recipe.engine.zero_stage, objective=objective, optim=recipe.optim, ema=recipe.ema)
-        found[case] = sum(fragment.data.nbytes for fragment in engine.fragments())
+        found[case] = sum(fragment.data.nbytes for fragment in engine.state.fragments())
     return found
 
 
