@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -71,3 +72,13 @@ def small_encoder(module: nn.Module | None = None, seed: int = 0) -> Encoder:
 @pytest.fixture
 def encoder() -> Encoder:
     return small_encoder()
+
+
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One ViT and one pair of towers in every layout."""
+    from tests.evals.layouts import write_layouts  # which imports transformers
+
+    folder = tmp_path_factory.mktemp("layouts")
+    write_layouts(folder)
+    return folder
