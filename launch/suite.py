@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError, RecipeError
 from data_pipeline.read import open_dataset
+from launch.eval_run import words_of
 from pretrain.evals.suite import FEATURES, HOW, KEPT, Option, Suite, nearest, result_path
 from pretrain.run_folder import COMPLETE, sha256_of
 
@@ -30,6 +32,7 @@ class Cell:
 
     Attributes:
         words: its command, without `pretrain`.
+        source: of the encoder, as the command gets it.
         arguments: of the command, as its parser reads them, and as its report has them; without those of HOW.
         path: of the report.
         asked: file of the question that it answers.
@@ -39,6 +42,7 @@ class Cell:
     dataset: str
     protocol: str
     words: tuple[str, ...]
+    source: str
     arguments: Mapping[str, Any]
     path: Path
     asked: Path
@@ -77,17 +81,16 @@ def _cell(suite: Suite, encoder: str, dataset: str, protocol: str, out: Path) ->
     switches = _switches(command)
     names = encoder, dataset, protocol
     path = result_path(out, *names)
-    own: dict[str, Option] = {"test": data.test, "out": str(path)}
-    own |= {"train": data.train} if "train" in switches else {}
-    own |= {"cache": str(out / FEATURES)} if "cache" in switches else {}
-    options = [word for key, value in own.items() for word in _words(switches[key], value)]
+    own: dict[str, Option] = {"test": data.test, "train": data.train, "out": str(path), "cache": str(out / FEATURES)}
+    values = {switches[key].name: value for key, value in own.items() if key in switches}
+    values[next(p.name for p in command.params if p.param_type_name == "argument")] = judged.source
     given: dict[str, str] = {}
-    for group, values in (
+    for group, options in (
         (f"encoders.{encoder}", judged.options),
         (f"datasets.{dataset}", data.options),
         (f"protocols.{protocol}", asked.options),
     ):
-        for key, value in values.items():
+        for key, value in options.items():
             where = f"{group}.{key}"
             if key not in switches:
                 known = [name for name in switches if name not in _DECIDED]
@@ -97,10 +100,11 @@ def _cell(suite: Suite, encoder: str, dataset: str, protocol: str, out: Path) ->
             if (name := switches[key].name) in given:
                 raise InputError(where, f"an option once, as {given[name]} has it", repr(value))
             given[name] = where
-            options += _words(switches[key], value)
-    words = ("eval", asked.kind, judged.source, *options)
+            _refuse_unsayable(switches[key], value, where)
+            values[name] = value
+    words = ("eval", asked.kind, *words_of(command, values))
     arguments = _read(command, words, f"protocols.{protocol}, with encoder {encoder} and data set {dataset}")
-    return Cell(*names, words, arguments, path, result_path(out / KEPT / "asked", *names))
+    return Cell(*names, words, judged.source, arguments, path, result_path(out / KEPT / "asked", *names))
 
 
 def _command(kind: str, where: str) -> Any:
@@ -127,17 +131,19 @@ def _switches(command: Any) -> dict[str, Any]:
     return found
 
 
-def _words(parameter: Any, value: Option) -> Iterator[str]:
-    option = next(name for name in parameter.opts if name.startswith("--"))
-    if value is None:
-        return
-    if isinstance(value, bool) and getattr(parameter, "is_flag", False):
-        off = parameter.secondary_opts
-        if value or off:
-            yield option if value else off[0]
-        return
-    for one in value if isinstance(value, tuple) else (value,):
-        yield f"{option}={one}"
+def _refuse_unsayable(parameter: Any, value: Option, where: str) -> None:
+    """What has no words on a command line, or words that would be taken for others."""
+    num = len(value) if isinstance(value, tuple) else None
+    if getattr(parameter, "is_flag", False):
+        expected, fits = "true or false", isinstance(value, bool)
+    elif parameter.nargs > 1:
+        expected, fits = f"a list of {parameter.nargs}", num == parameter.nargs
+    elif parameter.multiple:
+        expected, fits = "a value, or a list of one or more", num != 0 and not isinstance(value, bool)
+    else:
+        expected, fits = "one value, a number or a text", num is None and not isinstance(value, bool)
+    if value is not None and not fits:
+        raise InputError(where, expected, json.dumps(value))
 
 
 def _read(command: Any, words: tuple[str, ...], where: str) -> dict[str, Any]:
@@ -166,11 +172,15 @@ class Questions:
         Raises:
             InputError: a data set is not there or damaged.
         """
-        source = cell.words[2]
         data = {key: self._once("data", cell.arguments[key]) for key in ("train", "test") if cell.arguments.get(key)}
         named = {text.rpartition("=")[2] for text in _texts([v for k, v in cell.arguments.items() if k not in data])}
         files = {text: self._once("file", text) for text in sorted(named) if text and Path(text).is_file()}
-        question = {"arguments": cell.arguments, "encoder": self._once("encoder", source), "data": data, "files": files}
+        question = {
+            "arguments": cell.arguments,
+            "encoder": self._once("encoder", cell.source),
+            "data": data,
+            "files": files,
+        }
         return _json(question)
 
     def answered(self, cell: Cell) -> bool:
@@ -189,10 +199,16 @@ class Questions:
         )
 
     def begin(self, cell: Cell) -> None:
-        """Makes room for the result; from here on what appears there answers the question as it is now."""
+        """Makes room for the result; from here on what appears there answers the question as it is now.
+
+        What a command keeps beside its report to go on from is kept for the same question alone.
+        """
+        question, before = self.of(cell), _asked(cell)
         cell.path.unlink(missing_ok=True)
         cell.path.with_suffix(".safetensors").unlink(missing_ok=True)
-        write_text(cell.asked, json.dumps(self.of(cell), indent=1) + "\n")
+        if before not in (None, question):
+            shutil.rmtree(cell.path.with_suffix(""), ignore_errors=True)
+        write_text(cell.asked, json.dumps(question, indent=1) + "\n")
 
     def _once(self, what: str, path: str) -> str:
         if (what, path) not in self._known:

@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from data_pipeline.durable import write_text
-from data_pipeline.errors import InputError, RunError
+from data_pipeline.errors import InputError
 from launch.suite import Cell, Questions, cells_of
 from pretrain.evals.suite import KEPT, Suite, dump_suite, load_suite
 
@@ -52,7 +52,7 @@ def run_suite(
         for cell in left:
             print(f"pretrain {shlex.join(cell.words)}")
         return 0
-    write_text(out / KEPT / "suite.yaml", dump_suite(suite))
+    _begin(suite, out, left, questions)
     given = cuda_devices() if devices is None and left else list(devices or ())
     failed = _run_all(left, given or [None], questions, run or _in_a_process)
     _say_results(cells, failed)
@@ -69,7 +69,7 @@ def submit_suite(path: Path, cluster_path: Path, out: Path | None, *, dry_run: b
 
     Raises:
         InputError: of whatever is wrong; nothing was started.
-        RunError: SLURM refused; those already queued are taken back.
+        RunError: SLURM refused. Whatever stops it takes back those already queued.
     """
     from launch.cluster import load_cluster
     from launch.slurm import slurm
@@ -89,14 +89,13 @@ def submit_suite(path: Path, cluster_path: Path, out: Path | None, *, dry_run: b
     for cell in left:
         refuse_running(_job(out, cell))
     copy_code(code)
-    write_text(out / KEPT / "suite.yaml", dump_suite(suite))
+    _begin(suite, out, left, questions)
     jobs: list[str] = []
     try:
         for cell in left:
-            questions.begin(cell)
             jobs.append(queue(_job(out, cell), _job_name(suite, cell), cluster, code, {"words": list(cell.words)}))
             print(f"{cell.name}: job {jobs[-1]}: {_job(out, cell)}")
-    except RunError:
+    except BaseException:  # such as a full disk, or Ctrl-C
         if jobs:
             slurm("scancel", *jobs)  # all or nothing
         raise
@@ -113,16 +112,27 @@ def cuda_devices() -> list[str]:
 
 
 def _opened(path: Path, out: Path | None, whole: bool = False) -> tuple[Suite, Path, list[Cell], Questions]:
-    """With every command read by its parser, and every data set looked at."""
+    """With every command read by its parser, and every encoder and data set looked for."""
+    from pretrain.evals.sources import check_source
+
     suite = load_suite(path)
     folder = out or Path("runs") / suite.name
     folder = folder.resolve() if whole else folder
     if (folder / "recipe.yaml").exists():
         raise InputError(f"--out {folder}", "a folder for the suite alone", "a run in it", "Choose another with --out.")
     cells, questions = cells_of(suite, folder, str(path)), Questions()
+    for source, random_init in dict.fromkeys((cell.source, bool(cell.arguments.get("random_init"))) for cell in cells):
+        check_source(source, random_init=random_init)
     for cell in cells:
         questions.of(cell)
     return suite, folder, cells, questions
+
+
+def _begin(suite: Suite, out: Path, left: list[Cell], questions: Questions) -> None:
+    """All at once, so that no answer to an older question is left to be compared with a newer one."""
+    for cell in left:
+        questions.begin(cell)
+    write_text(out / KEPT / "suite.yaml", dump_suite(suite))
 
 
 def _run_all(left: list[Cell], devices: Sequence[str | None], questions: Questions, run: RunCell) -> dict[str, str]:
@@ -143,7 +153,6 @@ def _run_all(left: list[Cell], devices: Sequence[str | None], questions: Questio
         try:
             on = f" on device {device}" if device is not None else ""
             print(f"[{number}/{len(left)}] {cell.name}{on}: pretrain {shlex.join(cell.words)}", flush=True)
-            questions.begin(cell)
             status = run(cell, device, say)
         except Exception as error:  # the others go on
             return f"{type(error).__name__}: {error}"
@@ -203,7 +212,7 @@ def _say_results(cells: Sequence[Cell], failed: dict[str, str]) -> None:
 
 
 def _job(out: Path, cell: Cell) -> Path:
-    return out / KEPT / "jobs" / f"{cell.encoder}-{cell.dataset}-{cell.protocol}"
+    return out / KEPT / "jobs" / f"{cell.encoder}+{cell.dataset}+{cell.protocol}"  # as no name holds a +
 
 
 def _job_name(suite: Suite, cell: Cell) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import timm
 from torch import nn
@@ -66,16 +67,37 @@ def load_source(
         size = _size_alone(spec, architecture)
         return _at_size(_from_open_clip(spec, random_init, seed or 0, weights), size)
     if not timm.is_model(spec):
-        raise InputError(
-            where=spec,
-            expected="a run, a checkpoint, an encoder folder, a weights file, or a name of timm's or open_clip's",
-            found="none of these",
-            fix=nearest(spec),
-        )
+        raise _nothing(spec)
     architecture = architecture or Architecture(spec)
     if architecture.name != spec:
         raise InputError(where="--model", expected=f"nothing, as the source is {spec}", found=architecture.name)
     return from_timm(architecture, random_init=random_init, seed=seed or 0)
+
+
+def check_source(spec: str, *, random_init: bool = False) -> None:
+    """That there is something to be loaded under this name, be it one encoder or two towers; reads no weights.
+
+    Raises:
+        InputError: there is not.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        if _kind_of(path) == "run" and not random_init and not (path / "encoder").is_dir():
+            raise CheckpointError(
+                where=spec, expected="a run with an encoder, which it writes when it saves", found="no folder encoder/",
+                fix="Train it first.",
+            )  # fmt: skip
+    elif not (path.is_file() or timm.is_model(spec) or is_open_clip(spec)):
+        raise _nothing(spec)
+
+
+def _nothing(spec: str) -> InputError:
+    return InputError(
+        where=spec,
+        expected="a run, a checkpoint, an encoder folder, a weights file, or a name of timm's or open_clip's",
+        found="none of these",
+        fix=nearest(spec),
+    )
 
 
 def _size_alone(spec: str, architecture: Architecture | None) -> int | None:
@@ -100,14 +122,26 @@ def _at_size(encoder: Encoder, size: int | None) -> Encoder:
 
 
 def _from_folder(path: Path, random_init: bool, seed: int | None, size: int | None) -> Encoder:
+    match _kind_of(path):
+        case "run":
+            return _from_run(path, random_init, seed)
+        case "checkpoint":
+            return _from_checkpoint(path, random_init, seed)
+        case "transformers":
+            return hf_encoder(path, random_init=random_init, seed=seed or 0, image_size=size)
+        case "encoder":
+            return _from_encoder_folder(path, random_init, seed or 0)
+
+
+def _kind_of(path: Path) -> Literal["run", "checkpoint", "transformers", "encoder"]:
     if (path / "recipe.yaml").is_file():
-        return _from_run(path, random_init, seed)
+        return "run"
     if (path / "state.json").is_file() or (path / "COMPLETE").is_file():
-        return _from_checkpoint(path, random_init, seed)
+        return "checkpoint"
     if is_hf_folder(path):
-        return hf_encoder(path, random_init=random_init, seed=seed or 0, image_size=size)
+        return "transformers"
     if (path / CONFIG).is_file() or (path / OPEN_CLIP_CONFIG).is_file():
-        return _from_encoder_folder(path, random_init, seed or 0)
+        return "encoder"
     raise CheckpointError(
         where=str(path),
         expected=f"a run (recipe.yaml), a checkpoint (state.json, COMPLETE), an encoder ({CONFIG}, {OPEN_CLIP_CONFIG})",

@@ -22,7 +22,8 @@ from pretrain.strict_yaml import write_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 KEPT, FEATURES = "suite", "features"  # folders of a suite beside those of its encoders
-HOW = frozenset({"out", "cache", "num_workers", "num_ranks"})  # parameters of a command on which no number depends
+# Parameters of a command on which no number depends. Fine-tuning's `num_ranks` is none: its drop path is keyed by rank.
+HOW = frozenset({"out", "cache", "num_workers", "nproc"})
 
 Scalar = bool | int | float | str
 Option = Scalar | tuple[Scalar, ...] | None
@@ -59,8 +60,8 @@ class Protocol(_WithOptions):
     """A command of `pretrain eval`, for all encoders and data sets, or for those that are named."""
 
     kind: str
-    encoders: tuple[str, ...] | None = None
-    datasets: tuple[str, ...] | None = None
+    encoders: tuple[str, ...] | None = Field(None, min_length=1)
+    datasets: tuple[str, ...] | None = Field(None, min_length=1)
 
 
 class Suite(Group):

@@ -68,6 +68,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
             "protocols.knn.encoders: expected one of encoders, found 'mea'. Did you mean mae?",
         ),
         ({"protocols": {"knn": {"kind": "knn", "datasets": ["x"]}}}, "Known here: a, b."),
+        ({"protocols": {"knn": {"kind": "knn", "encoders": []}}}, "protocols.knn.encoders: expected"),
         ({"protocols": {"knn": {"k": 3}}}, "protocols.knn.kind: expected a value, found nothing"),
     ],
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +16,7 @@ import typer
 from data_pipeline.errors import DataError, InputError, RecipeError, RunError
 from launch import suite as suites
 from launch.suite import Cell, Questions, cells_of, digest
-from launch.suite_run import _in_a_process, cuda_devices, run_suite, submit_suite
+from launch.suite_run import _in_a_process, _job, cuda_devices, run_suite, submit_suite
 from pretrain.evals.base import EvalReport
 from pretrain.evals.suite import load_suite
 from tests.launch.run_folders import Commands
@@ -45,15 +47,33 @@ def test_a_cell_is_a_command_of_eval(tmp_path: Path, tree: dict[str, Any]) -> No
     assert len(found) == 6
     cell = found["random colours knn"]
     data, out = tree["datasets"]["colours"], tmp_path / "out" / "random" / "colours" / "knn.json"
-    assert cell.words[:3] == ("eval", "knn", tree["encoders"]["first"])
-    assert set(cell.words[3:]) == {
-        f"--test={data['test']}", f"--train={data['train']}", f"--out={out}", "--random-init", "--seed=3",
-        "--k=5", "--k=3", f"--cache={tmp_path / 'out' / 'features'}",
+    assert cell.words[:2] == ("eval", "knn")
+    assert cell.words[-2:] == ("--", tree["encoders"]["first"])
+    given = {
+        ("--test", data["test"]), ("--train", data["train"]), ("--out", str(out)), ("--seed", "3"), ("--k", "5"),
+        ("--k", "3"), ("--cache", str(tmp_path / "out" / "features")),
     }  # fmt: skip
+    assert given < set(pairwise(cell.words))
+    assert len(cell.words) == 2 + 2 * len(given) + len(("--random-init", "--", "source"))
     assert cell.path == out
     assert cell.arguments["k"] == [5, 3]
     assert cell.arguments["batch_size"] == 256, "also what was left to its default"
-    assert not {"out", "num_workers"} & set(cell.arguments), "no number depends on them"
+    assert not {"out", "num_workers", "nproc"} & set(cell.arguments), "no number depends on them"
+
+
+def test_only_of_fine_tuning_the_number_depends_on_its_ranks(tmp_path: Path, tree: dict[str, Any]) -> None:
+    for kind, depends in (("knn", False), ("finetune", True)):
+        one, two = (
+            cells(tmp_path, {**tree, "protocols": {"p": {"kind": kind, "nproc": nproc}}})[0] for nproc in (1, 2)
+        )
+        assert one.words != two.words
+        assert (one.arguments != two.arguments) == depends
+
+
+def test_an_option_of_several_values_at_once_is_given_them(tmp_path: Path, tree: dict[str, Any]) -> None:
+    linear = {"kind": "linear", "augment": True, "crop_scale": [0.2, 1.0]}
+    (cell, *_) = cells(tmp_path, {**tree, "protocols": {"linear": linear}})
+    assert cell.arguments["crop_scale"] == [0.2, 1.0]
 
 
 def test_a_protocol_without_a_training_set_is_given_none(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -69,6 +89,16 @@ def test_a_protocol_without_a_training_set_is_given_none(tmp_path: Path, tree: d
         ("protocols", "knn", {"kind": "nkn"}, "Did you mean knn?"),
         ("protocols", "knn", {"kind": "compare"}, "protocols.knn.kind: expected a protocol"),
         ("protocols", "knn", {"k": ["many"]}, "Invalid value for '--k'"),
+        ("protocols", "knn", {"k": []}, "protocols.knn.k: expected a value, or a list of one or more, found []"),
+        (
+            "protocols",
+            "knn",
+            {"limit_train": [1000, 2000]},
+            "protocols.knn.limit_train: expected one value, a number or a text, found [1000, 2000]",
+        ),
+        ("protocols", "knn", {"limit_train": True}, "protocols.knn.limit_train: expected one value"),
+        ("protocols", "linear", {"crop_scale": 0.2}, "protocols.linear.crop_scale: expected a list of 2, found 0.2"),
+        ("protocols", "linear", {"augment": 1}, "protocols.linear.augment: expected true or false, found 1"),
         ("protocols", "knn", {"pooling": "most"}, "'most' is not one of"),
         ("protocols", "knn", {"out": "x.json"}, "protocols.knn.out: expected none, as the suite decides it"),
         (
@@ -99,6 +129,18 @@ def test_a_missing_training_set_is_told_before_anything_starts(tmp_path: Path, t
     assert not (tmp_path / "out").exists()
 
 
+def test_an_encoder_that_is_not_there_is_told_before_anything_starts(tmp_path: Path, tree: dict[str, Any]) -> None:
+    begun = make_run(tmp_path / "begun", 4)
+    shutil.rmtree(begun / "encoder")
+    for source, told in (("runs/mea_cifar10", "found none of these"), (str(begun), "found no folder encoder/")):
+        changed = {**tree, "encoders": {**tree["encoders"], "wrong": source}}
+        with pytest.raises(InputError, match=told):
+            run_suite(write_suite(tmp_path, changed), tmp_path / "out", run=refused)
+    assert not (tmp_path / "out").exists()
+    fresh = {**tree, "encoders": {"fresh": {"source": str(begun), "random_init": True}}}
+    assert run_suite(write_suite(tmp_path, fresh), tmp_path / "out", dry_run=True) == 0
+
+
 def refused(cell: Cell, device: str | None, say: Callable[[str], None]) -> int:
     raise AssertionError(f"{cell.name} was started")
 
@@ -120,7 +162,7 @@ def test_a_command_that_keeps_features_is_told_where(
     monkeypatch.setattr(suites, "_command", lambda kind, where: typer.main.get_command(app))
     asked = {"encoders": {"first": "anywhere"}, "protocols": {"new": {"kind": "new", "sure": False}}}
     (first,) = cells(tmp_path, {**tree, **asked})
-    assert f"--cache={tmp_path / 'out' / 'features'}" in first.words
+    assert ("--cache", str(tmp_path / "out" / "features")) in set(pairwise(first.words))
     assert "--unsure" in first.words
     assert first.arguments["sure"] is False
     assert "cache" not in first.arguments
@@ -175,6 +217,28 @@ def test_other_images_ask_another_question(done: tuple[Path, dict[str, Any]], tm
     write_images(tmp_path / "other", 24, num_classes=3)
     (tmp_path / "other" / "class0" / "0000.jpg").write_bytes((tmp_path / "other" / "class1" / "0001.jpg").read_bytes())
     assert not answered(folder, with_option(tree, "datasets", "colours", test=str(tmp_path / "other")))
+
+
+def test_other_images_under_the_same_path_ask_another_question(tmp_path: Path, tree: dict[str, Any]) -> None:
+    write_images(tmp_path / "test", 24)
+    own = with_option(tree, "datasets", "colours", test=str(tmp_path / "test"))
+    own = {**own, "encoders": {"own": tree["encoders"]["first"]}, "protocols": {"knn": tree["protocols"]["knn"]}}
+    path, out = write_suite(tmp_path, own), tmp_path / "out"
+    assert run_suite(path, out, devices=[], run=in_this_process) == 0
+    assert answered(tmp_path, own)
+    write_images(tmp_path / "test", 30)
+    assert not answered(tmp_path, own)
+
+    (cell,) = cells(tmp_path, own)
+    Questions().begin(cell)
+    shutil.rmtree(tmp_path / "test")
+    write_images(tmp_path / "test", 27)  # while it was answered
+    assert in_this_process(cell, None, print) == 0
+    asked = json.loads(cell.asked.read_text())
+    shutil.rmtree(tmp_path / "test")
+    write_images(tmp_path / "test", 30)
+    assert Questions().of(cell) == asked
+    assert not answered(tmp_path, own), "the report is of other images"
 
 
 def test_a_report_by_hand_is_not_taken_for_the_result(done: tuple[Path, dict[str, Any]]) -> None:
@@ -235,14 +299,17 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(
 def test_one_that_fails_leaves_the_others_alone(
     tmp_path: Path, tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = {**tree, "encoders": {"gone": str(tmp_path / "gone"), **tree["encoders"]}}
-    path, out = write_suite(tmp_path, broken), tmp_path / "out"
+    broken = make_run(tmp_path / "broken", 4)
+    whole = (broken / "encoder" / "model.safetensors").read_bytes()
+    (broken / "encoder" / "model.safetensors").write_bytes(whole[:-1])
+    changed = {**tree, "encoders": {"broken": str(broken), **tree["encoders"]}}
+    path, out = write_suite(tmp_path, changed), tmp_path / "out"
     assert run_suite(path, out, devices=[], run=in_this_process) == 1
     told = capsys.readouterr()
-    assert "gone colours knn: failed, exit status 2: error: " in told.err
+    assert "broken colours knn: failed, exit status 2: error: " in told.err
     assert len(list(out.glob("*/colours/*.json"))) == 6
-    assert not (out / "gone").exists()
-    make_run(tmp_path / "gone", 4)
+    assert not (out / "broken").exists()
+    (broken / "encoder" / "model.safetensors").write_bytes(whole)
     assert run_suite(path, out, devices=[], run=in_this_process) == 0
 
 
@@ -261,6 +328,35 @@ def test_an_old_answer_is_gone_before_a_new_question_is_written(
     assert run_suite(write_suite(folder, changed), folder / "out", devices=[], run=lambda *_: 137) == 1
     assert not (folder / "out" / "own" / "colours" / "knn.json").exists()
     assert not answered(folder, changed)
+
+
+def test_no_answer_to_an_older_question_is_left_beside_a_newer_one(tmp_path: Path, tree: dict[str, Any]) -> None:
+    path, out = write_suite(tmp_path, tree), tmp_path / "out"
+    assert run_suite(path, out, devices=[], run=in_this_process) == 0
+    write_suite(tmp_path, with_option(tree, "protocols", "knn", k=[1]))
+
+    def interrupted(cell: Cell, device: str | None, say: Callable[[str], None]) -> int:
+        assert not list(out.glob("*/*/knn.json"))
+        return 130
+
+    assert run_suite(path, out, devices=[], run=interrupted) == 1
+    assert len(list(out.glob("*/*/linear.json"))) == 3
+
+
+def test_what_a_command_goes_on_from_is_kept_for_the_same_question_alone(
+    done: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, tree = done
+    trained = folder / "out" / "own" / "colours" / "knn" / "finetune-run" / "recipe.yaml"
+    trained.parent.mkdir(parents=True)
+    trained.touch()
+    (cell,) = cells(folder, tree)
+    Questions().begin(cell)
+    assert trained.exists()
+    assert not cell.path.exists()
+    (cell,) = cells(folder, with_option(tree, "protocols", "knn", k=[1]))
+    Questions().begin(cell)
+    assert not trained.exists()
 
 
 def test_each_device_has_one_process_at_a_time(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -299,7 +395,7 @@ def test_a_process_of_its_own_gets_its_device_and_is_heard(tmp_path: Path, monke
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     heard: list[str] = []
-    cell = Cell("a", "b", "c", ("eval", "knn"), {}, tmp_path, tmp_path)
+    cell = Cell("a", "b", "c", ("eval", "knn"), "encoder", {}, tmp_path, tmp_path)
     assert _in_a_process(cell, "3", heard.append) == 137
     assert heard == ["3 ['launch.cli', 'eval', 'knn']"]
 
@@ -342,13 +438,35 @@ def test_a_job_is_queued_for_each_result_that_is_missing(
     (job,) = queued
     assert job["name"] == "small-own-colours-linear"
     assert job["words"][:2] == ["eval", "linear"]
-    assert f"--out={folder / 'out' / 'own' / 'colours' / 'linear.json'}" in job["words"]
+    assert ("--out", str(folder / "out" / "own" / "colours" / "linear.json")) in set(pairwise(job["words"]))
     asked = json.loads((folder / "out" / "suite" / "asked" / "own" / "colours" / "linear.json").read_text())
     assert asked["arguments"]["min_steps"] == 20
 
-    def refuse(*_: object, **__: object) -> str:
-        raise RunError("sbatch", "SLURM to take the job", "QOSMaxSubmitJobPerUserLimit")
 
-    monkeypatch.setattr("launch.submit.queue", refuse)
-    with pytest.raises(RunError, match="QOSMax"):
-        submit_suite(path, folder / "cluster.yaml", folder / "out")
+@pytest.mark.parametrize("error", [RunError("sbatch", "SLURM to take the job", "QOSMax"), KeyboardInterrupt()])
+def test_all_of_a_suite_is_queued_or_nothing(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    (tmp_path / "cluster.yaml").write_text("partition: short\ntime_minutes: 20\n")
+    folders: list[Path] = []
+
+    def queue(where: Path, *_: object, **__: object) -> str:
+        if len(folders) == 2:
+            raise error
+        folders.append(where)
+        return f"1{len(folders)}"
+
+    said: list[tuple[str, ...]] = []
+    monkeypatch.setattr("launch.submit.queue", queue)
+    monkeypatch.setattr("launch.submit.check_slurm", lambda *_: None)
+    monkeypatch.setattr("launch.slurm.slurm", lambda *words, **_: said.append(words))
+    with pytest.raises(type(error)):
+        submit_suite(write_suite(tmp_path, tree), tmp_path / "cluster.yaml", tmp_path / "out")
+    assert said == [("scancel", "11", "12")]
+
+
+def test_each_job_has_a_folder_of_its_own(tmp_path: Path, tree: dict[str, Any]) -> None:
+    names = {"encoders": {"a": tree["encoders"]["first"], "a-b": tree["encoders"]["second"]}}
+    names["datasets"] = dict.fromkeys(("b-c", "c"), tree["datasets"]["colours"])
+    found = cells(tmp_path, {**tree, **names})
+    assert len({_job(tmp_path, cell) for cell in found}) == len(found)
