@@ -29,6 +29,7 @@ def rerun(
     from rich.console import Console
 
     from pretrain.evals.base import EvalReport
+    from pretrain.evals.finetune import RUN, is_finished
 
     before = EvalReport.load(result)
     out = out or result.with_name(f"{result.stem}.rerun.json")
@@ -45,6 +46,13 @@ def rerun(
             found=name or "none, as it was made during training",
             fix="Judge the checkpoint with `pretrain eval`.",
         )
+    if is_finished(trained := out.with_suffix("") / RUN):
+        raise InputError(
+            where=str(trained), expected="no fine-tuning that got to its end: it would be taken for the new answer",
+            found="one", fix="Remove it, or choose another file with --out.",
+        )  # fmt: skip
+    for path in (out, out.with_suffix(".safetensors")):  # or it could be read as what was found now
+        path.unlink(missing_ok=True)
     asked = {**before.arguments, "out": out, "cache": None}
     if status := command.main(words_of(command, asked), prog_name=f"pretrain eval {name}", standalone_mode=False):
         raise typer.Exit(status)

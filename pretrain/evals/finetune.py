@@ -10,7 +10,7 @@ from time import perf_counter
 import numpy as np
 from torch import nn
 
-from data_pipeline.errors import InputError, RunError
+from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.read import open_dataset
 from data_pipeline.views import ViewSpec
 from pretrain.checkpoint import complete_checkpoints, module_state, read_state
@@ -28,8 +28,10 @@ from pretrain.objectives.build import build_objective
 from pretrain.objectives.supervised import Supervised
 from pretrain.preflight import preflight
 from pretrain.recipe import Recipe
+from pretrain.recipe_io import load_recipe
 from pretrain.recipe_model import Model
-from pretrain.resolve import result_settings
+from pretrain.resolve import differences, result_settings
+from pretrain.state import Progress
 from pretrain.strict_yaml import read_yaml
 
 START, RUN = "start", "finetune-run"
@@ -85,6 +87,7 @@ class Finetune(Evaluator):
         run, start = self.out / RUN, self.out / START
         recipe = finetune_recipe(encoder, self.config, train=self.train, num_classes=self.task.num_classes, start=start)
         assert isinstance(recipe.model, Model)  # or there would be no recipe
+        _refuse_other(recipe, run)
         preflight(recipe, self.num_ranks, run)
         module, new, left = starting_encoder(encoder, recipe.model, recipe.seed)
         _keep_start(start, module, recipe)
@@ -137,6 +140,30 @@ class Finetune(Evaluator):
         return replace(report, encoder={**report.encoder, "finetuned": finetuned})
 
 
+def _refuse_other(recipe: Recipe, run: Path) -> None:
+    """Other than a run of pretraining, a fine-tuning may not even go on for longer: its learning rate has come down."""
+    if not (run / "recipe.yaml").is_file():
+        return
+    kept = load_recipe(run / "recipe.yaml")
+    problems = differences(recipe, kept)
+    if recipe.engine.precision != kept.engine.precision:  # of which the report tells, too
+        problems.append(f"engine.precision: {recipe.engine.precision} given, {kept.engine.precision} kept")
+    if problems:
+        raise RecipeError(f"{run} holds another fine-tuning", [*problems, "Choose another folder with --out."])
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a fine-tuning got to its end."""
+    progress = _progress(run)
+    return progress is not None and progress.step >= progress.total_steps
+
+
+def _progress(run: Path) -> Progress | None:
+    """None: it has no complete checkpoint."""
+    complete = complete_checkpoints(run / "checkpoints")
+    return read_state(complete[-1]).progress if complete else None
+
+
 def _keep_start(folder: Path, module: nn.Module, recipe: Recipe) -> None:
     """Written once; whoever goes on must have started from the same weights."""
     if not (folder / CONFIG).is_file():
@@ -152,16 +179,16 @@ def _keep_start(folder: Path, module: nn.Module, recipe: Recipe) -> None:
 
 def _classifier(recipe: Recipe, run: Path) -> nn.Module:
     """Of the last step, on the CPU: normalised images [B, 3, S, S] to logits [B, K]."""
-    complete = complete_checkpoints(run / "checkpoints")
-    progress = read_state(complete[-1]).progress if complete else None
-    if progress is None or progress.step < progress.total_steps:
+    if not is_finished(run):
+        progress = _progress(run)
         raise RunError(
             where=str(run), expected="a fine-tuning that got to its end", fix="Ask again: it goes on.",
             found=f"step {progress.step} of {progress.total_steps}" if progress else "no complete checkpoint",
         )  # fmt: skip
+    checkpoint = complete_checkpoints(run / "checkpoints")[-1]
     model = seeded(0, lambda: build_objective(recipe.model, recipe.objective))
     assert isinstance(model, Supervised)
-    load_strictly(model, module_state(complete[-1]), where=str(complete[-1]))
+    load_strictly(model, module_state(checkpoint), where=str(checkpoint))
     return nn.Sequential(model.encoder, model.head)
 
 

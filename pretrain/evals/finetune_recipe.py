@@ -176,7 +176,11 @@ def _said(encoder: Encoder) -> object:
     """What its source says of its architecture; whether that is so is found out by building it."""
     said = encoder.description
     if said.get("kind") in ("run", "checkpoint") and encoder.run is not None:
-        return load_recipe(encoder.run / "recipe.yaml").model
+        model = load_recipe(encoder.run / "recipe.yaml").model
+        other = isinstance(model, Model) and model.judged_size != encoder.image_size
+        # Asked for another size, it is both trained and judged at that.
+        size = {"image_size": encoder.image_size, "eval_size": None} if other else {}
+        return model.model_copy(update=size)
     if said.get("kind") == "encoder folder":
         _, config = load_encoder(Path(str(said["source"])))
         return _model(config.name, config.model_args, encoder.image_size) if config.library == "timm" else None
@@ -192,7 +196,7 @@ def _model(name: str, arguments: Mapping[str, Any], image_size: int) -> Model:
     patch = options.pop("patch_size", None)
     return Model(
         name=name.split(".")[0],  # without the tag of published weights
-        image_size=arguments.get("img_size", image_size),
+        image_size=image_size,
         patch_size=patch,
         options=as_tuples(options),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,6 +35,7 @@ from pretrain.recipe_model import Model
 from tests import runs
 from tests.evals.conftest import Folders, small_encoder
 from tests.evals.test_commands import evaluate
+from tests.launch.suites import make_run
 
 MODEL = Model(
     name="vit_tiny_patch16_224",
@@ -219,8 +221,30 @@ def test_the_last_step_is_tested_once(folders: Folders, tmp_path: Path, monkeypa
     other = saved(tmp_path / "other", seed=1)
     with pytest.raises(InputError, match="Choose another folder"):  # the same question of another encoder
         evaluate("finetune", str(other), *data, *SMALL)
-    with pytest.raises(RecipeError, match="holds another run"):
-        evaluate("finetune", str(source), *data, *SMALL, "--seed", "1")
+    for changed in (["--seed", "1"], ["--epochs", "2"], ["--precision", "bf16"]):
+        with pytest.raises(RecipeError, match="holds another fine-tuning"):
+            evaluate("finetune", str(source), *data, *SMALL, *changed)
+
+    shutil.copytree(out, tmp_path / "out.rerun")  # as a rerun leaves it
+    with pytest.raises(InputError, match="would be taken for the new answer"):
+        evaluate("rerun", str(out.with_suffix(".json")))
+
+
+@pytest.mark.parametrize("kind", ["run", "folder"])
+@pytest.mark.parametrize("model", [MODEL, Model(name="test_resnet", image_size=32, eval_size=48)], ids=lambda m: m.name)
+def test_it_is_trained_at_the_size_that_is_asked_for(kind: str, model: Model, tmp_path: Path) -> None:
+    path = saved(tmp_path / "run" / "encoder", model)
+    if kind == "run":
+        path = make_run(tmp_path / "run", 0)
+        recipe = load_recipe(path / "recipe.yaml").model_copy(update={"model": model})
+        (path / "recipe.yaml").write_text(dump(recipe))
+        saved(path / "encoder", model)
+        assert model_of(load_source(str(path))) == model
+    encoder = load_source(str(path), architecture=Architecture(str(path), 64))
+    found = model_of(encoder)
+    assert (found.image_size, found.judged_size) == (64, 64)
+    module, new, left = starting_encoder(encoder, found, seed=1)
+    assert (weights_sha256(module), new, left) == (encoder.weights_sha256(), (), ())
 
 
 def test_what_a_reader_should_know_is_noted(encoder: Encoder, folders: Folders, tmp_path: Path) -> None:
