@@ -22,7 +22,7 @@ from launch.job_folder import JobFolder
 from launch.slurm import job_fields, slurm
 from pretrain.demand import HUNG, STOPPED
 
-_GO_ON = {("data", "label")}  # commands that go on where they were stopped; others begin again
+_GO_ON = {("data", "label"), ("eval", "finetune")}  # commands that go on where they were stopped; others begin again
 _WORDS = {1: "the run failed", STOPPED: "asked to stop", HUNG: "no progress"}
 
 

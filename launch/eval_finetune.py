@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import tempfile
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data_pipeline.errors import InputError, RunError
+from data_pipeline.errors import InputError
 from launch.eval_options import EncoderOptions, How, Precision, Test, Train, Workers, check_out
 from launch.eval_run import keep
 from launch.option_groups import grouped
@@ -95,18 +97,20 @@ def ranks(num_ranks: int) -> Trainer:
 
     def train(recipe: Recipe, run: Path) -> None:
         from launch.local import launch
-        from pretrain.demand import STOPPED
+        from pretrain.demand import STOPPED, Asked, signals
         from pretrain.recipe_io import dump
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "recipe.yaml"
             path.write_text(dump(recipe), "utf-8")
-            status = launch([str(path), "--out", str(run)], num_ranks, threads=recipe.runtime.threads)
+            # Where SIGTERM asks the ranks to save, they are to have the time for it.
+            saving: dict[int, int] = {
+                signum: signal.SIGUSR2 for signum, asked in signals().items() if asked == Asked.STOP
+            }
+            arguments = [str(path), "--out", str(run)]
+            status = launch(arguments, num_ranks, threads=recipe.runtime.threads, passed_on=saving)
         if status == STOPPED:
-            raise RunError(
-                where=str(run), expected="to train to the end", fix="Give the same command again: it goes on.",
-                found="a signal that asked to stop; the state was saved",
-            )  # fmt: skip
+            print(f"{run}: asked to stop, and saved; the same command goes on", file=sys.stderr)
         if status:  # a rank has said why
             raise typer.Exit(status)
 

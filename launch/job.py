@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from launch.eval_jobs import EvalJobs, apart
 from launch.job_folder import JobFolder
 from launch.local import Place, free_port, launch
 from launch.slurm import fields_of, job_fields, kill_wait_seconds, slurm
-from pretrain.demand import LEAD_SECONDS, STOPPED
+from pretrain.demand import LEAD_SECONDS
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 
@@ -96,7 +96,7 @@ def run_node(run: Path, token: str) -> int:
         if meeting["done"]:
             status = 0
         elif words := submitted.get("words"):
-            status = _run_command(words)
+            status = _run_command(words, load_cluster(folder.cluster), meeting)
         else:
             return _run_share(folder, node, meeting)
     except PretrainError as error:
@@ -144,15 +144,27 @@ def stage_of(what: Mapping[str, str]) -> tuple[ChainFolder, Stage]:
     return chain, chain.stage(what["stage"])
 
 
-def _run_command(words: list[str]) -> int:
-    """`pretrain WORDS`. Asked to stop it does so at once: it goes on from what it finished, or begins again."""
-    status = launch(words, 1, module="launch.cli", passed_on={signal.SIGUSR2: signal.SIGTERM})
-    return STOPPED if status == 128 + signal.SIGTERM else status
+def _run_command(words: list[str], cluster: Cluster, meeting: dict[str, Any]) -> int:
+    """`pretrain WORDS`. Asked to stop, what trains in it saves first; all else ends at once: it goes on from what it
+    finished, or begins again.
+    """
+    place = Place(environment=_of_attempt(cluster, meeting))
+    return launch(words, 1, module="launch.cli", place=place, passed_on=PASSED_ON, seconds_left=_seconds_left())
+
+
+def _of_attempt(cluster: Cluster, meeting: dict[str, Any]) -> dict[str, str]:
+    """What ranks are told of the job that they are part of."""
+    return {"PRETRAIN_ATTEMPT": str(meeting["attempt"]), LEAD_SECONDS: str(cluster.signal_lead_seconds)}
+
+
+def _seconds_left() -> Callable[[int], float | None]:
+    """For `launch`."""
+    kill_wait = kill_wait_seconds() if "SLURM_JOB_ID" in os.environ else None  # asked before there is any hurry
+    return lambda signum: kill_wait / 2 if kill_wait and _is_time_limit(signum) else None
 
 
 def _run_ranks(run: Path, recipe: Recipe, cluster: Cluster, node: Node, meeting: dict[str, Any]) -> int:
     max_steps = JobFolder(run).submitted().get("max_steps")
-    kill_wait = kill_wait_seconds() if "SLURM_JOB_ID" in os.environ else None  # asked before there is any hurry
     arguments = [str(JobFolder(run).recipe), "--out", str(run)]
     arguments += ["--max-steps", str(max_steps)] if max_steps else []
     arguments += ["--evals-apart"] if apart(recipe, cluster) else []
@@ -164,10 +176,10 @@ def _run_ranks(run: Path, recipe: Recipe, cluster: Cluster, node: Node, meeting:
             first_rank=node.index * cluster.ranks_per_node,
             world_size=node.count * cluster.ranks_per_node,
             master=(meeting["address"], meeting["port"]),
-            environment={"PRETRAIN_ATTEMPT": str(meeting["attempt"]), LEAD_SECONDS: str(cluster.signal_lead_seconds)},
+            environment=_of_attempt(cluster, meeting),
         ),
         passed_on=PASSED_ON,
-        seconds_left=lambda signum: kill_wait / 2 if kill_wait and _is_time_limit(signum) else None,
+        seconds_left=_seconds_left(),
     )
 
 

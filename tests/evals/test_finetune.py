@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -158,20 +159,25 @@ def test_an_override_may_not_change_what_is_asked(
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize(("status", "error"), [(0, None), (STOPPED, RunError), (1, typer.Exit)])
+@pytest.mark.parametrize("in_a_job", [False, True])
+@pytest.mark.parametrize("status", [0, STOPPED, 1])
 def test_the_ranks_are_given_the_recipe(
-    encoder: Encoder, status: int, error: type[Exception] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoder: Encoder, status: int, in_a_job: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = finetune_recipe(encoder, FinetuneConfig(), train="t", num_classes=3, start=tmp_path)
     seen: list[object] = []
 
-    def launch(arguments: list[str], num_ranks: int, threads: int | None) -> int:
+    def launch(arguments: list[str], num_ranks: int, threads: int | None, passed_on: dict[int, int]) -> int:
+        assert (passed_on.get(signal.SIGTERM) == signal.SIGUSR2) == in_a_job, "a job's word to every process of it"
         seen.extend([load_recipe(arguments[0]), *arguments[1:], num_ranks])
         return status
 
     monkeypatch.setattr("launch.local.launch", launch)
-    with pytest.raises(error) if error else nullcontext():
+    if in_a_job:
+        monkeypatch.setenv("PRETRAIN_ATTEMPT", "0")
+    with pytest.raises(typer.Exit) if status else nullcontext() as error:
         eval_finetune.ranks(3)(recipe, tmp_path / "run")
+    assert error is None or error.value.exit_code == status, "what becomes of a job depends on it"
     assert seen == [recipe, "--out", str(tmp_path / "run"), 3]
 
 

@@ -68,6 +68,7 @@ def test_it_is_queued_again_as_long_as_it_gets_further_and_may(status: int) -> N
 )
 def test_a_command_that_goes_on_is_queued_again_where_it_was_asked_to_stop(status: int, event: str) -> None:
     assert then(status, command=["data", "label", "shards"], step=0, step_before=0) == event
+    assert then(STOPPED, command=["eval", "finetune", "--out"], step=0, step_before=0) == "requeue"
     assert then(STOPPED, command=["data", "label"], restart=3) == "stop"
     assert then(STOPPED, command=["data", "label"], cancelled=True) == "cancel"
     assert then(STOPPED, command=["eval", "knn"]) == "stop", "it would begin again, and come no further"

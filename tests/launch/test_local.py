@@ -47,6 +47,10 @@ elif what == "killed" and rank == 1:
 elif what == "place":
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OWN".split()
     (folder / f"{rank}.json").write_text(json.dumps({n: os.environ[n] for n in names}))
+elif what == "nested":
+    from launch.local import launch
+
+    sys.exit(launch(["asked", str(folder)], 2, module="part", grace_seconds=1.0))
 elif what == "asked":
     slow = 2 * (rank % 2)
     signal.signal(signal.SIGUSR2, lambda *_: (time.sleep(slow), (folder / f"saved{rank}").touch(), os._exit(75)))
@@ -151,6 +155,20 @@ def test_ranks_that_are_asked_to_stop_are_waited_for(
     launcher.send_signal(signum)
     assert launcher.wait(timeout=30) == 75
     assert all((tmp_path / f"saved{rank}").exists() for rank in (first, first + 1))
+    assert all_gone(ranks)
+
+
+def test_ranks_of_a_command_in_a_job_save_too(tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "job.py").write_text(
+        "import sys, launch.job as job; from launch.cluster import Cluster; from launch.local import launch\n"
+        "job.launch = lambda words, n, **more: launch(words, n, **{**more, 'module': 'part', 'grace_seconds': 1.0})\n"
+        "sys.exit(job._run_command(sys.argv[2:], Cluster(time_minutes=20), {'attempt': 0}))\n"
+    )
+    launcher = start("nested", tmp_path, environment, program="import job")
+    ranks = family(tmp_path, (0, 1))
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=30) == STOPPED
+    assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
     assert all_gone(ranks)
 
 
