@@ -238,7 +238,7 @@ def batches_of(
     dataset: Dataset,
     spec: BatchSpec,
     views: ViewSpec,
-    pieces: Sequence[range],
+    pieces: Sequence[Sequence[int]],
     *,
     num_workers: int = 0,
     max_pixels: int,
@@ -255,7 +255,7 @@ class _Pieces:
     """Number of a piece -> the batch of its samples."""
 
     assembler: Assembler
-    pieces: Sequence[range]
+    pieces: Sequence[Sequence[int]]
 
     def __getitem__(self, number: int) -> Batch:
         indices = self.pieces[number]

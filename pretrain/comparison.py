@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,16 +107,16 @@ def compare_results(paths: Sequence[Path], baseline: str | None = None) -> Compa
 
 
 def difference(a: EvalReport, b: EvalReport) -> Difference:
-    """a - b: over the seeds' paired differences (t interval) where both have the same number of them, else paired
-    sample by sample (`compare`).
+    """a - b: over the seeds' paired differences (t interval) where both have the same ones, else paired sample by
+    sample (`compare`).
 
     Raises:
         InputError: they are not of the same test samples.
     """
-    n = len(a.by_seed)
-    if n != len(b.by_seed) or n < 2:
+    paired, n = compare(a, b), len(a.by_seed)
+    if n != len(b.by_seed) or n < 2 or a.protocol.get("seeds") != b.protocol.get("seeds"):
         seeds = " of the first seeds" if a.by_seed or b.by_seed else ""
-        return Difference(compare(a, b), f"{a.n:,} test samples{seeds}")
+        return Difference(paired, f"{a.n:,} test samples{seeds}")
     pairs = np.subtract(a.by_seed, b.by_seed)
     mean = float(pairs.mean())
     half = float(student.ppf(0.975, n - 1)) * float(pairs.std(ddof=1)) / math.sqrt(n)
@@ -250,20 +250,39 @@ def _protocol(report: EvalReport, reports: Iterable[EvalReport]) -> str:
     return ", ".join(f"{key} {json.dumps(value)}" for key, value in own.items())
 
 
-def _unlike(results: Iterable[Result], columns: Sequence[Column]) -> list[str]:
-    """What should be the same down a column and is not."""
+def _unlike(results: Collection[Result], columns: Sequence[Column]) -> list[str]:
+    """What should be the same down a column, or of one encoder, and is not."""
     told = []
     for column in columns:
         reports = [result.report for result in results if result.column == column]
         for what, values in (
             ("metrics", {r.metric for r in reports}),
+            ("protocols", {_protocol(r, reports) for r in reports}),
+            ("training sets", {_fingerprint(r, "train") for r in reports}),
+            ("test sets", {_fingerprint(r, "test") for r in reports}),
             ("numbers of test samples", {f"{r.n:,}" for r in reports}),
             ("versions of torch", {r.versions.get("torch", "unknown") for r in reports}),
             ("devices", {_device(r) for r in reports}),
         ):
             if len(values) > 1:
-                told.append(f"results by {' '.join(column)} have several {what}: {', '.join(sorted(values))}")
+                told.append(f"results by {' '.join(column)} have several {what}: {'; '.join(sorted(values))}")
+    weights: dict[tuple[str, ...], set[str]] = {}
+    for result in results:
+        weights.setdefault((result.encoder, *_part(result.report)), set()).add(result.report.weights_sha256[:12])
+    for (name, *_), values in weights.items():
+        if len(values) > 1:
+            told.append(f"results of {name} are of several weights: {'; '.join(sorted(values))}")
     return told
+
+
+def _part(report: EvalReport) -> tuple[str, str]:
+    """What of an encoder was judged: one tower or both, for images of which size."""
+    return "towers" if "towers" in report.arguments else "encoder", str(report.arguments.get("image_size"))
+
+
+def _fingerprint(report: EvalReport, which: str) -> str:
+    data = report.data.get(which)
+    return str(data.get("fingerprint", "unknown"))[:12] if isinstance(data, Mapping) else "none"
 
 
 def _device(report: EvalReport) -> str:

@@ -15,6 +15,7 @@ from pretrain.report_figures import INK, Picture, drawn, in_ink
 COLORS = ("#3b82c4", "#e08214", "#2e9e5b", "#c94f7c", "#8a6fd1", "#a3872a", "#2aa3a3", "#d2543f", "#7a8b99", "#b07aa1")
 MARKERS = "osD^vPX<>*"
 MAX_CLASSES, MAX_WRITTEN, MAX_NAMED, MAX_COLORED = 20, 12, 40, 10
+MAX_PAIRED = 1000  # classes of a matrix: with more, it would take gigabytes, and a pixel would stand for several
 
 
 def class_accuracy(outcomes: Outcomes, num_classes: int) -> NDArray[np.float64]:

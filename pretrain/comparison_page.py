@@ -18,7 +18,7 @@ from pretrain.comparison import (
     table_markdown,
     value_text,
 )
-from pretrain.comparison_figures import draw_class_accuracy, draw_confusion
+from pretrain.comparison_figures import MAX_PAIRED, draw_class_accuracy, draw_confusion
 from pretrain.comparison_looks import Load, Looks, look
 from pretrain.evals.base import EvalReport
 from pretrain.page import render
@@ -48,6 +48,7 @@ def page_of(comparison: Comparison, load: Load) -> dict[str, Any]:
         "comparison": comparison,
         "warnings": [*comparison.warnings, *_notes(comparison)],
         "values": _rows(comparison),
+        "spread": any(result.report.spread is not None for result in comparison.results.values()),
         "differences": _differences(comparison),
         "columns": shown,
         "looks": _looks(comparison, load),
@@ -98,17 +99,26 @@ def _of_column(comparison: Comparison, column: Column) -> dict[str, Any]:
     results = {r.encoder: r.report for r in _in_order(comparison) if r.column == column}
     reports = list(results.values())
     name = " ".join(column)
-    head = {"name": name, "metric": reports[0].metric, "n": reports[0].n, "matrices": [], "by_class": None}
+    head = {
+        "name": name,
+        "metric": reports[0].metric,
+        "n": reports[0].n,
+        "matrices": [],
+        "by_class": None,
+        "unpaired": "",
+    }
     if any(not isinstance(r.data.get("num_classes"), int) for r in reports):
         return {**head, "skipped": f"{name}: nothing by class, as its outcomes are not classes"}
     if any(r.data.get("classes") != reports[0].data.get("classes") for r in reports):
         return {**head, "skipped": f"{name}: nothing by class, as the classes are not the same in all results"}
     classes = _classes(reports)
+    many = len(classes) > MAX_PAIRED
     return {
         **head,
         "skipped": "",
         "by_class": draw_class_accuracy(name, {e: r.outcomes for e, r in results.items()}, classes),
-        "matrices": [draw_confusion(e, r.outcomes, classes) for e, r in results.items()],
+        "matrices": [] if many else [draw_confusion(e, r.outcomes, classes) for e, r in results.items()],
+        "unpaired": f"{name}: not shown, as it has more than {MAX_PAIRED:,} classes" if many else "",
     }
 
 

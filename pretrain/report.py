@@ -19,13 +19,14 @@ from pretrain.evals.base import EvalReport, Interval, compare
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources import load_source
 from pretrain.goodput import read_goodput
+from pretrain.looks import neighbours
 from pretrain.models.encoders import load_strictly
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.masked import Painter, find_painter
 from pretrain.page import render as page_of
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
-from pretrain.report_figures import Neighbours, Picture, Series, curve, neighbours, reconstructions
+from pretrain.report_figures import Neighbours, Picture, Series, curve, reconstructions
 
 FILE_NAME = "report.html"
 TEMPLATE = "report.html.j2"

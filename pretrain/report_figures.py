@@ -15,22 +15,16 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
-from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.progress import track
 from data_pipeline.read import Dataset
 from data_pipeline.views import ViewSpec
 from pretrain.augment import normalize
-from pretrain.evals.encoder import Encoder
-from pretrain.evals.neighbours import nearest
 from pretrain.objectives.masked import Painter
 from pretrain.recipe import Recipe
 
 # Legible on white and on black alike, since an image does not know on which of them it is shown.
 INK, _COLORS = "#808080", ("#3b82c4", "#e08214")
-_BATCH_SIZE = 250
 
 Series = tuple[str, Sequence[float], Sequence[float]]  # name, steps, values
 
@@ -118,72 +112,6 @@ def reconstructions(painter: Painter, dataset: Dataset, recipe: Recipe, num_imag
         for images in (shown.original, shown.masked, shown.filled)
     ]
     return [list(row) for row in zip(*columns, strict=True)]
-
-
-def neighbours(
-    encoders: dict[str, Encoder],
-    bank: Dataset,
-    queries: Dataset,
-    *,
-    num_queries: int,
-    bank_size: int,
-    k: int,
-    max_pixels: int,
-) -> list[Neighbours]:
-    """The k images of `bank` nearest to queries, by the cosine of their features.
-
-    Args:
-        encoders: by name, each on its device.
-        bank, queries: data sets, with labels or without.
-        num_queries: taken from the first queries, at equal distances.
-        bank_size: the first images only.
-    """
-    chosen = np.linspace(0, min(queries.num_samples, 10 * num_queries) - 1, num_queries).round().astype(int)
-    found: list[dict[str, list[Picture]]] = [{} for _ in chosen]
-    asked: list[Picture] = []
-    for name, encoder in encoders.items():
-        pool = _look(encoder, bank, bank_size, max_pixels, f"neighbours: {name}")
-        ask = _look(encoder, queries, int(chosen[-1]) + 1, max_pixels, f"queries: {name}").take(chosen)
-        _, columns = nearest(F.normalize(ask.features, dim=1) @ F.normalize(pool.features, dim=1).T, k)
-        asked = [picture(image, class_name(queries, y)) for image, y in zip(ask.images, ask.labels, strict=True)]
-        for row, label, near in zip(found, ask.labels, columns, strict=True):
-            row[name] = [
-                picture(pool.images[j], class_name(bank, pool.labels[j]), same_class(label, pool.labels[j]))
-                for j in near.tolist()
-            ]
-    return [Neighbours(query, row) for query, row in zip(asked, found, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Looked:
-    """N images as an encoder sees them: uint8 [N, H, W, 3], labels [N] (-1: none), features [N, D]."""
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    features: Tensor
-
-    def take(self, rows: NDArray[np.int64]) -> _Looked:
-        return _Looked(self.images[rows], self.labels[rows], self.features[rows])
-
-
-def _look(encoder: Encoder, dataset: Dataset, limit: int, max_pixels: int, label: str) -> _Looked:
-    labelled = dataset.label_counts is not None and bool(dataset.label_counts.any())
-    spec = BatchSpec(
-        encoder.image_size,
-        num_classes=len(dataset.label_counts) if labelled and dataset.label_counts is not None else None,
-    )
-    batches: Iterator[Batch] = evaluation_batches(
-        dataset, spec, encoder.views, batch_size=_BATCH_SIZE, max_pixels=max_pixels, limit=limit
-    )
-    images, labels, features = [], [], []
-    encoder.module.eval()
-    with torch.inference_mode():
-        for batch in track(batches, label=label, total=-(-min(limit, dataset.num_samples) // _BATCH_SIZE)):
-            images.append(batch.views[0].permute(0, 2, 3, 1).numpy())
-            labels.append(batch.labels if batch.labels is not None else torch.full((len(batch),), -1))
-            views = normalize(batch.to(encoder.device), encoder.mean, encoder.std).views
-            features.append(encoder.module(views[0]).float().cpu())
-    return _Looked(np.concatenate(images), torch.cat(labels).numpy(), torch.cat(features))
 
 
 def class_name(dataset: Dataset, label: int) -> str:

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import InputError
+from data_pipeline.read import open_dataset
 from launch.report_command import load_judged, report
 from launch.suite_run import run_suite
 from pretrain.comparison import compare_results, difference, table_csv, table_markdown
@@ -31,6 +33,7 @@ from pretrain.comparison_looks import look
 from pretrain.comparison_page import page_of, write_comparison
 from pretrain.evals.base import EvalReport, Outcomes, compare
 from pretrain.evals.suite import KEPT
+from pretrain.looks import look_at
 from tests.launch.suites import in_this_process, make_run, tree_of, write_suite
 
 
@@ -63,6 +66,16 @@ def test_with_several_seeds_the_interval_is_of_their_paired_differences(suite: P
     assert found.over == "3 seeds"
     assert found.interval.difference == pytest.approx(3.0)
     assert (found.interval.low, found.interval.high) == pytest.approx((3 - half, 3 + half), rel=1e-6)
+
+
+def test_seeds_are_paired_where_they_are_the_same_and_of_the_same_samples(suite: Path) -> None:
+    a, b = (replace(load(suite, name), by_seed=[50.0, 52.0]) for name in ("first", "second"))
+    ours, theirs = (replace(r, protocol={**r.protocol, "seeds": s}) for r, s in ((a, [0, 1]), (b, [2, 3])))
+    assert difference(ours, theirs).interval == compare(a, b)
+    assert "seeds" in difference(ours, theirs).over
+    fewer = Outcomes(b.outcomes.keys[1:], b.outcomes.labels[1:], b.outcomes.predicted[1:])
+    with pytest.raises(InputError, match="the same test samples"):
+        difference(a, replace(b, outcomes=fewer))
 
 
 @pytest.mark.parametrize(
@@ -135,8 +148,27 @@ def test_other_test_samples_cannot_be_compared_and_other_versions_are_told(suite
     told = " ".join(comparison.warnings)
     assert "second and first by" in told
     assert "cannot be compared" in told
-    assert "several versions of torch: 0.1, " in told
-    assert "several numbers of test samples: 23, 24" in told
+    assert "several versions of torch: 0.1; " in told
+    assert "several numbers of test samples: 23; 24" in told
+
+
+def test_answers_to_other_questions_are_told(suite: Path, tmp_path: Path) -> None:
+    shutil.copytree(suite, tmp_path / "out")
+    path = tmp_path / "out" / "second" / "colours" / "knn.json"
+    own = load(suite, "second")
+    replace(
+        own,
+        arguments={**own.arguments, "limit_train": 10},
+        data={**own.data, "train": {**own.data["train"], "fingerprint": "another"}},  # type: ignore[dict-item]
+        weights_sha256="f" * 64,
+    ).save(path)
+    told = " ".join(compare_results([tmp_path / "out"]).warnings)
+    assert "results by colours knn have several protocols: limit_train 10; limit_train null" in told
+    assert "several training sets" in told
+    assert "several test sets" not in told
+    assert f"results of second are of several weights: {own.weights_sha256[:12]}; ffffffffffff" in told or (
+        f"results of second are of several weights: ffffffffffff; {own.weights_sha256[:12]}" in told
+    )
 
 
 def test_reports_alone_are_named_by_what_they_are_of(suite: Path, tmp_path: Path) -> None:
@@ -223,6 +255,17 @@ def test_images_are_taken_from_all_over_a_set_that_is_sorted_by_class(
     assert {near.caption for item in shown for near in item.found["first"]} == {"class0", "class1", "class2"}
 
 
+def test_sizes_that_do_not_divide_leave_no_end_out(suite: Path) -> None:
+    own = load(suite, "first")
+    test = open_dataset(str(own.arguments["test"]))
+    encoder = load_judged(own)
+    for count in (1, 13, 23, 24, 100):
+        keys = look_at(encoder, test, count, max_pixels=10**6, label="").features.keys
+        chosen = [i for i in range(24) if test.read(i).key in keys]
+        assert len(chosen) == len(keys) == min(count, 24)
+        assert max(np.diff([*chosen, 24])) <= -(-24 // count), "no longer gap than there must be"
+
+
 def test_what_cannot_be_shown_is_told_with_its_reason(suite: Path, tmp_path: Path) -> None:
     own = load(suite, "first")
     others = make_run(tmp_path / "first", 9)
@@ -248,6 +291,7 @@ def test_the_page_says_how_each_number_came_about(suite: Path, tmp_path: Path) -
             assert own.weights_sha256 in text
             assert f"{own.value:.2f}" in text
     assert text.count("eval linear: encoder ") == 3
+    assert "±" not in text, "no result has a spread"
     assert not re.search(r"""(?:src|href)=(?!["']data:)""", text), "nothing from outside"
     assert {p.name for p in path.parent.iterdir()} == {"report.html", "table.md", "table.csv"}
 
@@ -259,6 +303,13 @@ def test_outcomes_that_are_no_classes_have_no_figures_by_class(suite: Path, tmp_
     (column,) = page_of(comparison, load_judged)["columns"]
     assert column["by_class"] is None
     assert "nothing by class" in column["skipped"]
+
+
+def test_of_too_many_classes_there_is_no_matrix(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.comparison_page.MAX_PAIRED", 2)
+    column, *_ = page_of(compare_results([suite]), load_judged)["columns"]
+    assert column["matrices"] == []
+    assert "more than 2 classes" in column["unpaired"]
 
 
 def test_the_command_writes_into_the_suites_folder_or_where_it_is_told(suite: Path, tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""Some images of a data set as an encoder sees them, and which of them are nearest to others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_pipeline.batch import BatchSpec
+from data_pipeline.loader import batches_of
+from data_pipeline.progress import track
+from data_pipeline.read import Dataset
+from pretrain.augment import normalize
+from pretrain.evals.encoder import Encoder
+from pretrain.evals.features import Features, full_precision, untouched
+from pretrain.evals.neighbours import search
+from pretrain.report_figures import Neighbours, Picture, class_name, picture, same_class
+
+_BATCH_SIZE, _THUMBNAIL = 100, 64
+
+
+@dataclass(frozen=True)
+class Looked:
+    """N images: thumbnails uint8 [H, W, 3], and their features."""
+
+    images: list[NDArray[np.uint8]]
+    features: Features
+
+
+def look_at(encoder: Encoder, dataset: Dataset, num_images: int, *, max_pixels: int, label: str) -> Looked:
+    """Images from all over the data set's order, since that may be by class.
+
+    Args:
+        num_images: all of them where there are fewer.
+        label: of the progress line.
+    """
+    count = min(num_images, dataset.num_samples)
+    chosen = [i * dataset.num_samples // count for i in range(count)]
+    pieces = [chosen[start : start + _BATCH_SIZE] for start in range(0, count, _BATCH_SIZE)]
+    spec = BatchSpec(encoder.image_size, num_classes=num_classes(dataset) or None)
+    batches = batches_of(dataset, spec, encoder.views, pieces, max_pixels=max_pixels)
+    images: list[NDArray[np.uint8]] = []
+    values, labels = [], []
+    keys: list[str] = []
+    with untouched(encoder.module), full_precision():
+        for batch in track(batches, label=label, total=len(pieces)):
+            images += [_thumbnail(pixels) for pixels in batch.views[0].permute(0, 2, 3, 1).numpy()]
+            views = normalize(batch.to(encoder.device), encoder.mean, encoder.std).views
+            values.append(encoder.module(views[0]).float().cpu())
+            labels.append(batch.labels if batch.labels is not None else torch.full((len(batch),), -1))
+            keys += batch.keys
+    return Looked(images, Features(torch.cat(values), torch.cat(labels), tuple(keys)))
+
+
+def nearest_pictures(seen: Looked, queries: Sequence[int], pool: Looked, bank: Dataset, k: int) -> list[list[Picture]]:
+    """For each query, a row of `seen`, the k of `pool`, images of `bank`, that are nearest by cosine, nearest first."""
+    _, columns = search(pool.features.values, seen.features.values[queries], min(k, len(pool.images)))
+    labels, known = seen.features.labels[queries].tolist(), pool.features.labels.tolist()
+    return [
+        [picture(pool.images[j], class_name(bank, known[j]), same_class(label, known[j])) for j in near.tolist()]
+        for label, near in zip(labels, columns, strict=True)
+    ]
+
+
+def shown(seen: Looked, queries: Sequence[int], dataset: Dataset) -> list[Picture]:
+    labels = seen.features.labels.tolist()
+    return [picture(seen.images[i], class_name(dataset, labels[i])) for i in queries]
+
+
+def neighbours(
+    encoders: Mapping[str, Encoder],
+    bank: Dataset,
+    queries: Dataset,
+    *,
+    num_queries: int,
+    bank_size: int,
+    k: int,
+    max_pixels: int,
+) -> list[Neighbours]:
+    """The k images of `bank` nearest to queries, by the cosine of their features.
+
+    Args:
+        encoders: by name, each on its device.
+        bank, queries: data sets, with labels or without; of each so many, from all over it.
+    """
+    rows: list[dict[str, list[Picture]]] = []
+    asked: list[Picture] = []
+    for name, encoder in encoders.items():
+        pool = look_at(encoder, bank, bank_size, max_pixels=max_pixels, label=f"neighbours: {name}")
+        seen = look_at(encoder, queries, num_queries, max_pixels=max_pixels, label=f"queries: {name}")
+        every = range(len(seen.images))
+        asked, rows = shown(seen, every, queries), rows or [{} for _ in every]
+        for row, near in zip(rows, nearest_pictures(seen, every, pool, bank, k), strict=True):
+            row[name] = near
+    return [Neighbours(query, row) for query, row in zip(asked, rows, strict=True)]
+
+
+def num_classes(dataset: Dataset) -> int:
+    """0: it has no labels."""
+    return 0 if dataset.label_counts is None or not dataset.label_counts.any() else len(dataset.label_counts)
+
+
+def _thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return np.asarray(image)
