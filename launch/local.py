@@ -174,10 +174,15 @@ def free_port() -> int:
     return port
 
 
+def threads_of(num_processes: int) -> int:
+    """Of each of so many that share the cores of this machine."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // num_processes)
+
+
 def _environment(num_ranks: int, threads: int | None, place: Place) -> dict[str, str]:
     address, port = place.master or ("127.0.0.1", free_port())
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    default_threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
+    default_threads = os.environ.get("OMP_NUM_THREADS", str(threads_of(num_ranks)))
     return {
         **os.environ,
         "WORLD_SIZE": str(place.world_size or num_ranks),

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError
+from launch.local import threads_of
 from launch.suite import Cell, Questions, cells_of
 from pretrain.evals.suite import KEPT, Suite, dump_suite, load_suite
 
@@ -43,8 +46,10 @@ def run_suite(
         run: how a cell is run; None: in a process of its own.
 
     Raises:
-        InputError: of whatever is wrong with the suite or its data; nothing was started.
+        InputError: of whatever is wrong with the suite or its data, or a job is to answer it; nothing was started.
     """
+    from launch.submit import refuse_running
+
     suite, out, cells, questions = _opened(path, out)
     left = [cell for cell in cells if not questions.answered(cell)]
     print(f"{suite.name}: {len(cells) - len(left)} of {len(cells)} results are there: {out}", flush=True)
@@ -52,9 +57,12 @@ def run_suite(
         for cell in left:
             print(f"pretrain {shlex.join(cell.words)}")
         return 0
+    if shutil.which("scontrol"):
+        for cell in left:
+            refuse_running(_job(out, cell))
     _begin(suite, out, left, questions)
-    given = cuda_devices() if devices is None and left else list(devices or ())
-    failed = _run_all(left, given or [None], questions, run or _in_a_process)
+    given: list[str | None] = [*(cuda_devices() if devices is None and left else devices or ())] or [None]
+    failed = _run_all(left, given, questions, run or partial(_in_a_process, num_processes=len(given)))
     _say_results(cells, failed)
     print(f"compare them: pretrain report {shlex.quote(str(out))}")
     return 1 if failed else 0
@@ -180,10 +188,11 @@ def _run_all(left: list[Cell], devices: Sequence[str | None], questions: Questio
     return failed
 
 
-def _in_a_process(cell: Cell, device: str | None, say: Say) -> int:
-    """`pretrain WORDS`, which ends with this process, heard line by line."""
+def _in_a_process(cell: Cell, device: str | None, say: Say, *, num_processes: int = 1) -> int:
+    """`pretrain WORDS`, which ends with this process, heard line by line; one of so many that share the cores."""
     command = [sys.executable, "-u", "-m", "launch.rank", str(os.getpid()), "launch.cli", *cell.words]
-    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})}
+    threads = {"OMP_NUM_THREADS": str(threads_of(num_processes))}
+    environment = {**threads, **os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:

@@ -19,7 +19,7 @@ from launch.suite import Cell, Questions, cells_of, digest
 from launch.suite_run import _in_a_process, _job, cuda_devices, run_suite, submit_suite
 from pretrain.evals.base import EvalReport
 from pretrain.evals.suite import load_suite
-from tests.launch.run_folders import Commands
+from tests.launch.run_folders import Commands, submit
 from tests.launch.suites import in_this_process, make_run, tree_of, write_suite
 from tests.shards import write_images
 
@@ -390,14 +390,17 @@ def test_devices_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyP
 def test_a_process_of_its_own_gets_its_device_and_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "__init__.py").touch()
-    rank = "import os, signal, sys\nprint(os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[2:], flush=True)\n"
+    said = "os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'], sys.argv[2:]"
+    rank = f"import os, signal, sys\nprint({said}, flush=True)\n"
     (tmp_path / "launch" / "rank.py").write_text(rank + "os.kill(os.getpid(), signal.SIGKILL)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     heard: list[str] = []
     cell = Cell("a", "b", "c", ("eval", "knn"), "encoder", {}, tmp_path, tmp_path)
-    assert _in_a_process(cell, "3", heard.append) == 137
-    assert heard == ["3 ['launch.cli', 'eval', 'knn']"]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert _in_a_process(cell, "3", heard.append, num_processes=4) == 137
+    assert heard == ["3 2 ['launch.cli', 'eval', 'knn']"]
 
 
 def test_a_run_is_no_place_for_a_suite(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -441,6 +444,15 @@ def test_a_job_is_queued_for_each_result_that_is_missing(
     assert ("--out", str(folder / "out" / "own" / "colours" / "linear.json")) in set(pairwise(job["words"]))
     asked = json.loads((folder / "out" / "suite" / "asked" / "own" / "colours" / "linear.json").read_text())
     assert asked["arguments"]["min_steps"] == 20
+
+
+def test_what_a_job_is_to_answer_is_not_run_beside_it(tmp_path: Path, tree: dict[str, Any], commands: Commands) -> None:
+    path, (cell, *_) = write_suite(tmp_path, tree), cells(tmp_path, tree)
+    submit(_job(tmp_path / "out", cell), "17")
+    commands.says("scontrol", "JobId=17 JobState=PENDING", when="show*17")
+    with pytest.raises(InputError, match="job 17, pending"):
+        run_suite(path, tmp_path / "out", devices=[], run=refused)
+    assert not cell.asked.exists()
 
 
 @pytest.mark.parametrize("error", [RunError("sbatch", "SLURM to take the job", "QOSMax"), KeyboardInterrupt()])
