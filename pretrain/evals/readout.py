@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from data_pipeline.errors import InputError
 
 Pooling = Literal["own", "cls", "mean", "both"]
+
+# Of timm: a last activation stands between NormFreeNet's last map and its pooling; the others' maps come unnormalised.
+WITHOUT_MEAN = ("NormFreeNet", "Hiera", "HieraDet")
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,14 @@ class Reader(nn.Module):
     def __init__(self, module: nn.Module, readouts: Sequence[Readout]) -> None:
         super().__init__()
         self.module, self.readouts = module, tuple(readouts)
+        # open_clip wraps encoders of timm: their blocks are those that are meant.
+        self._trunk = getattr(module, "trunk", module)
         self._blocks = max((r.blocks for r in self.readouts if r.pooling != "own"), default=0)
         for readout in self.readouts:
-            _check(module, readout)
+            _check(self._trunk, readout)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        maps = _last_blocks(self.module, images, self._blocks) if self._blocks else []
+        maps = _last_blocks(self._trunk, images, self._blocks) if self._blocks else []
         return tuple(self.module(images) if r == OWN else self._pooled(maps, r) for r in self.readouts)
 
     def _pooled(self, maps: Sequence[tuple[Tensor | None, Tensor]], readout: Readout) -> Tensor:
@@ -66,25 +72,35 @@ class Reader(nn.Module):
                 found.append(prefix[:, 0])
             if readout.pooling in ("mean", "both"):
                 found.append(patches.mean(dim=1))
-        # Of a ViT that pools before its last norm, that norm is still to come; the identity in every other.
-        last = getattr(self.module, "fc_norm", None)
-        return torch.cat([last(value) if isinstance(last, nn.Module) else value for value in found], dim=1)
+        # What pools before its last norm has that still to come: a ViT for every block, a head of stages for the last.
+        of_all, of_last = getattr(self._trunk, "fc_norm", None), _norm_of_head(self._trunk)
+        if isinstance(of_all, nn.Module):
+            found = [of_all(value) for value in found]
+        if of_last is not None:
+            found[-1] = of_last(found[-1][:, :, None, None]).flatten(1)
+        return torch.cat(found, dim=1)
 
 
-def _last_blocks(module: Any, images: Tensor, blocks: int) -> list[tuple[Tensor | None, Tensor]]:
-    """Of each of the last blocks its prefix tokens [B, P, D], where it has any, and its patches [B, N, D]."""
-    if _is_open_clip(module):
-        found = module.forward_intermediates(
+def _norm_of_head(trunk: nn.Module) -> nn.Module | None:
+    """Of a pooled map [B, D, 1, 1], as ConvNeXt's head has one."""
+    norm = getattr(getattr(trunk, "head", None), "norm", None)
+    return norm if isinstance(norm, nn.Module) else None
+
+
+def _last_blocks(trunk: Any, images: Tensor, blocks: int) -> list[tuple[Tensor | None, Tensor]]:
+    """Of each of the last blocks its prefix tokens [B, P, D], where it shows any, and its patches [B, N, D]."""
+    if _is_open_clip(trunk):
+        found = trunk.forward_intermediates(
             images, indices=blocks, normalize_intermediates=True, intermediates_only=True, output_extra_tokens=True
         )
         prefixes = found.get("image_intermediates_prefix", [None] * blocks)
         return [(prefix, _flat(m)) for prefix, m in zip(prefixes, found["image_intermediates"], strict=True)]
-    if _has_class_token(module):
-        pairs = module.forward_intermediates(
+    if _shows_class_token(trunk):
+        pairs = trunk.forward_intermediates(
             images, indices=blocks, norm=True, return_prefix_tokens=True, intermediates_only=True
         )
         return [(prefix, _flat(patches)) for patches, prefix in pairs]
-    maps = module.forward_intermediates(images, indices=blocks, norm=True, intermediates_only=True)
+    maps = trunk.forward_intermediates(images, indices=blocks, norm=True, intermediates_only=True)
     return [(None, _flat(m)) for m in maps]
 
 
@@ -97,21 +113,28 @@ def _is_open_clip(module: nn.Module) -> bool:
     return type(module).__module__.startswith("open_clip")
 
 
-def _has_class_token(module: Any) -> bool:
-    if _is_open_clip(module):
-        return hasattr(module, "class_embedding")
-    return bool(getattr(module, "num_prefix_tokens", 0)) and getattr(module, "cls_token", None) is not None
+def _shows_class_token(trunk: Any) -> bool:
+    if _is_open_clip(trunk):
+        return hasattr(trunk, "class_embedding")
+    has = bool(getattr(trunk, "num_prefix_tokens", 0)) and getattr(trunk, "cls_token", None) is not None
+    return has and "return_prefix_tokens" in inspect.signature(trunk.forward_intermediates).parameters
 
 
-def _num_blocks(module: Any) -> int:
-    if _is_open_clip(module):
-        return len(module.transformer.resblocks) if hasattr(module, "transformer") else 1
-    if hasattr(module, "num_prefix_tokens"):
-        return len(module.blocks)
-    return len(module.feature_info)
+def _pools_last_map(trunk: Any) -> bool:
+    """Whether the encoder's own head sees the mean of its last map but for a norm, with no layer in between."""
+    if _is_open_clip(trunk):
+        return True
+    fits = trunk.head_hidden_size == trunk.feature_info[-1]["num_chs"]
+    return fits and type(trunk).__name__ not in WITHOUT_MEAN
 
 
-def _check(module: nn.Module, readout: Readout) -> None:
+def _num_blocks(trunk: Any) -> int:
+    if _is_open_clip(trunk):
+        return len(trunk.transformer.resblocks) if hasattr(trunk, "transformer") else 1
+    return len(trunk.feature_info)
+
+
+def _check(trunk: nn.Module, readout: Readout) -> None:
     if readout.pooling == "own":
         if readout.blocks != 1:
             raise InputError(
@@ -119,17 +142,23 @@ def _check(module: nn.Module, readout: Readout) -> None:
                 fix="Add --pooling cls, mean or both.",
             )  # fmt: skip
         return
-    if not hasattr(module, "forward_intermediates"):
+    if not hasattr(trunk, "forward_intermediates"):
         raise InputError(
             where="--pooling",
-            expected=f"own, as {type(module).__name__} does not show its blocks",
+            expected=f"own, as {type(trunk).__name__} does not show its blocks",
             found=readout.pooling,
         )
-    if readout.pooling in ("cls", "both") and not _has_class_token(module):
+    if readout.pooling in ("cls", "both") and not _shows_class_token(trunk):
         raise InputError(
             where="--pooling",
-            expected=f"own or mean, as {type(module).__name__} has no class token",
+            expected=f"own or mean, as {type(trunk).__name__} shows no class token of its blocks",
             found=readout.pooling,
         )
-    if not 1 <= readout.blocks <= (count := _num_blocks(module)):
+    if readout.pooling == "mean" and not _pools_last_map(trunk):
+        raise InputError(
+            where="--pooling",
+            expected=f"own, as {type(trunk).__name__} makes more of its last map than a normalised mean",
+            found=readout.pooling,
+        )
+    if not 1 <= readout.blocks <= (count := _num_blocks(trunk)):
         raise InputError(where="--blocks", expected=f"between 1 and the encoder's {count}", found=str(readout.blocks))

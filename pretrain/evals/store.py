@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError, RunError
 
-FORMAT = 1
+FORMAT = 2  # raised where other features would come out of the same question: by another readout, other views
 CHUNK = 1024  # samples that are computed, or lost by a stop, together; a store's, whatever the batch
 
 
