@@ -101,15 +101,20 @@ class Fewshot(Evaluator):
         values: dict[Shots, list[float]] = {shots: [] for shots in self.config.shots}
         sizes: dict[str, int] = {}
         first: Tensor | None = None
-        draws = [(shots, seed) for shots in values for seed in range(self.config.seeds)]
-        # The linear classifier shows its own progress, and there can be one bar at a time.
-        shown = draws if self.config.classifier == "linear" else track(draws, label="few-shot", total=len(draws))
-        for shots, seed in shown:
-            chosen = draw(train.keys, train.labels, shots, seed)
-            sizes[called(shots)] = len(chosen)
-            predicted = self._predict(train, chosen, test, encoder.device, seed)
-            first = predicted if first is None else first
-            values[shots].append(100 * (predicted == test.labels).double().mean().item())
+        notes: list[str] = []
+        queries = test.values.to(encoder.device)
+        seeds = range(self.config.seeds)
+        # The other classifiers show their own progress, and there can be one bar at a time.
+        shown = track(seeds, label="few-shot", total=len(seeds)) if self.config.classifier == "centroid" else seeds
+        for seed in shown:
+            classes = ranked(train.keys, train.labels, seed)
+            for shots in values:
+                chosen = first_of(classes, shots)
+                sizes[called(shots)] = len(chosen)
+                predicted, told = self._predict(train, chosen, queries, seed)
+                notes += [f"{called(shots)}, seed {seed}: {note}" for note in told]
+                first = predicted if first is None else first
+                values[shots].append(100 * (predicted == test.labels).double().mean().item())
         assert first is not None  # the config has a draw
         means = {called(shots): sum(found) / len(found) for shots, found in values.items()}
         spreads = {called(shots): spread(found) for shots, found in values.items()}
@@ -132,6 +137,7 @@ class Fewshot(Evaluator):
             },
             seconds={"fewshot": perf_counter() - start},
             seeds={"first_draw": 0},
+            notes=notes,
         )
         several = self.config.seeds > 1
         return replace(
@@ -153,53 +159,55 @@ class Fewshot(Evaluator):
                 told = "multinomial logistic regression on standardised features, at its optimum"
                 return {"classifier": told, "C": INVERSE_PENALTY, "tolerance": TOLERANCE}
 
-    def _predict(self, train: Features, chosen: Tensor, test: Features, device: torch.device, seed: int) -> Tensor:
-        """Labels [n] int64 of the test set, on the CPU."""
+    def _predict(self, train: Features, chosen: Tensor, queries: Tensor, seed: int) -> tuple[Tensor, tuple[str, ...]]:
+        """Labels [n] int64 of the test features, on the CPU, and notes on them; computed where the queries lie."""
+        device, num_classes = queries.device, self.task.num_classes
         values, labels = train.values[chosen].to(device), train.labels[chosen]
-        num_classes, queries = self.task.num_classes, test.values.to(device)
         with full_precision():
             match self.config.classifier:
                 case "centroid":
-                    return nearest_centroid(values, labels.to(device), queries, num_classes).cpu()
+                    return nearest_centroid(values, labels.to(device), queries, num_classes).cpu(), ()
                 case "knn":
                     k = min(NEIGHBOURS, len(chosen))
                     asked = {"ks": [k], "temperatures": [TEMPERATURE], "num_classes": num_classes}
-                    return knn.predict(values, labels, queries, **asked)[k, TEMPERATURE]  # type: ignore[arg-type]
+                    return knn.predict(values, labels, queries, **asked)[k, TEMPERATURE], ()  # type: ignore[arg-type]
                 case "linear":
                     fitted = fit_logistic(
                         values, labels.to(device), [INVERSE_PENALTY], num_classes=num_classes, device=device,
                         tolerance=TOLERANCE, label=f"{len(chosen)} labels, seed {seed}",
                     )  # fmt: skip
-                    return fitted.probes.logits_of_all(queries).argmax(dim=1)
+                    return fitted.probes.logits_of_all(queries).argmax(dim=1), fitted.notes()
 
 
-def draw(keys: Sequence[str], labels: Tensor, shots: Shots, seed: int) -> Tensor:
-    """Which samples are learned from: a function of seed, keys and labels, whatever their order.
+def ranked(keys: Sequence[str], labels: Tensor, seed: int) -> list[list[int]]:
+    """Of each class, the numbers of its samples in the order in which they are drawn; classes by their labels.
 
-    A larger number of shots has those of a smaller one, so that curves over it are of growing sets.
+    A function of seed, keys and labels, whatever the order of the samples.
 
     Args:
         keys: of the samples, each once.
         labels: [N] int64.
-        shots: of each class so many, or below 1 the share of its samples, rounded, and at least one.
         seed: of the draw.
-
-    Returns:
-        indices, class after class, [n] int64.
-
-    Raises:
-        InputError: a class has fewer.
     """
-    _refuse_too_few(torch.bincount(labels), (shots,), None)
     ranks = [hashlib.sha256(f"{seed}\0{key}".encode()).digest() for key in keys]
-    by_class: dict[int, list[int]] = {}
-    for i, label in enumerate(labels.tolist()):
-        by_class.setdefault(label, []).append(i)
-    chosen: list[int] = []
-    for label in sorted(by_class):
-        members = sorted(by_class[label], key=ranks.__getitem__)
-        chosen += members[: int(shots) if shots >= 1 else max(1, round(shots * len(members)))]
-    return torch.tensor(chosen)
+    of_sample = labels.tolist()
+    classes: dict[int, list[int]] = {label: [] for label in sorted(set(of_sample))}
+    for i in sorted(range(len(ranks)), key=ranks.__getitem__):
+        classes[of_sample[i]].append(i)
+    return list(classes.values())
+
+
+def first_of(classes: Sequence[Sequence[int]], shots: Shots) -> Tensor:
+    """What is learned from, class after class, [n] int64.
+
+    A larger number of shots has what a smaller one has, so that curves over it are of growing sets.
+
+    Args:
+        classes: of `ranked`, none with fewer samples than are taken.
+        shots: of each class so many, or below 1 the share of its samples, rounded, and at least one.
+    """
+    sizes = [int(shots) if shots >= 1 else max(1, round(shots * len(members))) for members in classes]
+    return torch.tensor([i for members, size in zip(classes, sizes, strict=True) for i in members[:size]])
 
 
 def nearest_centroid(values: Tensor, labels: Tensor, queries: Tensor, num_classes: int) -> Tensor:
@@ -208,7 +216,7 @@ def nearest_centroid(values: Tensor, labels: Tensor, queries: Tensor, num_classe
     Args:
         values: features, [N, D]; normalised here, and their means again.
         labels: [N] int64; a class without a sample is never given.
-        queries: features, [Q, D].
+        queries: features, [Q, D]; their lengths have no say.
         num_classes: K.
 
     Returns:
@@ -217,7 +225,7 @@ def nearest_centroid(values: Tensor, labels: Tensor, queries: Tensor, num_classe
     # As a product, and not by index_add_, whose order of additions on CUDA is any.
     members = torch.nn.functional.one_hot(labels, num_classes).to(values.dtype).T  # [K, N]
     centroids = normalize(members @ normalize(values, dim=1), dim=1)  # of sums, as of means
-    similarities = normalize(queries, dim=1) @ centroids.T
+    similarities = queries @ centroids.T
     similarities[:, members.sum(dim=1) == 0] = -math.inf
     return similarities.argmax(dim=1)
 

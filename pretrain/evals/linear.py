@@ -32,6 +32,7 @@ class Choice:
     Attributes:
         val_top1: percent, by readout and setting; None: diverged. Empty where there was nothing to choose.
         num_fit, num_val: samples that settings were fitted on, and those that they were judged on.
+        notes: what a reader should know of those fits.
     """
 
     readout: int
@@ -39,6 +40,7 @@ class Choice:
     val_top1: tuple[tuple[float | None, ...], ...]
     num_fit: int
     num_val: int
+    notes: tuple[str, ...] = ()
 
 
 class Linear(Evaluator):
@@ -93,7 +95,7 @@ class Linear(Evaluator):
             protocol=self._protocol(choice, encoder),
             seconds={"linear": perf_counter() - start},
             seeds={"linear": self.config.seed},
-            notes=[*self._notes(choice), *fitted.notes],
+            notes=[*self._notes(choice), *choice.notes, *fitted.notes],
         )
         return self._agreed(report)
 
@@ -180,6 +182,7 @@ def choose(fit: Fit, splits: Sequence[Splits], num_settings: int, *, val_share: 
         val_top1=tuple(tuple(top1.get((r, s)) for s in range(num_settings)) for r in readouts),
         num_fit=len(rest),
         num_val=num_val,
+        notes=tuple(f"while choosing, {note}" for note in fitted.notes),
     )
 
 

@@ -17,6 +17,7 @@ MAX_ITERATIONS = 5000
 HISTORY = 10
 ROUND = 50  # iterations of a call, between which progress is told
 VALUES_PER_CHUNK = 2**26  # of features and logits in fp64, bounds their memory
+HELD_BYTES = 2**30  # what is fitted on is held on the CPU up to so much; on a GPU, up to half of what is free
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Optimum:
         loss: C * (sum of the cross entropies) + |weights|^2 / 2, divided by C * N: what was minimised.
         gradient: largest absolute entry of its gradient, by C.
         iterations: by C.
+        tolerance: the gradient that was asked for.
     """
 
     inverse_penalties: tuple[float, ...]
@@ -36,14 +38,15 @@ class Optimum:
     loss: tuple[float, ...]
     gradient: tuple[float, ...]
     iterations: tuple[int, ...]
+    tolerance: float
 
-    def notes(self, tolerance: float = TOLERANCE) -> tuple[str, ...]:
+    def notes(self) -> tuple[str, ...]:
         """Where the search ended before the gradient was as small as was asked for."""
         ended = zip(self.inverse_penalties, self.gradient, self.iterations, strict=True)
         return tuple(
             f"for C = {c:g} the search ended after {iterations} iterations at a gradient of {gradient:.1e}"
             for c, gradient, iterations in ended
-            if not gradient <= tolerance
+            if not gradient <= self.tolerance
         )
 
 
@@ -61,11 +64,17 @@ class Objective:
     def __init__(
         self, values: Tensor, labels: Tensor, *, rows: Tensor | None, num_classes: int, device: torch.device
     ) -> None:
-        self.values, self.labels = values, labels
-        self.rows = torch.arange(len(labels)) if rows is None else rows
+        rows = None if rows is None else rows.sort().values  # as they lie in a mapped file
+        self.num = len(labels) if rows is None else len(rows)
         self.mean, self.std = statistics(values, rows)
         self.num_classes, self.device = num_classes, device
         self.chunk = max(1, VALUES_PER_CHUNK // (values.shape[1] + 2 * num_classes))
+        # Each of hundreds of evaluations goes through all of it.
+        if self.num * values.shape[1] * values.element_size() <= _room(device):
+            values, labels = (part if rows is None else part[rows] for part in (values, labels))
+            values, labels, rows = values.to(device), labels.to(device), None
+        self.values, self.labels, self.rows = values, labels, rows
+        self._mean, self._std = self.mean.to(device, torch.float64), self.std.to(device, torch.float64)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,20 +86,29 @@ class Objective:
         Mean cross entropy plus |weights|^2 / (2 C N), and its gradient, [K, D + 1].
         """
         weight, bias = theta[:, :-1], theta[:, -1]
-        strength = 1 / (inverse_penalty * len(self.rows))
+        strength = 1 / (inverse_penalty * self.num)
         loss = strength * weight.square().sum() / 2
         gradient = torch.cat([strength * weight, torch.zeros_like(bias[:, None])], dim=1)
-        mean, std = self.mean.to(self.device, torch.float64), self.std.to(self.device, torch.float64)
-        for some in torch.split(self.rows, self.chunk):
-            x = (self.values[some].to(self.device).double() - mean) / std
-            y = self.labels[some].to(self.device)[:, None]
+        for values, labels in self._parts():
+            x = (values.to(self.device).double() - self._mean) / self._std
+            y = labels.to(self.device)[:, None]
             log_likely = torch.addmm(bias, x, weight.T).log_softmax(dim=1)
-            loss = loss - log_likely.gather(1, y).sum() / len(self.rows)
+            loss = loss - log_likely.gather(1, y).sum() / self.num
             residual = log_likely.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=torch.float64))
-            residual /= len(self.rows)
+            residual /= self.num
             gradient[:, :-1].addmm_(residual.T, x)
             gradient[:, -1] += residual.sum(dim=0)
         return loss, gradient
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.rows is None:
+            yield from zip(*(torch.split(part, self.chunk) for part in (self.values, self.labels)), strict=True)
+        else:
+            yield from ((self.values[some], self.labels[some]) for some in torch.split(self.rows, self.chunk))
+
+
+def _room(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else HELD_BYTES
 
 
 def fit_logistic(
@@ -130,7 +148,7 @@ def fit_logistic(
     stacked = torch.stack(thetas).to(values.dtype)
     moments = (objective.mean.to(device), objective.std.to(device))
     probes = Probes(*moments, stacked[:, :, :-1].contiguous(), stacked[:, :, -1].contiguous())
-    return Optimum(tuple(inverse_penalties), probes, losses, gradients, iterations)
+    return Optimum(tuple(inverse_penalties), probes, losses, gradients, iterations, tolerance)
 
 
 def _minimise(
@@ -138,11 +156,10 @@ def _minimise(
 ) -> tuple[Tensor, float, float, int]:
     """theta at the optimum, the loss and the gradient's largest entry there, and iterations taken."""
     theta = start.clone().requires_grad_()
-    num = len(objective.rows)
+    num = objective.num
     # Ends where the gradient says so, or where fp64 has no more to give.
     search = torch.optim.LBFGS(
         [theta],
-        max_iter=ROUND,
         max_eval=2 * ROUND,
         history_size=HISTORY,
         tolerance_grad=tolerance * num,
@@ -160,7 +177,8 @@ def _minimise(
     def rounds() -> Iterator[float]:
         """The loss before each round."""
         before = math.inf
-        while search.state[theta].get("n_iter", 0) < max_iterations:
+        while (done := search.state[theta].get("n_iter", 0)) < max_iterations:
+            search.param_groups[0]["max_iter"] = min(ROUND, max_iterations - done)
             loss = float(search.step(closure))  # type: ignore[no-untyped-call]
             assert theta.grad is not None
             if not loss < before or theta.grad.abs().max() <= tolerance * num:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import InputError, RunError
 from data_pipeline.read import open_dataset
+from pretrain.evals import linear_fits
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, Features
 from pretrain.evals.linear import Choice, Linear, choose
@@ -120,6 +122,15 @@ def test_a_report_says_what_was_chosen_and_repeats(folders: Folders, encoder: En
     best = max(tried, key=lambda setting: setting["value"])["value"]
     chosen = (first.protocol["learning_rate"], first.protocol["weight_decay"])
     assert chosen in [(s["learning_rate"], s["weight_decay"]) for s in tried if s["value"] == best]
+
+
+def test_a_search_that_falls_short_while_choosing_is_told(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_fits, "fit_logistic", partial(linear_fits.fit_logistic, max_iterations=1))
+    splits = splits_of(digits.train[:200], digits.train_labels[:200])
+    choice = choice_of(LinearConfig(solver="lbfgs", inverse_penalties=(0.1, 1.0)), splits, num_classes=10)
+    assert [note.split(" the search")[0] for note in choice.notes] == [
+        f"while choosing, for C = {c}" for c in ("0.1", "1")
+    ]
 
 
 def test_a_single_setting_is_not_chosen_but_said(folders: Folders, encoder: Encoder) -> None:

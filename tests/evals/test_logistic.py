@@ -36,10 +36,13 @@ def penalised_loss(values: Any, labels: Any, weight: Any, bias: Any, c: float) -
     return float(entropies.mean() + (weight**2).sum() / (2 * c * len(labels)))
 
 
-@pytest.mark.parametrize("chunk", [1, 2**20])
-def test_loss_and_gradient_are_autograds(digits: Digits, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("chunk", "held"), [(1, 2**20), (2**20, 2**20), (900, 0)])
+def test_loss_and_gradient_are_autograds(
+    digits: Digits, chunk: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logistic, "VALUES_PER_CHUNK", chunk)
-    rows = torch.arange(40)
+    monkeypatch.setattr(logistic, "HELD_BYTES", held)
+    rows = torch.randperm(100, generator=torch.Generator().manual_seed(1))[:40]
     objective = Objective(digits.train, digits.train_labels, rows=rows, num_classes=10, device=CPU)
     theta = torch.randn(objective.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     loss, gradient = objective.loss_and_gradient(theta, 0.3)
@@ -72,6 +75,25 @@ def test_a_search_that_ends_too_early_is_told(digits: Digits) -> None:
     )
     (note,) = found.notes()
     assert "C = 1e+06" in note
+    assert found.iterations == (1,)
+
+
+def test_a_search_is_held_to_the_tolerance_that_it_was_given(digits: Digits) -> None:
+    found = fit_logistic(digits.train, digits.train_labels, [1.0], num_classes=10, device=CPU, tolerance=1e-3, label="")
+    assert 1e-8 < found.gradient[0] <= 1e-3
+    assert not found.notes()
+
+
+def test_what_is_fitted_on_is_gathered_once_where_it_fits(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.tensor([5, 3, 9])
+    objective = Objective(digits.train, digits.train_labels, rows=rows, num_classes=10, device=CPU)
+    assert objective.rows is None
+    assert torch.equal(objective.values, digits.train[rows.sort().values])
+    monkeypatch.setattr(logistic, "HELD_BYTES", 0)
+    objective = Objective(digits.train, digits.train_labels, rows=rows, num_classes=10, device=CPU)
+    assert objective.values is digits.train
+    assert objective.rows is not None
+    assert objective.rows.tolist() == [3, 5, 9]
 
 
 def write_cifar10(archive: Path, root: Path, num_train: int, num_test: int) -> None:
