@@ -108,7 +108,33 @@ class Selection:
             raise ValueError(f"labels outside [0, {self.num_classes})")
 
 
-class Selected:
+class Subset:
+    """Some samples of a data set, as a data set.
+
+    Args:
+        base: the whole.
+        indices: of the samples in it, not falling, [N] int64.
+        label_counts: how many of them have each label, [K] int64; None: they have soft ones.
+        digest: of what the list is kept in; None: of the list.
+    """
+
+    def __init__(
+        self, base: Dataset, indices: Integers, label_counts: Integers | None, *, digest: str | None = None
+    ) -> None:
+        self.base, self.indices, self.label_counts = base, indices, label_counts
+        self.num_samples, self.fields, self.classes = len(indices), base.fields, base.classes
+        self.shard_sizes = np.diff(np.searchsorted(indices, np.cumsum(base.shard_sizes)), prepend=0)
+        digest = digest or hashlib.sha256(indices.tobytes()).hexdigest()
+        self.fingerprint = hashlib.sha256(json.dumps([base.fingerprint, digest]).encode()).hexdigest()
+
+    def read(self, i: int) -> Sample:
+        return self.base.read(int(self.indices[i]))
+
+    def origin(self, i: int) -> tuple[str, str]:
+        return self.base.origin(int(self.indices[i]))
+
+
+class Selected(Subset):
     """The samples of a selection, as a data set. A sample that is listed again has the key `KEY#2`, `KEY#3`, ..., so
     that what is drawn for it is drawn anew.
 
@@ -125,25 +151,21 @@ class Selected:
     def __init__(self, base: Dataset, path: Path, where: str = "select") -> None:
         selection, digest = Selection.load(path)
         _refuse_other(selection, base, path, where)
-        self.base, self.selection = base, selection
-        self.num_samples, self.fields = len(selection), base.fields
-        self.num_classes = selection.num_classes
-        ends = np.cumsum(base.shard_sizes)
-        self.shard_sizes = np.diff(np.searchsorted(selection.indices, ends), prepend=0)
-        true = selection.labels_fingerprint is None
-        self.classes = base.classes if true else None
-        self.label_counts = None
+        counts = None
         if selection.labels is not None:
-            self.label_counts = np.bincount(selection.labels, minlength=selection.num_classes).astype(np.int64)
-        self.fingerprint = hashlib.sha256(json.dumps([base.fingerprint, digest]).encode()).hexdigest()
+            counts = np.bincount(selection.labels, minlength=selection.num_classes).astype(np.int64)
+        super().__init__(base, selection.indices, counts, digest=digest)
+        self.selection, self.num_classes = selection, selection.num_classes
+        if selection.labels_fingerprint is not None:
+            self.classes = None  # the teacher's, which knows them by number
 
     def read(self, i: int) -> Sample:
-        sample = self.base.read(int(self.selection.indices[i]))
+        sample = super().read(i)
         label = sample.label if self.selection.labels is None else int(self.selection.labels[i])
         return replace(sample, key=self._key(i, sample.key), label=label)
 
     def origin(self, i: int) -> tuple[str, str]:
-        key, file = self.base.origin(int(self.selection.indices[i]))
+        key, file = super().origin(i)
         return self._key(i, key), file
 
     def _key(self, i: int, key: str) -> str:
@@ -174,9 +196,12 @@ def _refuse_other(selection: Selection, base: Dataset, path: Path, where: str) -
 
 def beneath(dataset: Dataset) -> tuple[Dataset, Integers | None]:
     """The data set that a view lies over, and the index there of each of its samples, [N]; None: its own numbers."""
-    indices = dataset.selection.indices if isinstance(dataset, Selected) else None
-    base = dataset.base if isinstance(dataset, Selected) else dataset
-    return (base.base if isinstance(base, SoftLabelled) else base), indices
+    if isinstance(dataset, SoftLabelled):
+        return beneath(dataset.base)
+    if not isinstance(dataset, Subset):
+        return dataset, None
+    base, indices = beneath(dataset.base)
+    return base, dataset.indices if indices is None else indices[dataset.indices]
 
 
 def soft_classes(dataset: Dataset) -> int | None:

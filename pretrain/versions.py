@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import subprocess
-from importlib.metadata import distributions
+from collections.abc import Iterable
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 COPIED_COMMIT = "COMMIT"  # the file in which a job's copy of the code names the commit that it was made of
+
+LIBRARIES = ("torch", "timm", "torchvision", "numpy")  # what any evaluation is computed by
+
+
+def of(packages: Iterable[str]) -> dict[str, str]:
+    return {name: version(name) for name in packages}
 
 
 def installed() -> dict[str, str]:

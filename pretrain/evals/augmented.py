@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import BatchSpec, Sample
+from data_pipeline.batch import BatchSpec
 from data_pipeline.errors import InputError, RunError
 from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.read import Dataset
@@ -24,31 +23,6 @@ from pretrain.evals.heads import Examples
 from pretrain.evals.readout import Reader
 
 LANES, WINDOW = 16, 1024  # of the order of samples
-
-
-class Part:
-    """Some samples of a data set, as a data set.
-
-    Args:
-        base: the whole.
-        rows: their numbers in it, [N] int64, in any order; none twice.
-        label_counts: how many of them have each label, [K].
-    """
-
-    def __init__(self, base: Dataset, rows: Tensor, label_counts: Tensor) -> None:
-        self.base = base
-        self.rows = np.sort(rows.numpy())
-        self.num_samples = len(self.rows)
-        self.shard_sizes = np.diff(np.searchsorted(self.rows, np.cumsum(base.shard_sizes)), prepend=0)
-        self.fields, self.classes = base.fields, base.classes
-        self.label_counts = label_counts.numpy()
-        self.fingerprint = base.fingerprint
-
-    def read(self, i: int) -> Sample:
-        return self.base.read(int(self.rows[i]))
-
-    def origin(self, i: int) -> tuple[str, str]:
-        return self.base.origin(int(self.rows[i]))
 
 
 def augmented_views(encoder: Encoder, scale: tuple[float, float]) -> ViewSpec:

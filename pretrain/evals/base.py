@@ -9,7 +9,6 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -23,10 +22,10 @@ from data_pipeline.durable import durable_file
 from data_pipeline.errors import InputError
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.task import Splits, Task
+from pretrain.versions import LIBRARIES, of
 
 FORMAT = 1
 NORMAL_95 = 1.959964  # two-sided 95 % quantile of the standard normal distribution
-LIBRARIES = ("torch", "timm", "torchvision", "numpy")
 
 
 @dataclass(frozen=True)
@@ -187,10 +186,7 @@ def report_of(
         data=data,
         seeds={**init_seed, **(seeds or {})},  # type: ignore[dict-item]
         weights_sha256=judged.weights_sha256(),
-        versions={
-            "python": platform.python_version(),
-            **{name: version(name) for name in libraries},
-        },
+        versions={"python": platform.python_version(), **of(libraries)},
         seconds=seconds,
         notes=[*notes],
         outcomes=outcomes,

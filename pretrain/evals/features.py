@@ -21,6 +21,9 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.readout import OWN, Reader, Readout
 from pretrain.evals.store import Features as Features
 from pretrain.evals.store import FeatureStore, Shelf, architecture_sha256, joined
+from pretrain.versions import LIBRARIES, of
+
+DECODERS_AND_TOWERS = ("simplejpeg", "pillow", "open_clip_torch")
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,13 @@ class Extraction:
             "num_classes": asked.num_classes,
             "precision": self.precision,
             "device": asked.encoder.device.type,
+            "versions": of((*LIBRARIES, *DECODERS_AND_TOWERS)),
         }
         shelves = [store.shelf({**common, "readout": str(readout)}, asked.total) for readout in self.readouts]
-        missing = [tuple(shelf.missing()) for shelf in shelves]
+        # Rank 0 alone reads what is there: all of it, and others may have put something by the time the next one looks.
+        missing = [tuple(shelf.missing()) for shelf in shelves] if self.rank == 0 else []
         if self.world_size > 1:
-            missing = from_main(missing)  # others may have put something since they looked
+            missing = from_main(missing)
         for numbers in dict.fromkeys(missing):  # readouts that lack the same take the same forward passes
             chosen = [i for i, found in enumerate(missing) if found == numbers]
             self._fill([shelves[i] for i in chosen], asked, [self.readouts[i] for i in chosen], numbers)

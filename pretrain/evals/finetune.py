@@ -14,7 +14,7 @@ from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.read import open_dataset
 from data_pipeline.views import ViewSpec
 from pretrain.checkpoint import complete_checkpoints, module_state, read_state
-from pretrain.evals.base import LIBRARIES, EvalReport, Evaluator, outcomes_of, report_of
+from pretrain.evals.base import EvalReport, Evaluator, outcomes_of, report_of
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction
 from pretrain.evals.finetune_recipe import FinetuneConfig, finetune_recipe, starting_encoder
@@ -33,6 +33,7 @@ from pretrain.recipe_model import Model
 from pretrain.resolve import differences, result_settings
 from pretrain.state import Progress
 from pretrain.strict_yaml import read_yaml
+from pretrain.versions import LIBRARIES
 
 START, RUN = "start", "finetune-run"
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pretrain.evals.augmented import Part, augmented_examples, augmented_views
+from data_pipeline.selection import Subset
+from pretrain.evals.augmented import augmented_examples, augmented_views
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction
 from pretrain.evals.heads import fit_each, train
@@ -73,10 +74,10 @@ def fit_of(config: LinearConfig, encoder: Encoder, task: Task, extraction: Extra
 
     def to_views(job: Job) -> Fitted:
         training = config.training(num_samples(job))
-        rows = torch.arange(len(labels)) if job.rows is None else job.rows
+        rows = torch.arange(len(labels)) if job.rows is None else job.rows.sort().values
         examples = augmented_examples(
             encoder,
-            Part(task.train, rows, labels[rows].bincount(minlength=num_classes)),
+            Subset(task.train, rows.numpy(), labels[rows].bincount(minlength=num_classes).numpy()),
             replace(extraction, readouts=tuple(extraction.readouts[i] for i in job.readouts)),
             augmented_views(encoder, config.crop_scale),
             num_classes=num_classes,

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError
 from data_pipeline.progress import track
-from pretrain.evals.base import LIBRARIES
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, full_precision, untouched
 from pretrain.models.towers import Parts, Towers, embed_images
+from pretrain.versions import LIBRARIES
 
 TOWER_LIBRARIES = (*LIBRARIES, "open_clip_torch")
 

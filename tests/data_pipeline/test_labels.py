@@ -21,7 +21,7 @@ from data_pipeline.errors import DataError, FieldError, ManifestError, SampleErr
 from data_pipeline.labels import Described, ShardLabels, SoftLabels, crc32_of, file_name, read_file, write_labels_file
 from data_pipeline.mixture import open_training
 from data_pipeline.read import Dataset, ShardDataset
-from data_pipeline.selection import Selected, Selection, beneath
+from data_pipeline.selection import Selected, Selection, Subset, beneath
 from tests.data_pipeline.tiny import loader, rows_of, steps, write_shards
 
 SIZES = [5, 0, 7, 6]
@@ -292,6 +292,20 @@ class TestRefused:
         (tmp_path / "images").mkdir()
         with pytest.raises(DataError):
             open_training([Share(str(tmp_path / "images"), labels=str(soft))])
+
+
+def test_a_subset_has_the_chosen_samples_and_an_identity_of_its_own(shards: ShardDataset, tmp_path: Path) -> None:
+    part = Subset(shards, np.array([3, 7, 17]), np.array([1, 2]))
+    assert [part.read(i).key for i in range(3)] == [shards.read(i).key for i in (3, 7, 17)]
+    assert part.origin(1) == shards.origin(7)
+    assert part.shard_sizes.sum() == part.num_samples == 3
+    assert len(part.shard_sizes) == len(shards.shard_sizes)
+    others = [Subset(shards, np.array(indices), None).fingerprint for indices in ([3, 7, 16], [3, 7])]
+    assert len({shards.fingerprint, part.fingerprint, *others}) == 4
+    base, indices = beneath(Subset(part, np.array([0, 2]), None))
+    assert base is shards
+    assert indices is not None
+    assert indices.tolist() == [3, 17]
 
 
 def test_selected_is_a_dataset(shards: ShardDataset, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from data_pipeline.order import Order
 from data_pipeline.prefetch import Prefetcher, check_room, remote_parts
 from data_pipeline.read import ShardDataset, open_dataset
 from data_pipeline.scan import index_shards
+from data_pipeline.selection import Subset
 from data_pipeline.stats import stats
 from data_pipeline.verify import verify
 from tests.data_pipeline.servers import FolderServer, bucket, served
@@ -228,6 +229,13 @@ def test_a_mixture_of_near_and_far_is_that_of_the_disk(
     assert dataset.fingerprint == mixed(local).fingerprint
     got, expected = (steps(loader(source, lanes=2, window=3), 4, 12) for source in (dataset, mixed(local)))
     assert [rows_of(step) for step in got] == [rows_of(step) for step in expected]
+
+
+def test_of_a_subset_what_it_reads_is_fetched(server: FolderServer, spec: CacheSpec) -> None:
+    far = opened(server.url, spec)
+    (part,) = remote_parts(Subset(far, np.array([1, far.num_samples - 1]), None))
+    assert part.dataset is far
+    assert part.shards_of(np.arange(2)).tolist() == far.shards_of(np.array([1, far.num_samples - 1])).tolist()
 
 
 def test_threads_fetch_what_the_next_steps_read(tmp_path: Path, spec: CacheSpec) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -13,12 +17,14 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
 from data_pipeline.read import open_dataset
+from pretrain import versions
 from pretrain.collectives import World
+from pretrain.evals import encoder as encoder_module
 from pretrain.evals import store as store_module
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, Features
 from pretrain.evals.readout import OWN, Readout
-from pretrain.evals.store import FeatureStore, architecture_sha256
+from pretrain.evals.store import FeatureStore, Shelf, architecture_sha256
 from tests.evals.conftest import Folders, small_encoder
 from tests.ranks import run_ranks
 
@@ -130,6 +136,41 @@ def test_another_question_has_another_answer(folders: Folders, tmp_path: Path) -
     assert {question["readout"] for question in questions} == {"own"}
 
 
+def test_whatever_features_depend_on_is_part_of_the_question(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(encoder: Encoder, num_classes: int = 10, precision: Literal["fp32", "bf16"] = "fp32") -> None:
+        extraction = Extraction(precision=precision, store=FeatureStore(tmp_path))
+        extraction.extract(encoder, open_dataset(folders.test), num_classes=num_classes, limit=4, label="test")
+
+    base = small_encoder()
+    smoother = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.BatchNorm1d(32, eps=0.1), nn.Dropout(0.5))
+    smoother.load_state_dict(base.module.state_dict())
+    ask(base)
+    ask(replace(base, views=replace(base.views, eval_crop=0.5)))
+    ask(replace(base, mean=(0.4, 0.5, 0.5)))
+    ask(replace(base, module=smoother))
+    ask(base, num_classes=11)
+    ask(base, precision="bf16")
+    assert len(list(tmp_path.iterdir())) == 6
+    for number, package in enumerate(("torch", "timm", "numpy", "simplejpeg", "pillow")):
+        with monkeypatch.context() as patched:
+            patched.setattr(versions, "version", lambda name, old=package: "0" if name == old else version(name))
+            ask(base)
+        assert len(list(tmp_path.iterdir())) == 7 + number
+    ask(base)
+    assert len(list(tmp_path.iterdir())) == 11
+
+
+def test_weights_are_hashed_once(folders: Folders, tmp_path: Path) -> None:
+    encoder = small_encoder()
+    with patch.object(encoder_module, "weights_sha256", wraps=encoder_module.weights_sha256) as taken:
+        for folder in folders:
+            extract(encoder, folder, tmp_path)
+        encoder.weights_sha256()
+    assert taken.call_count == 1
+
+
 def test_what_weights_do_not_tell_is_part_of_the_question() -> None:
     def vit(heads: int, eps: float = 1e-6) -> nn.Module:
         return timm.create_model(
@@ -151,8 +192,21 @@ def vit_encoder() -> Encoder:
     )
 
 
-def both_readouts(world: World, folder: str, store: str) -> tuple[Features, ...]:
+def both_readouts(world: World, folder: str, store: str) -> tuple[tuple[Features, ...], int, int]:
+    """Features of each readout, images that went through on this rank, and how often it read the store for gaps."""
     store_module.CHUNK = 16
+    images, looks = [0], [0]
+    encoder, look = vit_encoder(), Shelf.missing
+
+    def count(_: nn.Module, given: tuple[Tensor]) -> None:
+        images[0] += len(given[0])
+
+    def counted(shelf: Shelf) -> list[int]:
+        looks[0] += 1
+        return look(shelf)
+
+    encoder.module.patch_embed.register_forward_pre_hook(count)  # type: ignore[union-attr]
+    Shelf.missing = counted  # type: ignore[method-assign]
     extraction = Extraction(
         batch_size=10,
         readouts=(OWN, MEAN),
@@ -160,22 +214,29 @@ def both_readouts(world: World, folder: str, store: str) -> tuple[Features, ...]
         world_size=world.size,
         store=FeatureStore(Path(store)),
     )
-    found = extraction.extract(vit_encoder(), open_dataset(folder), num_classes=10, label="test")
-    return tuple(Features(f.values.clone(), f.labels, f.keys) for f in found)
+    found = extraction.extract(encoder, open_dataset(folder), num_classes=10, label="test")
+    return tuple(Features(f.values.clone(), f.labels, f.keys) for f in found), images[0], looks[0]
 
 
 def test_ranks_share_what_is_missing_and_each_has_all(folders: Folders, tmp_path: Path) -> None:
     expected = Extraction(readouts=(OWN, MEAN)).extract(
         vit_encoder(), open_dataset(folders.test), num_classes=10, label="test"
     )
-    for _ in range(2):
-        for found in run_ranks(both_readouts, 3, folders.test, str(tmp_path)):
+    assert not torch.equal(expected[0].values, expected[1].values)
+
+    def check(world_size: int, images: list[int]) -> None:
+        ranks = run_ranks(both_readouts, world_size, folders.test, str(tmp_path))
+        for found, _, _ in ranks:
             for of_readout, wanted in zip(found, expected, strict=True):
                 same(of_readout, wanted)
-    assert not torch.equal(expected[0].values, expected[1].values)
-    for record in tmp_path.glob("*/chunk_000001.json"):
+        assert [2 * part for part in images] == [passed for _, passed, _ in ranks]  # a pass for each readout
+        assert [looks for *_, looks in ranks] == [2] + [0] * (world_size - 1)
+
+    check(3, [16 * 2 + 4, 16 * 2, 16 * 2])
+    check(3, [0, 0, 0])
+    for record in tmp_path.glob("*/chunk_00000[13].json"):
         record.unlink()
-    assert len(run_ranks(both_readouts, 2, folders.test, str(tmp_path))) == 2
+    check(2, [16, 16])
 
 
 def test_a_readout_more_computes_that_one_alone(folders: Folders, tmp_path: Path) -> None:
