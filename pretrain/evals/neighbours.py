@@ -1,9 +1,11 @@
-"""The nearest rows of a bank by cosine, exactly: the same for any chunks, threads, device and number of ranks.
+"""The nearest rows of a bank by cosine: the same for any chunks, threads and number of ranks.
 
-The last bits of a matrix product depend on the shapes it is computed in, and near rows change places with them. So the
-fast products, in fp32, only choose candidates: a few more than are asked for. What orders them is their cosine in
-fp64, rounded to a grid that is coarser than fp64's own errors. A bound of fp32's errors tells whether a row left out
-could have been among the nearest; a query of which it does not exclude that is compared with the whole bank in fp64.
+The last bits of a matrix product depend on the shapes it is computed in, and near rows change places with them. So
+products only choose candidates. What is given and ordered is the cosine of each pair by itself, in fp64, its additions
+always in the same order, on a grid on which equal directions are equal. The fast products, in fp32, choose a few
+candidates more than are asked for, and a bound of their errors tells whether a row left out could have been among the
+nearest; a query of which it does not exclude that is compared with the whole bank in fp64, by products again: there
+alone, of rows whose cosines differ by less than two steps of the grid at the k-th place, either may be taken.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ BLOCK = 64  # neighbouring similarities that are looked at only if their maximum
 DENSE = 0.25  # share of such blocks from which a plain top-k is the faster
 SPARE = 64  # candidates beyond k: with fewer, more queries are in doubt; with more, each costs more
 GRID = 2.0**40  # steps of a cosine: of 9e-13, where sums of fp64 err by 1e-13 at the most
+PRODUCTS = 2**20  # in fp64, that are added up at a time: 8 MiB, near to a cache's
 
 
 class Vectors:
@@ -138,13 +141,15 @@ def _search(bank: Vectors, queries: Vectors, k: int, tile: tuple[int, int], show
     found = torch.empty(len(queries), k, dtype=torch.int64, device=rows.device)
     doubtful = torch.zeros(len(queries), dtype=torch.bool, device=rows.device)
     for part in _parts(len(queries), tile[0]):
-        values, columns = _ordered(_cosines(bank, queries[part], rows[part]), rows[part])
+        values, columns = _nearest_first(bank, queries[part], rows[part])
         cosines[part], found[part] = values[:, :k], columns[:, :k]
         if count < len(bank):
             doubtful[part] = values[:, k - 1] <= similarities[part, -1].double() + error
     if doubtful.any():
         again = doubtful.nonzero().flatten()
-        cosines[again], found[again] = _search_in_fp64(bank, queries[again], k, tile, shown)
+        chosen = _search_in_fp64(bank, queries[again], k, tile, shown)
+        for part in _parts(len(again), tile[0]):
+            cosines[again[part]], found[again[part]] = _nearest_first(bank, queries[again[part]], chosen[part])
     return cosines, found
 
 
@@ -212,20 +217,36 @@ def _greater(blocks: Tensor, above: Tensor, least: Tensor) -> tuple[Tensor, Tens
     return values, columns
 
 
-def _cosines(bank: Vectors, queries: Vectors, rows: Tensor) -> Tensor:
-    """Of each query to its `rows` of the bank, [q, C], in fp64 on the grid."""
-    asked = queries.double().unsqueeze(2)
-    products = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
-    size = max(1, 2**21 // (rows.shape[1] * bank.values.shape[1]))  # 24 MiB with the copy in fp64, near to a cache's
-    for part in _parts(len(rows), size):
-        products[part] = (bank.values[rows[part]].double() @ asked[part]).squeeze(2)
-    return _on_grid(products / bank.norms[rows])
+def _nearest_first(bank: Vectors, queries: Vectors, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each query its `rows` of the bank, [q, C], and their cosines, the nearest first."""
+    return _ordered(_cosines(bank.values, queries.values, rows), rows)
 
 
-def _search_in_fp64(
-    bank: Vectors, queries: Vectors, k: int, tile: tuple[int, int], shown: bool
-) -> tuple[Tensor, Tensor]:
-    """`_search` by comparing each query with each row in fp64."""
+def _cosines(bank: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
+    """Of each query to its `rows` of the bank, [q, C], in fp64 on the grid: of each pair, whatever stands beside it."""
+    cosines = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
+    for part in _parts(len(rows), max(1, PRODUCTS // (rows.shape[1] * bank.shape[1]))):
+        asked, near = queries[part].double().unsqueeze(1), bank[rows[part]].double()
+        lengths = _sums(near * near).sqrt_() * _sums(asked * asked).sqrt_()
+        cosines[part] = _sums(near.mul_(asked)).div_(lengths.where(lengths > 0, 1))
+    return _on_grid(cosines)
+
+
+def _sums(values: Tensor) -> Tensor:
+    """Over the last dimension, [..., D] -> [...], written over: halves are added until one is left.
+
+    `sum`, as a product does, adds in an order of its own for each shape and device.
+    """
+    width = values.shape[-1]
+    while width > 1:
+        half = (width + 1) // 2
+        values[..., : width - half] += values[..., half:width]
+        width = half
+    return values[..., 0]
+
+
+def _search_in_fp64(bank: Vectors, queries: Vectors, k: int, tile: tuple[int, int], shown: bool) -> Tensor:
+    """Rows [q, k], by comparing each query with each row in fp64."""
     device = bank.values.device
     cosines = torch.full((len(queries), k), -torch.inf, dtype=torch.float64, device=device)
     rows = torch.zeros(len(queries), k, dtype=torch.int64, device=device)
@@ -241,7 +262,7 @@ def _search_in_fp64(
         values, order = torch.cat([cosines[part], values], 1).sort(dim=1, descending=True, stable=True)
         cosines[part] = values[:, :k]
         rows[part] = torch.cat([rows[part], columns + here.start], 1).gather(1, order[:, :k])
-    return cosines, rows
+    return rows
 
 
 def _on_grid(cosines: Tensor) -> Tensor:

@@ -123,6 +123,27 @@ def test_neither_tiles_nor_scale_change_a_bit() -> None:
     assert torch.equal(rows, search(bank * scale, queries * 8, 40)[1])
 
 
+@pytest.mark.parametrize(("width", "count"), [(37, 20_000), (768, 20_000), (2048, 10_000)])
+def test_cosines_are_the_same_bits_whichever_way_they_were_found(width: int, count: int) -> None:
+    """Tens of thousands, found by candidates, in fp64, and in slices: rounding alone does not make sums equal."""
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(500, width, generator=generator), torch.randn(count // 100, width, generator=generator)
+    with patch.object(neighbours, "_search_in_fp64", side_effect=AssertionError):
+        cosines, rows = search(bank, queries, 100)
+        alone = [search(bank, query[None], 100) for query in queries[:20]]
+    assert torch.equal(cosines[:20], torch.cat([found for found, _ in alone]))
+    parts = [search(part, queries, 250)[0] for part in bank.split(250)]
+    assert torch.equal(cosines, torch.cat(parts, dim=1).sort(dim=1, descending=True).values[:, :100])
+    with (
+        patch.object(neighbours, "SPARE", 0),
+        patch.object(neighbours, "_search_in_fp64", wraps=neighbours._search_in_fp64) as doubted,
+    ):
+        bits = search(bank, queries, 100)
+    assert len(doubted.call_args.args[1]) == len(queries)
+    assert torch.equal(cosines, bits[0])
+    assert torch.equal(rows, bits[1])
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that any operation gave."""
 
