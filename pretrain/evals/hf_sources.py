@@ -34,7 +34,7 @@ def hf_encoder(folder: Path, *, random_init: bool, seed: int, image_size: int | 
         image_size: at which it is going to be judged; None: its own, which the preprocessing must give then.
 
     Raises:
-        CheckpointError: a model or a preprocessing that cannot be had here, damaged weights, or not exactly its own.
+        InputError: a model or a preprocessing that cannot be had here, damaged weights, or not exactly its own.
     """
     config = read_config(folder)
     preprocessing = read_preprocessing(folder)
@@ -100,7 +100,7 @@ def _clip(folder: Path, config: dict[str, Any], random_init: bool, seed: int) ->
 
 
 def _clip_image(folder: Path, config: dict[str, Any], random_init: bool, seed: int) -> nn.Module:
-    projected = "CLIPVisionModelWithProjection" in config.get("architectures", [])
+    projected = "CLIPVisionModelWithProjection" in _architectures(config)
     where = str(folder / CONFIG)
     tower = seeded(seed, lambda: hf_models.build_clip_image(config, projected=projected, where=where))
     if not random_init:
@@ -110,8 +110,14 @@ def _clip_image(folder: Path, config: dict[str, Any], random_init: bool, seed: i
 
 
 def _description(folder: Path, config: dict[str, Any]) -> dict[str, object]:
-    name = (config.get("architectures") or [config.get("model_type")])[0]
+    name = [*_architectures(config), config.get("model_type")][0]
     return {"source": str(folder), "kind": "Hugging Face folder", "architecture": name}
+
+
+def _architectures(config: dict[str, Any]) -> list[Any]:
+    """The classes that wrote it; a configuration need not name any."""
+    told = config.get("architectures")
+    return told if isinstance(told, list) else []
 
 
 def _size(module: Any) -> int:

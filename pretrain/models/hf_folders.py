@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from data_pipeline.errors import CheckpointError
+from data_pipeline.errors import CheckpointError, InputError
 from data_pipeline.views import ViewSpec
 from pretrain.models.encoders import CONFIG, WEIGHTS
 from pretrain.models.weights_files import read_shards, read_tensors
@@ -49,6 +50,17 @@ def is_hf_folder(folder: Path) -> bool:
     return isinstance(told, dict) and "model_type" in told and "pretrained_cfg" not in told
 
 
+@contextmanager
+def followed(where: str, expected: str) -> Iterator[None]:
+    """Whatever entries of a wrong kind raise on the way, as one error; those that name the entry pass as they are."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # constructors divide, multiply and look up with whatever a configuration says
+        raise CheckpointError(where=where, expected=expected, found=f"{type(error).__name__}: {error}") from error
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     return _json(folder / CONFIG)
 
@@ -80,21 +92,27 @@ def read_preprocessing(folder: Path) -> Preprocessing:
     path = folder / PREPROCESSOR
     if not path.is_file() and (folder / PROCESSOR).is_file():
         path = folder / PROCESSOR
-        told = _json(path).get("image_processor", {})
+        told = _json(path).get("image_processor") or {}
     else:
         told = _json(path)
-    for key in ("size", "resample", "image_mean", "image_std"):
+    with followed(str(path), "an image processor's entries"):
+        return _preprocessing(told, path)
+
+
+def _preprocessing(told: Mapping[str, Any], path: Path) -> Preprocessing:
+    told = {"do_center_crop": told.get("crop_size") is not None, "rescale_factor": 1 / 255, **told}
+    needed = ["size", "resample", "image_mean", "image_std", "rescale_factor"]
+    for key in [*needed, "crop_size"] if told["do_center_crop"] else needed:
         if told.get(key) is None:
             raise _refused(path, key, "a value", "none")
-    told = {"do_center_crop": "crop_size" in told, **told}
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if not told.get(key, True):
             raise _refused(path, key, "true", "false")
     if other := sorted(key for key in told.keys() - _STEPS - _HARMLESS if key.startswith("do_") and told[key]):
         raise _refused(path, other[0], "false, as evaluation views have no such step", "true")
-    if not math.isclose(told.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3):
+    if not math.isclose(told["rescale_factor"], 1 / 255, rel_tol=1e-3):
         raise _refused(path, "rescale_factor", "1/255", told["rescale_factor"])
-    if told["resample"] not in _FILTERS:
+    if told["resample"] not in tuple(_FILTERS):  # a list has no hash to look up
         raise _refused(path, "resample", "2 (bilinear) or 3 (bicubic)", told["resample"])
     sides, resized = _resized(told, path)
     size = _square(told["crop_size"], "crop_size", path) if told["do_center_crop"] else resized
@@ -114,11 +132,11 @@ def _resized(told: Mapping[str, Any], path: Path) -> tuple[Literal["shorter", "s
     """Of which sides, and to how many pixels."""
     size = told["size"]
     if isinstance(size, dict) and set(size) == {"shortest_edge"}:
-        return "shorter", int(size["shortest_edge"])
+        return "shorter", _pixels(size["shortest_edge"], "size", path)
     if isinstance(size, int):  # of old files, where it depends on the class
         kind = str(told.get("image_processor_type") or told.get("feature_extractor_type"))
         if kind.startswith("CLIP"):
-            return "shorter", size
+            return "shorter", _pixels(size, "size", path)
         if not kind.startswith("ViT"):
             raise _refused(path, "size", "height and width, or shortest_edge", f"{size} for a {kind}")
     return "square", _square(size, "size", path)
@@ -126,10 +144,16 @@ def _resized(told: Mapping[str, Any], path: Path) -> tuple[Literal["shorter", "s
 
 def _square(size: Any, key: str, path: Path) -> int:
     if isinstance(size, int):
-        return size
+        return _pixels(size, key, path)
     if isinstance(size, dict) and set(size) == {"height", "width"} and size["height"] == size["width"]:
-        return int(size["height"])
+        return _pixels(size["height"], key, path)
     raise _refused(path, key, "equal height and width", size)
+
+
+def _pixels(size: Any, key: str, path: Path) -> int:
+    if not isinstance(size, int) or size < 1:
+        raise _refused(path, key, "a number of pixels", size)
+    return size
 
 
 def _channels(told: Mapping[str, Any], key: str, path: Path) -> tuple[float, float, float]:

@@ -7,9 +7,9 @@ in the names of the file.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError
 from pretrain.models.encoders import check_exactly
+from pretrain.models.hf_folders import followed
 from pretrain.models.open_clip_models import build_open_clip
 from pretrain.models.towers import Parts, TwoTowers
 
@@ -44,7 +45,7 @@ _OF_CLIP_TEXT = {
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _LEGACY_END = 2  # an eos_token_id of old files, with which the end is the highest token
 
-Built = TypeVar("Built")
+_BUILDABLE = "values that a model can be built from"
 
 # Patterns of our names and theirs; {} stands for the three parts of what is one tensor here.
 Names = tuple[tuple[str, str], ...]
@@ -85,23 +86,20 @@ def build_vit(config: Mapping[str, Any], *, where: str) -> VisionTransformer:
         CheckpointError: a configuration that timm's module cannot follow.
     """
     told = {**_OF_VIT, **config}
-    _check_rgb(told, where)
-    activation = get_act_layer(_activation(told, where))
-    return _built(
-        where,
-        lambda: VisionTransformer(
+    with followed(where, _BUILDABLE):
+        _check_rgb(told, where)
+        return VisionTransformer(
             img_size=_side(told, "image_size", where),
             patch_size=_side(told, "patch_size", where),
             num_classes=0,
             embed_dim=told["hidden_size"],
             depth=told["num_hidden_layers"],
             num_heads=told["num_attention_heads"],
-            mlp_ratio=told["intermediate_size"] / told["hidden_size"],
+            mlp_ratio=_mlp_ratio(told),
             qkv_bias=told["qkv_bias"],
             norm_layer=partial(LayerNorm, eps=told["layer_norm_eps"]),
-            act_layer=activation,
-        ),
-    )
+            act_layer=get_act_layer(_activation(told, where)),
+        )
 
 
 def load_vit(vit: VisionTransformer, state: Mapping[str, Tensor], *, where: str) -> list[str]:
@@ -118,39 +116,14 @@ def load_vit(vit: VisionTransformer, state: Mapping[str, Tensor], *, where: str)
     return sorted({name.removeprefix(prefix).split(".")[0].replace("embeddings", "mask_token") for name in left_out})
 
 
-def clip_config(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """A CLIPConfig in the words of open_clip's model_configs.
+def build_clip(config: Mapping[str, Any], *, where: str) -> TwoTowers:
+    """open_clip's towers of a CLIPConfig.
 
     Raises:
-        CheckpointError: a configuration that open_clip's modules cannot follow.
+        InputError: a configuration that open_clip's modules cannot follow.
     """
-    vision = {**_OF_CLIP_IMAGE, **(config.get("vision_config_dict") or config.get("vision_config") or {})}
-    text = {**_OF_CLIP_TEXT, **(config.get("text_config_dict") or config.get("text_config") or {})}
-    quick = _is_quick(vision, where)
-    if _is_quick(text, where) != quick:
-        raise _unlike(where, "one activation of both towers", f"{vision['hidden_act']}, {text['hidden_act']}")
-    if text["eos_token_id"] not in (_LEGACY_END, text["vocab_size"] - 1):
-        raise _unlike(where, "the highest token for the end of a text", f"eos_token_id {text['eos_token_id']}")
-    return {
-        "embed_dim": config.get("projection_dim", 512),
-        "quick_gelu": quick,
-        "custom_text": True,
-        "vision_cfg": _vision_config(vision, where),
-        "text_cfg": {
-            "context_length": text["max_position_embeddings"],
-            "vocab_size": text["vocab_size"],
-            "width": text["hidden_size"],
-            "heads": text["num_attention_heads"],
-            "layers": text["num_hidden_layers"],
-            "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
-            "norm_kwargs": {"eps": text["layer_norm_eps"]},
-        },
-    }
-
-
-def build_clip(config: Mapping[str, Any], *, where: str) -> TwoTowers:
-    """open_clip's towers of a CLIPConfig; errors as in `clip_config`."""
-    both = build_open_clip(clip_config(config, where=where))
+    with followed(where, _BUILDABLE):
+        both = build_open_clip(_clip_config(config, where), where=where)
     parts = Parts(both.visual, nn.Identity(), both.text)  # type: ignore[arg-type]
     return TwoTowers(parts, has_bias=False)
 
@@ -174,9 +147,9 @@ def build_clip_image(config: Mapping[str, Any], *, projected: bool, where: str) 
         where: for messages.
     """
     told = {**_OF_CLIP_IMAGE, **config}
-    cfg = CLIPVisionCfg(**_vision_config(told, where))
-    quick = _is_quick(told, where)
-    tower: nn.Module = _built(where, lambda: _build_vision_tower(told["projection_dim"], cfg, quick))
+    with followed(where, _BUILDABLE):
+        cfg = CLIPVisionCfg(**_vision_config(told, where))
+        tower: nn.Module = _build_vision_tower(told["projection_dim"], cfg, _is_quick(told, where))
     if not projected:
         tower.proj = None  # type: ignore[assignment]
     return tower
@@ -188,6 +161,32 @@ def load_clip_image(tower: nn.Module, state: Mapping[str, Tensor], *, where: str
     _copy(_clip_views(tower, prefix), _without_positions(state), where=where, of="this image tower")
 
 
+def _clip_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A CLIPConfig in the words of open_clip's model_configs."""
+    vision = {**_OF_CLIP_IMAGE, **(config.get("vision_config_dict") or config.get("vision_config") or {})}
+    text = {**_OF_CLIP_TEXT, **(config.get("text_config_dict") or config.get("text_config") or {})}
+    quick = _is_quick(vision, where)
+    if _is_quick(text, where) != quick:
+        raise _unlike(where, "one activation of both towers", f"{vision['hidden_act']}, {text['hidden_act']}")
+    if text["eos_token_id"] not in (_LEGACY_END, text["vocab_size"] - 1):
+        raise _unlike(where, "the highest token for the end of a text", f"eos_token_id {text['eos_token_id']}")
+    return {
+        "embed_dim": config.get("projection_dim", 512),
+        "quick_gelu": quick,
+        "custom_text": True,
+        "vision_cfg": _vision_config(vision, where),
+        "text_cfg": {
+            "context_length": text["max_position_embeddings"],
+            "vocab_size": text["vocab_size"],
+            "width": text["hidden_size"],
+            "heads": text["num_attention_heads"],
+            "layers": text["num_hidden_layers"],
+            "mlp_ratio": _mlp_ratio(text),
+            "norm_kwargs": {"eps": text["layer_norm_eps"]},
+        },
+    }
+
+
 def _vision_config(told: Mapping[str, Any], where: str) -> dict[str, Any]:
     _check_rgb(told, where)
     return {
@@ -196,9 +195,14 @@ def _vision_config(told: Mapping[str, Any], where: str) -> dict[str, Any]:
         "width": told["hidden_size"],
         "layers": told["num_hidden_layers"],
         "head_width": told["hidden_size"] // told["num_attention_heads"],
-        "mlp_ratio": told["intermediate_size"] / told["hidden_size"],
+        "mlp_ratio": _mlp_ratio(told),
         "norm_kwargs": {"eps": told["layer_norm_eps"]},
     }
+
+
+def _mlp_ratio(told: Mapping[str, Any]) -> float:
+    """Both libraries take int(hidden * ratio), which rounding must not push below the width that is meant."""
+    return float((told["intermediate_size"] + 0.5) / told["hidden_size"])
 
 
 def _clip_views(tower: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -234,7 +238,7 @@ def _without_positions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _activation(told: Mapping[str, Any], where: str) -> str:
-    if told["hidden_act"] not in _ACTIVATIONS:
+    if told["hidden_act"] not in tuple(_ACTIVATIONS):  # a list has no hash to look up
         raise _unlike(where, f"hidden_act, one of {', '.join(_ACTIVATIONS)}", str(told["hidden_act"]))
     return _ACTIVATIONS[told["hidden_act"]]
 
@@ -257,13 +261,6 @@ def _side(told: Mapping[str, Any], key: str, where: str) -> int:
 def _check_rgb(told: Mapping[str, Any], where: str) -> None:
     if told["num_channels"] != 3:
         raise _unlike(where, "a model of RGB images", f"num_channels {told['num_channels']}")
-
-
-def _built(where: str, build: Callable[[], Built]) -> Built:
-    try:
-        return build()
-    except Exception as error:  # what a constructor raises on whatever a configuration says
-        raise _unlike(where, "values that a model can be built from", f"{type(error).__name__}: {error}") from error
 
 
 def _unlike(where: str, expected: str, found: str) -> CheckpointError:

@@ -15,11 +15,12 @@ from pretrain.recipe_model import ImageTower, OpenClip, TextTower
 TIMM_SIZE = "timm_model_name"  # of a vision_cfg, whose size is then that model's own
 
 
-def build_open_clip(config: dict[str, Any]) -> nn.Module:
+def build_open_clip(config: dict[str, Any], *, where: str = "model") -> nn.Module:
     """`visual`, `text`, `logit_scale`, `logit_bias`, initialised from torch's global seed; nothing is downloaded.
 
     Args:
         config: as in open_clip's model_configs, of towers that need no download (`checked_config`).
+        where: where it stands, for messages.
 
     Raises:
         InputError: values that open_clip cannot build from.
@@ -29,7 +30,7 @@ def build_open_clip(config: dict[str, Any]) -> nn.Module:
         model: nn.Module = CustomTextCLIP(**arguments)
     except Exception as error:  # it asserts, divides and looks up with whatever the configuration says
         raise InputError(
-            where="model",
+            where=where,
             expected="values with which open_clip can build both towers",
             found=f"{type(error).__name__}: {error}",
         ) from error

@@ -207,7 +207,7 @@ def _open_clip(told: dict[str, Any], state: dict[str, Tensor] | None, *, where: 
             expected="square images, resized by their shorter side and cropped, or by both sides",
             found=f"resize_mode {mode}, image_size {size}",
         )
-    both = build_open_clip(config)
+    both = build_open_clip(config, where=where)
     parts = Parts(both.visual, nn.Identity(), both.text)  # type: ignore[arg-type]
     spec = TokenSpec(told["tokenizer"], parts.context_length, parts.vocab_size)
     if state is None:

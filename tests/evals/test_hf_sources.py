@@ -29,12 +29,19 @@ import transformers
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 PIXELS = {"image_size": 16, "patch_size": 8}
+Null = object()
 VIT, CLIP = transformers.ViTImageProcessor, transformers.CLIPImageProcessor
 
 
 def save_vit(folder: Path, **changed: Any) -> Path:
     transformers.ViTModel(transformers.ViTConfig(**TINY, **PIXELS, **changed)).save_pretrained(folder)
     VIT(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def save_clip_image(folder: Path) -> Path:
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TINY, **PIXELS)).save_pretrained(folder)
+    CLIP(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
 
 
@@ -48,9 +55,10 @@ def save_clip(folder: Path) -> Path:
 
 
 def change(path: Path, **entries: Any) -> None:
-    """Entries of a JSON file; None takes one out."""
+    """Entries of a JSON file; None takes one out, and Null is its null."""
     told = {**json.loads(path.read_text()), **entries}
-    path.write_text(json.dumps({key: value for key, value in told.items() if value is not None}))
+    kept = {key: value for key, value in told.items() if value is not None}
+    path.write_text(json.dumps(kept, default=lambda null: None))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +92,9 @@ def test_old_and_joint_files_of_processors_are_read(tmp_path: Path) -> None:
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": json.loads(path.read_text())}))
     path.unlink()
     assert read_preprocessing(tmp_path) == vit
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": None}))
+    with pytest.raises(CheckpointError, match=r"processor_config\.json: size"):
+        read_preprocessing(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +112,13 @@ def test_old_and_joint_files_of_processors_are_read(tmp_path: Path) -> None:
         ({"image_mean": [0.5]}, "image_mean.*three"),
         ({"image_std": None}, "image_std.*none"),
         ({"size": {"height": 32, "width": 32}}, "16 x 16.*found 32.*--image-size"),
+        ({"do_center_crop": True}, "crop_size: expected a value, found none"),
+        ({"rescale_factor": Null}, "rescale_factor: expected a value, found none"),
+        ({"rescale_factor": "1/255"}, "an image processor's entries, found TypeError"),
+        ({"resample": [3]}, r"resample.*found \[3\]"),
+        ({"size": {"shortest_edge": Null}}, "size: expected a number of pixels, found None"),
+        ({"size": {"shortest_edge": 0}, "crop_size": 0}, "size: expected a number of pixels, found 0"),
+        ({"size": 16, "crop_size": 0}, "crop_size: expected a number of pixels, found 0"),
     ],
 )
 def test_a_preprocessing_that_cannot_be_done_is_refused(tmp_path: Path, entries: dict[str, Any], told: str) -> None:
@@ -119,12 +137,62 @@ def test_a_preprocessing_that_cannot_be_done_is_refused(tmp_path: Path, entries:
         ({"num_attention_heads": 3}, "built from"),
         ({"num_hidden_layers": 2}, r"16 missing: encoder\.layer\.1\.attention\.attention\.key\.bias"),
         ({"qkv_bias": False}, "3 unexpected: .*key.bias"),
+        ({"hidden_act": ["gelu"]}, r"hidden_act, .*found \['gelu'\]"),
+        ({"patch_size": [8, 16]}, r"json: expected a square patch_size, found \[8, 16\]"),
+        ({"hidden_size": 0}, "built from, found ZeroDivisionError"),
+        ({"hidden_size": Null}, "built from, found TypeError"),
     ],
 )
 def test_a_configuration_that_cannot_be_followed_is_refused(tmp_path: Path, entries: dict[str, Any], told: str) -> None:
     change(save_vit(tmp_path) / "config.json", **entries)
     with pytest.raises(CheckpointError, match=told):
         load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ({"num_attention_heads": 0}, "built from, found ZeroDivisionError"),
+        ({"hidden_act": ["gelu"]}, r"hidden_act, .*found \['gelu'\]"),
+        ({"projection_dim": Null}, "built from, found TypeError"),
+    ],
+)
+def test_likewise_of_an_image_tower_alone(tmp_path: Path, entries: dict[str, Any], told: str) -> None:
+    change(save_clip_image(tmp_path) / "config.json", **entries)
+    with pytest.raises(CheckpointError, match=rf"config\.json: expected .*{told}"):
+        load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ({"vision_config": [1]}, "built from, found TypeError"),
+        ({"text_config": {"num_attention_heads": 0}}, "build both towers, found ValueError"),
+    ],
+)
+def test_likewise_of_two_towers(tmp_path: Path, entries: dict[str, Any], told: str) -> None:
+    change(save_clip(tmp_path) / "config.json", **entries)
+    with pytest.raises(InputError, match=rf"config\.json: expected .*{told}"):
+        load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("architectures", [Null, [], 5])
+def test_a_configuration_need_not_name_its_classes(tmp_path: Path, architectures: object) -> None:
+    change(save_clip_image(tmp_path) / "config.json", architectures=architectures)
+    assert load_source(str(tmp_path)).description["architecture"] == "clip_vision_model"
+
+
+def test_a_hidden_width_that_is_no_multiple_is_kept(tmp_path: Path) -> None:
+    """22 * (30 / 22) is less than 30 in floating point."""
+    odd = {**TINY, "hidden_size": 22, "intermediate_size": 30}
+    for name, model, config in (
+        ("vit", transformers.ViTModel, transformers.ViTConfig(**odd, **PIXELS)),
+        ("tower", transformers.CLIPVisionModel, transformers.CLIPVisionConfig(**odd, **PIXELS)),
+        ("clip", transformers.CLIPModel, transformers.CLIPConfig(vision_config={**odd, **PIXELS}, text_config=odd)),
+    ):
+        model(config).save_pretrained(tmp_path / name)
+        CLIP(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(tmp_path / name)
+        load_source(str(tmp_path / name))
 
 
 def test_files_that_are_missing_or_elsewhere_are_told(tmp_path: Path) -> None:
