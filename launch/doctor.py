@@ -76,6 +76,7 @@ def of_recipe(recipe: Recipe, cluster: Cluster | None, num_ranks: int, out: Path
 
     local = num_ranks if cluster is None else cluster.ranks_per_node
     ranks = checks.Ranks(num_ranks if cluster is None else cluster.nodes * local, local)
+    plan = None
     remote = list(checks.reachable(recipe))
     yield from remote
     if not any(finding.level == "error" for finding in remote):
@@ -87,7 +88,7 @@ def of_recipe(recipe: Recipe, cluster: Cluster | None, num_ranks: int, out: Path
             if plan is not None and cluster is None:
                 yield from checks.workers(recipe, plan, ranks)
     try:
-        needs = footprint(recipe, ranks.total)
+        needs = footprint(recipe, ranks.total, None if plan is None else plan.probe)
     except PretrainError as raised:
         yield of_error("model", raised)
         return

@@ -65,7 +65,7 @@ class Parts:
         limits: budgets.
         log_every: steps between logged ones.
         advise: what looks at the values of each logged step, and says so where something is wrong.
-        probe: trained on the batches of every applied step, counted, beside the objective; gives metrics of it.
+        probe: trained on the host batches of every applied step, counted, beside the objective; gives metrics of it.
         after_step: called after every applied step; a profiler's.
         watch: told the steps applied and what begins now (data, step, evaluation, checkpoint); all ranks alike.
     """
@@ -82,7 +82,7 @@ class Parts:
     limits: Limits
     log_every: int
     advise: tuple[Advise, ...] = ()
-    probe: Callable[[Sequence[Batch], int], dict[str, torch.Tensor]] = lambda batches, step: {}
+    probe: Callable[[Sequence[Batch], int], dict[str, torch.Tensor]] | None = None
     after_step: Callable[[], None] = lambda: None
     watch: Callable[[int, str], None] = lambda step, begins: None
 
@@ -111,7 +111,8 @@ def train(state: RunState, parts: Parts, stop_at: int) -> RunState:
             _tell_skipped(state, data, result, parts)
             continue
         step, last = state.progress.step, state.progress.step == stop_at
-        result = replace(result, metrics={**result.metrics, **parts.probe(batches, step)})
+        if parts.probe is not None:
+            result = replace(result, metrics={**result.metrics, **parts.probe(data.micro_batches, step)})
         logged = last or step % parts.log_every == 0
         save = parts.checkpoints.due(step) or last
         if logged or save:

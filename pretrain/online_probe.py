@@ -8,7 +8,7 @@ it, whatever the ZeRO stage: ranks sum two small tensors a step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,13 @@ def find_shape(objective: Objective, train: Dataset, val: Dataset | None) -> Sha
     return Shape(features.shape[1], num_classes)
 
 
+def state_bytes(config: recipe.OnlineProbe, shape: Shape) -> int:
+    """Of its whole state, which each rank has and a checkpoint holds once: `OnlineProbe.fragments`."""
+    weights_and_momenta = 4 * 2 * shape.num_classes * (shape.width + 1)
+    statistics_and_steps = 4 * 2 * shape.width + 8
+    return weights_and_momenta + (statistics_and_steps if config.batch_norm else 0)
+
+
 def _num_classes(dataset: Dataset) -> int:
     if isinstance(dataset, Mixture):
         return max(_num_classes(source.dataset) for source in dataset.sources)
@@ -106,17 +113,18 @@ class OnlineProbe:
         self._bias = torch.zeros(shape.num_classes, device=device, requires_grad=True)
         self._mean = torch.zeros(shape.width, device=device)  # running, as the variance; for validation
         self._var = torch.ones(shape.width, device=device)
-        self._steps = torch.zeros(1, dtype=torch.int64, device=device)
+        self._steps = torch.zeros(1, dtype=torch.int64, device=device)  # that the statistics are of
         groups = ({"params": [self._weight], "weight_decay": config.weight_decay}, {"params": [self._bias]})
         self._optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=MOMENTUM)
         for p in (self._weight, self._bias):  # there from the start, for a checkpoint to be loaded into
             self._optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
-    def train(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
+    def train(self, batches: Iterable[Batch], step: int) -> dict[str, Tensor]:
         """One step of the classifier, where one is due; every rank calls it after a step of the engine.
 
         Args:
-            batches: this rank's micro-batches of that step, as the objective gets them, with labels.
+            batches: this rank's micro-batches of that step as the objective gets them, of which it takes the first view
+                and the labels; asked for only where a step is due.
             step: steps applied, that one included.
 
         Returns:
@@ -154,10 +162,9 @@ class OnlineProbe:
             "bias": self._bias,
             "momentum/weight": self._optimizer.state[self._weight]["momentum_buffer"],
             "momentum/bias": self._optimizer.state[self._bias]["momentum_buffer"],
-            "mean": self._mean,
-            "var": self._var,
-            "steps": self._steps,
         }
+        if self._config.batch_norm:  # without it they are never written, and must not be taken for statistics
+            tensors |= {"mean": self._mean, "var": self._var, "steps": self._steps}
         return [
             Fragment(f"{BESIDE}{name}", tuple(tensor.shape), 0, tensor.detach().view(-1), replicated=True)
             for name, tensor in tensors.items()
@@ -179,8 +186,8 @@ class OnlineProbe:
         self._bias.grad = means[num_weights:-2]
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._steps += 1
         if moments is not None:
+            self._steps += 1
             # The first few are averaged evenly, so that what the statistics began as is gone at once.
             share = (1 / self._steps).clamp(min=STATISTICS_MOMENTUM)
             for running, latest in zip((self._mean, self._var), moments, strict=True):

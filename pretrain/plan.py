@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
+from pretrain.online_probe import Shape, state_bytes
 from pretrain.optim import build_optimizer, empty_state
 from pretrain.recipe import Recipe
 
@@ -35,8 +36,11 @@ class Footprint:
     checkpoint: int
 
 
-def footprint(recipe: Recipe, world_size: int) -> Footprint:
+def footprint(recipe: Recipe, world_size: int, probe: Shape | None = None) -> Footprint:
     """What a recipe takes on so many ranks.
+
+    Args:
+        probe: of the online probe, which only the data tell; None: left out.
 
     Raises:
         InputError: its model or objective cannot be built.
@@ -52,11 +56,11 @@ def footprint(recipe: Recipe, world_size: int) -> Footprint:
     kept = 4 * frozen * (share if stage == 3 else 1)
     if recipe.ema is not None:
         kept += 4 * trained * (share if stage else 1) + sum(buffer.nbytes for buffer in _statistics(objective))
-    checkpoint = checkpoint_bytes(objective, recipe)
+    checkpoint = checkpoint_bytes(objective, recipe, probe)
     return Footprint(
         num_trained=trained,
         num_frozen=frozen,
-        device=states - offloaded + kept + sum(buffer.nbytes for buffer in objective.buffers()),
+        device=states - offloaded + kept + sum(b.nbytes for b in objective.buffers()) + _probe_bytes(recipe, probe),
         host=offloaded + checkpoint * share,
         checkpoint=checkpoint,
     )
@@ -84,18 +88,23 @@ def model_state_bytes(num_parameters: int, stage: int, world_size: int, moments:
     return 4 * num_parameters * copies
 
 
-def checkpoint_bytes(objective: Objective, recipe: Recipe) -> int:
+def checkpoint_bytes(objective: Objective, recipe: Recipe, probe: Shape | None) -> int:
     """Of the tensors of a checkpoint (checkpoint.py), which does not depend on the number of ranks.
 
     Args:
         objective: of the recipe; may be on the meta device.
+        probe: as in `footprint`.
     """
     parameters, buffers = list(objective.parameters()), _persistent_buffers(objective)
     total = sum(int(tensor.nbytes) for tensor in (*parameters, *buffers)) + 4 * _moments(objective, recipe)
     if recipe.ema is not None:
         averaged = [p for p in parameters if p.requires_grad]
         total += sum(int(tensor.nbytes) for tensor in (*averaged, *_statistics(objective)))
-    return total
+    return total + _probe_bytes(recipe, probe)
+
+
+def _probe_bytes(recipe: Recipe, probe: Shape | None) -> int:
+    return 0 if recipe.online_probe is None or probe is None else state_bytes(recipe.online_probe, probe)
 
 
 def _persistent_buffers(objective: Objective) -> list[Tensor]:

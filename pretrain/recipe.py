@@ -204,6 +204,6 @@ class Recipe(Group):
         if self.online_probe is not None and self.logging.every_steps % self.online_probe.every_steps:
             raise ValueError(
                 f"expected an online_probe.every_steps that divides logging.every_steps {self.logging.every_steps}, so "
-                f"that each logged step has its numbers, found {self.online_probe.every_steps}."
+                f"that the log has its numbers as often, found {self.online_probe.every_steps}."
             )
         return self

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -98,7 +98,7 @@ def run(
         objective = build_objective(recipe.model, recipe.objective)
         start = find_start(recipe, objective, None if overfit_batch else job.checkpoints, world)
         if start.checkpoint is None and not overfit_batch:
-            check_time_to_save(checkpoint_bytes(objective, recipe), out, world)
+            check_time_to_save(checkpoint_bytes(objective, recipe, plan.probe), out, world)
         engine, rates = _engine(job, objective)
         probe = _probe(job, engine)
         state, notes = _resumed(job, engine, probe, start)
@@ -200,8 +200,18 @@ def _watch(watchdog: Watchdog, timeline: Timeline, step: int, begins: str) -> No
 
 
 def _probe(job: _Job, engine: Engine) -> OnlineProbe | None:
-    config, shape = job.recipe.online_probe, job.plan.probe
-    return None if config is None or shape is None else OnlineProbe(config, shape, engine)
+    if job.plan.probe is None:
+        return None
+    assert job.recipe.online_probe is not None  # of which the plan made the shape
+    return OnlineProbe(job.recipe.online_probe, job.plan.probe, engine)
+
+
+def _train_probe(
+    probe: OnlineProbe, prepared: Callable[[Batch], Batch], batches: Sequence[Batch], step: int
+) -> dict[str, torch.Tensor]:
+    """On batches of the host, of which no more is brought to the device than a probe looks at."""
+    looked_at = (replace(batch, views=batch.views[:1], masks=None, tokens=None) for batch in batches)
+    return probe.train(map(prepared, looked_at), step)
 
 
 def _resumed(job: _Job, engine: Engine, probe: OnlineProbe | None, start: Start) -> tuple[RunState, tuple[str, ...]]:
@@ -268,7 +278,6 @@ def _parts(
         pictures = Pictures(recipe, engine, log, job.world, job.out)
         evaluations = (*evaluations, Periodic(recipe.logging.images_every_steps, pictures.paint))
         see = pictures.see
-    beside: dict[str, Any] = {} if probe is None else {"probe": probe.train}
     return Parts(
         engine=engine,
         steps=_steps(job, state.cursor),
@@ -288,7 +297,7 @@ def _parts(
         limits=Limits(recipe.data.max_bad_samples, recipe.runtime.max_skipped_steps),
         log_every=recipe.logging.every_steps,
         advise=(DataBrake(recipe.runtime.num_workers, _idle_cores(job)), Lasting(collapse)),
-        **beside,
+        probe=None if probe is None else partial(_train_probe, probe, prepared),
     )
 
 

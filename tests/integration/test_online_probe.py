@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from data_pipeline.batch import BatchSpec
+from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.errors import InputError
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.procedural.make import make
@@ -20,9 +20,11 @@ from data_pipeline.read import open_dataset
 from data_pipeline.views import ViewSpec
 from pretrain.augment import prepare
 from pretrain.checkpoint import Tensors, complete_checkpoints, digests, module_state
+from pretrain.collectives import World
 from pretrain.models.encoders import build_encoder, load_strictly
 from pretrain.preflight import preflight
 from pretrain.recipe_io import load_recipe
+from tests.ranks import started
 from tests.runs import MODEL, losses, running, train, write_recipe
 from tests.shards import write_shards
 
@@ -103,6 +105,35 @@ def test_losses_are_the_same_with_a_probe_and_knn_and_with_neither(
     assert {name: digest for name, digest in ours.items() if not name.startswith("probe/")} == theirs
 
 
+def prepared_in_a_run(_: World, path: Path, out: Path) -> list[tuple[int, bool]]:
+    """Of every batch that a run brings to the device: the number of its views, and whether it has masks."""
+    from pretrain import run
+
+    found, prepare = [], run.prepare
+
+    def recorded(batch: Batch, *arguments: Any) -> Batch:
+        found.append((len(batch.views), batch.masks is not None))
+        return prepare(batch, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "prepare", recorded)
+        run.run(load_recipe(path), out)
+    return found
+
+
+def test_only_what_it_looks_at_is_prepared_again(shards: Path, tmp_path: Path) -> None:
+    groups: dict[str, Any] = {"schedule": {"steps": 3}, "online_probe": {"every_steps": 2}}
+    groups["logging"] = {"every_steps": 2, "tensorboard": False}
+    masked = write_recipe(tmp_path / "mae.yaml", shards, **groups)
+    paired = write_recipe(tmp_path / "simsiam.yaml", shards, **SIMSIAM, **groups)
+    found = []
+    for path in (masked, paired):
+        with started(prepared_in_a_run, 1, path, tmp_path / path.stem, joined=False) as ranks:
+            found += ranks.results()
+    assert found[0] == [(1, True), (1, True), (1, False), (1, True)]
+    assert found[1] == [(2, False), (2, False), (1, False), (2, False)]
+
+
 def test_killed_and_resumed_is_uninterrupted_to_the_bit(recipe: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with running(recipe, out) as ranks:
@@ -172,6 +203,14 @@ def test_it_may_come_and_go(recipe: Path, finished: Path, tmp_path: Path) -> Non
     assert losses(out) == losses(finished)
     newest = complete_checkpoints(out / "checkpoints")[-1]
     assert not [name for name in Tensors(newest).shapes if name.startswith("probe/")]
+
+
+def test_one_without_batch_norm_starts_anew_with_it(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(recipe, out, 1, "online_probe.batch_norm=false", max_steps=4)
+    log = train(recipe, out, max_steps=6)
+    assert "the online probe starts anew: the checkpoint has another" in log
+    assert probed(out)[5]["probe/loss"] == pytest.approx(torch.tensor(3.0).log().item())
 
 
 def test_it_learns_real_handwriting(tmp_path: Path) -> None:

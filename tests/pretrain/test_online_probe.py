@@ -152,7 +152,10 @@ def test_dropout_and_running_statistics_stay_what_they_are() -> None:
         assert all(torch.equal(probed[3][name], value) for name, value in without[3].items())
 
 
-def plain(world: World) -> tuple[list[Any], list[Any], Tensor, Tensor]:
+PROBED = 13  # steps; from the 11th on the running statistics are no plain averages any more
+
+
+def plain(world: World) -> tuple[list[Any], list[Any], dict[str, Tensor], dict[str, Tensor]]:
     """Against torch's own batch norm, linear layer and SGD on the features of the encoder, every second step."""
     engine = make_engine(world, 0, batch_norm=True)
     probe = OnlineProbe(Config(lr=0.2, weight_decay=0.1, every_steps=2), TOY, engine)
@@ -161,10 +164,10 @@ def plain(world: World) -> tuple[list[Any], list[Any], Tensor, Tensor]:
     nn.init.zeros_(linear.bias)
     groups = [{"params": [linear.weight], "weight_decay": 0.1}, {"params": [linear.bias]}]
     sgd = torch.optim.SGD(groups, lr=0.2, momentum=0.9)
-    ours, theirs = [], []
-    for at in range(8):
+    ours, theirs, moments = [], [], []
+    for at in range(2 * PROBED):
         batch = toy_batch(at)
-        engine.step([batch], Progress(at, 10, 0), 1e-2)
+        engine.step([batch], Progress(at, 99, 0), 1e-2)
         ours.append({name: float(value) for name, value in probe.train([batch], at + 1).items()})
         if at % 2 == 0:
             assert ours.pop() == {}
@@ -176,18 +179,26 @@ def plain(world: World) -> tuple[list[Any], list[Any], Tensor, Tensor]:
         sgd.zero_grad()
         loss.backward()
         sgd.step()
+        moments.append(torch.stack([features.mean(0), features.var(0, unbiased=False)]))
         theirs.append(
             {"probe/loss": loss.item(), "probe/top1": (logits.argmax(1) == batch.labels).float().mean().item()}
         )
-    return ours, theirs, state_of(probe)["probe/weight"], linear.weight.detach()
+    mean, var = torch.stack(moments[:10]).mean(0)
+    for latest_mean, latest_var in moments[10:]:
+        mean, var = 0.9 * mean + 0.1 * latest_mean, 0.9 * var + 0.1 * latest_var
+    expected = {"weight": linear.weight.detach(), "bias": linear.bias.detach(), "mean": mean, "var": var}
+    return ours, theirs, state_of(probe), expected
 
 
 def test_it_is_batch_norm_a_linear_layer_and_sgd() -> None:
-    ours, theirs, weight, expected = run_ranks(plain, 1)[0]
-    assert len(ours) == len(theirs) == 4
+    """Running statistics: the plain average of the first ten batches' moments, then a tenth of each further one."""
+    ours, theirs, state, expected = run_ranks(plain, 1)[0]
+    assert len(ours) == len(theirs) == PROBED
     for a, b in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, abs=1e-5)
-    torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)
+    for name, value in expected.items():
+        torch.testing.assert_close(state[f"probe/{name}"], value, rtol=1e-4, atol=1e-5)
+    assert state["probe/steps"].tolist() == [PROBED]
 
 
 def odd_batches(world: World) -> dict[str, Any]:
@@ -269,10 +280,14 @@ def take_or_leave(world: World, folder: Path) -> list[bool]:
     engine = make_engine(world, 1)
     probe = OnlineProbe(Config(), TOY, engine)
     other = OnlineProbe(Config(), Shape(11, 4), engine)
+    bare = OnlineProbe(Config(batch_norm=False), TOY, engine)
     save(folder / "with", engine, probe, world)
     save(folder / "without", engine, None, world)
     found = []
-    for name, wanted in (("with", probe), ("with", other), ("without", probe)):
+    save(folder / "bare", engine, bare, world)
+    for name, wanted in (
+        ("with", probe), ("bare", bare), ("with", other), ("without", probe), ("with", bare), ("bare", probe),
+    ):  # fmt: skip
         opened = checkpoint.open_checkpoint(folder / name / "step_00000003", world)
         checkpoint.load(opened, engine.state)  # the training's state fits, whatever there is beside
         before = state_of(wanted)
@@ -281,8 +296,8 @@ def take_or_leave(world: World, folder: Path) -> list[bool]:
     return found
 
 
-def test_one_of_another_shape_or_none_at_all_is_not_taken(tmp_path: Path) -> None:
-    assert run_ranks(take_or_leave, 1, tmp_path)[0] == [True, False, False]
+def test_one_of_another_shape_or_norm_or_none_at_all_is_not_taken(tmp_path: Path) -> None:
+    assert run_ranks(take_or_leave, 1, tmp_path)[0] == [True, True, False, False, False, False]
 
 
 class TestShape:

@@ -9,6 +9,7 @@ import pytest
 
 from pretrain.collectives import World
 from pretrain.objectives.build import build_objective
+from pretrain.online_probe import OnlineProbe, Shape, state_bytes
 from pretrain.plan import footprint, model_state_bytes
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
@@ -23,6 +24,11 @@ CASES: dict[str, dict[str, Any]] = {
     "adamw, average": {"ema": {"decay": 0.99}},
     "adamw, statistics": {"model": RESNET, "objective": SUPERVISED, "ema": {"decay": 0.99}},
     "momentum, teacher": {"objective": {"kind": "byol"}, "optim": {"kind": "sgd", "base_lr": 1e-2}},
+    "momentum, probe": {"optim": {"kind": "sgd", "base_lr": 1e-2}, "online_probe": {}},
+    "momentum, probe without norm": {
+        "optim": {"kind": "sgd", "base_lr": 1e-2},
+        "online_probe": {"batch_norm": False},
+    },
     "no momentum": {"objective": SUPERVISED, "optim": {"kind": "sgd", "base_lr": 1e-2, "momentum": 0.0}},
     "lars": {
         "objective": SUPERVISED,
@@ -30,6 +36,9 @@ CASES: dict[str, dict[str, Any]] = {
         "engine": {"zero_stage": 0, "precision": "fp32"},
     },
 }
+
+
+PROBE = Shape(width=32, num_classes=3)
 
 
 def recipe_of(case: str, folder: Path) -> Recipe:
@@ -42,7 +51,8 @@ def saved_bytes(world: World, recipes: dict[str, Recipe]) -> dict[str, int]:
     for case, recipe in recipes.items():
         objective = build_objective(recipe.model, recipe.objective)
         engine = make_engine(world, recipe.engine.zero_stage, objective=objective, optim=recipe.optim, ema=recipe.ema)
-        found[case] = sum(fragment.data.nbytes for fragment in engine.state.fragments())
+        probe = () if recipe.online_probe is None else OnlineProbe(recipe.online_probe, PROBE, engine).fragments()
+        found[case] = sum(fragment.data.nbytes for fragment in (*engine.state.fragments(), *probe))
     return found
 
 
@@ -50,7 +60,7 @@ def saved_bytes(world: World, recipes: dict[str, Recipe]) -> dict[str, int]:
 def test_a_checkpoint_is_as_large_as_planned(tmp_path: Path) -> None:
     recipes = {case: recipe_of(case, tmp_path) for case in CASES}
     (found,) = run_ranks(saved_bytes, 1, recipes)
-    assert {case: footprint(recipe, 4).checkpoint for case, recipe in recipes.items()} == found
+    assert {case: footprint(recipe, 4, PROBE).checkpoint for case, recipe in recipes.items()} == found
 
 
 def test_what_a_rank_keeps(tmp_path: Path) -> None:
@@ -63,6 +73,13 @@ def test_what_a_rank_keeps(tmp_path: Path) -> None:
     states = model_state_bytes(taught.num_trained, 2, 2, moments=1)
     assert taught.num_frozen > 0
     assert taught.device == pytest.approx(states + 4 * taught.num_frozen, rel=0.01)
+
+
+def test_a_probe_is_kept_by_every_rank(tmp_path: Path) -> None:
+    recipe = recipe_of("momentum, probe", tmp_path)
+    assert recipe.online_probe is not None
+    probe = state_bytes(recipe.online_probe, PROBE)
+    assert footprint(recipe, 2, PROBE).device - footprint(recipe, 2).device == probe
 
 
 def test_what_is_offloaded_moves_to_the_host(tmp_path: Path) -> None:
