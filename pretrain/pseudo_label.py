@@ -40,8 +40,8 @@ from pretrain.augment import normalize
 from pretrain.checkpoint import complete_checkpoints, module_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import full_precision, untouched
-from pretrain.evals.timm_sources import seeded
 from pretrain.models.encoders import load_strictly
+from pretrain.models.seeded import seeded
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.supervised import Supervised
 from pretrain.recipe import Recipe

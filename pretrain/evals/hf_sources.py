@@ -13,10 +13,10 @@ from torch import nn
 from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import CheckpointError
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.timm_sources import seeded
 from pretrain.models import hf_models
 from pretrain.models.encoders import CONFIG
 from pretrain.models.hf_folders import PREPROCESSOR, Preprocessing, read_config, read_preprocessing, read_weights
+from pretrain.models.seeded import seeded
 from pretrain.models.tokenizers import CLIP, ClipTokenizer
 from pretrain.models.towers import TwoTowers
 
@@ -40,36 +40,27 @@ def hf_encoder(folder: Path, *, random_init: bool, seed: int, image_size: int | 
     preprocessing = read_preprocessing(folder)
     description = _description(folder, config)
     kind = config.get("model_type")
+    module: nn.Module
     if kind in hf_models.VIT:
-        module: nn.Module = seeded(seed, lambda: hf_models.build_vit(config, where=str(folder / CONFIG)))
+        module = vit = seeded(seed, lambda: hf_models.build_vit(config, where=str(folder / CONFIG)))
         if not random_init:
             state, path = read_weights(folder)
-            description["left_out"] = hf_models.load_vit(module, state, where=str(path))
+            description["left_out"] = hf_models.load_vit(vit, state, where=str(path))
     elif kind == hf_models.CLIP:
         module = _clip(folder, config, random_init, seed).encoder
     elif kind == hf_models.CLIP_IMAGE:
         module = _clip_image(folder, config, random_init, seed)
     else:
         raise _unknown(folder, kind, [*hf_models.VIT, hf_models.CLIP, hf_models.CLIP_IMAGE])
-    size = _size(module)
     if image_size is None:
-        _check_size(folder, preprocessing, size)
-    fresh = {"init_seed": seed} if random_init else {}
-    return Encoder(
-        module,
-        image_size=size,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        views=preprocessing.views,
-        tag="random" if random_init else "encoder",
-        description={**description, **fresh},
-    )
+        _check_size(folder, preprocessing, _size(module))
+    return _encoder(module, preprocessing, description, seed if random_init else None)
 
 
 def hf_towers(
     folder: Path, *, random_init: bool, seed: int, tokenizer: str | None, image_size: int | None = None
-) -> tuple[TwoTowers, int, Preprocessing, TokenSpec, dict[str, object]]:
-    """Both towers of a CLIPModel, their image size, and what a report says of them; errors as in `hf_encoder`.
+) -> tuple[TwoTowers, Encoder, TokenSpec]:
+    """Both towers of a CLIPModel, the image tower with its preprocessing, and tokens; errors as in `hf_encoder`.
 
     Args:
         folder: with the tokenizer's files too.
@@ -82,17 +73,30 @@ def hf_towers(
         raise _unknown(folder, config.get("model_type"), [hf_models.CLIP])
     preprocessing = read_preprocessing(folder)
     towers = _clip(folder, config, random_init, seed)
-    size = _size(towers.encoder)
     if image_size is None:
-        _check_size(folder, preprocessing, size)
+        _check_size(folder, preprocessing, _size(towers.encoder))
     length = towers.parts.context_length
     spec = TokenSpec(tokenizer or _tokenizer(folder, length), length, towers.parts.vocab_size)
-    return towers, size, preprocessing, spec, _description(folder, config)
+    init_seed = seed if random_init else None
+    return towers, _encoder(towers.encoder, preprocessing, _description(folder, config), init_seed), spec
+
+
+def _encoder(
+    module: nn.Module, preprocessing: Preprocessing, description: dict[str, object], init_seed: int | None
+) -> Encoder:
+    return Encoder(
+        module,
+        image_size=_size(module),
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        views=preprocessing.views,
+        tag="encoder" if init_seed is None else "random",
+        description=description if init_seed is None else {**description, "init_seed": init_seed},
+    )
 
 
 def _clip(folder: Path, config: dict[str, Any], random_init: bool, seed: int) -> TwoTowers:
     towers = seeded(seed, lambda: hf_models.build_clip(config, where=str(folder / CONFIG)))
-    assert isinstance(towers, TwoTowers)
     if not random_init:
         state, path = read_weights(folder)
         hf_models.load_clip(towers, state, where=str(path))

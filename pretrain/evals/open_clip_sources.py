@@ -6,13 +6,13 @@ import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from open_clip import get_pretrained_cfg, list_models
 from open_clip.pretrained import download_pretrained, list_pretrained_tags_by_model
 
 from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import InputError
 from pretrain.models.encoders import EncoderConfig
+from pretrain.models.seeded import seeded
 from pretrain.models.tower_folders import open_clip_by_name
 from pretrain.models.towers import TwoTowers
 from pretrain.models.weights_files import read_tensors
@@ -61,10 +61,8 @@ def from_open_clip(spec: str, *, random_init: bool, seed: int, weights: Path | N
         path = weights or _download(spec, published or {})
         description["weights"] = path.name if weights is None else str(weights)
         state, where = read_tensors(path), str(path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module, config, tokens = open_clip_by_name(name, state, where=where, published=published)
-    return OpenClipSource(module, config, tokens, description)
+    loaded = seeded(seed, lambda: open_clip_by_name(name, state, where=where, published=published))
+    return OpenClipSource(*loaded, description)
 
 
 def _published(name: str, tag: str) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from pretrain.checkpoint import module_state, read_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.hf_sources import hf_encoder
 from pretrain.evals.open_clip_sources import from_open_clip, is_open_clip
-from pretrain.evals.timm_sources import Architecture, checked_views, from_file, from_timm, nearest, seeded
+from pretrain.evals.timm_sources import Architecture, checked_views, from_file, from_timm, nearest
 from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, EncoderConfig, load_encoder, load_strictly
 from pretrain.models.hf_folders import is_hf_folder
 from pretrain.models.input_size import set_image_size
+from pretrain.models.seeded import seeded
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
@@ -53,7 +54,7 @@ def load_source(
         raise InputError("--weights", "none, as only a name of open_clip's goes with a file", f"{spec}, {weights}")
     if path.is_dir():
         size = _size_alone(spec, architecture)
-        return _at_size(_from_folder(path, random_init, seed, size), size)
+        return at_size(_from_folder(path, random_init, seed, size), size)
     if path.is_file():
         if architecture is None or architecture.name == spec:
             raise InputError(
@@ -65,7 +66,7 @@ def load_source(
         return from_file(path, architecture, random_init=random_init, seed=seed or 0)
     if is_open_clip(spec) and (weights is not None or not timm.is_model(spec)):
         size = _size_alone(spec, architecture)
-        return _at_size(_from_open_clip(spec, random_init, seed or 0, weights), size)
+        return at_size(_from_open_clip(spec, random_init, seed or 0, weights), size)
     if not timm.is_model(spec):
         raise _nothing(spec)
     architecture = architecture or Architecture(spec)
@@ -112,7 +113,7 @@ def _size_alone(spec: str, architecture: Architecture | None) -> int | None:
     return architecture.image_size
 
 
-def _at_size(encoder: Encoder, size: int | None) -> Encoder:
+def at_size(encoder: Encoder, size: int | None) -> Encoder:
     """For images of `size` pixels; None: of its own."""
     if size is None:
         return encoder
@@ -159,15 +160,7 @@ def _from_run(run: Path, random_init: bool, seed: int | None) -> Encoder:
 
 
 def _from_checkpoint(checkpoint: Path, random_init: bool, seed: int | None) -> Encoder:
-    run = checkpoint.resolve().parent.parent
-    if not (run / "recipe.yaml").is_file():
-        raise CheckpointError(
-            where=str(run / "recipe.yaml"),
-            expected="the recipe of the run that wrote the checkpoint",
-            found="no such file",
-            fix="Leave a checkpoint in its run's folder: RUN/checkpoints/step_XXXXXXXX.",
-        )
-    recipe = load_recipe(run / "recipe.yaml")
+    run, recipe = run_of_checkpoint(checkpoint)
     description: dict[str, object] = {"source": str(checkpoint), "kind": "checkpoint", "recipe": recipe.name}
     if random_init:
         return _start_of_run(run, recipe, description, seed)
@@ -176,6 +169,23 @@ def _from_checkpoint(checkpoint: Path, random_init: bool, seed: int | None) -> E
     progress = read_state(checkpoint).progress
     description |= {"step": progress.step, "samples_seen": progress.samples_seen}
     return Encoder.of_recipe(module, recipe, tag=checkpoint.name, run=run, description=description)
+
+
+def run_of_checkpoint(checkpoint: Path) -> tuple[Path, Recipe]:
+    """The folder of the run that wrote it, and its recipe.
+
+    Raises:
+        CheckpointError: it lies elsewhere.
+    """
+    run = checkpoint.resolve().parent.parent
+    if not (run / "recipe.yaml").is_file():
+        raise CheckpointError(
+            where=str(run / "recipe.yaml"),
+            expected="the recipe of the run that wrote the checkpoint",
+            found="no such file",
+            fix="Leave a checkpoint in its run's folder: RUN/checkpoints/step_XXXXXXXX.",
+        )
+    return run, load_recipe(run / "recipe.yaml")
 
 
 def _start_of_run(run: Path, recipe: Recipe, description: Mapping[str, object], seed: int | None) -> Encoder:
@@ -199,17 +209,18 @@ def _from_encoder_folder(folder: Path, random_init: bool, seed: int) -> Encoder:
     if config.library == "timm" and getattr(module, "num_classes", None):
         module.reset_classifier(0)  # type: ignore[operator]
         description["classifier_left_out"] = timm.models.get_pretrained_cfg_value(config.name, "classifier")
-    return _of_config(module, config, description, random_init)
+    return of_config(module, config, description, random_init)
 
 
 def _from_open_clip(spec: str, random_init: bool, seed: int, weights: Path | None) -> Encoder:
     towers, config, _, description = from_open_clip(spec, random_init=random_init, seed=seed, weights=weights)
-    return _of_config(towers.encoder, config, description, random_init)
+    return of_config(towers.encoder, config, description, random_init)
 
 
-def _of_config(
+def of_config(
     module: nn.Module, config: EncoderConfig, description: Mapping[str, object], random_init: bool
 ) -> Encoder:
+    """An encoder with the preprocessing that its configuration says."""
     where = str(description["source"])
     return Encoder(
         module,

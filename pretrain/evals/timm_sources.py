@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,12 @@ from data_pipeline.views import ViewSpec
 from pretrain.evals.encoder import Encoder
 from pretrain.models.encoders import load_strictly
 from pretrain.models.input_size import set_image_size
+from pretrain.models.seeded import seeded
 from pretrain.models.weights_files import read_tensors
+
+# With these timm loads what fits of published weights and leaves the rest at random, or the module is no longer one
+# from RGB images to features.
+_REFUSED = ("num_classes", "in_chans", "pretrained_strict")
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,20 @@ class Architecture:
     def build(self, **arguments: Any) -> nn.Module:
         """
         Raises:
-            InputError: timm has no such name (the nearest are given), or refuses the options.
+            InputError: timm has no such name (the nearest are given), or refuses the options, or they are refused here.
         """
         if not timm.is_model(self.name):
             raise InputError(
                 where="--model", expected="the name of a timm model", found=self.name, fix=nearest(self.name)
             )
+        for option in _REFUSED:
+            if option in self.options:
+                raise InputError(
+                    where=f"--option {option}",
+                    expected="none, as an encoder is judged without a classifier, on RGB images, with whole weights",
+                    found=str(self.options[option]),
+                    fix="Leave it out.",
+                )
         if self.image_size is not None and timm.models.get_pretrained_cfg_value(self.name, "fixed_input_size"):
             arguments["img_size"] = self.image_size
         try:
@@ -66,11 +79,10 @@ def from_timm(architecture: Architecture, *, random_init: bool, seed: int) -> En
     # With its own classifier timm loads strictly; told to leave the classifier out, it would not.
     module = architecture.build(pretrained=True)
     module.reset_classifier(0)  # type: ignore[operator]
-    own_size = _config(module)["input_size"][-1]
-    if architecture.image_size not in (None, own_size) and _config(module).get("fixed_input_size"):
-        description["position_embedding"] = {
-            "from": f"{own_size} px", "to": f"{architecture.image_size} px", "how": "as timm resizes it when it loads"
-        }  # fmt: skip
+    with torch.device("meta"):
+        published = Architecture(architecture.name).build()
+    if (grid := _positions(module)) != (own := _positions(published)):
+        description["position_embedding"] = {"from": own, "to": grid, "how": "as timm resizes it when it loads"}
     return _encoder(module, architecture, "encoder", description)
 
 
@@ -109,13 +121,6 @@ def _made_for_own_size(module: nn.Module, architecture: Architecture, state: Map
         return None
     own = seeded(0, lambda: replace(architecture, image_size=None).build(num_classes=0))
     return own if own.pos_embed.shape == positions.shape else None
-
-
-def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` makes from this seed; the global random state stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
 
 
 def nearest(name: str) -> str:
@@ -162,6 +167,12 @@ def _encoder(module: nn.Module, architecture: Architecture, tag: str, descriptio
         tag=tag,
         description={"architecture": architecture.name, "options": dict(architecture.options), **description},
     )
+
+
+def _positions(module: nn.Module) -> list[int] | None:
+    """The grid of the position embedding; None: it has none, or nothing of a grid."""
+    grid: tuple[int, int] | None = getattr(getattr(module, "patch_embed", None), "grid_size", None)
+    return list(grid) if grid is not None and getattr(module, "pos_embed", None) is not None else None
 
 
 def _config(module: nn.Module) -> dict[str, Any]:

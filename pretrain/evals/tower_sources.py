@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import NamedTuple
 
 from data_pipeline.batch import TokenSpec
-from data_pipeline.errors import CheckpointError, InputError
-from data_pipeline.views import ViewSpec
+from data_pipeline.errors import InputError
 from pretrain.checkpoint import module_state, read_state
+from pretrain.evals.encoder import Encoder
 from pretrain.evals.hf_sources import hf_towers
 from pretrain.evals.open_clip_sources import from_open_clip
-from pretrain.evals.timm_sources import checked_views
-from pretrain.models.encoders import EncoderConfig, load_strictly
+from pretrain.evals.sources import at_size, of_config, run_of_checkpoint
+from pretrain.models.encoders import load_strictly
 from pretrain.models.hf_folders import is_hf_folder
-from pretrain.models.input_size import set_image_size
+from pretrain.models.seeded import seeded
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.models.tower_folders import load_towers_folder
 from pretrain.models.towers import Towers, TwoTowers, build_parts
@@ -26,17 +25,10 @@ from pretrain.recipe_io import load_recipe
 from pretrain.recipe_objective import Clip, Siglip
 
 
-@dataclass(frozen=True)
-class _Found:
-    module: TwoTowers
+class _Found(NamedTuple):
+    towers: TwoTowers
+    encoder: Encoder  # their image tower
     tokens: TokenSpec
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    views: ViewSpec
-    tag: str
-    description: dict[str, object]
-    run: Path | None = None
 
 
 def load_towers(
@@ -72,150 +64,89 @@ def load_towers(
     elif (path / "state.json").is_file() or (path / "COMPLETE").is_file():
         found = _from_checkpoint(path, random_init, seed)
     elif is_hf_folder(path):
-        found = _from_hf(path, random_init, seed or 0, tokenizer, image_size)
+        towers = hf_towers(path, random_init=random_init, seed=seed or 0, tokenizer=tokenizer, image_size=image_size)
+        found = _Found(*towers)
     elif path.is_dir():
         found = _from_folder(path, random_init, seed or 0)
     else:
         found = _by_name(spec, random_init, seed or 0, weights)
-    found = _at_size(found, image_size)
+    encoder = at_size(found.encoder, image_size)
     tokens = found.tokens if tokenizer is None else replace(found.tokens, tokenizer=tokenizer)
-    built = build_tokenizer(tokens)
     return Towers(
-        found.module.eval().requires_grad_(False),
-        built,
-        found.image_size,
-        found.mean,
-        found.std,
-        found.views,
-        found.tag,
-        found.description,
-        found.run,
+        found.towers.eval().requires_grad_(False),
+        build_tokenizer(tokens),
+        encoder.image_size,
+        encoder.mean,
+        encoder.std,
+        encoder.views,
+        encoder.tag,
+        encoder.description,
+        encoder.run,
     )
 
 
-def _at_size(found: _Found, size: int | None) -> _Found:
-    if size is None:
-        return found
-    told = set_image_size(found.module.encoder, found.image_size, size)
-    description = {**found.description, "position_embedding": told} if told else found.description
-    return replace(found, image_size=size, description=description)
-
-
 def _from_run(run: Path, random_init: bool, seed: int | None) -> _Found:
-    recipe = _recipe(run / "recipe.yaml")
+    recipe = load_recipe(run / "recipe.yaml")
+    _refuse_one_tower(recipe, run)
     description: dict[str, object] = {"source": str(run), "kind": "run", "recipe": recipe.name}
     if random_init:
         return _start_of_run(run, recipe, description, seed)
-    module, _, _ = load_towers_folder(run / "encoder")
-    return _of_recipe(module, recipe, "encoder", run, description)
+    towers, _, _ = load_towers_folder(run / "encoder")
+    return _of_recipe(towers, recipe, "encoder", run, description)
 
 
 def _from_checkpoint(checkpoint: Path, random_init: bool, seed: int | None) -> _Found:
-    run = checkpoint.resolve().parent.parent
-    recipe = _recipe(run / "recipe.yaml")
+    run, recipe = run_of_checkpoint(checkpoint)
+    _refuse_one_tower(recipe, run)
     description: dict[str, object] = {"source": str(checkpoint), "kind": "checkpoint", "recipe": recipe.name}
     if random_init:
         return _start_of_run(run, recipe, description, seed)
-    module = _towers_of(recipe)
-    load_strictly(module, module_state(checkpoint), where=str(checkpoint))
+    towers = _towers_of(recipe)
+    load_strictly(towers, module_state(checkpoint), where=str(checkpoint))
     progress = read_state(checkpoint).progress
     description |= {"step": progress.step, "samples_seen": progress.samples_seen}
-    return _of_recipe(module, recipe, checkpoint.name, run, description)
+    return _of_recipe(towers, recipe, checkpoint.name, run, description)
 
 
 def _start_of_run(run: Path, recipe: Recipe, description: dict[str, object], seed: int | None) -> _Found:
     seed = recipe.seed if seed is None else seed
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        state = build_objective(recipe.model, recipe.objective).state_dict()
-    module = _towers_of(recipe)
-    load_strictly(module, state, where=str(run))
-    return _of_recipe(module, recipe, "random", run, {**description, "init_seed": seed})
+    state = seeded(seed, lambda: build_objective(recipe.model, recipe.objective).state_dict())
+    towers = _towers_of(recipe)
+    load_strictly(towers, state, where=str(run))
+    return _of_recipe(towers, recipe, "random", run, {**description, "init_seed": seed})
 
 
 def _towers_of(recipe: Recipe) -> TwoTowers:
+    objective = recipe.objective
+    assert isinstance(objective, Clip | Siglip)
+    parts = seeded(0, lambda: build_parts(recipe.model, objective.embed_dim, objective.text))
+    return TwoTowers(parts, has_bias=isinstance(objective, Siglip))
+
+
+def _of_recipe(towers: TwoTowers, recipe: Recipe, tag: str, run: Path, description: dict[str, object]) -> _Found:
     assert isinstance(recipe.objective, Clip | Siglip)
-    with torch.random.fork_rng(devices=[]):
-        parts = build_parts(recipe.model, recipe.objective.embed_dim, recipe.objective.text)
-    return TwoTowers(parts, has_bias=isinstance(recipe.objective, Siglip))
+    encoder = Encoder.of_recipe(towers.encoder, recipe, tag=tag, run=run, description=description)
+    parts = towers.parts
+    return _Found(towers, encoder, TokenSpec(recipe.objective.tokenizer, parts.context_length, parts.vocab_size))
 
 
-def _of_recipe(module: TwoTowers, recipe: Recipe, tag: str, run: Path, description: dict[str, object]) -> _Found:
-    assert isinstance(recipe.objective, Clip | Siglip)
-    return _Found(
-        module,
-        TokenSpec(recipe.objective.tokenizer, module.parts.context_length, module.parts.vocab_size),
-        recipe.model.image_size,
-        recipe.data.mean,
-        recipe.data.std,
-        ViewSpec(interpolation=recipe.data.views.interpolation, eval_crop=recipe.data.views.eval_crop),
-        tag,
-        {"architecture": recipe.model.name, **description},
-        run,
-    )
-
-
-def _recipe(path: Path) -> Recipe:
-    if not path.is_file():
-        raise CheckpointError(
-            where=str(path),
-            expected="the recipe of the run that wrote the checkpoint",
-            found="no such file",
-            fix="Leave a checkpoint in its run's folder: RUN/checkpoints/step_XXXXXXXX.",
-        )
-    recipe = load_recipe(path)
+def _refuse_one_tower(recipe: Recipe, run: Path) -> None:
     if not isinstance(recipe.objective, Clip | Siglip):
         raise InputError(
-            where=str(path.parent),
+            where=str(run),
             expected="a run of kind clip or siglip, which has a text tower",
             found=recipe.objective.kind,
         )
-    return recipe
 
 
 def _from_folder(folder: Path, random_init: bool, seed: int) -> _Found:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module, config, tokens = load_towers_folder(folder, fresh=random_init)
+    towers, config, tokens = seeded(seed, lambda: load_towers_folder(folder, fresh=random_init))
     description: dict[str, object] = {"architecture": config.name, "source": str(folder), "kind": "encoder folder"}
     if random_init:
         description["init_seed"] = seed
-    return _of_config(module, config, tokens, description, random_init)
-
-
-def _from_hf(folder: Path, random_init: bool, seed: int, tokenizer: str | None, image_size: int | None) -> _Found:
-    module, own_size, preprocessing, tokens, description = hf_towers(
-        folder, random_init=random_init, seed=seed, tokenizer=tokenizer, image_size=image_size
-    )
-    return _Found(
-        module,
-        tokens,
-        own_size,
-        preprocessing.mean,
-        preprocessing.std,
-        preprocessing.views,
-        "random" if random_init else "encoder",
-        {**description, "init_seed": seed} if random_init else description,
-    )
+    return _Found(towers, of_config(towers.encoder, config, description, random_init), tokens)
 
 
 def _by_name(spec: str, random_init: bool, seed: int, weights: Path | None) -> _Found:
-    module, config, tokens, description = from_open_clip(spec, random_init=random_init, seed=seed, weights=weights)
-    return _of_config(module, config, tokens, description, random_init)
-
-
-def _of_config(
-    module: TwoTowers, config: EncoderConfig, tokens: TokenSpec, description: dict[str, object], random_init: bool
-) -> _Found:
-    return _Found(
-        module,
-        tokens,
-        config.image_size,
-        config.mean,
-        config.std,
-        checked_views(
-            config.interpolation, config.eval_crop, where=str(description["source"]), eval_resize=config.eval_resize
-        ),
-        "random" if random_init else "encoder",
-        description,
-    )
+    towers, config, tokens, description = from_open_clip(spec, random_init=random_init, seed=seed, weights=weights)
+    return _Found(towers, of_config(towers.encoder, config, description, random_init), tokens)

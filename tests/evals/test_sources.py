@@ -281,6 +281,41 @@ def test_published_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.M
         load_source("vit_tiny_patch16_224")
 
 
+def published(name: str, folder: Path, **options: Any) -> dict[str, Any]:
+    """Options of a model, with which its published weights are those of a local file."""
+    torch.manual_seed(0)
+    path = folder / f"{name}.safetensors"
+    save_file(timm.create_model(name, **options).state_dict(), path)
+    return {**options, "pretrained_cfg_overlay": {"file": str(path)}}
+
+
+def test_published_weights_at_another_size_are_told_in_grids(tmp_path: Path) -> None:
+    vit = published("vit_tiny_patch16_224", tmp_path, **TINY)
+    own = load_source("vit_tiny_patch16_224", architecture=Architecture("vit_tiny_patch16_224", None, vit))
+    assert "position_embedding" not in own.description
+    for size, options, grid in ((32, {}, [2, 2]), (None, {"patch_size": 32}, [7, 7])):
+        architecture = Architecture("vit_tiny_patch16_224", size, {**vit, **options})
+        told = load_source("vit_tiny_patch16_224", architecture=architecture).description["position_embedding"]
+        assert isinstance(told, dict)
+        assert (told["from"], told["to"]) == ([14, 14], grid)
+    name = "swin_tiny_patch4_window7_224"
+    swin = published(name, tmp_path, depths=(1, 1), embed_dim=8, num_heads=(1, 2))
+    found = load_source(name, architecture=Architecture(name, 112, swin))
+    assert features(found).shape == (2, 16)
+    assert "position_embedding" not in found.description
+
+
+def test_options_with_which_timm_leaves_blocks_at_random_are_refused(tmp_path: Path) -> None:
+    """Of weights of one block, taken for those of two."""
+    name = "vit_tiny_patch16_224"
+    options = {**published(name, tmp_path, **TINY), "depth": 2}
+    with pytest.raises(InputError, match="Missing key"):
+        load_source(name, architecture=Architecture(name, None, options))
+    for option, value in (("num_classes", 10), ("in_chans", 3), ("pretrained_strict", False)):
+        with pytest.raises(InputError, match=f"--option {option}.*found {value}"):
+            load_source(name, architecture=Architecture(name, None, {**options, option: value}))
+
+
 @pytest.mark.parametrize(
     ("spec", "architecture", "told"),
     [
@@ -291,6 +326,7 @@ def test_published_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.M
         ("FILE", Architecture("vit_tinny_patch16_224"), "Nearest timm models"),
         ("FILE", Architecture("vit_tiny_patch16_224", None, {"depht": 1}), "options it takes.*depht"),
         ("resnet18", Architecture("resnet34"), "resnet34"),
+        ("resnet18", Architecture("resnet18", None, {"in_chans": 1}), "--option in_chans.*found 1"),
     ],
 )
 def test_what_makes_no_sense_is_an_input_error(

@@ -12,13 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.errors import CheckpointError, InputError
+from pretrain.evals.sources import load_source
 from pretrain.evals.tower_sources import load_towers
 from pretrain.models.encoders import load_encoder
 from pretrain.models.open_clip_models import model_config
 from pretrain.models.tower_folders import save_towers
+from pretrain.objectives.build import build_objective
 from pretrain.objectives.image_text import ImageText
-from pretrain.recipe import Views
-from pretrain.recipe_model import OpenClip
+from pretrain.recipe import Recipe, Views
+from pretrain.recipe_io import dump
+from pretrain.recipe_model import Model, OpenClip
+from pretrain.recipe_objective import Clip
 from pretrain.state import Progress
 from tests.objectives import towers
 
@@ -81,6 +85,22 @@ def test_loaded_towers_are_those_that_were_saved(tmp_path: Path, kind: str, besi
         plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
         with torch.no_grad():
             torch.testing.assert_close(plain(batch.views[0]), expected_features)
+
+
+def test_a_run_is_judged_at_the_size_that_its_folder_says(tmp_path: Path) -> None:
+    model = Model(name="test_resnet", image_size=32, eval_size=48)
+    objective = Clip(kind="clip", **towers.BESIDE_TIMM)
+    tree = {
+        "name": "small", "data": {"train": "shards"}, "model": model.model_dump(), "objective": objective.model_dump(),
+        "optim": {"base_lr": 1e-3}, "schedule": {"steps": 1}, "batch": {"global_size": 8},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(dump(Recipe.model_validate(tree)))
+    state = build_objective(model, objective).state_dict()
+    given = (towers.BESIDE_TIMM["embed_dim"], towers.TEXT, "clip", MEAN, STD, Views())
+    save_towers(tmp_path / "encoder", state, model, *given)
+    for source, fresh in ((tmp_path, False), (tmp_path, True), (tmp_path / "encoder", False)):
+        assert load_towers(str(source), random_init=fresh).image_size == 48
+        assert load_source(str(source), random_init=fresh).image_size == 48
 
 
 @pytest.mark.parametrize("beside_timm", [False, True])
