@@ -176,7 +176,7 @@ class Remote:
         scheme, _, rest = self.join(name).partition("://")
         # Our names hold no escapes; what a URL cannot hold as it is, such as a space, has to be one.
         target = rest if scheme == "s3" else f"{scheme}://{quote(rest, safe='/:[]')}"
-        started, stop = time.monotonic(), _stop_of_thread()
+        stop = _stop_of_thread()
         if stop.is_set():
             raise _RefusedError("nobody who waits for it")
 
@@ -190,6 +190,7 @@ class Remote:
                 raise _FailedError(f"{value:,} bytes in {seconds:.0f} s")
 
         backend = _backend(scheme, self.spec.timeout_seconds, os.getpid(), threading.get_ident())
+        started = time.monotonic()  # the first to come here imports a library, which may take longer than a file
         try:
             backend.get_file(target, str(path), callback=fsspec.Callback(hooks={"bound": bound}))
         except (_FailedError, _RefusedError):

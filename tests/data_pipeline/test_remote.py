@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,9 +124,9 @@ def test_verify_and_stats_read_urls(tmp_path: Path, local: ShardDataset, server:
         index_shards(server.url)
 
 
-def quick(spec: CacheSpec, fault: str) -> CacheSpec:
+def quick(spec: CacheSpec, fault: str, seconds: float = 0.5) -> CacheSpec:
     """Not waiting long where nothing will come."""
-    return replace(spec, timeout_seconds=0.5) if fault in ("stall", "trickle") else spec
+    return replace(spec, timeout_seconds=seconds) if fault in ("stall", "trickle") else spec
 
 
 TRANSIENT = ["500", "503", "429", "page", "truncate", "short", "stall", "endless", "trickle"]
@@ -136,9 +137,24 @@ LASTING = ["404", "403", "redirect file:///etc/passwd", "redirect ftp://127.0.0.
 def test_what_fails_once_is_tried_again(local: ShardDataset, server: FolderServer, spec: CacheSpec, fault: str) -> None:
     """The first request for each file fails; every second one for the same file does not."""
     server.choose = lambda number, name: None if name in server.requests else fault
-    dataset = opened(server.url, quick(spec, fault))
+    dataset = opened(server.url, quick(spec, fault, seconds=2))
     assert dataset.read(4) == local.read(4)
     assert server.requests == ["manifest.json"] * 2 + ["part-002.idx"] * 2 + ["part-002.tar"] * 2
+
+
+def test_making_a_connection_ready_is_not_counted_as_waiting_for_the_server(
+    server: FolderServer, spec: CacheSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a process's first transfer, which imports what makes connections."""
+    ready = remote._backend
+
+    def slow(*args: Any) -> Any:
+        time.sleep(2.2)
+        return ready(*args)
+
+    monkeypatch.setattr(remote, "_backend", slow)
+    opened(server.url, replace(spec, timeout_seconds=2))
+    assert server.requests == ["manifest.json"]
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "part-002.idx", "part-002.tar"])

@@ -125,7 +125,7 @@ def test_a_server_that_dies_is_told_with_its_url(shards: Path, tmp_path: Path) -
         return None if alive[0] else "500"
 
     with served(shards, choose) as server:
-        data = data_from(server.url, tmp_path, shards, timeout_seconds=1, retries=2)
+        data = data_from(server.url, tmp_path, shards, timeout_seconds=3, retries=2)
         recipe = write_recipe(tmp_path / "recipe.yaml", "", data=data)
         said = pretrain("train", recipe, "--out", tmp_path / "run", status=1)
         assert f"{server.url}/shard-" in said
