@@ -24,8 +24,9 @@ def test_what_an_inner_part_takes_the_outer_does_not() -> None:
     whole = time.perf_counter() - start
     taken = clock.take()
     assert taken.keys() == {"backward", "reduce"}
-    assert sum(taken.values()) == pytest.approx(whole, rel=0.02)
-    assert taken["reduce"] > taken["backward"] >= 0.02
+    assert taken["backward"] >= 0.02
+    assert taken["reduce"] >= 0.06
+    assert sum(taken.values()) < whole + 1e-6, "nothing is booked twice"
     assert clock.take() == {}
 
 
