@@ -19,7 +19,7 @@ from data_pipeline.labels import Described, ShardLabels, SoftLabels, file_name, 
 from data_pipeline.selection import Selection
 from tests.data_pipeline.tiny import write_shards
 
-SOME = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SOME = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 Drawn = tuple[np.ndarray, list[int], int | None]  # probabilities [N, K] fp16, sizes of shards, top_k
 
 

@@ -20,7 +20,7 @@ from data_pipeline.read import Dataset, ShardDataset
 from data_pipeline.views import ViewSpec
 from tests.data_pipeline.tiny import SPEC, rows, write_shards
 
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from data_pipeline.scan import index_shards
 from data_pipeline.views import ViewSpec, training_view
 from tests.data_pipeline.tiny import SPEC, Row, loader, photo, rows_of, steps, write_shards
 
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

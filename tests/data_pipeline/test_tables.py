@@ -123,7 +123,7 @@ def test_rows_are_shuffled_or_keep_their_order(tmp_path: Path) -> None:
     assert mixed != ordered
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1), min_size=1))
 def test_whatever_a_caption_says_it_arrives_or_is_bad(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str]

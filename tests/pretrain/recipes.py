@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
     "evals": [{"kind": "knn", "train": "a", "test": "b"}],
 }
 
-bounded = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+bounded = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 
 def write(folder: Path, tree: Any, name: str = "recipe.yaml") -> Path:
