@@ -100,6 +100,7 @@ def test_too_few_open_files() -> None:
 
 
 def test_available_memory_is_that_of_the_cgroup_where_it_is_less(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(machine, "_cgroups", lambda: iter(()))
     free = machine.available_memory()
     assert free == pytest.approx(psutil.virtual_memory().available, rel=0.2)
     (tmp_path / "memory.max").write_text("2000\n")
@@ -268,8 +269,14 @@ def examine(*arguments: Any) -> tuple[int, list[Finding]]:
 
 
 def test_a_recipe_that_would_run(
-    recipe: Recipe, tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str]
+    recipe: Recipe,
+    tmp_path: Path,
+    commands: Commands,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda: 10**12)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12))
     before = sorted(tmp_path.rglob("*"))
     status = doctor.examine(tmp_path / "recipe.yaml", ["runtime.device=cpu"], None, 2, tmp_path / "runs" / "new")
     said = capsys.readouterr().out
