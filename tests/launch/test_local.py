@@ -90,12 +90,14 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that starts the tests in the background has its children ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
 def family(folder: Path, ranks: tuple[int, ...]) -> list[psutil.Process]:
     """The ranks and what they started, once all are up."""
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + 60
     while not all((folder / f"{rank}.json").exists() for rank in ranks):
         assert time.monotonic() < give_up, "the ranks did not start"
         time.sleep(0.01)
@@ -109,7 +111,7 @@ def all_gone(processes: list[psutil.Process], seconds: float = 5) -> bool:
 
 def test_ranks_are_told_what_torchrun_tells(tmp_path: Path, environment: dict[str, str]) -> None:
     launcher = start("environment", tmp_path, environment, num_ranks=3)
-    assert launcher.wait(timeout=30) == 0
+    assert launcher.wait(timeout=60) == 0
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     cores = len(os.sched_getaffinity(0))
     ports = set()
@@ -136,7 +138,7 @@ PLACED = (
 
 
 def test_ranks_of_one_node_of_many(tmp_path: Path, environment: dict[str, str]) -> None:
-    assert start("place", tmp_path, environment, program=PLACED).wait(timeout=30) == 0
+    assert start("place", tmp_path, environment, program=PLACED).wait(timeout=60) == 0
     for local_rank in range(2):
         assert json.loads((tmp_path / f"{4 + local_rank}.json").read_text()) == {
             "RANK": str(4 + local_rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2",
@@ -153,7 +155,7 @@ def test_ranks_that_are_asked_to_stop_are_waited_for(
     first = 0 if program == LAUNCH else 4
     ranks = family(tmp_path, (first, first + 1))
     launcher.send_signal(signum)
-    assert launcher.wait(timeout=30) == 75
+    assert launcher.wait(timeout=60) == 75
     assert all((tmp_path / f"saved{rank}").exists() for rank in (first, first + 1))
     assert all_gone(ranks)
 
@@ -173,12 +175,12 @@ def test_ranks_of_a_command_in_a_job_save_too(tmp_path: Path, environment: dict[
 
 
 def test_a_number_of_threads_that_is_set_is_kept(tmp_path: Path, environment: dict[str, str]) -> None:
-    assert start("environment", tmp_path, {**environment, "OMP_NUM_THREADS": "5"}).wait(timeout=30) == 0
+    assert start("environment", tmp_path, {**environment, "OMP_NUM_THREADS": "5"}).wait(timeout=60) == 0
     assert json.loads((tmp_path / "0.json").read_text())[0]["OMP_NUM_THREADS"] == "5"
 
 
 def test_rank_0_speaks_for_itself_and_the_others_with_their_number(tmp_path: Path, environment: dict[str, str]) -> None:
-    out, err = start("words", tmp_path, environment).communicate(timeout=30)
+    out, err = start("words", tmp_path, environment).communicate(timeout=60)
     assert out == "out 0\n"
     assert sorted(err.splitlines()) == [
         "[rank 0] already numbered",
@@ -195,26 +197,27 @@ def test_the_status_of_the_rank_that_failed_is_passed_on_and_the_others_are_stop
     launcher = start("late", tmp_path, environment, num_ranks=2)
     left = family(tmp_path, (0,))
     began = time.monotonic()
-    assert launcher.wait(timeout=30) == 3, "and not of the one that was killed for it"
+    assert launcher.wait(timeout=60) == 3, "and not of the one that was killed for it"
     assert time.monotonic() - began < 10
     assert all_gone(left), "a rank that ignores SIGTERM is killed, with what it started"
 
 
 def test_the_others_are_asked_to_stop_before_they_are_killed(tmp_path: Path, environment: dict[str, str]) -> None:
-    assert start("late-polite", tmp_path, environment).wait(timeout=30) == 3
+    patient = LAUNCH.replace("grace_seconds=1.0", "grace_seconds=30.0")
+    assert start("late-polite", tmp_path, environment, program=patient).wait(timeout=60) == 3
     assert (tmp_path / "saved0").exists()
 
 
 def test_a_failing_rank_is_heard(tmp_path: Path, environment: dict[str, str]) -> None:
     launcher = start("fail", tmp_path, environment)
-    _, err = launcher.communicate(timeout=30)
+    _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 7
     assert err == "[rank 1] the reason\n"
 
 
 def test_a_rank_that_a_signal_killed_is_named(tmp_path: Path, environment: dict[str, str]) -> None:
     launcher = start("killed", tmp_path, environment)
-    _, err = launcher.communicate(timeout=30)
+    _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + signal.SIGKILL
     assert err == "error: rank 1 was killed by SIGKILL; the others were stopped\n"
 
