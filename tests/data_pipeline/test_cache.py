@@ -101,7 +101,7 @@ def test_processes_share_the_folder_and_killed_ones_leave_nothing_that_looks_who
         os.kill(victim.pid or 0, signal.SIGKILL)
         victim.join()
     for worker in workers:
-        worker.join(30)
+        worker.join(300)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert set(_sizes(tmp_path)) == {96}
     Cache(tmp_path, 500).open(key(99), 96, filled(b"x" * 96)).close()
@@ -135,6 +135,6 @@ def test_a_lock_does_not_outlive_its_holder_in_a_forked_child(tmp_path: Path) ->
     (tmp_path / key(0)).unlink()
     waiting = threading.Thread(target=lambda: cache.open(key(0), 1, filled(b"2")).close(), daemon=True)
     waiting.start()
-    waiting.join(5)
+    waiting.join(30)
     children[0].kill()
     assert not waiting.is_alive()
