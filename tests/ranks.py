@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 import torch.multiprocessing as mp
 
 from pretrain.collectives import World, process_group
+from tests.ports import free_port
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -41,9 +41,7 @@ def started(function: Callable[..., Any], world_size: int, *args: Any, joined: b
 
 class Ranks:
     def __init__(self, function: Callable[..., Any], world_size: int, args: tuple[Any, ...], joined: bool) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["deepspeed", "timm", "pretrain.run", "tests.ranks"])
         self._queue = context.Queue()

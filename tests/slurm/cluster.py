@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from launch.slurm import fields_of
+from tests.ports import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 NODES = ("n0", "n1")
@@ -67,6 +71,8 @@ def why_not() -> str | None:
         return f"SLURM tests need {', '.join(missing)}: Debian's packages slurm-wlm and munge"
     if os.geteuid() != 0:
         return "SLURM tests need root: slurmctld and slurmd start jobs as other users"
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        return "SLURM tests need to mount folders: a container's root has to be given CAP_SYS_ADMIN"
     return None
 
 
@@ -102,8 +108,7 @@ class SlurmCluster:
 
     def job(self, job_id: str) -> Mapping[str, str]:
         """What `scontrol show job` says, by field."""
-        words = self.run("scontrol", "show", "job", "-o", job_id).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        return fields_of(self.run("scontrol", "show", "job", "-o", job_id))
 
     def start_slurmd(self, node: str, hidden: Path | None = None) -> None:
         """On a machine of its own, as far as `hidden` goes: that folder is there, and empty."""
@@ -116,15 +121,18 @@ class SlurmCluster:
     @contextmanager
     def not_shared(self, node: str, hidden: Path) -> Iterator[None]:
         """A node that does not see a folder."""
-        self.kill_slurmd(node)
-        self.start_slurmd(node, hidden)
-        _until(self._idle, 60, f"{node} did not come up again")
+        self._restart_slurmd(node, hidden)
         try:
             yield
         finally:
-            self.kill_slurmd(node)
-            self.start_slurmd(node)
-            _until(self._idle, 60, f"{node} did not come up again")
+            self._restart_slurmd(node)
+
+    def _restart_slurmd(self, node: str, hidden: Path | None = None) -> None:
+        self.kill_slurmd(node)
+        # By itself slurmctld would go on calling the node idle; so it does so once the new one has reported to it.
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=restart")
+        self.start_slurmd(node, hidden)
+        _until(self._idle, 180, f"{node} did not come up again")
 
     def kill_slurmd(self, node: str) -> None:
         """With all that runs there, as when a machine loses power."""
@@ -168,32 +176,28 @@ class SlurmCluster:
 
 
 @contextmanager
-def slurm_cluster(folder: Path, kill_wait_seconds: int = 15) -> Iterator[SlurmCluster]:
-    """Two nodes named n0 and n1, one partition named main; `folder` is its own."""
+def slurm_cluster(kill_wait_seconds: int = 15) -> Iterator[SlurmCluster]:
+    """Two nodes named n0 and n1, one partition named main."""
+    # Not below TMPDIR, which may be long: a socket's path has 107 bytes at most.
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as folder:
+        cluster = _configured(Path(folder), kill_wait_seconds)
+        try:
+            cluster.up()
+            yield cluster
+        finally:
+            cluster.down()
+
+
+def _configured(folder: Path, kill_wait_seconds: int) -> SlurmCluster:
     for name in ("state", *(f"spool.{node}" for node in NODES)):
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir()
     folder.chmod(0o755)
     host = socket.gethostname().split(".")[0]
     text = _CONFIG.format(
-        host=host, folder=folder, ports=_free_ports(3), cpus=CPUS, kill_wait_seconds=kill_wait_seconds
+        host=host, folder=folder, ports=[free_port() for _ in range(3)], cpus=CPUS, kill_wait_seconds=kill_wait_seconds
     )
     (folder / "slurm.conf").write_text(text)
-    cluster = SlurmCluster(folder)
-    try:
-        cluster.up()
-        yield cluster
-    finally:
-        cluster.down()
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    return SlurmCluster(folder)
 
 
 def _descendants(pid: int) -> list[int]:

@@ -20,13 +20,13 @@ from tests.shards import write_shards
 from tests.slurm.cluster import SlurmCluster
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-STEPS, SAVED_EVERY = 240, 20
+STEPS, SAVED_EVERY = 480, 20
 SECRETS = ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MY_TOKEN")  # what users have in their environment
 CANARY = "canary-3f1b9c2e7a5d"
 
 
 def write_slurm_recipe(folder: Path) -> Path:
-    """A MAE that takes some 10 s on two ranks and saves every 20 of its 240 steps."""
+    """A MAE that takes some 20 s on two ranks and saves every 20 of its 480 steps."""
     shards, val = write_shards(folder / "train", 96), write_shards(folder / "val", 17)
     return write_recipe(
         folder / "recipe.yaml", shards,

@@ -26,7 +26,7 @@ STEPS = 1200
 
 def main(seed: int) -> None:
     rng = random.Random(seed)
-    with tempfile.TemporaryDirectory(prefix="soak-") as name, slurm_cluster(Path(name) / "slurm") as cluster:
+    with tempfile.TemporaryDirectory(prefix="soak-") as name, slurm_cluster() as cluster:
         place = Place(cluster, Path(name))
         recipe = write_slurm_recipe(place.folder)
         train(recipe, place.folder / "whole", 2, f"schedule.steps={STEPS}")

@@ -94,7 +94,7 @@ def test_stages_wait_for_each_other_and_go_on_after_a_failure(place: Place, expe
 
 
 def test_evaluations_are_jobs_that_training_does_not_wait_for(place: Place, expected: dict[int, float]) -> None:
-    evals = "evals=[{kind: knn, train: train, test: val, every_epochs: 10, k: 5}]"
+    evals = "evals=[{kind: knn, train: train, test: val, every_epochs: 20, k: 5}]"
     job = place.submit("apart", "--set", evals, evals_apart=True)
     job.wait_until_over()
     job.check_whole(expected)
@@ -102,8 +102,8 @@ def test_evaluations_are_jobs_that_training_does_not_wait_for(place: Place, expe
     reports = sorted((job.run / "evals").glob("knn_step_*.json"))
     steps = [json.loads(path.read_text())["encoder"]["step"] for path in reports]
     assert [int(path.stem.rpartition("_")[2]) for path in reports] == steps
-    assert len(steps) == 2, f"of every ten epochs, of which there are twenty\n{job.told()}"
-    assert 120 <= steps[0] < steps[1] == 240
+    assert len(steps) == 2, f"of every twenty epochs, of which there are forty\n{job.told()}"
+    assert 240 <= steps[0] < steps[1] == 480
     assert not list((job.run / "held_knn").iterdir()), "what was held is let go"
     logged = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
     assert not any(key.startswith("knn/") for line in logged for key in line)

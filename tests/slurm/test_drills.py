@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.cancel import cancel
 from launch.job_folder import JobFolder
 from pretrain.demand import HUNG
 from tests.slurm.cluster import SlurmCluster
@@ -147,7 +148,8 @@ def test_another_number_of_nodes(place: Place, expected: dict[int, float]) -> No
     """Cancelled, which saves, and submitted again on one node; the global batch stays."""
     job = place.submit("elastic")
     job.wait_for_step(50)
-    place.pretrain("cancel", "elastic")
+    with place.cluster.spoken_to():
+        cancel(job.run, now=False)
     job.wait_until_over()
     assert job.events() == ["start", "end", "cancel"]
     saved = job.last("end")["step"]

@@ -8,7 +8,9 @@ import pytest
 
 from data_pipeline.errors import RunError
 from launch.drill import _compare
+from launch.job import attempt_folder
 from launch.job_folder import JobFolder
+from tests.slurm.cluster import NODES
 from tests.slurm.jobs import CANARY, STEPS, Place
 
 
@@ -62,19 +64,23 @@ def test_what_a_node_does_not_see_is_told_in_the_first_minute(place: Place, hidd
     (place.folder / hidden).mkdir(exist_ok=True)
     with place.cluster.not_shared("n1", place.folder / hidden):
         job = place.submit("unshared" if hidden == "unshared" else "unread")
-        job.wait_until_over(120)
+        job.wait_until_over()
     assert job.events() == ["start", "end", "stop"], job.told()
     start, _, stop = JobFolder(job.run).events()
     assert "n1" in stop["why"]
     assert told in stop["why"]
-    assert stop["at"] - start["at"] < 60
+    left = attempt_folder(job.run, job.job_id, 0)
+    reports = [json.loads((left / f"{node}.json").read_bytes()) for node in NODES if (left / f"{node}.json").exists()]
+    first = min(reports, key=lambda report: report["at"])
+    assert told in first["why"]
+    assert first["at"] - start["at"] < 60, "how long SLURM then takes over the job's end is its own"
     assert place.cluster.job(job.job_id)["JobState"] == "FAILED", "what waits for it is not started"
 
 
 def test_a_drill_passes_here_and_fails_where_a_loss_is_another(place: Place) -> None:
-    words = ("drill", "recipe.yaml", "--cluster", str(place.cluster_file(nodes=1)), "--steps", "120", "--out", "drill")
-    done = place.pretrain(*words, seconds=300)
-    assert "passed: 120 losses equal to the bit over 3 attempts" in done.stdout
+    words = ("drill", "recipe.yaml", "--cluster", str(place.cluster_file(nodes=1)), "--steps", "360", "--out", "drill")
+    done = place.pretrain(*words, seconds=900)
+    assert "passed: 360 losses equal to the bit over 3 attempts" in done.stdout
     again = place.pretrain(*words, check=False)
     assert again.returncode == 2
     assert "expected no earlier drill" in again.stderr
@@ -83,5 +89,5 @@ def test_a_drill_passes_here_and_fails_where_a_loss_is_another(place: Place) -> 
     record = json.loads(lines[70])
     lines[70] = json.dumps({**record, "loss": record["loss"] * (1 + 1e-6)})
     metrics.write_text("\n".join(lines) + "\n")
-    with pytest.raises(RunError, match=r"1 of 120 that differ, the first at step \d+, by 1\.\de-06"):
-        _compare(place.folder / "drill" / "alone", place.folder / "drill" / "disturbed", 120)
+    with pytest.raises(RunError, match=r"1 of 360 that differ, the first at step \d+, by 1\.\de-06"):
+        _compare(place.folder / "drill" / "alone", place.folder / "drill" / "disturbed", 360)
