@@ -68,9 +68,9 @@ def test_a_signal_to_any_rank_saves_at_the_next_step(recipe: Path, tmp_path: Pat
 
 
 def test_a_signal_to_one_rank_saves_and_stops_all_and_they_go_on_to_the_bit(recipe: Path, tmp_path: Path) -> None:
-    out, seldom = tmp_path / "run", "checkpoint={every_steps: null, every_minutes: 60}"
-    train(recipe, tmp_path / "whole", 2, seldom)
-    with running(recipe, out, 2, seldom) as ranks:
+    out, seldom = tmp_path / "run", ("schedule.steps=150", "checkpoint={every_steps: null, every_minutes: 60}")
+    train(recipe, tmp_path / "whole", 2, *seldom)
+    with running(recipe, out, 2, *seldom) as ranks:
         while max(losses(out), default=0) < 3:
             time.sleep(0.001)
         pid = ranks.processes[1].pid
@@ -80,7 +80,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all_and_they_go_on_to_the_bit(reci
     at = max(losses(out))
     assert 3 <= at < max(losses(tmp_path / "whole"))
     assert [path.name for path in complete_checkpoints(out / "checkpoints")] == [f"step_{at:08d}"]
-    train(recipe, out, 2, seldom)
+    train(recipe, out, 2, *seldom)
     assert losses(out) == losses(tmp_path / "whole")
 
 

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -57,11 +57,8 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.005)
 
 
-def ranks_of(launcher: int) -> list[int]:
-    children = subprocess.run(
-        ["ps", "--no-headers", "-o", "pid", "--ppid", str(launcher)], capture_output=True, text=True
-    )
-    return [int(pid) for pid in children.stdout.split()]
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    return [child for child in psutil.Process(launcher).children() if "launch.rank" in child.cmdline()]
 
 
 def test_killed_in_mid_epoch_it_goes_on_to_the_bit(recipe: Path, tmp_path: Path) -> None:
@@ -74,11 +71,13 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_bit(recipe: Path, tmp_path: Path)
         command("train", recipe, "--nproc", 2, "--out", out),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
     )  # fmt: skip
+    wait_for(lambda: len(ranks_of(process.pid)) == 2, process)
+    ranks = ranks_of(process.pid)  # looked up before, as steps are taken meanwhile
     # Neither a checkpoint nor the end of an epoch.
     wait_for(lambda: (out / "metrics.jsonl").is_file() and max(losses(out), default=0) >= 23, process)
-    for pid in ranks_of(process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=30)
+    for rank in ranks:
+        rank.kill()
+    process.communicate(timeout=60)
     assert process.returncode != 0
     last = pretrain("train", recipe, "--nproc", 2, "--out", out)
     assert "from scratch" not in last.stdout
