@@ -56,7 +56,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     for command in commands:
         done = subprocess.run(
-            shlex.split(cut_down(command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            shlex.split(cut_down(command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "runs" / "mae_fractals" / "encoder" / "model.safetensors").is_file()
