@@ -30,7 +30,8 @@ def browser() -> Iterator[Browser]:
         told = f"no browser to open reports in, none of {', '.join(NAMES)}: Debian's package chromium"
         pytest.fail(told) if os.environ.get("CI") else pytest.skip(told)
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        args = ["--no-sandbox"] if os.geteuid() == 0 else []
+        opened = playwright.chromium.launch(executable_path=path, args=args, timeout=180_000)
         yield opened
         opened.close()
 
@@ -44,6 +45,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(browser: Browser, path: Path, size: dict[str, int], heard: list[str]) -> Page:
     page = browser.new_page(viewport=size)  # type: ignore[arg-type]
+    page.set_default_timeout(120_000)
     page.on("console", lambda message: heard.append(message.text))
     page.on("pageerror", lambda error: heard.append(str(error)))
     page.on("request", lambda request: heard.append(request.url) if request.url.startswith("http") else None)

@@ -46,11 +46,15 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "teacher"
 
 
+def opened(shards: Path) -> ShardDataset:
+    dataset = open_dataset(str(shards))
+    assert isinstance(dataset, ShardDataset)
+    return dataset
+
+
 @pytest.fixture
 def dataset(shards: Path) -> ShardDataset:
-    opened = open_dataset(str(shards))
-    assert isinstance(opened, ShardDataset)
-    return opened
+    return opened(shards)
 
 
 @pytest.fixture
@@ -133,12 +137,13 @@ def _counting(seen: list[int]):  # type: ignore[no-untyped-def]
     return counting
 
 
-def test_a_process_that_is_killed_goes_on(shards: Path, run: Path, tmp_path: Path, dataset: ShardDataset) -> None:
-    command = [sys.executable, "-m", "launch.cli", "data", "label", str(shards), str(tmp_path / "out")]
+def test_a_process_that_is_killed_goes_on(run: Path, tmp_path: Path) -> None:
+    many = write_shards(tmp_path / "many", 300)
+    command = [sys.executable, "-m", "launch.cli", "data", "label", str(many), str(tmp_path / "out")]
     command += ["--teacher", str(run), "--batch-size", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while not (tmp_path / "out" / file_name(0)).is_file():
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -147,6 +152,7 @@ def test_a_process_that_is_killed_goes_on(shards: Path, run: Path, tmp_path: Pat
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (tmp_path / "out" / "labels.json").exists(), "it was killed on its way"
+    dataset = opened(many)
     done = label(dataset, load_teacher(str(run)), tmp_path / "out", replace(HOW, batch_size=1))
     whole = label(dataset, load_teacher(str(run)), tmp_path / "whole", replace(HOW, batch_size=1))
     assert contents(done.folder) == contents(whole.folder)
