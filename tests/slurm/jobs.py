@@ -74,6 +74,18 @@ class Place:
         run = self.folder / name
         return Submitted(self.cluster, run, str(JobFolder(run).submitted()["job_id"]))
 
+    def wait_for_all(self, out: Path, seconds: float = 300) -> None:
+        """Until no job is left in the queue; fails with the logs below `out` where the time is over."""
+        deadline = time.monotonic() + seconds
+        while jobs := self.cluster.run("squeue", "--noheader", "--format=%A").split():
+            for job_id in jobs:
+                with self.cluster.spoken_to():
+                    hurry(self.cluster.job(job_id))
+            if time.monotonic() > deadline:
+                logs = [path.read_text()[-3000:] for path in out.rglob("*_log.out")]
+                raise AssertionError("\n".join([self.cluster.run("squeue"), *logs]))
+            time.sleep(0.2)
+
 
 @dataclass(frozen=True)
 class Submitted:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import yaml
 
 from launch.cancel import cancel
 from launch.job_folder import JobFolder
-from launch.slurm import hurry
 from tests.runs import losses
 from tests.slurm.jobs import Place, Submitted
 
@@ -35,19 +33,6 @@ def events_of(folder: Path) -> list[str]:
     return [event["event"] for event in JobFolder(folder).events()]
 
 
-def wait(place: Place, out: Path, seconds: float = 300) -> None:
-    """Until no job is left in the queue."""
-    deadline = time.monotonic() + seconds
-    while jobs := place.cluster.run("squeue", "--noheader", "--format=%A").split():
-        for job_id in jobs:
-            with place.cluster.spoken_to():
-                hurry(place.cluster.job(job_id))
-        if time.monotonic() > deadline:
-            logs = [path.read_text()[-3000:] for path in out.rglob("*_log.out")]
-            raise AssertionError("\n".join([place.cluster.run("squeue"), *logs]))
-        time.sleep(0.2)
-
-
 def test_stages_wait_for_each_other_and_go_on_after_a_failure(place: Place, expected: dict[int, float]) -> None:
     path, out = write_chain(place), place.folder / "chained"
     words = ("chain", str(path), "--cluster", str(place.cluster_file()), "--out", "chained")
@@ -65,7 +50,7 @@ def test_stages_wait_for_each_other_and_go_on_after_a_failure(place: Place, expe
     trained.wait_for_step(50)
     with place.cluster.spoken_to():
         cancel(out, now=False)
-    wait(place, out)
+    place.wait_for_all(out)
     assert events_of(run)[-1] == "cancel"
     assert "start" not in events_of(judged)
 
@@ -73,7 +58,7 @@ def test_stages_wait_for_each_other_and_go_on_after_a_failure(place: Place, expe
     trained = Submitted(place.cluster, run, JobFolder(run).submitted()["job_id"])
     trained.wait_for_step(JobFolder(run).newest_step() + 10)
     place.cluster.run("scontrol", "requeue", trained.job_id)
-    wait(place, out)
+    place.wait_for_all(out)
     assert losses(run) == expected
     assert events_of(run)[-1] == events_of(judged)[-1] == "done", events_of(run) + events_of(judged)
     assert json.loads((out / "knn.json").read_text())["metric"] == "top1_k5"
@@ -85,7 +70,7 @@ def test_stages_wait_for_each_other_and_go_on_after_a_failure(place: Place, expe
     place.pretrain(*words)
     record.write_text(known)  # and done before, as the job finds out, on both nodes
     place.cluster.run("scontrol", "update", "NodeName=n0,n1", "State=RESUME")
-    wait(place, out)
+    place.wait_for_all(out)
     assert events_of(run)[-1] == events_of(judged)[-1] == "done", events_of(run) + events_of(judged)
     here = place.pretrain("chain", str(path), "--out", str(out), seconds=300).stdout
     assert here.count("done before") == 2, "what was done there is known on one machine"
@@ -98,7 +83,7 @@ def test_evaluations_are_jobs_that_training_does_not_wait_for(place: Place, expe
     job = place.submit("apart", "--set", evals, evals_apart=True)
     job.wait_until_over()
     job.check_whole(expected)
-    wait(place, job.run)
+    place.wait_for_all(job.run)
     reports = sorted((job.run / "evals").glob("knn_step_*.json"))
     steps = [json.loads(path.read_text())["encoder"]["step"] for path in reports]
     assert [int(path.stem.rpartition("_")[2]) for path in reports] == steps
