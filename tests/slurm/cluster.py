@@ -128,19 +128,21 @@ class SlurmCluster:
             self._restart_slurmd(node)
 
     def _restart_slurmd(self, node: str, hidden: Path | None = None) -> None:
-        self.kill_slurmd(node)
-        # By itself slurmctld would go on calling the node idle; so it does so once the new one has reported to it.
-        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=restart")
+        self.lose(node)
         self.start_slurmd(node, hidden)
         _until(self._idle, 180, f"{node} did not come up again")
 
-    def kill_slurmd(self, node: str) -> None:
-        """With all that runs there, as when a machine loses power."""
+    def lose(self, node: str) -> None:
+        """With all that runs there, as when a machine loses power; back in service once another slurmd reports.
+
+        Marked down, as SLURM would go on calling it idle until it noticed.
+        """
         daemon = self.daemons.pop(node)
         for pid in _descendants(daemon.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         daemon.wait()
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
     def _start(self, name: str, program: str, *words: str) -> None:
         command = [_found(program) or program, *words]

@@ -67,11 +67,9 @@ def _signal_rank(signum: int) -> Callable[[Submitted, random.Random], None]:
 
 def _lose_a_node(job: Submitted, rng: random.Random) -> None:
     node = rng.choice(NODES)
-    job.cluster.kill_slurmd(node)
-    job.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=soak")
+    job.cluster.lose(node)
     time.sleep(2)
     job.cluster.start_slurmd(node)
-    job.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
 
 KINDS: dict[str, Callable[[Submitted, random.Random], None]] = {

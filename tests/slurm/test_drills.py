@@ -119,13 +119,11 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(place: Place
 def test_a_node_that_is_lost(place: Place, expected: dict[int, float], node: str) -> None:
     job = place.submit(f"lost-{node}")
     job.wait_for_step(50)
-    place.cluster.kill_slurmd(node)
-    place.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=drill")
+    place.cluster.lose(node)
     job.wait(
         lambda: place.cluster.job(job.job_id)["JobState"] in ("PENDING", "REQUEUED"), what="its return to the queue"
     )
     place.cluster.start_slurmd(node)
-    place.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
     job.wait_until_over()
     job.check_whole(expected)
 
