@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -9,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from data_pipeline.errors import RunError
 
 TEMPORARY_PATTERN = ".*.tmp"  # what a killed process may leave behind; never the name of anything finished
 
@@ -31,6 +34,34 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def claimed(plan: Path, content: object, what: str) -> Iterator[None]:
+    """The folder of a plan for this process alone, cleared of what a killed one left.
+
+    Args:
+        plan: a JSON file, written where there is none, whose lock is the claim.
+        content: of the plan.
+        what: is written into the folder, for the error.
+
+    Raises:
+        RunError: another process has it.
+    """
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    if not plan.exists():
+        with durable_file(plan) as file:
+            file.write(json.dumps(content, indent=1).encode() + b"\n")
+    with plan.open("r+b") as lock:  # to write, as NFS locks nothing else for one process alone
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                where=str(plan.parent), expected=f"one process to write {what}", found="another at work on it"
+            ) from error
+        for left in plan.parent.glob(TEMPORARY_PATTERN):
+            left.unlink()
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

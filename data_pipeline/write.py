@@ -8,7 +8,6 @@ it changes.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import itertools
@@ -16,13 +15,12 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-from data_pipeline.durable import TEMPORARY_PATTERN, durable_file
+from data_pipeline.durable import TEMPORARY_PATTERN, claimed, durable_file
 from data_pipeline.errors import DataError, ManifestError, RunError, SampleError, SourceError
 from data_pipeline.index import SUFFIX, ShardIndex
 from data_pipeline.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardSummary, load_manifest
@@ -109,7 +107,7 @@ def write_dataset(
     if (out / FILE_NAME).exists():
         return load_manifest(str(out)), ()
     names = [f"shard-{i:06d}.tar" for i in range(len(shards))]
-    with _claimed(out, plan):
+    with claimed(out / PLAN_NAME, plan, "this dataset"):
         make = partial(_make_shard, out, producer, skip_bad)
         results = run_parallel(make, _numbered(names, shards), workers=workers)
         made = {task[0]: shard for task, shard in track(results, label=label, total=len(shards))}
@@ -183,25 +181,6 @@ def _finished(path: Path) -> ShardSummary | None:
     except (ManifestError, FileNotFoundError):
         return None
     return ShardSummary.of(index) if digest == index.shard_sha256 else None
-
-
-@contextmanager
-def _claimed(out: Path, plan: Plan) -> Iterator[None]:
-    """The folder with its plan in it, for this process alone, cleared of what a killed one left."""
-    out.mkdir(parents=True, exist_ok=True)
-    if _read_plan(out) is None:
-        with durable_file(out / PLAN_NAME) as file:
-            file.write(json.dumps(plan, indent=1).encode() + b"\n")
-    with (out / PLAN_NAME).open("rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(
-                where=str(out), expected="one process to write this dataset", found="another at work on it"
-            ) from error
-        for left in out.glob(TEMPORARY_PATTERN):
-            left.unlink()
-        yield
 
 
 def _read_plan(out: Path) -> dict[str, Any] | None:

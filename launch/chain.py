@@ -12,8 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -21,7 +20,7 @@ from data_pipeline.errors import RunError
 from launch.chain_check import check_chain
 from launch.chain_folder import ChainFolder
 from launch.chain_recipe import words_of
-from launch.local import ASKING, STOPPING
+from launch.local import STOPPING, handled_by
 
 
 def run_chain(path: Path, out: Path | None, num_ranks: int) -> int:
@@ -73,22 +72,9 @@ def _run(words: list[str]) -> int:
             return  # it would end what does not know the signal
         process.send_signal(signum if len(asked) < 2 else signal.SIGKILL)
 
-    with _handled(pass_on):
+    with handled_by(pass_on):
         status = process.wait()
     return 128 + asked[0] if asked else status if status >= 0 else 1
-
-
-@contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Signals go to the handler, except those that this process was told to ignore (nohup)."""
-    before = {s: signal.getsignal(s) for s in (*STOPPING, *ASKING) if signal.getsignal(s) is not signal.SIG_IGN}
-    for signum in before:
-        signal.signal(signum, handler)
-    try:
-        yield
-    finally:
-        for signum, previous in before.items():
-            signal.signal(signum, previous)
 
 
 def _results(chain: ChainFolder) -> Iterator[str]:

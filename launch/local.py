@@ -95,7 +95,8 @@ def launch(
     environment = _environment(num_ranks, threads, place)
     ranks: list[subprocess.Popen[str]] = []
     printers: list[threading.Thread] = []
-    with _signals_into(events, passed_on or {}):
+    sent_as = passed_on or {}
+    with handled_by(lambda signum, frame: events.put(Asked(sent_as.get(signum, signum), signum))):
         try:
             for rank in range(num_ranks):
                 process = _start(rank, place.first_rank + rank, environment, module, arguments)
@@ -238,12 +239,8 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 @contextmanager
-def _signals_into(events: Events, passed_on: Mapping[int, int]) -> Iterator[None]:
-    """Signals become events, except those that this process was told to ignore (nohup)."""
-
-    def handler(signum: int, frame: FrameType | None) -> None:
-        events.put(Asked(passed_on.get(signum, signum), signum))
-
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Signals that stop or ask go to the handler, except those that this process was told to ignore (nohup)."""
     before = {s: signal.getsignal(s) for s in (*STOPPING, *ASKING) if signal.getsignal(s) is not signal.SIG_IGN}
     for signum in before:
         signal.signal(signum, handler)

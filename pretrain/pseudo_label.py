@@ -5,11 +5,9 @@ The teacher sees evaluation views and no noise, with the averages of its weights
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
-from data_pipeline.durable import TEMPORARY_PATTERN, durable_file
+from data_pipeline.durable import claimed, durable_file
 from data_pipeline.errors import CheckpointError, DataError, InputError, RunError
 from data_pipeline.labels import (
     Described,
@@ -169,7 +167,7 @@ def label(dataset: ShardDataset, teacher: Teacher, out: Path, how: Labelling) ->
         )
     plan = _plan(dataset, teacher, how)
     _check_out(out, plan)
-    with _claimed(out, plan):
+    with claimed(out / PLAN_NAME, plan, "these labels"):
         seal = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
         missing = [shard for shard in range(len(dataset.shard_sizes)) if _finished(out, shard, dataset, seal) is None]
         for shard, labels in _made(dataset, missing, teacher, how):
@@ -303,22 +301,3 @@ def _check_out(out: Path, plan: dict[str, Any]) -> None:
             found="others there",
             fix="Give another folder, or remove this one.",
         )
-
-
-@contextmanager
-def _claimed(out: Path, plan: dict[str, Any]) -> Iterator[None]:
-    """The folder with its plan in it, for this process alone, cleared of what a killed one left."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / PLAN_NAME).exists():
-        with durable_file(out / PLAN_NAME) as file:
-            file.write(json.dumps(plan, indent=1).encode() + b"\n")
-    with (out / PLAN_NAME).open("rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(
-                where=str(out), expected="one process to write these labels", found="another at work on it"
-            ) from error
-        for left in out.glob(TEMPORARY_PATTERN):
-            left.unlink()
-        yield
