@@ -138,7 +138,7 @@ def test_a_preprocessing_that_cannot_be_done_is_refused(tmp_path: Path, entries:
         ({"num_hidden_layers": 2}, r"16 missing: encoder\.layer\.1\.attention\.attention\.key\.bias"),
         ({"qkv_bias": False}, "3 unexpected: .*key.bias"),
         ({"hidden_act": ["gelu"]}, r"hidden_act, .*found \['gelu'\]"),
-        ({"patch_size": [8, 16]}, r"json: expected a square patch_size, found \[8, 16\]"),
+        ({"patch_size": [8, 16]}, r"^\S+json: expected a square patch_size, found \[8, 16\]"),
         ({"hidden_size": 0}, "built from, found ZeroDivisionError"),
         ({"hidden_size": Null}, "built from, found TypeError"),
     ],
