@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -77,9 +76,5 @@ class Encoder:
         }
 
     def weights_sha256(self) -> str:
-        """Over parameters and buffers; no file layout enters it. Taken once: the encoder is frozen."""
-        return self._weights_sha256
-
-    @cached_property
-    def _weights_sha256(self) -> str:
+        """Over parameters and buffers; no file layout enters it."""
         return weights_sha256(self.module)

@@ -8,7 +8,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
-from unittest.mock import patch
 
 import pytest
 import timm
@@ -19,7 +18,6 @@ from data_pipeline.errors import InputError
 from data_pipeline.read import open_dataset
 from pretrain import versions
 from pretrain.collectives import World
-from pretrain.evals import encoder as encoder_module
 from pretrain.evals import store as store_module
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, Features
@@ -160,15 +158,6 @@ def test_whatever_features_depend_on_is_part_of_the_question(
         assert len(list(tmp_path.iterdir())) == 7 + number
     ask(base)
     assert len(list(tmp_path.iterdir())) == 11
-
-
-def test_weights_are_hashed_once(folders: Folders, tmp_path: Path) -> None:
-    encoder = small_encoder()
-    with patch.object(encoder_module, "weights_sha256", wraps=encoder_module.weights_sha256) as taken:
-        for folder in folders:
-            extract(encoder, folder, tmp_path)
-        encoder.weights_sha256()
-    assert taken.call_count == 1
 
 
 def test_what_weights_do_not_tell_is_part_of_the_question() -> None:
