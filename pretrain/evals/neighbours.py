@@ -35,8 +35,8 @@ class Vectors:
     def __init__(self, values: Tensor, norms: Tensor | None = None) -> None:
         if norms is None:  # some rows at a time, as they are copied to fp64
             norms = torch.empty(len(values), dtype=torch.float64, device=values.device)
-            for part in _parts(len(values), 1024):
-                torch.linalg.vector_norm(values[part], dim=1, dtype=torch.float64, out=norms[part])
+            for part in _parts(len(values), max(1, PRODUCTS // max(1, values.shape[1]))):
+                norms[part] = _sums(values[part].double().square()).sqrt_()
             norms = norms.where(norms > 0, 1)
         self.values, self.norms = values, norms
 
@@ -219,16 +219,15 @@ def _greater(blocks: Tensor, above: Tensor, least: Tensor) -> tuple[Tensor, Tens
 
 def _nearest_first(bank: Vectors, queries: Vectors, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Of each query its `rows` of the bank, [q, C], and their cosines, the nearest first."""
-    return _ordered(_cosines(bank.values, queries.values, rows), rows)
+    return _ordered(_cosines(bank, queries, rows), rows)
 
 
-def _cosines(bank: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
+def _cosines(bank: Vectors, queries: Vectors, rows: Tensor) -> Tensor:
     """Of each query to its `rows` of the bank, [q, C], in fp64 on the grid: of each pair, whatever stands beside it."""
     cosines = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
-    for part in _parts(len(rows), max(1, PRODUCTS // (rows.shape[1] * bank.shape[1]))):
-        asked, near = queries[part].double().unsqueeze(1), bank[rows[part]].double()
-        lengths = _sums(near * near).sqrt_() * _sums(asked * asked).sqrt_()
-        cosines[part] = _sums(near.mul_(asked)).div_(lengths.where(lengths > 0, 1))
+    for part in _parts(len(rows), max(1, PRODUCTS // (rows.shape[1] * bank.values.shape[1]))):
+        products = bank.values[rows[part]].double().mul_(queries.values[part].double().unsqueeze(1))
+        cosines[part] = _sums(products).div_(bank.norms[rows[part]] * queries.norms[part].unsqueeze(1))
     return _on_grid(cosines)
 
 
