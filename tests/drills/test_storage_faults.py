@@ -26,8 +26,8 @@ from data_pipeline.errors import CheckpointError, PretrainError
 from pretrain import checkpoint, checkpoint_writer
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World
-from pretrain.engine import Fragment
 from pretrain.state import Progress, RunState
+from pretrain.training_state import Fragment
 
 LEAST = 500
 
