@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
 import psutil
@@ -58,7 +58,12 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def ranks_of(launcher: int) -> list[psutil.Process]:
-    return [child for child in psutil.Process(launcher).children() if "launch.rank" in child.cmdline()]
+    def is_rank(child: psutil.Process) -> bool:
+        with suppress(psutil.NoSuchProcess):  # its short ones may end while they are looked at
+            return "launch.rank" in child.cmdline()
+        return False
+
+    return list(filter(is_rank, psutil.Process(launcher).children()))
 
 
 def test_killed_in_mid_epoch_it_goes_on_to_the_bit(recipe: Path, tmp_path: Path) -> None:
