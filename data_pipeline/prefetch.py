@@ -158,6 +158,7 @@ class Prefetcher:
         self._planning = threading.Lock()
         self._moved = threading.Condition()
         self._waiting: list[int] = []  # positions that need what was planned, as far as they were not reached
+        self._reached = 0
         self._stop = threading.Event()
         names = [f"prefetch-{number}" for number in range(min(_THREADS, ahead))]
         self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
@@ -167,6 +168,7 @@ class Prefetcher:
     def reached(self, cursor: int) -> None:
         """All steps before this position were made."""
         with self._moved:
+            self._reached = cursor
             self._waiting = [position for position in self._waiting if position >= cursor]
             self._moved.notify_all()
 
@@ -198,7 +200,8 @@ class Prefetcher:
                     return None
             position, fetch = next(self._coming)
             with self._moved:
-                self._waiting.append(position)
+                if position >= self._reached:  # else the step was made meanwhile
+                    self._waiting.append(position)
         return () if fetch is None else (fetch,)
 
 

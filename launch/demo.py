@@ -24,6 +24,7 @@ from data_pipeline.procedural.make import make
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 from pretrain.resolve import differences, resolve
+from pretrain.run_folder import is_claimed
 
 if TYPE_CHECKING:
     from pretrain.report import Comparison
@@ -166,10 +167,12 @@ def _kill_in_mid_interval(process: subprocess.Popen[bytes], out: Path, half: int
     while process.poll() is None:
         saved, logged = _saved_step(out), _logged_step(out)
         if saved >= half and logged > saved:
-            process.kill()  # the ranks die with their launcher
+            process.kill()
             process.wait()
-            return Interruption(logged, saved)
-        time.sleep(0.1)
+            while is_claimed(out):  # the ranks die with their launcher, moments later
+                time.sleep(0.01)
+            return Interruption(_logged_step(out), _saved_step(out))
+        time.sleep(0.02)
     return None
 
 

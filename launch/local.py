@@ -6,6 +6,7 @@ They are all of a run, or those of one node of a job (`Place`).
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from types import FrameType
 
+from data_pipeline.errors import RunError
 from pretrain.demand import STOPPED
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -168,11 +170,14 @@ def _verdict(failed: Ended, first_rank: int) -> int:
 
 
 def free_port() -> int:
-    """Of this machine, at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """Of this machine, at this moment. Below those that the kernel gives to whoever asks for any: rank 0 listens on it
+    seconds later.
+    """
+    for port in random.SystemRandom().sample(range(28_000, 32_768), 64):  # never the seeded numbers of a run
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise RunError("ports 28000 to 32767", "one that is free", "none of 64 that were tried")
 
 
 def threads_of(num_processes: int) -> int:

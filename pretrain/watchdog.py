@@ -176,7 +176,7 @@ class Watchdog:
         blamed = blame(words, unheard)
         found = [self._finding(rank, words[rank], rank in unheard) for rank in blamed]
         self._word = replace(self._word, blames=tuple(blamed))
-        ending = time.monotonic() + (0 if self._board is None or no_store else 2.5 * self._beat_seconds)
+        ending = time.monotonic() + (0 if self._board is None or no_store else 3.5 * self._beat_seconds)
         teller = threading.Thread(target=self._tell, args=(found,), daemon=True)
         teller.start()
         teller.join(10)  # what it writes to may be what hangs

@@ -1,5 +1,6 @@
 """Shared by all tests: where real data lies, and one thread per process so that two cores serve two processes."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -10,6 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The same examples in every run, and as many of them on a slow machine: what passes does not depend on the day.
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")
+
+
+def pytest_collection_finish() -> None:
+    """Hypothesis draws constants out of the modules that are imported: also of those that only some tests import."""
+    for name in ("launch.chain_submit", "launch.data_commands", "launch.label_commands", "launch.rank"):
+        importlib.import_module(name)
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ class Ranks:
             process.start()
         self._whole = False
 
-    def results(self, timeout: float = 300) -> list[Any]:
+    def results(self, timeout: float = 1800) -> list[Any]:
         """What each returned, in the order of ranks; an AssertionError with the traceback of the first that failed."""
         results: dict[int, Any] = {}
         for _ in self.processes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.durable import read_lines
 from pretrain.collectives import World
 from tests.ranks import Ranks, started
 
@@ -63,8 +63,7 @@ def _run(_: World, recipe: Path, out: Path, overrides: Sequence[str], arguments:
 
 def losses(out: Path) -> dict[int, float]:
     """By step; an AssertionError where a step was logged twice."""
-    path = out / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = read_lines(out / "metrics.jsonl")  # also while it is written
     steps = [line["step"] for line in lines if "loss" in line]
     assert len(steps) == len(set(steps)), "a step was logged twice"
     return {line["step"]: line["loss"] for line in lines if "loss" in line}

@@ -258,7 +258,7 @@ import sys
 from pathlib import Path
 from data_pipeline.convert import ConvertOptions, convert
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]), Path(sys.argv[2]), ConvertOptions(shard_size=20), workers=2)
+    convert(Path(sys.argv[1]), Path(sys.argv[2]), ConvertOptions(shard_size=5), workers=2)
 """
 
 
@@ -281,7 +281,7 @@ def test_killed_with_its_workers_it_goes_on_to_the_same_bytes(tmp_path: Path) ->
     assert list(out.glob("*.idx"))
     with pytest.raises(DataError, match="unfinished"):
         load_manifest(str(out))
-    options = ConvertOptions(shard_size=20)
+    options = ConvertOptions(shard_size=5)
     resumed = convert(source, out, options)
     convert(source, tmp_path / "whole", options)
     assert contents(out) == contents(tmp_path / "whole")

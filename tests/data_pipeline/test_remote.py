@@ -137,7 +137,7 @@ LASTING = ["404", "403", "redirect file:///etc/passwd", "redirect ftp://127.0.0.
 def test_what_fails_once_is_tried_again(local: ShardDataset, server: FolderServer, spec: CacheSpec, fault: str) -> None:
     """The first request for each file fails; every second one for the same file does not."""
     server.choose = lambda number, name: None if name in server.requests else fault
-    dataset = opened(server.url, quick(spec, fault, seconds=2))
+    dataset = opened(server.url, quick(spec, fault, seconds=5))
     assert dataset.read(4) == local.read(4)
     assert server.requests == ["manifest.json"] * 2 + ["part-002.idx"] * 2 + ["part-002.tar"] * 2
 
@@ -149,11 +149,11 @@ def test_making_a_connection_ready_is_not_counted_as_waiting_for_the_server(
     ready = remote._backend
 
     def slow(*args: Any) -> Any:
-        time.sleep(2.2)
+        time.sleep(5.5)
         return ready(*args)
 
     monkeypatch.setattr(remote, "_backend", slow)
-    opened(server.url, replace(spec, timeout_seconds=2))
+    opened(server.url, replace(spec, timeout_seconds=5))
     assert server.requests == ["manifest.json"]
 
 
@@ -222,7 +222,7 @@ def test_training_reads_the_same_rows_through_a_cache_smaller_than_the_data(
     """One request in seven fails; the parent has connections of its own when it forks the workers."""
     server.choose = lambda number, name: (None, "500", "truncate")[number % 14 // 7 + 1] if number % 7 == 3 else None
     largest = int(local.manifest.num_bytes.max())
-    small = replace(spec, max_gb=(2 * largest + 20_000) / 1e9, retries=5)
+    small = replace(spec, max_gb=(3 * largest + 2_000) / 1e9, retries=5)
     dataset = opened(server.url, small)
     got = steps(loader(dataset, lanes=2, window=3, num_workers=num_workers), 4, 24)
     expected = steps(loader(local, lanes=2, window=3), 4, 24)

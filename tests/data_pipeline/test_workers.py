@@ -88,6 +88,7 @@ def test_a_killed_worker_is_an_error_of_ours(dataset: ShardDataset) -> None:
     with closing(loader(dataset, num_workers=1).steps(0)) as stream:  # type: ignore[type-var]
         next(stream)
         (worker,) = workers_of(os.getpid()) - before
+        time.sleep(0.5)  # until it waits for work: torch's workers share a semaphore that dies with who holds it
         os.kill(worker, signal.SIGKILL)
         # torch's own handler raises wherever the training happens to be
         assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL

@@ -16,6 +16,7 @@ import pytest
 from launch.chain import run_chain
 from pretrain.checkpoint import complete_checkpoints
 from tests.launch.test_chain import out, ran, shards, tree_of, write_chain
+from tests.launch.test_local import all_gone
 from tests.runs import losses
 
 pytestmark = pytest.mark.slow
@@ -56,8 +57,7 @@ def test_a_chain_that_is_stopped_goes_on_in_its_stage(
         process.kill()
         process.wait()
     assert started
-    _, alive = psutil.wait_procs(started, timeout=60)
-    assert not alive
+    assert all_gone(started, 60)
     assert 0 < len(losses(out / "teacher")) < STEPS
     assert "left" not in json.loads((out / "chain" / "teacher.json").read_text())
     assert run_chain(path, out, 1) == 0

@@ -81,7 +81,8 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_bit(recipe: Path, tmp_path: Path)
     # Neither a checkpoint nor the end of an epoch.
     wait_for(lambda: (out / "metrics.jsonl").is_file() and max(losses(out), default=0) >= 23, process)
     for rank in ranks:
-        rank.kill()
+        with suppress(psutil.NoSuchProcess):  # the launcher ends the others when one has died
+            rank.kill()
     process.communicate(timeout=60)
     assert process.returncode != 0
     last = pretrain("train", recipe, "--nproc", 2, "--out", out)

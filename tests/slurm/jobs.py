@@ -45,7 +45,7 @@ class Place:
     cluster: SlurmCluster
     folder: Path
 
-    def pretrain(self, *words: str, check: bool = True, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    def pretrain(self, *words: str, check: bool = True, seconds: float = 600) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "launch.cli", *words]
         environment = {**self.cluster.environment, "PYTHONPATH": str(CHECKOUT), **dict.fromkeys(SECRETS, CANARY)}
         done = subprocess.run(

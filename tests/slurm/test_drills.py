@@ -55,6 +55,8 @@ def test_the_time_limit_itself(place: Place, expected: dict[int, float]) -> None
     finally:
         over.set()
         thread.join()
+    job.wait(lambda: job.events().count("start") == 2, what="the second attempt")
+    place.cluster.run("scontrol", "update", f"JobId={job.job_id}", "TimeLimit=10")  # a slow machine's goes on in peace
     job.wait_until_over()
     job.check_whole(expected)
     events = JobFolder(job.run).events()
