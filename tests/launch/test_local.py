@@ -39,8 +39,8 @@ if what == "environment":
     (folder / f"{rank}.json").write_text(json.dumps([{n: os.environ[n] for n in names}, sys.argv, __name__]))
 elif what == "words":
     print("out", rank)
-    print(f"err {rank}\n", end="", file=sys.stderr)  # in one write, as the launcher writes between
-    print(f"[rank {rank}] already numbered\n", end="", file=sys.stderr)
+    print(f"err {rank}\\n", end="", file=sys.stderr)  # in one write, as the launcher writes between
+    print(f"[rank {rank}] already numbered\\n", end="", file=sys.stderr)
 elif what == "fail" and rank == 1:
     print("the reason")
     sys.exit(7)

@@ -86,7 +86,7 @@ def test_a_rank_that_is_killed(place: Place, expected: dict[int, float]) -> None
 
 
 def test_a_rank_that_hangs_is_named(place: Place, expected: dict[int, float]) -> None:
-    job = place.submit("hung", "--set", "runtime.step_timeout_seconds=8")
+    job = place.submit("hung", "--set", "runtime.step_timeout_seconds=20")
     job.wait_for_step(50)
     os.kill(job.rank_pid(1), signal.SIGSTOP)
     job.wait_until_over()
