@@ -81,15 +81,16 @@ def compare(
     a: Annotated[Path, typer.Argument(help="A report of `pretrain eval`.")],
     b: Annotated[Path, typer.Argument(help="Another, on the same test samples.")],
 ) -> None:
-    """The difference A - B with its 95 % interval, paired sample by sample."""
+    """The difference A - B with its 95 % interval: over the seeds both have, else paired sample by sample."""
     from rich.console import Console
     from rich.table import Table
 
+    from pretrain.comparison import difference
     from pretrain.evals.base import EvalReport
-    from pretrain.evals.base import compare as compared
 
     first, second = EvalReport.load(a), EvalReport.load(b)
-    interval = compared(first, second)
+    found = difference(first, second)
+    interval = found.interval
     table = Table("", "encoder", "protocol", "top-1 %", "n")
     for letter, report in (("A", first), ("B", second)):
         table.add_row(letter, called(report), report.evaluator, f"{report.value:.2f}", str(report.n))
@@ -98,5 +99,5 @@ def compare(
     verdict = "excludes zero" if interval.excludes_zero else "includes zero"
     console.print(
         f"A - B: {interval.difference:+.2f} points, 95 % interval "
-        f"{interval.low:+.2f} to {interval.high:+.2f}: {verdict}"
+        f"{interval.low:+.2f} to {interval.high:+.2f} over {found.over}: {verdict}"
     )

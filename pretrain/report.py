@@ -15,7 +15,8 @@ from data_pipeline.errors import CheckpointError, InputError
 from data_pipeline.mixture import open_training
 from data_pipeline.read import open_dataset
 from pretrain.checkpoint import complete_checkpoints, module_state, read_state
-from pretrain.evals.base import EvalReport, Interval, compare
+from pretrain.comparison import difference
+from pretrain.evals.base import EvalReport, Interval
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources import load_source
 from pretrain.goodput import read_goodput
@@ -104,7 +105,7 @@ def find_comparisons(evals: Path, weights_sha256: str) -> list[Comparison]:
             continue
         fresh = (r for r in reports if r.encoder["tag"] == "random" and _question(r) == _question(trained))
         random = next(fresh, None)
-        interval = compare(trained, random) if random is not None else None
+        interval = difference(trained, random).interval if random is not None else None
         found.append(Comparison(_protocol_name(trained), trained, random, interval))
     return found
 

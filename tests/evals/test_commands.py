@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from data_pipeline.errors import InputError
 from launch.eval_commands import app
-from pretrain.evals.base import EvalReport
+from pretrain.evals.base import EvalReport, compare
 from pretrain.models.encoders import build_encoder, save_encoder
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import dump
@@ -113,8 +113,23 @@ def test_two_reports_are_compared_sample_by_sample(run: Path, folders: Folders, 
     shown = evaluate("compare", str(a), str(b)).stdout
     expected = EvalReport.load(a).value - EvalReport.load(b).value
     assert f"A - B: {expected:+.2f} points" in shown
+    assert "over 100 test samples:" in shown
     with pytest.raises(InputError):
         evaluate("compare", str(a), str(tmp_path / "c.json"))
+
+
+def test_reports_over_several_seeds_are_compared_over_them(run: Path, folders: Folders, tmp_path: Path) -> None:
+    asked = ["--train", folders.train, "--test", folders.test, "--shots", "1", "--seeds", "3"]
+    a, b, c = (tmp_path / f"{name}.json" for name in "abc")
+    evaluate("fewshot", str(run), *asked, "--out", str(a))
+    evaluate("fewshot", str(run), *asked, "--random-init", "--out", str(b))
+    evaluate("fewshot", str(run), *asked[:-1], "2", "--random-init", "--out", str(c))
+    first, second = EvalReport.load(a), EvalReport.load(b)
+    assert first.value - second.value != pytest.approx(compare(first, second).difference, abs=0.01)
+    shown = evaluate("compare", str(a), str(b)).stdout
+    assert f"A - B: {first.value - second.value:+.2f} points" in shown
+    assert "over 3 seeds:" in shown
+    assert "over 100 test samples of the first seeds:" in evaluate("compare", str(a), str(c)).stdout
 
 
 @pytest.mark.parametrize(
