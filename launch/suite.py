@@ -233,19 +233,21 @@ def digest(source: str) -> str:
     """SHA-256 over the files that make an encoder what it is; of what is no path, its name."""
     folder = Path(source)
     if (folder / "recipe.yaml").is_file():
-        files = [folder / "recipe.yaml", *_files(folder / "encoder")]
+        files = {"recipe.yaml": folder / "recipe.yaml", **_files(folder / "encoder")}
     elif (folder / COMPLETE).is_file():  # it holds the hashes of all others
-        files = [path for path in (folder / COMPLETE, folder.resolve().parent.parent / "recipe.yaml") if path.is_file()]
+        both = folder / COMPLETE, folder.resolve().parent.parent / "recipe.yaml"
+        files = {path.name: path for path in both if path.is_file()}
     else:
-        files = [folder] if folder.is_file() else _files(folder)
+        files = {folder.name: folder} if folder.is_file() else _files(folder)
     whole = hashlib.sha256(b"" if files else source.encode())
-    for path in files:
-        whole.update(f"{path.name} {sha256_of(path)}\n".encode())
+    for name, path in files.items():
+        whole.update(f"{name} {sha256_of(path)}\n".encode())
     return whole.hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+def _files(folder: Path) -> dict[str, Path]:
+    """By their names in the folder, at any depth: a text tower lies in a folder of its own."""
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _texts(value: Any) -> Iterator[str]:

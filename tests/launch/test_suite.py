@@ -270,6 +270,18 @@ def test_the_digest_of_a_run_is_of_its_recipe_and_encoder(tmp_path: Path) -> Non
     assert digest("resnet18") != digest("resnet34")
 
 
+def test_the_digest_of_a_run_is_also_of_a_text_tower_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 0)
+    (run / "encoder" / "towers").mkdir()
+    found = {digest(str(run))}
+    for name, weights in (("a", b"0"), ("a", b"1"), ("b", b"1")):
+        for path in (run / "encoder" / "towers").iterdir():
+            path.unlink()
+        (run / "encoder" / "towers" / name).write_bytes(weights)
+        found.add(digest(str(run)))
+    assert len(found) == 4
+
+
 # What is run.
 
 
