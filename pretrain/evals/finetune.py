@@ -134,7 +134,7 @@ class Finetune(Evaluator):
             data=self.task.describe(),
             seconds=seconds,
             seeds={"finetune": recipe.seed},
-            notes=[*_unseen(self.task), *_watched(recipe, self.task)],
+            notes=[*self.task.same_set(), *_unseen(self.task), *_watched(recipe, self.task)],
             libraries=(*LIBRARIES, "deepspeed"),
         )
         finetuned = {"run": str(run), "weights_sha256": weights_sha256(classifier)}

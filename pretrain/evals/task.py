@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from time import perf_counter
+
+from torch import Tensor
 
 from data_pipeline.errors import FieldError, InputError
 from data_pipeline.read import Dataset
@@ -39,7 +42,7 @@ class Task:
         max_train, max_test: the first samples only; None: all.
 
     Raises:
-        InputError: no labels, or classes that differ.
+        InputError: no labels, classes that differ, or names of them in one set alone.
     """
 
     train: Dataset
@@ -57,6 +60,14 @@ class Task:
                     fix="Give class folders, or shards with `cls` members.",
                 )
         ours, theirs = self.train.classes, self.test.classes
+        if (ours is None) != (theirs is None):
+            named, other = ("training", "test") if theirs is None else ("test", "training")
+            raise InputError(
+                where="classes of the training and the test set",
+                expected="names in both, or in neither, as numbers alone may mean other classes",
+                found=f"names in the {named} set alone: {', '.join(_some(ours or theirs or ()))}",
+                fix=f"Index the {other} set again, with names: `pretrain data index SHARDS --classes FILE`.",
+            )
         if ours is not None and theirs is not None and ours != theirs:
             only = [
                 f"{name} only: {', '.join(_some(rest))}"
@@ -116,16 +127,20 @@ class Task:
                 found=f"{len(train)} samples of class {known.pop()}",
                 fix="Take more of it (--limit-train takes the first), or shards with classes mixed.",
             )
-        notes = []
+        notes = self.same_set()
         if unknown := asked - known:
             num_lost = sum(label in unknown for label in test.labels.tolist())
             notes.append(
                 f"{len(unknown)} of {len(asked)} classes have no training sample: "
                 f"{num_lost} of {len(test)} test samples cannot be right"
             )
-        if len(asked) < self.num_classes:
-            notes.append(f"{self.num_classes - len(asked)} of {self.num_classes} classes have no test sample")
-        return tuple(notes)
+        return (*notes, *untested(test.labels, self.num_classes))
+
+    def same_set(self) -> list[str]:
+        """A note where what is asked is what was learned."""
+        if self.train.fingerprint != self.test.fingerprint:
+            return []
+        return ["the training and the test set are the same data: the number says nothing of images not seen before"]
 
     def describe(self) -> dict[str, object]:
         """Identity and size of both sets, for the report."""
@@ -142,6 +157,14 @@ class Task:
         }
 
 
+def untested(labels: Tensor, num_classes: int) -> list[str]:
+    """A note on classes that none of the test set's labels, [n], is of."""
+    num_asked = len(labels.unique())
+    return (
+        [f"{num_classes - num_asked} of {num_classes} classes have no test sample"] if num_asked < num_classes else []
+    )
+
+
 def _protocol(encoder: Encoder, extraction: Extraction, readout: Readout, *, width: int) -> dict[str, object]:
     own = f"own: {getattr(encoder.module, 'global_pool', 'as the module pools')}"
     return {
@@ -152,5 +175,5 @@ def _protocol(encoder: Encoder, extraction: Extraction, readout: Readout, *, wid
     }
 
 
-def _some(names: set[str], shown: int = 5) -> list[str]:
+def _some(names: Collection[str], shown: int = 5) -> list[str]:
     return [*sorted(names)[:shown], *(["..."] if len(names) > shown else [])]

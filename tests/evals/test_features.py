@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, FieldError, InputError
 from data_pipeline.read import open_dataset
+from data_pipeline.scan import index_shards
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, Features, full_precision
 from pretrain.evals.task import Task
 from tests.evals.conftest import Folders, small_encoder
+from tests.shards import write_shards
+
+NAMES = ["class0", "class1", "class2"]
 
 
 def extract(encoder: Encoder, folder: str, limit: int | None = None, **how: object) -> Features:
@@ -154,7 +158,27 @@ def test_a_set_without_labels_is_refused(tmp_path: Path, folders: Folders) -> No
 
 def test_classes_that_a_limit_leaves_without_samples_are_told(tmp_path: Path) -> None:
     data = open_dataset(image_folder(tmp_path / "data", ["a", "b", "c"]))
-    splits = Task(data, data, max_train=4).extract(small_encoder(), Extraction())
-    assert splits.notes == ("1 of 3 classes have no training sample: 2 of 6 test samples cannot be right",)
+    test = open_dataset(image_folder(tmp_path / "test", ["a", "b", "c"], each=3))
+    splits = Task(data, test, max_train=4).extract(small_encoder(), Extraction())
+    assert splits.notes == ("1 of 3 classes have no training sample: 3 of 9 test samples cannot be right",)
     with pytest.raises(InputError, match="several classes"):
         Task(data, data, max_train=2).extract(small_encoder(), Extraction())
+
+
+def test_a_test_set_that_is_the_training_set_is_told(tmp_path: Path) -> None:
+    data, again = (open_dataset(image_folder(tmp_path / name, ["a", "b"])) for name in ("data", "again"))
+    (note,) = Task(data, again).extract(small_encoder(), Extraction()).notes
+    assert "the same data" in note
+
+
+@pytest.mark.parametrize(("train", "test"), [(NAMES, None), (None, NAMES)])
+def test_names_on_one_side_alone_are_refused(tmp_path: Path, train: list[str] | None, test: list[str] | None) -> None:
+    sets = []
+    for name, classes in (("train", train), ("test", test)):
+        write_shards(tmp_path / name, 6)
+        (tmp_path / name / "manifest.json").unlink()
+        index_shards(str(tmp_path / name), classes=classes)
+        sets.append(open_dataset(str(tmp_path / name)))
+    named, other = ("training", "test") if train else ("test", "training")
+    with pytest.raises(InputError, match=f"{named} set alone: class0.*{other} set.*pretrain data index .*--classes"):
+        Task(*sets)
