@@ -81,13 +81,16 @@ Seed = Annotated[
 ]
 ModelName = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME", help="timm's name of the architecture of a weights file."),
+    typer.Option("--model", metavar="NAME", help="timm's name of a weights file; NAME.TAG says the preprocessing."),
 ]
 ImageSize = Annotated[
     int | None,
     typer.Option("--image-size", min=1, help="Pixels; a ViT's position embedding is interpolated if it has others."),
 ]
-Weights = Annotated[Path | None, typer.Option("--weights", help="Local file of weights, for a name of open_clip's.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--weights", help="Local file for a name of open_clip's, whose NAME:TAG says the preprocessing."),
+]
 Options = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="KEY=VALUE", help="Further argument of timm's constructor; repeatable."),

@@ -143,6 +143,8 @@ class Judged(Protocol):
     def tag(self) -> str: ...
     @property
     def description(self) -> Mapping[str, object]: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
     def preprocessing(self) -> dict[str, object]: ...
     def weights_sha256(self) -> str: ...
 
@@ -188,7 +190,7 @@ def report_of(
         weights_sha256=judged.weights_sha256(),
         versions={"python": platform.python_version(), **of(libraries)},
         seconds=seconds,
-        notes=[*notes],
+        notes=[*judged.notes, *notes],
         outcomes=outcomes,
     )
 

@@ -27,6 +27,7 @@ class Encoder:
         tag: short name among the encoders of one run, for file names: encoder, step_00001000, random.
         description: where it comes from, for the report.
         run: the run's folder, where there is one; results are kept there.
+        notes: what a reader of every report on it should know.
     """
 
     module: nn.Module
@@ -37,6 +38,7 @@ class Encoder:
     tag: str
     description: Mapping[str, object] = field(default_factory=dict)
     run: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of_recipe(

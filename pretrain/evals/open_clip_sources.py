@@ -11,6 +11,7 @@ from open_clip.pretrained import download_pretrained, list_pretrained_tags_by_mo
 
 from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import InputError
+from pretrain.evals.untagged import note_on_tags
 from pretrain.models.encoders import EncoderConfig
 from pretrain.models.seeded import seeded
 from pretrain.models.tower_folders import open_clip_by_name
@@ -23,6 +24,7 @@ class OpenClipSource(NamedTuple):
     config: EncoderConfig
     tokens: TokenSpec
     description: dict[str, object]
+    notes: tuple[str, ...]
 
 
 def is_open_clip(spec: str) -> bool:
@@ -62,7 +64,24 @@ def from_open_clip(spec: str, *, random_init: bool, seed: int, weights: Path | N
         description["weights"] = path.name if weights is None else str(weights)
         state, where = read_tensors(path), str(path)
     loaded = seeded(seed, lambda: open_clip_by_name(name, state, where=where, published=published))
-    return OpenClipSource(*loaded, description)
+    notes = _of_other_tags(name, loaded[1]) if weights is not None and not tag else ()
+    return OpenClipSource(*loaded, description, notes)
+
+
+def _of_other_tags(name: str, config: EncoderConfig) -> tuple[str, ...]:
+    """A file does not say whose preprocessing and activation it wants."""
+    taken = {
+        "mean": config.mean,
+        "std": config.std,
+        "interpolation": config.interpolation,
+        "resize_mode": "squash" if config.eval_resize == "square" else "shortest",
+        "quick_gelu": bool(config.model_args.get("quick_gelu")),
+    }
+    used = {}
+    for tag in list_pretrained_tags_by_model(name):
+        own = {key: value for key, value in get_pretrained_cfg(name, tag).items() if key in taken and value is not None}
+        used[tag] = {**taken, "quick_gelu": False, **own}
+    return tuple(note_on_tags(f"{name}:", taken, used))
 
 
 def _published(name: str, tag: str) -> dict[str, Any]:

@@ -213,8 +213,8 @@ def _from_encoder_folder(folder: Path, random_init: bool, seed: int) -> Encoder:
 
 
 def _from_open_clip(spec: str, random_init: bool, seed: int, weights: Path | None) -> Encoder:
-    towers, config, _, description = from_open_clip(spec, random_init=random_init, seed=seed, weights=weights)
-    return of_config(towers.encoder, config, description, random_init)
+    towers, config, _, description, notes = from_open_clip(spec, random_init=random_init, seed=seed, weights=weights)
+    return replace(of_config(towers.encoder, config, description, random_init), notes=notes)
 
 
 def of_config(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import InputError
 from data_pipeline.views import ViewSpec
 from pretrain.evals.encoder import Encoder
+from pretrain.evals.untagged import note_on_tags
 from pretrain.models.encoders import load_strictly
 from pretrain.models.input_size import set_image_size
 from pretrain.models.seeded import seeded
@@ -109,7 +110,19 @@ def from_file(path: Path, architecture: Architecture, *, random_init: bool, seed
     description["classifier_left_out"] = left_out
     if moved and (told := set_image_size(module, _config(module)["input_size"][-1], architecture.image_size or 0)):
         description["position_embedding"] = told
-    return _encoder(module, architecture, "encoder", description)
+    encoder = _encoder(module, architecture, "encoder", description)
+    return replace(encoder, notes=_of_other_tags(architecture.name, _config(module)))
+
+
+def _of_other_tags(name: str, taken: Mapping[str, Any]) -> tuple[str, ...]:
+    """A file does not say whose preprocessing it wants: that of the name's first tag is a guess."""
+    if "." in name:
+        return ()
+    tags = [tagged.partition(".")[2] for tagged in timm.list_models(f"{name}.*", pretrained=True)]
+    published = {tag: timm.get_pretrained_cfg(f"{name}.{tag}").to_dict() for tag in tags}
+    keys = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+    used = {tag: {key: own.get(key) for key in keys} for tag, own in published.items()}
+    return tuple(note_on_tags(f"{name}.", {key: taken.get(key) for key in keys}, used))
 
 
 def _made_for_own_size(module: nn.Module, architecture: Architecture, state: Mapping[str, Tensor]) -> nn.Module | None:

@@ -82,6 +82,7 @@ def load_towers(
         encoder.tag,
         encoder.description,
         encoder.run,
+        encoder.notes,
     )
 
 
@@ -148,5 +149,8 @@ def _from_folder(folder: Path, random_init: bool, seed: int) -> _Found:
 
 
 def _by_name(spec: str, random_init: bool, seed: int, weights: Path | None) -> _Found:
-    towers, config, tokens, description = from_open_clip(spec, random_init=random_init, seed=seed, weights=weights)
-    return _Found(towers, of_config(towers.encoder, config, description, random_init), tokens)
+    towers, config, tokens, description, notes = from_open_clip(
+        spec, random_init=random_init, seed=seed, weights=weights
+    )
+    encoder = of_config(towers.encoder, config, description, random_init)
+    return _Found(towers, replace(encoder, notes=notes), tokens)

@@ -125,6 +125,7 @@ class Towers:
         tag: short name among the towers of one run, for file names: encoder, step_00001000, random.
         description: where they come from, for a report.
         run: the run's folder, where there is one; results are kept there.
+        notes: what a reader of every report on them should know.
     """
 
     module: TwoTowers
@@ -136,6 +137,7 @@ class Towers:
     tag: str
     description: Mapping[str, object] = field(default_factory=dict)
     run: Path | None = None
+    notes: tuple[str, ...] = ()
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit vectors [B, D], fp32, of normalised images [B, 3, S, S] on the towers' device."""

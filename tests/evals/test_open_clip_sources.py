@@ -58,6 +58,17 @@ def test_a_tag_brings_weights_preprocessing_and_activation(tag: dict[str, object
     assert (by_hand.weights_sha256(), by_hand.preprocessing()) == (encoder.weights_sha256(), told)
 
 
+def test_weights_without_a_tag_are_told_how_those_of_tags_are_used(tag: dict[str, object], weights: Path) -> None:
+    for load in (load_source, load_towers):
+        (note,) = load(NAME, weights=weights).notes
+        assert "small have mean (0.1, 0.2, 0.3), std (0.4, 0.5, 0.6), interpolation bilinear" in note
+        assert f"resize_mode squash, quick_gelu True. If these weights are of such a tag, name it: {NAME}:TAG" in note
+        assert load(TAG, weights=weights).notes == load(NAME, random_init=True).notes == ()
+    tag.clear()
+    tag.update({"hf_hub": "someone/model/", "quick_gelu": False})
+    assert load_towers(NAME, weights=weights).notes == ()
+
+
 def test_what_cannot_be_downloaded_can_be_brought(
     tag: dict[str, object], weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,26 @@ def test_a_weights_file_is_the_same_encoder(
     assert torch.equal(features(found), features(run))
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("vit_base_patch16_224", "mae"), ("vit_base_patch16_224.mae", None), ("vit_tiny_patch16_224", None)],
+)
+def test_a_name_without_a_tag_is_told_where_weights_of_its_tags_want_other_pixels(
+    tmp_path: Path, name: str, told: str | None
+) -> None:
+    architecture = Architecture(name, 16, {"patch_size": 4, **TINY})
+    file = as_safetensors(architecture.build(num_classes=0).state_dict(), tmp_path / "weights")
+    found = load_source(str(file), architecture=architecture)
+    if told is None:
+        assert found.notes == ()
+        assert load_source(str(file), architecture=architecture, random_init=True).notes == ()
+        return
+    (note,) = found.notes
+    assert note.startswith("as no tag was given, mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5), crop_pct 0.9")
+    assert "dino, mae have mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)" in note
+    assert note.endswith(f"name it: {name}.TAG")
+
+
 def test_a_classifier_is_left_out_and_said_so(weights: dict[str, Tensor], tmp_path: Path) -> None:
     head = {"head.weight": torch.zeros(10, 24), "head.bias": torch.zeros(10)}
     file = as_safetensors({**weights, **head}, tmp_path / "weights")
