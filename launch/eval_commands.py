@@ -30,7 +30,7 @@ app.command(
     epilog=examples(
         "pretrain eval knn runs/mae --train shards/train --test shards/test",
         "pretrain eval knn runs/mae --random-init --train shards/train --test shards/test",
-        "pretrain eval knn mae.pth --model vit_base_patch16_224 --train images/train --test images/val",
+        "pretrain eval knn mae.pth --model vit_base_patch16_224.mae --train images/train --test images/val",
     )
 )(knn)
 app.command(
@@ -55,7 +55,8 @@ app.command(
 app.command(
     epilog=examples(
         "pretrain eval zeroshot runs/clip --test shards/test --templates photo",
-        "pretrain eval zeroshot ViT-B-32 --weights clip.safetensors --test images/val --templates templates.txt",
+        "pretrain eval zeroshot ViT-B-32:openai --weights clip.safetensors --test images/val --templates templates.txt",
+        "pretrain eval zeroshot ViT-B-32:openai --test imagenet/val --classes imagenet --templates openai",
         "pretrain eval zeroshot runs/clip --test shards/test --group held_out=names.txt",
     )
 )(zeroshot)

@@ -27,7 +27,8 @@ TowersSource = Annotated[
 ]
 TestSet = Annotated[str, typer.Option("--test", help="Test set: shards, or for zeroshot an image folder.")]
 Weights = Annotated[
-    Path | None, typer.Option("--weights", help="Local file of weights, where TOWERS is a name of open_clip's.")
+    Path | None,
+    typer.Option("--weights", help="Local file for a name of open_clip's, whose NAME:TAG says the preprocessing."),
 ]
 TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", help="clip, or a local file of merges, in place of the towers' own.")
@@ -70,8 +71,21 @@ def zeroshot(
     *,
     test: TestSet,
     templates: Annotated[
-        str, typer.Option("--templates", help="plain ({} alone), photo, or a file: one a line, with {} for the class.")
+        str,
+        typer.Option(
+            "--templates",
+            help="plain ({} alone), photo, openai (the 80 for ImageNet), or a file: one a line, with {} for the class.",
+        ),
     ] = "plain",
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes",
+            metavar="FILE",
+            help="Names of labels 0, 1, ..., one a line; or imagenet: open_clip's 1000, for classes in the order of "
+            "sorted WordNet ids (n01440764, ...). Default: the test set's own.",
+        ),
+    ] = None,
     group: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,13 +98,14 @@ def zeroshot(
 ) -> None:
     """Zero-shot classification: the class whose prompts are nearest to the image (2103.00020)."""
     from data_pipeline.read import open_dataset
-    from pretrain.evals.zeroshot import Prompts, ZeroShot
+    from pretrain.evals.zeroshot import Prompts, ZeroShot, named_classes
 
     how.begin(context)
     evaluator = ZeroShot(
         open_dataset(test),
         Prompts.named(templates),
         max_test=limit_test,
+        classes=None if classes is None else named_classes(classes),
         groups=_groups(group or ()),
         extraction=how.extraction(),
     )

@@ -159,7 +159,7 @@ class Task:
 
 def untested(labels: Tensor, num_classes: int) -> list[str]:
     """A note on classes that none of the test set's labels, [n], is of."""
-    num_asked = len(labels.unique())
+    num_asked = len(set(labels.tolist()))
     return (
         [f"{num_classes - num_asked} of {num_classes} classes have no test sample"] if num_asked < num_classes else []
     )

@@ -5,12 +5,14 @@ Radford et al. 2021 (arXiv:2103.00020), sections 3.1.2 and 3.1.4.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,8 +22,10 @@ from pretrain.evals.base import EvalReport, outcomes_of, report_of
 from pretrain.evals.features import Extraction, full_precision
 from pretrain.evals.neighbours import nearest
 from pretrain.evals.pairs import TOWER_LIBRARIES, embed_texts, image_side
+from pretrain.evals.task import untested
 from pretrain.models.towers import Towers
 
+IMAGENET = "imagenet"
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "plain": ("{}",),
     "photo": (
@@ -34,6 +38,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "a photo of a small {}.",
         "a photo of a large {}.",
     ),
+    "openai": tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES),
 }
 
 
@@ -70,45 +75,59 @@ class ZeroShot:
     """Top-1, top-5 and the mean over classes of a labelled test set, and top-1 of groups of its classes.
 
     Attributes:
-        test: with labels, and names of its classes.
+        test: with labels, and names of its classes, unless they are given.
         prompts: what is said of a class.
         max_test: the first samples only; None: all.
+        classes: names of labels 0, 1, ..., in place of the test set's own; None: those.
         groups: names of classes by what the group is called; top-1 of each group, and of all classes in none.
         extraction: how images and texts are embedded.
 
     Raises:
-        InputError: no labels, no names of classes, or a group with a name that is no class.
+        InputError: no labels, no names of classes or too few or many, or a group with a name that is no class.
     """
 
     test: Dataset
     prompts: Prompts = field(default_factory=Prompts)
     max_test: int | None = None
+    classes: Sequence[str] | None = None
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     extraction: Extraction = field(default_factory=Extraction)
 
     name = "zeroshot"
 
     def __post_init__(self) -> None:
-        if self.test.label_counts is None or not self.test.label_counts.any() or self.test.classes is None:
+        counts = self.test.label_counts
+        if counts is None or not counts.any() or (self.classes is None and self.test.classes is None):
             raise FieldError(
                 where="test set",
                 expected="labels, and names of their classes",
                 found="none" if self.test.classes is None else "names without labels",
-                fix="Give class folders, or shards whose manifest names the classes.",
+                fix="Give class folders, shards whose manifest names the classes, or names (--classes).",
+            )
+        num_classes = len(self.test.classes or counts)
+        if self.classes is not None and len(self.classes) != num_classes:
+            raise InputError(
+                where="--classes",
+                expected=f"{num_classes} names, one for each class of the test set",
+                found=str(len(self.classes)),
             )
         for group, names in self.groups.items():
-            unknown = [name for name in names if name not in self.test.classes]
+            unknown = [name for name in names if name not in self.names]
             if unknown or not names:
                 raise InputError(
                     where=f"group {group}",
-                    expected=f"classes of the test set, such as {self.test.classes[0]!r}",
+                    expected=f"classes of the test set, such as {self.names[0]!r}",
                     found=repr(unknown[0]) if unknown else "none",
                 )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all classes, by their labels."""
+        return tuple(self.classes or self.test.classes or ())
+
     def run(self, towers: Towers) -> EvalReport:
         """Judges frozen towers on the device where they are; neither they nor any random state is changed."""
-        classes = self.test.classes
-        assert classes is not None
+        classes = self.names
         start = perf_counter()
         classifier = class_vectors(towers, classes, self.prompts, self.extraction)
         between = perf_counter()
@@ -131,6 +150,7 @@ class ZeroShot:
             further={**further, **self._by_group(top1, features.labels)},
             protocol={
                 "templates": list(self.prompts.templates),
+                "class_names": "the data set's" if self.classes is None else "given, as `data` has them",
                 "class_vectors": "unit vectors of all templates, averaged, normalised",
                 "similarity": "cosine; of equal ones the first class",
                 "groups": {name: sorted(members) for name, members in self.groups.items()},
@@ -147,12 +167,13 @@ class ZeroShot:
                 "classes": list(classes),
             },
             seconds=seconds,
+            notes=[*untested(features.labels, len(classes)), *_alike(classes)],
             libraries=TOWER_LIBRARIES,
         )
 
     def _by_group(self, top1: Tensor, labels: Tensor) -> dict[str, float]:
         """Top-1 over the samples of each group's classes; absent where the test set has none of them."""
-        classes = self.test.classes or ()
+        classes = self.names
         grouped = {name for members in self.groups.values() for name in members}
         all_groups: dict[str, set[str]] = {name: set(members) for name, members in self.groups.items()}
         if self.groups:
@@ -164,6 +185,20 @@ class ZeroShot:
             if of_group.any():
                 found[f"top1 ({name})"] = 100 * top1[of_group].mean().item()
         return found
+
+
+def named_classes(given: str) -> tuple[str, ...]:
+    """`imagenet`: open_clip's names, in the order of sorted WordNet ids; or those of a file, one a line.
+
+    Raises:
+        InputError: neither.
+    """
+    return tuple(IMAGENET_CLASSNAMES) if given == IMAGENET else lines_of(Path(given), f"{IMAGENET}, or a file of names")
+
+
+def _alike(classes: Sequence[str]) -> list[str]:
+    twice = [name for name, count in Counter(classes).items() if count > 1]
+    return [f"several classes are called {', '.join(twice)}: the first of each is taken for all"] if twice else []
 
 
 def class_vectors(towers: Towers, classes: Sequence[str], prompts: Prompts, extraction: Extraction) -> Tensor:

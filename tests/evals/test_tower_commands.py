@@ -78,6 +78,8 @@ def test_what_is_found_is_kept_and_compared(run: Path, shapes: Path, command: st
     [
         ("zeroshot", ["--templates", "no_such.txt"], "no_such"),
         ("zeroshot", ["--group", "held_out"], "NAME=FILE"),
+        ("zeroshot", ["--classes", "no_such.txt"], "imagenet, or a file of names"),
+        ("zeroshot", ["--classes", "imagenet"], "--classes: expected 48 names"),
         ("zeroshot", ["--group", "held_out=no_such.txt"], "no_such"),
         ("zeroshot", ["--out", "report.txt"], "--out"),
         ("zeroshot", ["--test", "missing"], "missing"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import open_clip
@@ -13,11 +14,20 @@ from data_pipeline.errors import FieldError, InputError
 from data_pipeline.procedural.make import make
 from data_pipeline.procedural.shapes import HELD_OUT
 from data_pipeline.read import open_dataset
+from data_pipeline.scan import index_shards
 from pretrain.evals.base import EvalReport
 from pretrain.evals.features import Extraction
 from pretrain.evals.pairs import image_side
 from pretrain.evals.tower_sources import load_towers
-from pretrain.evals.zeroshot import TEMPLATES, Prompts, ZeroShot, class_vectors, lines_of, mean_per_class
+from pretrain.evals.zeroshot import (
+    TEMPLATES,
+    Prompts,
+    ZeroShot,
+    class_vectors,
+    lines_of,
+    mean_per_class,
+    named_classes,
+)
 from pretrain.models.towers import Towers
 from tests.pretrain.test_towers import saved
 from tests.shards import write_shards
@@ -105,6 +115,48 @@ def test_a_report_is_kept_and_names_its_prompts(towers: Towers, shapes: str, tmp
     assert report.protocol["templates"] == list(TEMPLATES["photo"])
     other = ZeroShot(open_dataset(shapes), Prompts.named("plain"), max_test=30).run(towers)
     assert other.file_name != report.file_name
+
+
+def test_names_can_be_given_and_are_what_is_said_of_a_class(towers: Towers, shapes: str, tmp_path: Path) -> None:
+    dataset = open_dataset(shapes)
+    assert dataset.classes is not None
+    (tmp_path / "names.txt").write_text("\n".join(["a star", *dataset.classes[1:-1], "a star"]))
+    names = named_classes(str(tmp_path / "names.txt"))
+    own, given = (ZeroShot(dataset, classes=c, max_test=30).run(towers) for c in (None, names))
+    assert given.data["classes"] == list(names)
+    assert given.file_name != own.file_name
+    assert (own.protocol["class_names"], own.data["classes"]) == ("the data set's", list(dataset.classes))
+    expected = class_vectors(towers, names, Prompts(), Extraction())
+    images, _ = image_vectors(towers, shapes)
+    best = (images[:30] @ expected.T)[:, :-1].argmax(1)  # the last is called as the first is
+    assert sorted(given.outcomes.predicted.tolist()) == sorted(best.tolist())
+    assert "called a star" in given.notes[-1]
+    with pytest.raises(InputError, match=r"--classes: expected 48 names.*found 47"):
+        ZeroShot(dataset, classes=names[:-1])
+
+
+def test_shards_that_name_no_classes_are_judged_by_names_that_are_given(towers: Towers, tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", 6)
+    (shards / "manifest.json").unlink()
+    index_shards(str(shards))
+    with pytest.raises(FieldError, match="--classes"):
+        ZeroShot(open_dataset(str(shards)))
+    report = ZeroShot(open_dataset(str(shards)), classes=CLASSES, groups={"red": CLASSES[:1]}).run(towers)
+    assert report.data["num_classes"] == 3
+    assert "top1 (red)" in report.metrics
+
+
+def test_imagenet_s_names_and_templates_are_open_clip_s() -> None:
+    names = named_classes("imagenet")
+    assert (len(names), names[0], names[-1]) == (1000, "tench", "toilet paper")
+    prompts = Prompts.named("openai")
+    assert prompts.texts("tench") == [template("tench") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+
+
+def test_classes_that_a_limit_leaves_without_images_are_told(towers: Towers, shapes: str) -> None:
+    (note,) = ZeroShot(open_dataset(shapes), max_test=5).run(towers).notes
+    assert re.fullmatch(r"4[3-7] of 48 classes have no test sample", note)
+    assert ZeroShot(open_dataset(shapes)).run(towers).n == 120
 
 
 def test_classes_that_share_all_their_vectors_are_no_luck(towers: Towers, shapes: str) -> None:

@@ -77,7 +77,10 @@ def test_an_option_of_several_values_at_once_is_given_them(tmp_path: Path, tree:
 
 
 def test_a_protocol_without_a_training_set_is_given_none(tmp_path: Path, tree: dict[str, Any]) -> None:
-    found = cells(tmp_path, {**tree, "protocols": {"zeroshot": {"kind": "zeroshot", "templates": "photo"}}})
+    found = cells(
+        tmp_path, {**tree, "protocols": {"zeroshot": {"kind": "zeroshot", "templates": "photo", "classes": "imagenet"}}}
+    )
+    assert ("--classes", "imagenet") in set(pairwise(found[0].words))
     assert not [word for word in found[0].words if word.startswith("--train")]
 
 
