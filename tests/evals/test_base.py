@@ -26,6 +26,10 @@ def knn_report(folders: Folders, encoder: Encoder, **config: object) -> EvalRepo
     return Knn(train, test, inline).run(encoder)
 
 
+def test_what_is_to_be_known_of_an_encoder_stands_in_its_reports(folders: Folders, encoder: Encoder) -> None:
+    assert knn_report(folders, replace(encoder, notes=("other pixels",))).notes == ["other pixels"]
+
+
 def test_a_kept_report_comes_back_whole(tmp_path: Path, folders: Folders, encoder: Encoder) -> None:
     report = knn_report(folders, encoder)
     path = tmp_path / "new" / report.file_name
