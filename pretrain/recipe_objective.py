@@ -14,7 +14,7 @@ class Supervised(Group):
     kind: Literal["supervised"]
     num_classes: int = Field(ge=2)
     loss: Literal["ce", "bce"] = "ce"  # cross entropy over classes, or a binary one for each class
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)  # of soft labels too, a teacher's and mixed ones
     target_threshold: float | None = Field(None, ge=0, lt=1)  # bce: a smoothed target above it counts as 1, else as 0
     over_classes: Literal["mean", "sum"] = "mean"  # bce: of the losses of the classes
     dropout: float = Field(0.0, ge=0, lt=1)  # of the features before the classifier

@@ -34,8 +34,9 @@ class Supervised(Objective):
         """Mean over the local B of each sample's loss, times its weight where the batch has weights.
 
         The sum is divided by B and not by the sum of the weights, so that the mean over micro-batches and
-        ranks is the mean over the global batch. Metrics: `top1`, and `top5` from 5 classes on, shares in
-        [0, 1], unweighted; of soft labels the largest counts.
+        ranks is the mean over the global batch. Labels are smoothed whether they are numbers of classes or soft,
+        a teacher's too. Metrics: `top1`, and `top5` from 5 classes on, shares in [0, 1], unweighted; of soft labels
+        the largest counts.
         """
         if batch.labels is None:
             raise ValueError("batch.labels: expected [B] int64 or [B, K] soft, found none")
