@@ -38,11 +38,13 @@ class StepResult:
         metrics: `loss` and the objective's own, local means over this rank's micro-batches, fp32 scalars.
         grad_norm: L2 norm of the averaged gradient before clipping, over all parameters and ranks.
         applied: False where a loss or gradient was not finite; then no rank changed anything.
+        rates: learning rates of the groups, before any layer decay: `lr`, and `undecayed_lr` where modules have it.
     """
 
     metrics: dict[str, Tensor]
     grad_norm: float
     applied: bool
+    rates: dict[str, float]
 
 
 class Engine:
@@ -122,7 +124,7 @@ class Engine:
             undecayed_lr: that of modules whose learning rate does not decay; None: `lr` as well.
         """
         self.objective.train()
-        self._set_lr(lr, lr if undecayed_lr is None else undecayed_lr)
+        rates = self._set_lr(lr, lr if undecayed_lr is None else undecayed_lr)
         buffers = [(buffer, buffer.clone()) for buffer in self.state.buffers]
         if isinstance(self.objective, Contrastive) and len(micro_batches) > 1:
             metrics = self._in_two_passes(self.objective, micro_batches, progress)
@@ -139,7 +141,7 @@ class Engine:
             if self.stage == 3 and self.device.type == "cuda":
                 # DeepSpeed gathers weights on a stream of its own, which does not wait for what was just written.
                 torch.cuda.current_stream().synchronize()
-        return StepResult(metrics, grad_norm, applied)
+        return StepResult(metrics, grad_norm, applied, rates)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, progress: Progress) -> LossOutput:
@@ -291,9 +293,15 @@ class Engine:
         key = ((self.seed * 1_000_003 + step) * 65_537 + self.world.rank) * 8_191 + micro_batch
         torch.manual_seed(key % 2**63)
 
-    def _set_lr(self, lr: float, undecayed_lr: float) -> None:
+    def _set_lr(self, lr: float, undecayed_lr: float) -> dict[str, float]:
+        """Returns those that some group takes, by the names of metrics."""
+        rates = {"lr": lr}
         for group in self.optimizer.param_groups:
-            group["lr"] = (undecayed_lr if group["name"].startswith(UNDECAYED) else lr) * group["lr_scale"]
+            undecayed = group["name"].startswith(UNDECAYED)
+            if undecayed:
+                rates["undecayed_lr"] = undecayed_lr
+            group["lr"] = (undecayed_lr if undecayed else lr) * group["lr_scale"]
+        return rates
 
 
 def _choose_computation(objective: Objective, config: EngineConfig, device: torch.device) -> None:

@@ -118,7 +118,7 @@ def train(state: RunState, parts: Parts, stop_at: int) -> RunState:
         if logged or save:
             state = _count_bad_samples(state, meter, parts)
         if logged:
-            _log_step(state, result, lr, meter, parts)
+            _log_step(state, result, meter, parts)
         stopping = parts.checkpoints.stopping
         if stopping:
             _save(state, parts)  # there may be no time for more
@@ -190,12 +190,12 @@ def _count_bad_samples(state: RunState, meter: _Meter, parts: Parts) -> RunState
     return state
 
 
-def _log_step(state: RunState, result: StepResult, lr: float, meter: _Meter, parts: Parts) -> None:
+def _log_step(state: RunState, result: StepResult, meter: _Meter, parts: Parts) -> None:
     means = mean_over_ranks({**result.metrics, **meter.shares(), **_time_shares(meter, parts.engine.clock)})
     images_per_second = meter.num_samples / meter.seconds
     values = {
         **means,
-        "lr": lr,
+        **result.rates,
         "grad_norm": result.grad_norm,
         "images_per_second": images_per_second,
         **parts.rates(images_per_second),
