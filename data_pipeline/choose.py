@@ -77,7 +77,18 @@ def ranked(labels: SoftLabels, *, top_k: int, per_sample: int, without: Integers
 
     Args:
         without: indices of samples that are never taken, ascending.
+
+    Raises:
+        DataError: the labels keep fewer classes of a sample than it is to be ranked in, or no sample is left.
     """
+    kept_classes = labels.described.top_k or labels.num_classes
+    if kept_classes < min(per_sample, labels.num_classes):
+        raise DataError(
+            where="--per-image",
+            expected=f"at most {kept_classes}, as {labels.folder} keeps that many of {labels.num_classes} classes",
+            found=str(per_sample),
+            fix=f"Give --per-image {kept_classes}, or label anew with --top-k {per_sample} or more.",
+        )
     kept = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float16)
     waiting = [kept]
     least = np.full(labels.num_classes, -np.inf, np.float32)  # score that a candidate must exceed: of the last kept

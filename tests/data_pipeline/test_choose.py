@@ -125,11 +125,15 @@ def test_ranked_takes_what_a_loop_takes(
     for c in range(table.shape[1]):
         candidates = []
         for i, row in enumerate(table.tolist()):
-            best = sorted(range(len(row)), key=lambda k: (-row[k], k))[: min(per_sample, kept or len(row))]
+            best = sorted(range(len(row)), key=lambda k: (-row[k], k))[:per_sample]
             if c in best and i not in without:
                 candidates.append((-row[c], i))
         wanted += [(i, c) for _, i in sorted(candidates)[:top_k]]
     left_out = np.array(sorted(without), np.int64)
+    if kept is not None and kept < min(per_sample, table.shape[1]):
+        with pytest.raises(DataError, match=rf"--per-image: expected at most {kept},.* found {per_sample}\."):
+            ranked(labels, top_k=top_k, per_sample=per_sample, without=left_out)
+        return
     if not wanted:
         with pytest.raises(DataError):
             ranked(labels, top_k=top_k, per_sample=per_sample, without=left_out)
