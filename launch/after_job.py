@@ -10,20 +10,24 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from data_pipeline.errors import PretrainError
+from data_pipeline.errors import PretrainError, RunError
 from launch.cluster import Cluster, load_cluster
 from launch.eval_jobs import let_go
-from launch.job import Node, attempt_folder, stage_of
+from launch.job import FRUITLESS, Node, attempt_folder, stage_of
 from launch.job_folder import JobFolder
 from launch.slurm import job_fields, slurm
 from pretrain.demand import HUNG, STOPPED
 
+T = TypeVar("T")
+
 _GO_ON = {("data", "label"), ("eval", "finetune")}  # commands that go on where they were stopped; others begin again
 _WORDS = {1: "the run failed", STOPPED: "asked to stop", HUNG: "no progress"}
+_PATIENCE_SECONDS = 60.0  # with a controller that is busy; after a time limit SLURM ends the wait itself
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def decide(
     cancelled: bool,
     queued: bool,
     step: int,
-    step_before: int,
+    fruitless: int,
     command: Sequence[str] = (),
 ) -> Next:
     """What to do with a run, or a command, of which an attempt has ended.
@@ -93,7 +97,7 @@ def decide(
         cancelled: the user wants no more of it.
         queued: SLURM has queued the job again already.
         step: of the newest complete checkpoint.
-        step_before: the same when the attempt began.
+        fruitless: attempts of the job in a row, this one included, that left no newer one.
         command: its words, where it is no run. It has no steps to get further by.
     """
     if end.status == 0:
@@ -102,7 +106,7 @@ def decide(
         return Next("cancel", "cancelled" if command else f"cancelled at step {step}")
     if queued:
         return Next("requeue", f"{end.why}, by SLURM")
-    if end.status == 2:
+    if end.status == 2 and (restart == 0 or fruitless >= FRUITLESS):  # what began before is not wrong: a node may be
         return Next("stop", end.why)
     if restart >= max_requeues:
         return Next("stop", f"{end.why}; queued again {restart} times already, which is what max_requeues allows")
@@ -110,9 +114,9 @@ def decide(
         if end.status == STOPPED and tuple(command[:2]) in _GO_ON:
             return Next("requeue", end.why)
         return Next("stop", f"{end.why}: give it more time_minutes" if end.status == STOPPED else end.why)
-    if step <= step_before:
+    if fruitless and end.status != 2:
         fix = "see the log" if end.status != STOPPED else "give it more time_minutes, or save more often"
-        return Next("stop", f"{end.why}, without a new checkpoint since step {step_before}: {fix}")
+        return Next("stop", f"{end.why}, without a new checkpoint since step {step}: {fix}")
     return Next("requeue", end.why)
 
 
@@ -120,8 +124,8 @@ def main(run: Path, status: int) -> int:
     """Returns the exit status of the job."""
     node, folder = Node.from_environment(), JobFolder(run)
     cluster: Cluster = load_cluster(folder.cluster)
-    events, submitted = folder.events(), folder.submitted()
-    start = next((e for e in reversed(events) if e["event"] == "start" and e["restart"] == node.restart), None)
+    submitted = folder.submitted()
+    start = next((e for e in reversed(folder.starts(node.job_id)) if e["restart"] == node.restart), None)
     nodes = start["nodes"] if start is not None else [node.name]
     left = attempt_folder(run, node.job_id, node.restart)
     reports = {path.stem: json.loads(path.read_bytes()) for path in left.glob("*.json") if path.stem != "meeting"}
@@ -133,7 +137,7 @@ def main(run: Path, status: int) -> int:
     step = folder.newest_step()
     attempt = start["attempt"] if start is not None else 0
     folder.note("end", attempt=attempt, status=end.status, why=end.why, step=step)
-    fields = job_fields(node.job_id) or {} if "SLURM_JOB_ID" in os.environ else {}
+    fields = _patiently(lambda: job_fields(node.job_id) or {}) or {} if "SLURM_JOB_ID" in os.environ else {}
     then = decide(
         end,
         restart=node.restart,
@@ -141,7 +145,7 @@ def main(run: Path, status: int) -> int:
         cancelled=folder.cancelled.exists() or is_cancelled(fields, node.restart),
         queued=is_queued(fields, node.restart),
         step=step,
-        step_before=max((e["step"] for e in events if e["event"] == "end"), default=0),
+        fruitless=folder.fruitless(node.job_id),
         command=submitted.get("words") or (),
     )
     if then.event == "done" and submitted.get("chain") is not None:
@@ -153,9 +157,24 @@ def main(run: Path, status: int) -> int:
     if then.event != "requeue" and submitted.get("held"):
         let_go(Path(submitted["held"]))
     if then.event == "requeue" and not is_queued(fields, node.restart):
-        slurm("scontrol", "requeue", node.job_id)
+        if _patiently(lambda: slurm("scontrol", "requeue", node.job_id)) is None:
+            folder.note("stop", attempt=attempt, why="SLURM did not queue it again, see the log")
+            return 1
         time.sleep(60)  # until the batch script is ended with it: nothing may come after
     return 0 if then.event == "done" else end.status if 0 < end.status < 256 else 1
+
+
+def _patiently(ask: Callable[[], T]) -> T | None:
+    """What SLURM answers, asked again while it fails; None: it did not for all this time."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return ask()
+        except RunError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(5)
 
 
 def _kept(what: Mapping[str, str]) -> Next:

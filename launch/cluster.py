@@ -14,10 +14,11 @@ from pretrain.recipe_problems import explain
 # Parameters of sbatch that have a key of their own here, or that this project decides.
 _OWN = {
     "partition": "partition", "account": "account", "qos": "qos", "nodes": "nodes", "time": "time_minutes",
-    "gpus-per-node": "gpus_per_node", "gres": "gpus_per_node", "cpus-per-task": "cpus_per_rank", "mem": "memory_gb",
+    "gpus-per-node": "gpus_per_node", "gpus": "gpus_per_node", "cpus-per-task": "cpus_per_rank", "mem": "memory_gb",
     "signal": "signal_lead_seconds", "ntasks-per-node": "ranks_per_node", "ntasks": "ranks_per_node",
 }  # fmt: skip
 _DECIDED = {"requeue", "no-requeue", "output", "error", "open-mode", "array", "job-name", "dependency", "chdir", "wrap"}
+_DECIDED |= {"parsable", "quiet", "wait", "test-only"}  # submitit reads what sbatch says
 
 
 class Cluster(Group):
@@ -32,6 +33,7 @@ class Cluster(Group):
     nodes: int = Field(1, ge=1)
     ranks_per_node: int = Field(1, ge=1)  # processes: one for each GPU
     gpus_per_node: int = Field(0, ge=0)
+    gpu_type: str | None = None  # such as `a100`, where a partition has several
     cpus_per_rank: int = Field(1, ge=1)
     memory_gb: float | None = Field(None, gt=0)  # of a node; None: the partition's default
     time_minutes: int = Field(60, ge=1)
@@ -54,8 +56,12 @@ class Cluster(Group):
                 f"expected signal_lead_seconds below the time limit of {60 * self.time_minutes} s, "
                 f"found {self.signal_lead_seconds}."
             )
-        for key in self.sbatch:
+        if self.gpu_type and not self.gpus_per_node:
+            raise ValueError(f"expected gpus_per_node with gpu_type {self.gpu_type}, found 0.")
+        for key, value in self.sbatch.items():
             name = key.replace("_", "-")
+            if name == "gres" and "gpu" in [one.partition(":")[0] for one in str(value).split(",")]:
+                raise ValueError(f"expected `gpus_per_node` and `gpu_type` for GPUs, found sbatch.{key} {value}.")
             if name in _OWN:
                 raise ValueError(f"expected `{_OWN[name]}` for what sbatch.{key} says, found sbatch.{key}.")
             if name in _DECIDED:
@@ -65,6 +71,11 @@ class Cluster(Group):
     @property
     def world_size(self) -> int:
         return self.nodes * self.ranks_per_node
+
+    @property
+    def gpus(self) -> str | int | None:
+        """Of a node, in sbatch's words."""
+        return f"{self.gpu_type}:{self.gpus_per_node}" if self.gpu_type else self.gpus_per_node or None
 
     def one_rank(self) -> Cluster:
         """For what one process does: a rank's share of a node, which others may have the rest of."""

@@ -12,11 +12,13 @@ from data_pipeline.errors import InputError, RunError
 from launch.cancel import cancel
 from launch.job_folder import JobFolder
 from launch.job_record import ENDINGS
-from launch.slurm import hurry, job_fields, slurm
+from launch.slurm import AT_WORK, WAITING, hurry, job_fields, slurm
 from launch.submit import submit
 from pretrain.recipe_io import load_recipe
 
 _POLL_SECONDS = 0.5
+_ASK_SECONDS = 5.0  # between questions to SLURM: a drill may wait in its queue for hours
+_OVER_SECONDS = 30.0  # that a job may be over before its folder says so
 
 
 def drill(
@@ -79,8 +81,7 @@ def _has_begun(run: Path, attempts: int) -> bool:
 def _is_due(run: Path, step: int) -> bool:
     """Far enough, and with a checkpoint of this attempt: without one it would rightly not be queued again."""
     folder = JobFolder(run)
-    before = max((event["step"] for event in folder.events() if event["event"] == "end"), default=0)
-    return _step(run) >= step and folder.newest_step() > before
+    return _step(run) >= step and not folder.fruitless(str(folder.submitted()["job_id"]))
 
 
 def _warn(run: Path) -> None:
@@ -96,8 +97,8 @@ def _kill(run: Path) -> None:
 
 
 def _wait(run: Path, condition: Callable[[], bool]) -> None:
-    """Raises RunError where the run is over and the condition will never be met."""
-    folder, told = JobFolder(run), ""
+    """Raises RunError where the run, or its job, is over and the condition will never be met."""
+    folder, told, state, asked, alive = JobFolder(run), "", "", -_ASK_SECONDS, time.monotonic()
     while not condition():
         if _is_over(run) and not condition():
             event = folder.events()[-1]
@@ -105,12 +106,19 @@ def _wait(run: Path, condition: Callable[[], bool]) -> None:
                 where=str(run), expected="the drill's run to go on", found=f"{event['event']} {event.get('why', '')}",
                 fix=f"See `pretrain logs {run}`; if it was over too soon to be disturbed, give more --steps.",
             )  # fmt: skip
-        fields = job_fields(str(folder.submitted()["job_id"])) or {}
-        hurry(fields)
-        state = f"{run.name}: {fields.get('JobState', 'unknown').lower()}, step {_step(run)}"
-        if state != told:
-            print(state, flush=True)
-            told = state
+        if time.monotonic() - asked >= _ASK_SECONDS:
+            fields, asked = job_fields(str(folder.submitted()["job_id"])) or {}, time.monotonic()
+            hurry(fields)
+            state = fields.get("JobState", "unknown")
+            alive = asked if state in (*WAITING, *AT_WORK) else alive
+            if asked - alive > _OVER_SECONDS:
+                raise RunError(
+                    where=str(run), expected="its job in SLURM's queue", found=f"job {state.lower()}",
+                    fix=f"See `pretrain logs {run}`; see that the cluster queues jobs again (JobRequeue).",
+                )  # fmt: skip
+        if (line := f"{run.name}: {state.lower()}, step {_step(run)}") != told:
+            print(line, flush=True)
+            told = line
         time.sleep(_POLL_SECONDS)
 
 

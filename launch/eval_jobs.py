@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +28,7 @@ from pretrain.run_folder import COMPLETE, complete_checkpoints, eval_name, folde
 
 _LOOK_SECONDS = 1.0  # a run keeps as few as one checkpoint, and a small one saves every few seconds
 _SUBMIT_SECONDS = 120.0
-_OF_THIS_JOB = ("SLURM_", "SBATCH_", "SUBMITIT_", "PRETRAIN_")  # variables that another job must not inherit
+_TRIES, _PAUSE_SECONDS = 3, 20.0  # where SLURM does not take a job: its controller may be busy
 
 
 def apart(recipe: Recipe, cluster: Cluster) -> bool:
@@ -42,7 +44,8 @@ class EvalJobs:
         plan = resolve(recipe, cluster.world_size, open_training(data.train, data.cache.spec()).num_samples)
         self._run, self._total = run, plan.total_steps
         self._every = [max(1, round(config.every_epochs * plan.steps_per_epoch)) for config in recipe.evals]
-        self._tried: set[tuple[int, int]] = set()
+        self._tries: Counter[tuple[int, int]] = Counter()
+        self._rests_until = 0.0  # after a try that failed
         self._lock = threading.Lock()
 
     @contextmanager
@@ -79,28 +82,39 @@ class EvalJobs:
         return found
 
     def look(self) -> None:
-        """Queues what is due, once each. What goes wrong is told: training does not end of it."""
+        """Queues what is due; after a pause again where that fails. It is told, and training does not end of it."""
         with self._lock:
+            if time.monotonic() < self._rests_until:
+                return
             try:
-                due = set(self.due()) - self._tried
-                self._tried |= due
+                due = [one for one in self.due() if self._tries[one] < _TRIES]
+                self._tries.update(due)
                 for index, step in due:
                     hold(self._run, index, step)  # all at once: to queue one takes seconds
-                for index, step in sorted(due):
+                for index, step in due:
                     self._queue(index, step)
                 if due:
                     _let_go_of_what_is_over(self._run)
             except Exception as error:
                 print(f"evaluations: {error!r}", file=sys.stderr, flush=True)
+                self._rests_until = time.monotonic() + _PAUSE_SECONDS
+
+    def finish(self) -> None:
+        """Looks a last time; as often as it may where that fails, as nobody looks later."""
+        for _ in range(_TRIES):
+            self.look()
+            if (rest := self._rests_until - time.monotonic()) <= 0:
+                return
+            time.sleep(rest)
 
     def _queue(self, index: int, step: int) -> None:
+        """Raises RunError where it was not queued."""
         command = [sys.executable, "-m", "launch.eval_submit", str(self._run), str(index), str(step)]
-        environment = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(_OF_THIS_JOB)}
         # Of a session of its own: a signal to all processes of this job is not for it.
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_SUBMIT_SECONDS, start_new_session=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SUBMIT_SECONDS, start_new_session=True)
         print((done.stdout + done.stderr).strip(), flush=True)
+        if done.returncode:
+            raise RunError(f"evaluation of step {step}", "a job of its own", "none, see above")
 
 
 def hold(run: Path, index: int, step: int) -> Path:

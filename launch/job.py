@@ -31,6 +31,8 @@ from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
 
 MEETING_SECONDS = 45  # for nodes to hear of each other, within the first minute: all are started at once
+_MEETING_AGAIN_SECONDS = 180  # when they have done so before: storage may be slow to show files, a node slow to start
+FRUITLESS = 3  # attempts without a newer checkpoint, after which what SLURM itself queues again is not begun
 # A scheduler asks for an end by SIGTERM (preemption, requeue, cancellation) and warns of the time limit by SIGUSR2.
 PASSED_ON: dict[int, int] = {signal.SIGTERM: signal.SIGUSR2}
 
@@ -77,6 +79,10 @@ class Node:
             restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
         )
 
+    @property
+    def patience_seconds(self) -> float:
+        return _MEETING_AGAIN_SECONDS if self.restart else MEETING_SECONDS
+
     def folder(self, run: Path) -> Path:
         """Where this attempt's nodes leave word."""
         return attempt_folder(run, self.job_id, self.restart)
@@ -122,7 +128,7 @@ def _run_share(folder: JobFolder, node: Node, meeting: dict[str, Any]) -> int:
         signal.signal(signum, signal.SIG_IGN)  # what is left to do is short, and nobody would pass them on
     _report(run, node, status, "")
     if status == 0:  # else the next attempt sees what is due
-        evaluations.look()
+        evaluations.finish()
     return status
 
 
@@ -168,6 +174,8 @@ def _run_ranks(run: Path, recipe: Recipe, cluster: Cluster, node: Node, meeting:
     arguments = [str(JobFolder(run).recipe), "--out", str(run)]
     arguments += ["--max-steps", str(max_steps)] if max_steps else []
     arguments += ["--evals-apart"] if apart(recipe, cluster) else []
+    if cluster.gpus_per_node and recipe.runtime.device == "auto":
+        arguments += ["--set", "runtime.device=cuda"]  # a node whose driver is ill must not train on its CPUs
     return launch(
         arguments,
         cluster.ranks_per_node,
@@ -228,20 +236,42 @@ def _host(folder: JobFolder, node: Node, done: bool) -> dict[str, Any]:
     """The first node says where all meet, and that an attempt has begun; or that there is nothing left to do."""
     names = _names(node)
     meeting = {"address": _address(node), "port": free_port(), "attempt": folder.num_attempts(), "done": done}
-    folder.note("start", attempt=meeting["attempt"], job_id=node.job_id, nodes=names, restart=node.restart)
+    step = folder.newest_step()
+    folder.note("start", attempt=meeting["attempt"], job_id=node.job_id, nodes=names, restart=node.restart, step=step)
+    _refuse_more(folder, node)
     _await(folder, node, names)
     write_text(node.folder(folder.run) / "meeting.json", json.dumps(meeting))
     return meeting
 
 
+def _refuse_more(folder: JobFolder, node: Node) -> None:
+    """Bounds what SLURM queues again by itself, after preemptions and lost nodes, as `after_job` bounds the rest.
+
+    Raises:
+        InputError: that was too often, or without getting further.
+    """
+    most, before = load_cluster(folder.cluster).max_requeues, folder.fruitless(node.job_id) - 1
+    if node.restart > most:
+        raise InputError(
+            where=f"job {node.job_id}", expected=f"at most {most} requeues (max_requeues)", found=f"{node.restart}",
+            fix="Submitted again, it goes on.",
+        )  # fmt: skip
+    if before >= FRUITLESS and not folder.submitted().get("words"):  # a command has no checkpoints to count
+        raise InputError(
+            where=f"job {node.job_id}", expected=f"a new checkpoint within {FRUITLESS} attempts",
+            found=f"none since step {folder.newest_step()}",
+            fix="See the log for what ended them: the run may kill its node. Submitted again, it goes on.",
+        )  # fmt: skip
+
+
 def _await(folder: JobFolder, node: Node, names: list[str]) -> None:
     """All nodes: one that does not see the folder cannot say so."""
-    deadline = time.monotonic() + MEETING_SECONDS
+    deadline = time.monotonic() + node.patience_seconds
     while absent := [name for name in names if not (node.folder(folder.run) / f"{name}.joined").exists()]:
         if time.monotonic() > deadline:
             raise InputError(
                 where=f"{folder.run} on {', '.join(absent)}", found="none",
-                expected=f"the run's folder, and word of the node within {MEETING_SECONDS} s",
+                expected=f"the run's folder, and word of the node within {node.patience_seconds:g} s",
                 fix="Choose an --out on storage that all nodes share; see the log for what became of the node.",
             )  # fmt: skip
         time.sleep(0.2)
@@ -249,7 +279,7 @@ def _await(folder: JobFolder, node: Node, names: list[str]) -> None:
 
 def _meet(folder: JobFolder, node: Node) -> dict[str, Any]:
     path = node.folder(folder.run) / "meeting.json"
-    deadline = time.monotonic() + MEETING_SECONDS
+    deadline = time.monotonic() + node.patience_seconds
     while time.monotonic() < deadline:
         try:
             return dict(json.loads(path.read_bytes()))
@@ -257,7 +287,7 @@ def _meet(folder: JobFolder, node: Node) -> dict[str, Any]:
             time.sleep(0.2)
     raise RunError(
         where=f"{path} on {node.name}", found="none",
-        expected=f"word of the job's first node within {MEETING_SECONDS} s",
+        expected=f"word of the job's first node within {node.patience_seconds:g} s",
         fix="See the log for what became of it; the run's folder must be on storage that all nodes share.",
     )  # fmt: skip
 

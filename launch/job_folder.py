@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,15 @@ class JobFolder:
 
     def num_attempts(self) -> int:
         return sum(event["event"] == "start" for event in self.events())
+
+    def starts(self, job_id: str) -> list[dict[str, Any]]:
+        """Of a job's attempts: those of an earlier submission do not speak of this one."""
+        return [event for event in self.events() if event["event"] == "start" and event.get("job_id") == job_id]
+
+    def fruitless(self, job_id: str) -> int:
+        """How many of a job's last attempts began with the newest checkpoint that there is now."""
+        step = self.newest_step()
+        return len(list(takewhile(lambda start: start["step"] >= step, reversed(self.starts(job_id)))))
 
     def newest_step(self) -> int:
         """Of the newest complete checkpoint; 0: there is none."""

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 
 from data_pipeline.errors import InputError, PretrainError, RunError
+from pretrain.demand import LEAD_SECONDS
 
 _SECONDS = 30
+# What variables begin with that another job must not inherit; sbatch's defaults (`SBATCH_ACCOUNT`) are the user's.
+_OF_A_JOB = (
+    "SLURM_",
+    "SUBMITIT_",
+    "SBATCH_CPU_BIND",
+    "SBATCH_MEM_BIND",
+    "PRETRAIN_ATTEMPT",
+    "PRETRAIN_STARTED",
+    LEAD_SECONDS,
+)
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 # Words of squeue and sacct for what a job is doing; any other word is how it ended.
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
@@ -25,7 +38,7 @@ def slurm(*words: str, seconds: float = _SECONDS, given: str | None = None) -> s
         RunError: it failed, or does not answer.
     """
     try:
-        done = subprocess.run(words, input=given, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(words, input=given, capture_output=True, text=True, timeout=seconds, env=outside())
     except FileNotFoundError:
         raise InputError(
             where=words[0], expected="SLURM's commands on this machine", found="no such command",
@@ -37,6 +50,25 @@ def slurm(*words: str, seconds: float = _SECONDS, given: str | None = None) -> s
         found = (done.stderr or done.stdout).strip()
         raise RunError(where=" ".join(words[:3]), expected="SLURM to do it", found=found)
     return done.stdout
+
+
+def outside() -> dict[str, str]:
+    """The environment without what a job around it says, as in `salloc` or a job's agent: sbatch would take its memory,
+    its number of CPUs and their binding for what the new job asks.
+    """
+    return {k: v for k, v in os.environ.items() if k in _OF_THE_CLUSTER or not k.startswith(_OF_A_JOB)}
+
+
+@contextmanager
+def from_outside() -> Iterator[None]:
+    """Within, this process has that environment: submitit has no other way to be told."""
+    before = dict(os.environ)
+    for name in before.keys() - outside().keys():
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def fields_of(text: str) -> dict[str, str]:
@@ -101,7 +133,9 @@ def hurry(fields: Mapping[str, str]) -> None:
 
 def partitions() -> dict[str, dict[str, str]]:
     """What is known of each partition, by name."""
-    found = [fields_of(line) for line in slurm("scontrol", "show", "partition", "-o").splitlines() if line.strip()]
+    found = [
+        fields_of(line) for line in slurm("scontrol", "--all", "show", "partition", "-o").splitlines() if line.strip()
+    ]
     return {fields["PartitionName"]: fields for fields in found if "PartitionName" in fields}
 
 

@@ -25,7 +25,7 @@ from launch.checks.slurm_cluster import slurm, would_take
 from launch.cluster import Cluster, load_cluster
 from launch.job import Job
 from launch.job_folder import JobFolder
-from launch.slurm import AT_WORK, WAITING, job_fields
+from launch.slurm import AT_WORK, WAITING, from_outside, job_fields
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import dump, load_recipe
 from pretrain.resolve import resolve
@@ -125,7 +125,8 @@ def queue(
     job.write("submitted.json", json.dumps(record, indent=1))  # a job that starts at once finds it
     try:
         executor = _local(folder, cluster, code) if local else _slurm(folder, cluster, code, name, after)
-        job_id = str(executor.submit(Job(str(folder), token)).job_id)
+        with from_outside():
+            job_id = str(executor.submit(Job(str(folder), token)).job_id)
     except Exception as error:  # submitit's own, and what sbatch says
         text = str(getattr(error, "stderr", "") or error).strip()
         raise RunError("sbatch", "SLURM to take the job", text, "Correct the cluster file.") from None
@@ -237,8 +238,8 @@ def _setup(code: Path, cluster: Cluster) -> list[str]:
     return [
         *cluster.setup,
         "export PRETRAIN_STARTED=$(date +%s.%N)",
-        # The copy and nothing else: with a safe path not even a checkout that the job happens to start in.
-        f"export PYTHONPATH={shlex.quote(str(code))} PYTHONSAFEPATH=1",
+        # The copy before all else: with a safe path even before a checkout that the job happens to start in.
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
     ]
 
 
@@ -274,21 +275,23 @@ def _slurm(folder: Path, cluster: Cluster, code: Path, name: str, after: Sequenc
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
-        "gpus_per_node": cluster.gpus_per_node or None,
+        "gpus_per_node": cluster.gpus,
         "mem": f"{round(cluster.memory_gb * 1024)}M" if cluster.memory_gb else None,
     }
-    own = {key.replace("_", "-"): value for key, value in cluster.sbatch.items()}
+    own = {key.replace("_", "-"): value for key, value in cluster.sbatch.items() if value is not False}
+    cpus = cluster.ranks_per_node * cluster.cpus_per_rank
     waits = {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"} if after else {}
     executor.update_parameters(
         job_name=name,
         time=cluster.time_minutes,
         nodes=cluster.nodes,
         ntasks_per_node=1,
-        cpus_per_task=cluster.ranks_per_node * cluster.cpus_per_rank,
+        cpus_per_task=cpus,
         signal_delay_s=cluster.signal_lead_seconds,
         stderr_to_stdout=True,
-        setup=[*_setup(code, cluster), "trap : TERM  # so that what comes after srun is still done"],
-        srun_args=["--kill-on-bad-exit=1", "--export=ALL"],
+        setup=[*_setup(code, cluster), "set +e", "trap : TERM  # so that what comes after srun is still done"],
+        # From SLURM 22.05 on srun takes no number of CPUs from sbatch, and binds a task to one.
+        srun_args=["--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={cpus}"],
         teardown=[f"{python} -u -m launch.after_job {shlex.quote(str(folder))} $?"],
         additional_parameters={"requeue": True, **own, **waits},
         **{key: value for key, value in given.items() if value is not None},

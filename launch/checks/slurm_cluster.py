@@ -81,21 +81,24 @@ def _partition(cluster: Cluster) -> Iterator[Finding]:
             fix = f"Name one in the cluster file: {', '.join(known)}."
             yield error("partition", "none named, and the cluster has no default", fix)
             return
-        name = default[0]
+        names = default[:1]
     else:
-        name = cluster.partition
-    if name not in known:
-        near = get_close_matches(name, known, n=1)
-        fix = f"{f'Did you mean {near[0]}? ' if near else ''}It has: {', '.join(known) or 'none'}."
-        yield error("partition", f"expected one of the cluster's, found {name}", fix)
-        return
-    problems = list(_misfits(cluster, name, known[name]))
-    yield from problems
-    nodes = _nodes(cluster, name)
-    if nodes is not None:
-        yield nodes
-    if not problems:
-        yield ok("partition", f"{name}, jobs up to {known[name].get('MaxTime', 'UNLIMITED')}")
+        names = cluster.partition.split(",")
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            fix = f"{f'Did you mean {near[0]}? ' if near else ''}It has: {', '.join(known) or 'none'}."
+            yield error("partition", f"expected one of the cluster's, found {name}", fix)
+            return
+    # Of several the job takes whichever can start it first: one that can is enough.
+    found = [_one_partition(cluster, name, known[name]) for name in names]
+    yield from next((one for one in found if all(finding.level != "error" for finding in one)), found[0])
+
+
+def _one_partition(cluster: Cluster, name: str, partition: Mapping[str, str]) -> list[Finding]:
+    problems, nodes = list(_misfits(cluster, name, partition)), _nodes(cluster, name)
+    fits = [] if problems else [ok("partition", f"{name}, jobs up to {partition.get('MaxTime', 'UNLIMITED')}")]
+    return [*problems, *([nodes] if nodes is not None else []), *fits]
 
 
 def _misfits(cluster: Cluster, name: str, partition: Mapping[str, str]) -> Iterator[Finding]:
@@ -131,7 +134,7 @@ def _default(key: str) -> str | None:
 
 def _nodes(cluster: Cluster, name: str) -> Finding | None:
     """Whether enough nodes of the partition are as large as the file asks; nothing where sinfo does not answer."""
-    said, problem = _ask("sinfo", "--noheader", "--exact", f"--partition={name}", "--format=%D %c %m %G")
+    said, problem = _ask("sinfo", "--all", "--noheader", "--exact", f"--partition={name}", "--format=%D %c %m %G")
     if problem or not said:
         return None
     cpus, memory_mb = cluster.ranks_per_node * cluster.cpus_per_rank, (cluster.memory_gb or 0) * 1024
@@ -141,10 +144,10 @@ def _nodes(cluster: Cluster, name: str) -> Finding | None:
         fits = (
             int(has[0].rstrip("+")) >= cpus
             and int(has[1].rstrip("+")) >= memory_mb
-            and _gpus(has[2]) >= cluster.gpus_per_node
+            and _gpus(has[2], cluster.gpu_type) >= cluster.gpus_per_node
         )
         enough += int(count) if fits else 0
-    wanted = f"{cpus} CPUs, {cluster.gpus_per_node} GPUs and {cluster.memory_gb or 0:g} GB"
+    wanted = f"{cpus} CPUs, {cluster.gpus or 0} GPUs and {cluster.memory_gb or 0:g} GB"
     if enough < cluster.nodes:
         fix = "Ask for less, or for another partition: `sinfo --Node --long` shows them."
         return error("nodes", f"{enough} of {name} have {wanted}, expected {cluster.nodes}", fix)
@@ -182,11 +185,11 @@ def _ask(*words: str) -> tuple[list[str], str]:
     return [line.strip() for line in text.splitlines() if line.strip()], ""
 
 
-def _gpus(resources: str) -> int:
-    """Of a node's generic resources: `gpu:8`, `gpu:a100:4(S:0-1)`, `(null)`."""
+def _gpus(resources: str, wanted: str | None) -> int:
+    """Of a type, or of all, among a node's generic resources: `gpu:8`, `gpu:a100:4(S:0-1)`, `(null)`."""
     total = 0
     for one in resources.split(","):
         kind, *rest = one.partition("(")[0].split(":")
-        if kind == "gpu" and rest and rest[-1].isdecimal():
+        if kind == "gpu" and rest and rest[-1].isdecimal() and wanted in (None, rest[0]):
             total += int(rest[-1])
     return total

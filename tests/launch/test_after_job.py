@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_pipeline.errors import InputError
+from launch import after_job
 from launch.after_job import Ending, decide, ending, is_cancelled, is_queued
+from launch.job import FRUITLESS, Node, _refuse_more, attempt_folder
+from launch.job_folder import JobFolder
 from pretrain.demand import HUNG, STOPPED
+from pretrain.run_folder import COMPLETE, folder_name
+from tests.launch.run_folders import Commands, submit
 
 NODES = ["n0", "n1"]
 
@@ -47,7 +55,7 @@ def test_a_node_that_was_never_there_does_not_see_the_folder_unless_it_was_ended
 
 
 def then(status: int, **given: Any) -> str:
-    known = {"restart": 0, "max_requeues": 3, "cancelled": False, "queued": False, "step": 20, "step_before": 10}
+    known = {"restart": 0, "max_requeues": 3, "cancelled": False, "queued": False, "step": 20, "fruitless": 0}
     found = decide(Ending(status, "it ended"), **{**known, **given})
     assert found.event in ("done", "cancel") or "it ended" in found.why
     return found.event
@@ -57,9 +65,9 @@ def then(status: int, **given: Any) -> str:
 def test_it_is_queued_again_as_long_as_it_gets_further_and_may(status: int) -> None:
     assert then(status) == "requeue"
     assert then(status, restart=3) == "stop"
-    assert then(status, step=10) == "stop"
+    assert then(status, fruitless=1) == "stop"
     assert then(status, cancelled=True) == "cancel"
-    assert then(status, queued=True, step=10) == "requeue"  # nobody's fault, and done already
+    assert then(status, queued=True, fruitless=1) == "requeue"  # nobody's fault, and done already
     assert then(status, queued=True, cancelled=True) == "cancel"
 
 
@@ -67,8 +75,8 @@ def test_it_is_queued_again_as_long_as_it_gets_further_and_may(status: int) -> N
     ("status", "event"), [(STOPPED, "requeue"), (1, "stop"), (137, "stop"), (2, "stop"), (0, "done")]
 )
 def test_a_command_that_goes_on_is_queued_again_where_it_was_asked_to_stop(status: int, event: str) -> None:
-    assert then(status, command=["data", "label", "shards"], step=0, step_before=0) == event
-    assert then(STOPPED, command=["eval", "finetune", "--out"], step=0, step_before=0) == "requeue"
+    assert then(status, command=["data", "label", "shards"], step=0, fruitless=1) == event
+    assert then(STOPPED, command=["eval", "finetune", "--out"], step=0, fruitless=1) == "requeue"
     assert then(STOPPED, command=["data", "label"], restart=3) == "stop"
     assert then(STOPPED, command=["data", "label"], cancelled=True) == "cancel"
     assert then(STOPPED, command=["eval", "knn"]) == "stop", "it would begin again, and come no further"
@@ -76,8 +84,16 @@ def test_a_command_that_goes_on_is_queued_again_where_it_was_asked_to_stop(statu
 
 
 def test_done_and_wrong_input_are_never_queued_again() -> None:
-    assert then(0, step=10, cancelled=True) == "done"
+    assert then(0, fruitless=1, cancelled=True) == "done"
     assert then(2) == "stop"
+
+
+def test_input_that_was_right_before_is_tried_again_a_few_times() -> None:
+    """A node that is slow to show the folder, or whose mount of the data is gone, must not end a run of weeks."""
+    assert [then(2, restart=2, fruitless=number) for number in (1, FRUITLESS - 1, FRUITLESS)] == [
+        "requeue", "requeue", "stop",
+    ]  # fmt: skip
+    assert then(2, restart=3, fruitless=1) == "stop", "max_requeues"
 
 
 def test_what_slurm_says_of_a_job_that_it_ends() -> None:
@@ -95,3 +111,96 @@ def test_what_slurm_says_of_a_job_that_it_ends() -> None:
     assert [is_cancelled(fields, 0) for fields in (requeued, cancelled, timed_out, signalled)] == [
         False, True, False, False,
     ]  # fmt: skip
+
+
+def saved(run: Path, step: int) -> None:
+    folder = run / "checkpoints" / folder_name(step)
+    folder.mkdir(parents=True)
+    (folder / COMPLETE).write_text("")
+
+
+@pytest.fixture
+def run(tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job on one node that began at step 10, saved step 20, and was asked to stop."""
+    run = submit(tmp_path / "run")
+    (run / "job" / "cluster.yaml").write_text("max_requeues: 3\n")
+    saved(run, 10)
+    JobFolder(run).note("start", attempt=0, job_id="7", nodes=["n0"], restart=0, step=10)
+    saved(run, 20)
+    left = attempt_folder(run, "7", 0)
+    left.mkdir(parents=True)
+    (left / "n0.joined").touch()
+    (left / "n0.json").write_text(json.dumps({"status": STOPPED, "why": "", "at": 0.0}))
+    for name, value in (("SLURM_JOB_ID", "7"), ("SLURMD_NODENAME", "n0"), ("SLURM_RESTART_COUNT", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(after_job.time, "sleep", lambda _: None)
+    commands.says("scontrol", "JobId=7 JobState=RUNNING Restarts=0", when="show*7")
+    commands.says("scontrol", when="requeue*7")
+    return run
+
+
+def said(run: Path) -> list[tuple[str, str]]:
+    return [(event["event"], event.get("why", "")) for event in JobFolder(run).events()[1:]]
+
+
+def test_what_got_further_is_queued_again(run: Path) -> None:
+    assert after_job.main(run, 1) == STOPPED
+    assert said(run) == [("end", "asked to stop (n0)"), ("requeue", "asked to stop (n0)")]
+
+
+def test_a_controller_that_is_busy_is_asked_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch, commands: Commands
+) -> None:
+    busy = "slurm_load_jobs error: Socket timed out on send/recv operation"
+    commands.says("scontrol", busy, status=1)
+
+    def answers(_: float) -> None:
+        commands.says("scontrol", "JobId=7 JobState=RUNNING Restarts=0", when="show*7")
+        commands.says("scontrol", when="requeue*7")
+
+    monkeypatch.setattr(after_job.time, "sleep", answers)
+    assert after_job.main(run, 1) == STOPPED
+    assert [event for event, _ in said(run)] == ["end", "requeue"]
+
+
+def test_a_controller_that_never_answers_is_told_of(
+    run: Path, monkeypatch: pytest.MonkeyPatch, commands: Commands
+) -> None:
+    commands.says("scontrol", "Socket timed out", status=1)
+    monkeypatch.setattr(after_job, "_PATIENCE_SECONDS", 0)
+    assert after_job.main(run, 1) == 1
+    assert [event for event, _ in said(run)] == ["end", "requeue", "stop"]
+    assert "SLURM did not queue it again" in said(run)[-1][1]
+
+
+def test_progress_is_that_of_the_job(run: Path) -> None:
+    """An earlier submission had come to step 5000, whose checkpoints its user then removed."""
+    JobFolder(run).note("start", attempt=1, job_id="6", nodes=["n0"], restart=0, step=5000)
+    JobFolder(run).note("end", attempt=1, status=1, why="", step=5000)
+    assert after_job.main(run, 1) == STOPPED
+    assert said(run)[-1][0] == "requeue"
+
+
+def attempt(run: Path, restart: int) -> None:
+    folder = JobFolder(run)
+    folder.note("start", attempt=restart, job_id="7", nodes=["n0"], restart=restart, step=folder.newest_step())
+    _refuse_more(folder, Node("n0", 0, 1, "7", restart))
+
+
+def test_what_slurm_itself_queues_again_is_bounded(run: Path) -> None:
+    """As after the loss of the first node, where nobody decides; and a run may be what kills its nodes."""
+    attempt(run, 1)
+    attempt(run, 2)
+    attempt(run, 3)
+    with pytest.raises(InputError, match=r"within 3 attempts, found none since step 20"):
+        attempt(run, 3)
+    saved(run, 30)
+    attempt(run, 3)
+    with pytest.raises(InputError, match=r"at most 3 requeues \(max_requeues\), found 4"):
+        attempt(run, 4)
+
+
+def test_a_command_has_no_checkpoints_to_be_counted_by(run: Path) -> None:
+    JobFolder(run).write("submitted.json", json.dumps({"job_id": "7", "words": ["data", "label"]}))
+    for _ in range(5):
+        attempt(run, 3)

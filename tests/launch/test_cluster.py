@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.errors import RecipeError
-from launch.cluster import load_cluster
+from launch.cluster import Cluster, load_cluster
 from launch.job_folder import JobFolder
-from launch.slurm import fields_of, minutes_of
+from launch.slurm import fields_of, from_outside, minutes_of
+from launch.submit import script
 
 CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "cluster"
 
@@ -32,6 +35,9 @@ def test_those_that_are_here_are_valid(path: Path) -> None:
         ("sbatch: {account: me}", "expected `account` for what sbatch.account says"),
         ("sbatch: {cpus_per_task: 3}", "expected `cpus_per_rank` for what sbatch.cpus_per_task says"),
         ("sbatch: {array: 1-3}", "expected no sbatch.array"),
+        ("sbatch: {parsable: true}", "expected no sbatch.parsable"),
+        ("sbatch: {gres: 'lscratch:100,gpu:a100:4'}", "expected `gpus_per_node` and `gpu_type` for GPUs"),
+        ("gpu_type: a100", "expected gpus_per_node with gpu_type a100, found 0"),
         ("nodes: 1\nnodes: 2", "nodes"),
     ],
 )
@@ -40,6 +46,43 @@ def test_each_problem_names_its_key(tmp_path: Path, text: str, told: str) -> Non
     with pytest.raises(RecipeError) as caught:
         load_cluster(tmp_path / "cluster.yaml")
     assert told in str(caught.value)
+
+
+def test_what_a_batch_script_asks_for() -> None:
+    cluster = Cluster(
+        ranks_per_node=4, gpus_per_node=4, gpu_type="a100", cpus_per_rank=12, setup=("module load cuda", "set -e"),
+        sbatch={"gres": "lscratch:100", "exclusive": False, "contiguous": True, "mail_type": "END"},
+    )  # fmt: skip
+    lines = script(Path("/runs/r"), "r", cluster, Path("/runs/r/code/1")).splitlines()
+    asked = [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")]
+    assert {"gpus-per-node=a100:4", "gres=lscratch:100", "contiguous", "mail-type=END", "cpus-per-task=48"} <= set(
+        asked
+    )
+    assert not [line for line in asked if "exclusive" in line]
+    (srun,) = (line for line in lines if line.startswith("srun"))
+    assert "--cpus-per-task=48" in srun, "which it does not take from sbatch"
+    before = lines[: lines.index(srun)]
+    assert before.index("set +e") > before.index("set -e"), "what comes after srun is done however srun ends"
+
+
+def test_setup_lines_keep_what_modules_put_on_pythons_path_behind_the_copy() -> None:
+    script_of = script(Path("/runs/r"), "r", Cluster(setup=("export PYTHONPATH=/opt/torch",)), Path("/runs/a b"))
+    lines = [line for line in script_of.splitlines() if line.startswith("export PYTHONPATH")]
+    said = subprocess.run(["sh", "-c", "\n".join([*lines, "echo $PYTHONPATH"])], capture_output=True, text=True)
+    assert said.stdout == "/runs/a b:/opt/torch\n"
+
+
+def test_a_job_inherits_nothing_of_the_one_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "4000")
+    monkeypatch.setenv("SLURM_JOB_ID", "99")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "vision")
+    with from_outside():
+        assert "SLURM_JOB_ID" not in os.environ
+        assert "SLURM_MEM_PER_CPU" not in os.environ
+        assert os.environ["SLURM_CONF"] == "/etc/slurm.conf"
+        assert os.environ["SBATCH_ACCOUNT"] == "vision"
+    assert os.environ["SLURM_JOB_ID"] == "99"
 
 
 def test_what_slurm_writes_is_read() -> None:

@@ -82,7 +82,31 @@ def test_what_goes_wrong_is_told_and_training_goes_on(
     jobs.look()
     assert "no more processes" in capsys.readouterr().err
     jobs.look()
-    assert capsys.readouterr().err == "", "once"
+    assert capsys.readouterr().err == "", "not before a while"
+
+
+@pytest.mark.parametrize(("fails", "tries"), [(1, 2), (2, 3), (9, 3)])
+def test_where_slurm_does_not_take_a_job_it_is_asked_again(
+    jobs: EvalJobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int, tries: int
+) -> None:
+    """At the end of a run nobody looks later: without it the last evaluation was never made."""
+    asked: list[list[str]] = []
+
+    def submit(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if "launch.eval_submit" not in command:  # what SLURM knows of earlier ones
+            return subprocess.CompletedProcess(command, 1, "", "")
+        asked.append(command)
+        if len(asked) > fails:
+            queue(tmp_path / "run", [(0, 24)])
+        return subprocess.CompletedProcess(command, len(asked) <= fails, "", "Socket timed out")
+
+    monkeypatch.setattr("subprocess.run", submit)
+    monkeypatch.setattr("launch.eval_jobs._PAUSE_SECONDS", 0.01)
+    save(tmp_path / "run", 24)
+    jobs.finish()
+    assert len(asked) == tries
+    jobs.finish()
+    assert len(asked) == tries
 
 
 def test_a_submission_that_fails_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

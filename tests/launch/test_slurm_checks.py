@@ -31,12 +31,19 @@ def test_a_cluster_that_fits(cluster: Commands) -> None:
         (asked(gpus_per_node=8, ranks_per_node=8), "0 of long have 64 CPUs, 8 GPUs and 100 GB, expected 2"),
         (asked(memory_gb=300.0), "0 of long have"),
         (asked(cpus_per_rank=32), "0 of long have 128 CPUs"),
+        (asked(gpu_type="h100"), "0 of long have 32 CPUs, h100:4 GPUs"),
+        (asked(partition="short,lnog"), "expected one of the cluster's, found lnog"),
+        (asked(partition="old,short"), "old is DOWN"),
     ],
 )
 def test_what_a_cluster_does_not_have(cluster: Commands, cluster_file: Cluster, expected: str) -> None:
     found = list(slurm(cluster_file))
     assert expected in problems(found)
     assert "error" in {finding.level for finding in found}
+
+
+def test_of_several_partitions_one_that_fits_is_enough(cluster: Commands) -> None:
+    assert problems(slurm(asked(partition="old,long", gpu_type="a100"))) == ""
 
 
 def test_slurm_that_is_not_there_or_does_not_answer(commands: Commands) -> None:
