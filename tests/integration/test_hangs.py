@@ -180,7 +180,7 @@ def test_a_run_that_moves_is_left_alone(shards: Path, tmp_path: Path) -> None:
         schedule={"steps": 240}, checkpoint={"every_steps": 5}, validation={"every_epochs": 0.4},
         evals=[{"kind": "knn", "train": str(shards), "test": str(val), "every_epochs": 0.4, "k": 5}],
     )  # fmt: skip
-    train(recipe, tmp_path / "watched", 2, "runtime.step_timeout_seconds=8")
+    train(recipe, tmp_path / "watched", 2, "runtime.step_timeout_seconds=20")
     train(recipe, tmp_path / "bare", 2, "runtime.step_timeout_seconds=null")
     assert losses(tmp_path / "watched") == losses(tmp_path / "bare")
     assert len(losses(tmp_path / "watched")) == 240
