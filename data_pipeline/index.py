@@ -20,7 +20,7 @@ FORMAT = "pretrain shard index 1"
 SUFFIX = ".idx"
 NO_LABEL = -1
 MISSING = -1  # the offset of a member that a sample lacks
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff")  # in order of preference
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")  # in order of preference
 LABEL_FIELD = "cls"
 CAPTION_FIELD = "txt"
 

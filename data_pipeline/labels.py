@@ -279,7 +279,7 @@ class SoftLabelled:
         self.classes: tuple[str, ...] | None = None  # the teacher's, which knows them by number
         self.label_counts: NDArray[np.int64] | None = None
         parts = [base.fingerprint, labels.described.fingerprint]
-        self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        self.fingerprint = self.state = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def read(self, i: int) -> Sample:
         sample = self.base.read(i)

@@ -97,8 +97,14 @@ class Mixture:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 in hex over the sources' own and their shares: both decide which samples a run sees."""
-        parts = [[source.dataset.fingerprint, n] for source, n in zip(self.sources, self.slots.tolist(), strict=True)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return self._digest([source.dataset.fingerprint for source in self.sources])
+
+    @cached_property
+    def state(self) -> str:
+        return self._digest([source.dataset.state for source in self.sources])
+
+    def _digest(self, of_sources: Sequence[str]) -> str:
+        return hashlib.sha256(json.dumps(list(zip(of_sources, self.slots.tolist(), strict=True))).encode()).hexdigest()
 
     def read(self, i: int) -> Sample:
         number, inner = self._find(i)

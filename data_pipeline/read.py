@@ -10,6 +10,7 @@ import hashlib
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from data_pipeline.index import IMAGE_FIELDS, LABEL_FIELD, MISSING
 from data_pipeline.manifest import FILE_NAME, PLAN_NAME, Manifest, load_manifest, local_path
 from data_pipeline.remote import Remote, remote_url
 from data_pipeline.scan import PICKLE_FIELDS
+from data_pipeline.sources import IMAGE_SUFFIXES, is_hidden, is_image, list_folder
 
 _OPEN_SHARDS = 128  # per process; a step reads one shard per lane, mostly
 
@@ -35,7 +37,8 @@ class Dataset(Protocol):
         fields: member extensions that occur.
         classes: names of the labels, where they are known.
         label_counts: samples of each label, [K] int64, where there are labels.
-        fingerprint: identity of the data, hex.
+        fingerprint: identity of the data, hex; the same wherever they lie.
+        state: identity of what lies there now, hex: what a cache goes by.
     """
 
     @property
@@ -50,6 +53,8 @@ class Dataset(Protocol):
     def label_counts(self) -> NDArray[np.int64] | None: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def state(self) -> str: ...
 
     def read(self, i: int) -> Sample:
         """Sample i.
@@ -86,7 +91,7 @@ class ShardDataset:
         self.fields = manifest.fields
         self.classes = manifest.classes
         self.label_counts = manifest.label_counts
-        self.fingerprint = manifest.fingerprint
+        self.fingerprint = self.state = manifest.fingerprint  # of hashes, so nothing changes unseen
         self._ends = np.cumsum(self.shard_sizes)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()  # the one used last at the end
 
@@ -174,32 +179,40 @@ class _OpenShard:
 class FolderDataset:
     """An image folder: one folder per class, labels in the order of their names; or images without labels.
 
-    Each file counts as a shard of its own, so the order shuffles all of them.
+    What is an image, which links are followed and what is passed over as hidden is as `data convert` has it. Each
+    file counts as a shard of its own, so the order shuffles all of them.
 
     Raises:
-        DataError: no folder, or no image in it.
+        DataError: no folder, or no image in it; a class folder without one; links in a circle; two images of one key.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
             raise DataError(where=str(path), expected="a folder of images", found="no folder")
-        suffixes = {f".{name}" for name in IMAGE_FIELDS}
-        files = sorted(
-            Path(folder, name).relative_to(path)
-            for folder, _, names in os.walk(path, followlinks=True)
-            for name in names
-            if os.path.splitext(name)[1].lower() in suffixes
-        )
+        try:
+            found = sorted((Path(e.name), e.size, stamp) for e, stamp in list_folder(path) if is_image(e.name))
+            folders = {name for name in os.listdir(path) if (path / name).is_dir() and not is_hidden(name)}
+        except OSError as error:
+            raise DataError(where=str(path), expected="a readable folder", found=str(error)) from error
+        files = [file for file, _, _ in found]
         if not files:
             raise DataError(
                 where=str(path),
-                expected=f"images ({', '.join(sorted(suffixes))}) or shards with a manifest",
+                expected=f"images ({', '.join(sorted(IMAGE_SUFFIXES))}) or shards with a manifest",
                 found="none",
                 fix="Give a folder of class folders, or of shards with a manifest (`pretrain data index`).",
             )
+        _refuse_equal_keys(path, files)
         labelled = all(len(file.parts) > 1 for file in files)
         names = sorted({file.parts[0] for file in files}) if labelled else []
+        if labelled and (empty := sorted(folders - set(names))):
+            raise DataError(
+                where=str(path),
+                expected="images in each class folder",
+                found=f"none in {', '.join(empty[:8])}{', ...' if len(empty) > 8 else ''}",
+                fix="Remove what is no class, and put back what is missing.",
+            )
         numbers = {name: number for number, name in enumerate(names)}
         self._files = files
         self._labels = [numbers[file.parts[0]] if labelled else -1 for file in files]
@@ -209,7 +222,10 @@ class FolderDataset:
         self.fields = (LABEL_FIELD, *images) if labelled else images
         self.classes = tuple(names) if labelled else None
         self.label_counts = np.bincount(self._labels) if labelled else None
-        self.fingerprint = self._fingerprint()
+        # To hash every image would be to read the data set before its first use. Sizes miss an image that was replaced
+        # by one as large; times of change see it, but differ between copies of the same data.
+        self.fingerprint = _digest(f"{file.as_posix()}\0{size}\n" for file, size, _ in found)
+        self.state = _digest(f"{file.as_posix()}\0{size}\0{stamp}\n" for file, size, stamp in found)
 
     def read(self, i: int) -> Sample:
         file = self._files[i]
@@ -225,14 +241,30 @@ class FolderDataset:
 
     def origin(self, i: int) -> tuple[str, str]:
         file = self._files[i]
-        return file.with_suffix("").as_posix(), file.as_posix()
+        return _key(file), file.as_posix()
 
-    def _fingerprint(self) -> str:
-        """Over names and sizes: to hash every image would be to read the data set before its first use."""
-        digest = hashlib.sha256()
-        for file in self._files:
-            digest.update(f"{file.as_posix()}\0{(self.path / file).stat().st_size}\n".encode(errors="surrogateescape"))
-        return digest.hexdigest()
+
+def _refuse_equal_keys(path: Path, files: Sequence[Path]) -> None:
+    first: dict[str, Path] = {}
+    for file in files:
+        if (other := first.setdefault(_key(file), file)) != file:
+            raise DataError(
+                where=str(path),
+                expected="names that differ by more than their extension, as they are the samples' keys",
+                found=f"{other.as_posix()} and {file.as_posix()}",
+                fix="Rename or remove one of them.",
+            )
+
+
+def _digest(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _key(file: Path) -> str:
+    return file.with_suffix("").as_posix()
 
 
 def _extension(file: Path) -> str:

@@ -125,7 +125,10 @@ class Subset:
         self.num_samples, self.fields, self.classes = len(indices), base.fields, base.classes
         self.shard_sizes = np.diff(np.searchsorted(indices, np.cumsum(base.shard_sizes)), prepend=0)
         digest = digest or hashlib.sha256(indices.tobytes()).hexdigest()
-        self.fingerprint = hashlib.sha256(json.dumps([base.fingerprint, digest]).encode()).hexdigest()
+        self.fingerprint, self.state = (
+            hashlib.sha256(json.dumps([of_base, digest]).encode()).hexdigest()
+            for of_base in (base.fingerprint, base.state)
+        )
 
     def read(self, i: int) -> Sample:
         return self.base.read(int(self.indices[i]))

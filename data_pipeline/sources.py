@@ -80,7 +80,7 @@ def open_source(path: Path, spool_folder: Path) -> Source:
     spool: BinaryIO | None = None
     reader: Reader
     if path.is_dir():
-        files, reader = _list_folder(path), FolderReader(path)
+        files, reader = list_folder(path), FolderReader(path)
     elif not path.is_file():
         raise _error(path, KINDS, "nothing there")
     elif zipfile.is_zipfile(path):
@@ -146,7 +146,13 @@ class ZipReader:
 File = tuple[Entry, int]  # and something that changes with its content: checksum or time of change
 
 
-def _list_folder(root: Path) -> Iterator[File]:
+def list_folder(root: Path) -> Iterator[File]:
+    """Every file below a folder, in no order.
+
+    Raises:
+        SourceError: links in a circle, or to nothing; devices.
+        OSError: a folder that cannot be listed.
+    """
     pending, visited = [""], set()
     while pending:
         folder = pending.pop()
@@ -207,7 +213,7 @@ def _list_tar_gz(path: Path, spool: BinaryIO) -> Iterator[File]:
         file = cast(BinaryIO, unpacked)
         for member in strict_tar.members(file, str(path), error=SourceError, max_bytes=max_bytes):
             entry = Entry(_plain(member.name), spool.tell(), member.size)
-            if _is_image(entry.name):
+            if is_image(entry.name):
                 _check_bytes(path, entry)
                 spool.write(file.read(member.size))  # short only at a premature end, which is found next
             yield entry, int(member.mtime)
@@ -218,7 +224,7 @@ def _sort_out(path: Path, files: Iterator[File]) -> tuple[list[Entry], int, str]
     images: list[Entry] = []
     digest, num_others = hashlib.sha256(), 0
     for entry, stamp in sorted(files):
-        if not _is_image(entry.name):
+        if not is_image(entry.name):
             num_others += 1
             continue
         if not strict_tar.is_utf8(entry.name):
@@ -239,11 +245,14 @@ def _plain(name: str) -> str:
     return PurePosixPath(name).as_posix()
 
 
-def _is_image(name: str) -> bool:
-    """By its extension; what a file manager left beside the images (.DS_Store, __MACOSX/) is none."""
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+def is_image(name: str) -> bool:
+    """By its extension; what is hidden is none."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """What a file manager or a notebook left beside the images: .DS_Store, .ipynb_checkpoints/, __MACOSX/."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
 def _is_gzip(path: Path) -> bool:

@@ -179,6 +179,7 @@ class Questions:
             "arguments": cell.arguments,
             "encoder": self._once("encoder", cell.source),
             "data": data,
+            "states": {key: self._once("state", cell.arguments[key]) for key in data},
             "files": files,
         }
         return _json(question)
@@ -214,6 +215,7 @@ class Questions:
         if (what, path) not in self._known:
             make = {
                 "data": lambda p: open_dataset(p).fingerprint,
+                "state": lambda p: open_dataset(p).state,
                 "file": lambda p: sha256_of(Path(p)),
                 "encoder": digest,
             }

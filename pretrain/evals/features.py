@@ -97,7 +97,7 @@ class Extraction:
             "weights_sha256": asked.encoder.weights_sha256(),
             "architecture_sha256": architecture_sha256(asked.encoder.module),
             "preprocessing": asked.encoder.preprocessing(),
-            "data": asked.dataset.fingerprint,
+            "data": asked.dataset.state,
             "num_classes": asked.num_classes,
             "precision": self.precision,
             "device": asked.encoder.device.type,

@@ -16,6 +16,8 @@ from data_pipeline.batch import Sample
 from data_pipeline.errors import DataError, SampleError, ShardError
 from data_pipeline.read import Dataset, FolderDataset, ShardDataset, open_dataset
 from data_pipeline.scan import index_shards
+from data_pipeline.selection import Subset
+from data_pipeline.sources import open_source
 from tests.data_pipeline.tiny import photo, write_shards
 
 
@@ -172,6 +174,61 @@ def test_the_fingerprint_of_a_folder_follows_its_files(tmp_path: Path) -> None:
     renamed = open_dataset(str(tmp_path / "a")).fingerprint
     assert first == same
     assert len({first, longer, renamed}) == 3
+
+
+def test_the_state_of_a_folder_follows_what_the_fingerprint_cannot_see(tmp_path: Path) -> None:
+    """A BMP is as large as any other of its size; and a copy elsewhere is the same data."""
+    write_folder(tmp_path / "a", {"x/1.bmp": b"1"})
+    before = open_dataset(str(tmp_path / "a"))
+    again = open_dataset(str(tmp_path / "a"))
+    (tmp_path / "a" / "x" / "1.bmp").write_bytes(b"2")
+    os.utime(tmp_path / "a" / "x" / "1.bmp", ns=(1, 1))
+    after = open_dataset(str(tmp_path / "a"))
+    assert before.fingerprint == again.fingerprint == after.fingerprint
+    assert before.state == again.state != after.state
+    halves = [Subset(dataset, np.array([0]), None) for dataset in (before, after)]
+    assert halves[0].fingerprint == halves[1].fingerprint
+    assert halves[0].state != halves[1].state
+
+
+def test_what_lies_beside_images_is_passed_over_as_a_conversion_does(tmp_path: Path) -> None:
+    write_folder(
+        tmp_path,
+        {
+            "cat/a.png": b"1",
+            "cat/b.pgm": b"2",
+            "cat/._a.png": b"",
+            ".ipynb_checkpoints/a-checkpoint.png": b"1",
+            "__MACOSX/cat/a.png": b"",
+            "readme.txt": b"",
+        },
+    )
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.classes == ("cat",)
+    assert [dataset.origin(i)[1] for i in range(dataset.num_samples)] == ["cat/a.png", "cat/b.pgm"]
+    assert [entry.name for entry in open_source(tmp_path, tmp_path).images] == ["cat/a.png", "cat/b.pgm"]
+
+
+def test_a_class_folder_without_images_is_refused_by_name(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat/a.png": b"1", "eel/b.jp2": b"2"})
+    (tmp_path / "fox" / "later").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"images in each class folder, found none in eel, fox\."):
+        open_dataset(str(tmp_path))
+    write_folder(tmp_path, {"b.png": b"1"})  # no class folders then
+    assert open_dataset(str(tmp_path)).num_samples == 2
+
+
+def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat/a.png": b"1"})
+    (tmp_path / "cat" / "up").symlink_to(tmp_path)
+    with pytest.raises(DataError, match=r"cat/up: .* a link that leads to a folder met before"):
+        open_dataset(str(tmp_path))
+
+
+def test_two_images_of_one_key_are_refused_by_their_names(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"apple/0.png": b"1", "apple/0.bmp": b"2", "pear/0.png": b"3"})
+    with pytest.raises(DataError, match=r"found apple/0\.bmp and apple/0\.png"):
+        open_dataset(str(tmp_path))
 
 
 def test_an_image_that_vanished_is_a_bad_sample(tmp_path: Path) -> None:

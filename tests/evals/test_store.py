@@ -12,6 +12,7 @@ from typing import Literal
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
@@ -79,6 +80,21 @@ def test_they_are_those_in_memory_and_computed_once(folders: Folders, tmp_path: 
     assert count.images == 100
     same(extract(encoder, folders.test, tmp_path), expected)
     assert count.images == 100
+
+
+def test_replaced_images_are_looked_at_again(folders: Folders, tmp_path: Path) -> None:
+    """As large as before, so that names and sizes tell nothing."""
+    copied = tmp_path / "copied"
+    for i, image in enumerate(sorted(Path(folders.test).rglob("*.jpg"))[:4]):
+        (copied / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.open(image).save(copied / str(i % 2) / f"{i}.bmp")
+    encoder, _ = counting()
+    before = extract(encoder, str(copied), tmp_path / "cache").values.clone()
+    replaced = copied / "0" / "0.bmp"
+    replaced.write_bytes((copied / "1" / "1.bmp").read_bytes())
+    after = extract(encoder, str(copied), tmp_path / "cache").values
+    assert not torch.equal(after[0], before[0])
+    assert torch.equal(after[1:], before[1:])
 
 
 def test_a_stop_loses_the_chunk_it_was_in(folders: Folders, tmp_path: Path) -> None:

@@ -234,14 +234,26 @@ def test_other_images_under_the_same_path_ask_another_question(tmp_path: Path, t
 
     (cell,) = cells(tmp_path, own)
     Questions().begin(cell)
-    shutil.rmtree(tmp_path / "test")
+    (tmp_path / "test").rename(tmp_path / "aside")
     write_images(tmp_path / "test", 27)  # while it was answered
     assert in_this_process(cell, None, print) == 0
     asked = json.loads(cell.asked.read_text())
     shutil.rmtree(tmp_path / "test")
-    write_images(tmp_path / "test", 30)
+    (tmp_path / "aside").rename(tmp_path / "test")
     assert Questions().of(cell) == asked
     assert not answered(tmp_path, own), "the report is of other images"
+
+
+def test_an_image_that_was_replaced_by_one_as_large_asks_another_question(tmp_path: Path, tree: dict[str, Any]) -> None:
+    write_images(tmp_path / "test", 24)
+    own = with_option(tree, "datasets", "colours", test=str(tmp_path / "test"))
+    before = Questions().of(cells(tmp_path, own)[0])
+    assert Questions().of(cells(tmp_path, own)[0]) == before
+    image = tmp_path / "test" / "class0" / "0000.jpg"
+    image.write_bytes(image.read_bytes()[:-1] + b"\0")
+    after = Questions().of(cells(tmp_path, own)[0])
+    assert after["data"] == before["data"]
+    assert after["states"] != before["states"]
 
 
 def test_a_report_by_hand_is_not_taken_for_the_result(done: tuple[Path, dict[str, Any]]) -> None:
