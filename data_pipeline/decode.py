@@ -31,7 +31,7 @@ def decode_image(data: bytes, *, max_pixels: int, where: str) -> NDArray[np.uint
         where: name of the sample, for the error.
 
     Raises:
-        SampleError: no image, damaged, truncated, or of more than `max_pixels`.
+        SampleError: no image, damaged, truncated, of more than `max_pixels`, or of values without a known white.
     """
     if data[:2] == b"\xff\xd8":
         image = _decode_jpeg(data, max_pixels, where)
@@ -56,6 +56,7 @@ def _decode_any(data: bytes, max_pixels: int, where: str) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.width, image.height, max_pixels, where)
+            _check_range(image, where)
             return np.array(_to_rgb(image))  # a copy, so that it can be written to
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)  # its own words are an address in memory
@@ -76,6 +77,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _check_range(image: Image.Image, where: str) -> None:
+    """What is white is known of unsigned integers of up to 16 bits alone; PGM's are scaled to 16 by Pillow."""
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        raise SampleError(
+            where=where,
+            expected="pixels of 8 or 16 bits",
+            found="floating point numbers" if image.mode == "F" else "signed or 32-bit integers",
+            fix="Convert it to 8 or 16 bits, as only you know which value is white.",
+        )
 
 
 def _check_size(width: int, height: int, max_pixels: int, where: str) -> None:

@@ -75,6 +75,19 @@ def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
     assert decode(encode(Image.fromarray(grey), "PNG"))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+@pytest.mark.parametrize("kind", ["PPM", "TIFF"])
+def test_so_it_is_in_other_formats(kind: str) -> None:
+    grey = np.array([[0, 257, 32768, 65535]], np.uint16)
+    assert decode(encode(Image.fromarray(grey), kind))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(("kind", "number"), [(np.float32, "floating point"), (np.int32, "32-bit")])
+def test_numbers_without_a_known_white_are_refused_and_not_black(kind: type, number: str) -> None:
+    data = encode(Image.fromarray(np.array([[0, 0.5, 1, 200]]).astype(kind)), "TIFF")
+    with pytest.raises(SampleError, match=rf"sample: expected pixels of 8 or 16 bits, found .*{number}.* Convert it"):
+        decode(data)
+
+
 def test_an_animation_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
