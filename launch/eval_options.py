@@ -91,6 +91,16 @@ Weights = Annotated[
     Path | None,
     typer.Option("--weights", help="Local file for a name of open_clip's, whose NAME:TAG says the preprocessing."),
 ]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option("--weights-key", metavar="KEY", help="Entry of a weights file that holds several (teacher, ...)."),
+]
+WeightsPrefix = Annotated[
+    str | None,
+    typer.Option(
+        "--weights-prefix", metavar="TEXT", help="Of the encoder's names in a weights file (backbone., ...); taken off."
+    ),
+]
 Options = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="KEY=VALUE", help="Further argument of timm's constructor; repeatable."),
@@ -108,11 +118,14 @@ class EncoderOptions:
     image_size: ImageSize = None
     option: Options = None
     weights: Weights = None
+    weights_key: WeightsKey = None
+    weights_prefix: WeightsPrefix = None
     device: DeviceOption = Device.auto
 
     def load(self) -> Encoder:
         """The encoder on its device."""
         from pretrain.evals.sources import load_source
+        from pretrain.models.weights_files import Part
 
         place = device_of(self.device)
         encoder = load_source(
@@ -121,6 +134,7 @@ class EncoderOptions:
             seed=self.seed,
             architecture=_architecture(self.encoder, self.model, self.image_size, self.option),
             weights=self.weights,
+            part=Part(self.weights_key, self.weights_prefix or "") if self.weights_key or self.weights_prefix else None,
         )
         encoder.module.to(place)
         return encoder

@@ -20,6 +20,7 @@ from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, EncoderConfig, lo
 from pretrain.models.hf_folders import is_hf_folder
 from pretrain.models.input_size import set_image_size
 from pretrain.models.seeded import seeded
+from pretrain.models.weights_files import Part
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
@@ -32,6 +33,7 @@ def load_source(
     seed: int | None = None,
     architecture: Architecture | None = None,
     weights: Path | None = None,
+    part: Part | None = None,
 ) -> Encoder:
     """The encoder that `spec` names, on the CPU, with exactly its weights.
 
@@ -44,6 +46,7 @@ def load_source(
         architecture: of a weights file; of a timm model, where it is not to be built as timm has it; else its
             `image_size` alone counts, for which a ViT's position embedding is interpolated.
         weights: of one of open_clip's models: a local file.
+        part: which tensors of a weights file are the encoder's; None: all.
 
     Raises:
         InputError: nothing there, or arguments that do not go together.
@@ -52,6 +55,8 @@ def load_source(
     path = Path(spec)
     if weights is not None and (path.exists() or not is_open_clip(spec)):
         raise InputError("--weights", "none, as only a name of open_clip's goes with a file", f"{spec}, {weights}")
+    if part is not None and not path.is_file():
+        raise InputError("--weights-key, --weights-prefix", "none of them, as they choose from a weights file", spec)
     if path.is_dir():
         size = _size_alone(spec, architecture)
         return at_size(_from_folder(path, random_init, seed, size), size)
@@ -63,7 +68,7 @@ def load_source(
                 found="weights alone",
                 fix="Name it with --model, and --image-size and --option where it differs from timm's.",
             )
-        return from_file(path, architecture, random_init=random_init, seed=seed or 0)
+        return from_file(path, architecture, random_init=random_init, seed=seed or 0, part=part)
     if is_open_clip(spec) and (weights is not None or not timm.is_model(spec)):
         size = _size_alone(spec, architecture)
         return at_size(_from_open_clip(spec, random_init, seed or 0, weights), size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from pretrain.evals.untagged import note_on_tags
 from pretrain.models.encoders import load_strictly
 from pretrain.models.input_size import set_image_size
 from pretrain.models.seeded import seeded
-from pretrain.models.weights_files import read_tensors
+from pretrain.models.weights_files import WHOLE, Part, read_part
 
 # With these timm loads what fits of published weights and leaves the rest at random, or the module is no longer one
 # from RGB images to features.
@@ -87,7 +87,9 @@ def from_timm(architecture: Architecture, *, random_init: bool, seed: int) -> En
     return _encoder(module, architecture, "encoder", description)
 
 
-def from_file(path: Path, architecture: Architecture, *, random_init: bool, seed: int) -> Encoder:
+def from_file(
+    path: Path, architecture: Architecture, *, random_init: bool, seed: int, part: Part | None = None
+) -> Encoder:
     """The weights of a file, all of them but a classifier's; or fresh ones.
 
     They are of the architecture's image size; or of a ViT's own, and their position embedding is interpolated.
@@ -99,7 +101,9 @@ def from_file(path: Path, architecture: Architecture, *, random_init: bool, seed
     description: dict[str, object] = {"source": str(path), "kind": "weights file"}
     if random_init:
         return _fresh(architecture, seed, description)
-    state = read_tensors(path)
+    state, num_left_out = read_part(path, part or WHOLE)
+    if part is not None:
+        description["weights_part"] = {**asdict(part), "left_out": num_left_out}
     module = seeded(seed, lambda: architecture.build(num_classes=0))
     if moved := _made_for_own_size(module, architecture, state):
         module = moved
@@ -111,7 +115,10 @@ def from_file(path: Path, architecture: Architecture, *, random_init: bool, seed
     if moved and (told := set_image_size(module, _config(module)["input_size"][-1], architecture.image_size or 0)):
         description["position_embedding"] = told
     encoder = _encoder(module, architecture, "encoder", description)
-    return replace(encoder, notes=_of_other_tags(architecture.name, _config(module)))
+    notes = _of_other_tags(architecture.name, _config(module))
+    if part is not None and num_left_out:
+        notes += (f"of the weights file {num_left_out} tensors do not begin with {part.prefix}: left out",)
+    return replace(encoder, notes=notes)
 
 
 def _of_other_tags(name: str, taken: Mapping[str, Any]) -> tuple[str, ...]:

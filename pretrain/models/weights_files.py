@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
+import re
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -13,38 +18,120 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointError
 
+# What torch raises of damaged files, and of pickles that give arguments which a class does not take.
+_UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+)
+
+# What training keeps beside the weights, some of it tensors too.
+_BESIDE = {
+    "optimizer", "optimizer_state_dict", "scaler", "amp_scaler", "loss_scaler", "fp16_scaler", "lr_scheduler",
+    "scheduler", "epoch", "args",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which tensors of a weights file are taken.
+
+    Attributes:
+        key: of the entry that holds them, such as `teacher`; None: the only one that can be meant.
+        prefix: with which their names begin; it is taken off, and tensors of other names are left out.
+    """
+
+    key: str | None = None
+    prefix: str = ""
+
+
+WHOLE = Part()
+
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file by name; a PyTorch file may hold other plain data beside them.
+    """All tensors of a weights file by name; errors as in `read_part`."""
+    return read_part(path, WHOLE)[0]
+
+
+def read_part(path: Path, part: Part) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a weights file by name, and how many were left out for another prefix.
+
+    A PyTorch file may hold other plain data beside them.
 
     Raises:
-        CheckpointError: damaged, a pickle of more than plain data, or not exactly one dictionary of tensors.
+        CheckpointError: damaged, a pickle of more than plain data, not exactly one dictionary of tensors that can be
+            meant, or none with the prefix.
     """
+    state = _chosen(_content(path, part.key), part.key, path)
+    if all(name.startswith("module.") for name in state):  # by DistributedDataParallel
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    found = {name.removeprefix(part.prefix): t for name, t in state.items() if name.startswith(part.prefix)}
+    if not found:
+        raise CheckpointError(
+            where=str(path),
+            expected=f"names that begin with {part.prefix!r}",
+            found=f"others, such as {', '.join(list(state)[:3])}",
+            fix="Name another with --weights-prefix, or none.",
+        )
+    return found, len(state) - len(found)
+
+
+def _content(path: Path, key: str | None) -> object:
     try:
         if path.suffix == ".safetensors":
-            tensors: dict[str, Tensor] = load_file(path)
-            return tensors
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options of a training script, no code
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"the object {refused[1]}" if refused else (str(error).splitlines() or ["an empty file"])[0]
         raise CheckpointError(
             where=str(path),
             expected="safetensors, or a PyTorch file without objects that could run code",
-            found=f"{type(error).__name__}: {(str(error).splitlines() or ['an empty file'])[0]}",
-            fix="Save the tensors alone.",
+            found=f"{type(error).__name__}: {reason}",
+            fix=f"Save the tensors alone.{_saving(path, key or 'model') if refused else ''}",
         ) from error
-    members = [content, *content.values()] if isinstance(content, dict) else []
-    states = [member for member in members if _is_state(member)]
-    if len(states) != 1:
-        members_found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+
+
+def _saving(path: Path, key: str) -> str:
+    """How tensors are saved alone."""
+    file, entry = (json.dumps(text, ensure_ascii=False) for text in (str(path), key))
+    code = f'import torch; torch.save(torch.load({file}, weights_only=False)[{entry}], "weights.pth")'
+    return f" This runs code of the file, so only if you trust it:\n  python -c {shlex.quote(code)}"
+
+
+def _chosen(content: object, key: str | None, path: Path) -> dict[str, Tensor]:
+    members = content if isinstance(content, dict) else {}
+    states = {name: member for name, member in members.items() if _is_state(member)}
+    members_found = ", ".join(map(str, members)) or type(content).__name__
+    if key is not None:
+        if key not in states:
+            raise CheckpointError(
+                where=f"{path}: {key}",
+                expected=f"a dictionary of tensors; there are {', '.join(map(str, states)) or 'none with a name'}",
+                found="another kind of entry" if key in members else "no such entry",
+                fix="Name another with --weights-key, or none.",
+            )
+        return states[key]
+    if _is_state(content):
+        return members
+    meant = {name: state for name, state in states.items() if name not in _BESIDE}
+    if len(meant) != 1:
         raise CheckpointError(
             where=str(path),
             expected="one dictionary of tensors",
-            found=f"{len(states)} among {members_found}",
-            fix="Save the one to be judged as safetensors.",
+            found=f"{len(meant)} among {members_found}",
+            fix=f"Choose one with --weights-key ({', '.join(map(str, meant))}) and --model, or save it as safetensors."
+            if meant
+            else "Save the one to be judged as safetensors.",
         )
-    state = states[0]
-    wrapped = all(name.startswith("module.") for name in state)  # by DistributedDataParallel
-    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}
+    return next(iter(meant.values()))
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
@@ -75,5 +162,5 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     return state
 
 
-def _is_state(value: object) -> bool:
+def _is_state(value: object) -> TypeGuard[dict[str, Tensor]]:
     return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+import timm
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
@@ -64,6 +66,23 @@ def test_a_report_s_question_has_the_same_answer_again(result: Path) -> None:
     assert result.read_bytes() == before
     first, second = EvalReport.load(result), EvalReport.load(result.with_name("knn.rerun.json"))
     assert (second.value, second.n, second.seeds) == (first.value, 90, {"init": 3})
+
+
+def test_the_part_of_a_weights_file_is_asked_for_again(folders: Folders, tmp_path: Path) -> None:
+    module = timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, depth=1, embed_dim=24, num_heads=2)
+    weights = {f"backbone.{name}": tensor for name, tensor in module.state_dict().items()}
+    weights["projection.weight"] = torch.zeros(3)
+    torch.save({"student": weights, "teacher": weights}, tmp_path / "dino.pth")
+    part = ["--weights-key", "teacher", "--weights-prefix", "backbone."]
+    source = [str(tmp_path / "dino.pth"), "--model", VIT[0], *VIT[2:], *part]
+    data = ["--train", folders.train, "--test", folders.test, "--limit-test", "50"]
+    asked = invoke("knn", *source, *data, "--k", "5", "--out", str(tmp_path / "knn.json"))
+    assert "note: of the weights file 1 tensors do not begin with backbone.: left out" in asked.stdout
+    again = invoke("rerun", str(tmp_path / "knn.json"))
+    assert "the same number" in again.stdout
+    assert "not as it was" not in again.stdout
+    told = EvalReport.load(tmp_path / "knn.rerun.json").encoder["weights_part"]
+    assert told == {"key": "teacher", "prefix": "backbone.", "left_out": 1}
 
 
 def test_another_number_is_said_with_what_changed(result: Path) -> None:

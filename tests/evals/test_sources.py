@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources import load_source
 from pretrain.evals.timm_sources import Architecture
 from pretrain.models.encoders import save_encoder
+from pretrain.models.weights_files import Part
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import dump
@@ -243,11 +245,56 @@ class Touch:
 
 
 def test_a_pickle_that_could_run_code_is_refused_and_does_not(weights: dict[str, Tensor], tmp_path: Path) -> None:
-    for name, extra in (("code", Touch(tmp_path / "ran")), ("object", argparse.Namespace(lr=1))):
-        torch.save({"model": weights, "args": extra}, tmp_path / f"{name}.pth")
-        with pytest.raises(CheckpointError, match="could run code"):
-            load_source(str(tmp_path / f"{name}.pth"), architecture=ARCHITECTURE)
-    assert not (tmp_path / "ran").exists()
+    ran = tmp_path / "ran"
+    torch.save({"model": weights, "args": argparse.Namespace(path=Touch(ran))}, tmp_path / "code.pth")
+    told = r"could run code, found UnpicklingError: the object getattr\. .*only if you trust it:\n  python -c "
+    with pytest.raises(CheckpointError, match=told) as error:
+        load_source(str(tmp_path / "code.pth"), architecture=ARCHITECTURE)
+    assert not ran.exists()
+    subprocess.run(error.value.fix.splitlines()[1], shell=True, check=True, cwd=tmp_path)
+    assert ran.exists(), "as it says"
+    load_source(str(tmp_path / "weights.pth"), architecture=ARCHITECTURE)
+
+
+def test_what_training_keeps_beside_the_weights_is_passed_over(
+    runs: Path, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    beside = {
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]},
+        "scaler": {"scale": torch.ones(1)},
+        "epoch": 3,
+        "args": argparse.Namespace(lr=0.1, betas=(0.9, 0.95)),
+    }
+    torch.save({"model": weights, **beside}, tmp_path / "mae.pth")
+    found = load_source(str(tmp_path / "mae.pth"), architecture=ARCHITECTURE)
+    assert found.weights_sha256() == load_source(str(runs / "mae")).weights_sha256()
+
+
+def test_an_entry_and_a_prefix_choose_the_encoder(runs: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    student = {f"module.backbone.{name}": torch.zeros_like(tensor) for name, tensor in weights.items()}
+    teacher = {f"backbone.{name}": tensor for name, tensor in weights.items()}
+    head = {"head.mlp.weight": torch.zeros(3), "head.mlp.bias": torch.zeros(3)}
+    torch.save({"student": student, "teacher": teacher | head, "epoch": 3}, tmp_path / "dino.pth")
+
+    def load(key: str | None, prefix: str = "") -> Encoder:
+        return load_source(str(tmp_path / "dino.pth"), architecture=ARCHITECTURE, part=Part(key, prefix))
+
+    found = load("teacher", "backbone.")
+    assert found.weights_sha256() == load_source(str(runs / "mae")).weights_sha256()
+    assert found.description["weights_part"] == {"key": "teacher", "prefix": "backbone.", "left_out": 2}
+    assert found.weights_sha256() != load("student", "backbone.").weights_sha256()
+    for key, prefix, told in (
+        (None, "backbone.", r"2 among student, teacher, epoch\. .*--weights-key \(student, teacher\)"),
+        ("epoch", "", "there are student, teacher, found another kind"),
+        ("model", "", "there are student, teacher, found no such entry"),
+        ("teacher", "encoder.", "begin with 'encoder.', found others, such as backbone"),
+        ("teacher", "", "unexpected: backbone"),
+        ("teacher", "backbone.blocks.", "missing"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            load(key, prefix)
+    with pytest.raises(InputError, match="they choose from a weights file"):
+        load_source(str(runs / "mae"), part=Part("teacher"))
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 torn"])
