@@ -13,8 +13,6 @@ from typing import Any, Literal
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -24,11 +22,13 @@ from torch import Tensor, nn
 from data_pipeline.errors import CheckpointError, InputError
 from pretrain.models import cifar_resnet  # noqa: F401  (names its models in timm's registry)
 from pretrain.models.folders import save_weights
+from pretrain.models.weights_files import read_tensors
 from pretrain.recipe import Views
 from pretrain.recipe_model import Model, ModelConfig
 from pretrain.run_folder import sha256_of
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+PYTORCH = "pytorch_model.bin"  # which timm's and transformers' older savers write
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 TOWERS = "towers"  # a folder beside timm's files, with the text tower and what else timm knows nothing of
 
@@ -234,9 +234,10 @@ def load_encoder(folder: Path) -> tuple[nn.Module, EncoderConfig]:
 
         module, config, _ = load_open_clip(folder)
         return module.encoder, config
+    weights = next((path for path in (folder / WEIGHTS, folder / PYTORCH) if path.is_file()), folder / WEIGHTS)
     try:
         raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        preprocessing, digest = raw["pretrained_cfg"], sha256_of(folder / WEIGHTS)
+        preprocessing, digest = raw["pretrained_cfg"], sha256_of(weights)
         config = EncoderConfig(
             name=raw["architecture"],
             model_args=raw.get("model_args", {"num_classes": raw["num_classes"]}),
@@ -248,22 +249,22 @@ def load_encoder(folder: Path) -> tuple[nn.Module, EncoderConfig]:
             file_sha256=digest,
             eval_resize=_CROP_MODES[preprocessing.get("crop_mode", "center")],
         )
-        state = load_file(folder / WEIGHTS)
+        state = read_tensors(weights)
         encoder = config.build()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
         raise CheckpointError(
             where=str(folder),
-            expected=f"an encoder: {CONFIG} and {WEIGHTS} as timm writes them",
+            expected=f"an encoder: {CONFIG} and {WEIGHTS} or {PYTORCH} as timm writes them",
             found=f"{type(error).__name__}: {error}",
         ) from error
     if raw.get("file_sha256", digest) != digest:
         raise CheckpointError(
-            where=str(folder / WEIGHTS),
+            where=str(weights),
             expected=f"sha256 {raw['file_sha256'][:12]} as {CONFIG} says",
             found=digest[:12],
             fix="It was damaged, or its saving was interrupted: export the encoder again.",
         )
-    load_strictly(encoder, state, where=str(folder / WEIGHTS))
+    load_strictly(encoder, state, where=str(weights))
     return encoder, config
 
 

@@ -14,13 +14,19 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointError, InputError
 from data_pipeline.views import ViewSpec
-from pretrain.models.encoders import CONFIG, WEIGHTS
+from pretrain.models.encoders import CONFIG, PYTORCH, WEIGHTS
 from pretrain.models.weights_files import read_shards, read_tensors
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
-INDEX, PYTORCH = f"{WEIGHTS}.index.json", "pytorch_model.bin"
+INDEX = f"{WEIGHTS}.index.json"
 
 _FILTERS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+# What transformers' processors do where their file does not say, by the beginning of their class's name.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "CLIP": {"resample": 3},
+    "DeiT": {"resample": 3, "do_center_crop": True},
+    "ViT": {"resample": 2},
+}
 _STEPS = {"do_resize", "do_rescale", "do_normalize", "do_center_crop"}
 _HARMLESS = {"do_convert_rgb"}  # images are RGB here
 
@@ -100,7 +106,13 @@ def read_preprocessing(folder: Path) -> Preprocessing:
 
 
 def _preprocessing(told: Mapping[str, Any], path: Path) -> Preprocessing:
-    told = {"do_center_crop": told.get("crop_size") is not None, "rescale_factor": 1 / 255, **told}
+    kind = _kind(told)
+    told = {
+        "do_center_crop": told.get("crop_size") is not None,
+        "rescale_factor": 1 / 255,
+        **next((entries for name, entries in _DEFAULTS.items() if kind.startswith(name)), {}),
+        **told,
+    }
     needed = ["size", "resample", "image_mean", "image_std", "rescale_factor"]
     for key in [*needed, "crop_size"] if told["do_center_crop"] else needed:
         if told.get(key) is None:
@@ -134,12 +146,16 @@ def _resized(told: Mapping[str, Any], path: Path) -> tuple[Literal["shorter", "s
     if isinstance(size, dict) and set(size) == {"shortest_edge"}:
         return "shorter", _pixels(size["shortest_edge"], "size", path)
     if isinstance(size, int):  # of old files, where it depends on the class
-        kind = str(told.get("image_processor_type") or told.get("feature_extractor_type"))
+        kind = _kind(told)
         if kind.startswith("CLIP"):
             return "shorter", _pixels(size, "size", path)
-        if not kind.startswith("ViT"):
+        if not kind.startswith(("ViT", "DeiT")):
             raise _refused(path, "size", "height and width, or shortest_edge", f"{size} for a {kind}")
     return "square", _square(size, "size", path)
+
+
+def _kind(told: Mapping[str, Any]) -> str:
+    return str(told.get("image_processor_type") or told.get("feature_extractor_type"))
 
 
 def _square(size: Any, key: str, path: Path) -> int:
@@ -164,7 +180,8 @@ def _channels(told: Mapping[str, Any], key: str, path: Path) -> tuple[float, flo
 
 
 def _refused(path: Path, key: str, expected: str, found: object) -> CheckpointError:
-    return CheckpointError(where=f"{path}: {key}", expected=expected, found=str(found))
+    fix = f'Edit "{key}" in {path.name}, if you know how the model\'s images were prepared.'
+    return CheckpointError(where=f"{path}: {key}", expected=expected, found=str(found), fix=fix)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import transformers
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+HALF = [0.5] * 3
 PIXELS = {"image_size": 16, "patch_size": 8}
 Null = object()
 VIT, CLIP = transformers.ViTImageProcessor, transformers.CLIPImageProcessor
@@ -67,6 +68,7 @@ def change(path: Path, **entries: Any) -> None:
         VIT(size={"height": 24, "width": 24}),
         VIT(size={"height": 24, "width": 24}, resample=3, do_center_crop=True, crop_size={"height": 16, "width": 16}),
         CLIP(size={"shortest_edge": 21}, crop_size={"height": 16, "width": 16}),
+        transformers.DeiTImageProcessor(size={"height": 24, "width": 24}, crop_size={"height": 16, "width": 16}),
     ],
 )
 @pytest.mark.parametrize("shape", [(40, 61), (33, 20), (16, 16)])
@@ -98,8 +100,34 @@ def test_old_and_joint_files_of_processors_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "entries"),
+    [
+        ("DeiT", {"size": 24, "crop_size": 16, "do_center_crop": True, "resample": 3}),
+        ("DeiT", {"size": 24, "crop_size": 16}),
+        ("ViT", {"size": 24}),
+        ("CLIP", {"size": 24, "crop_size": 16}),
+    ],
+)
+def test_an_old_file_is_followed_as_its_processor_does(tmp_path: Path, kind: str, entries: dict[str, Any]) -> None:
+    """A file of the class's former name, which leaves out what was its default."""
+    told = {"feature_extractor_type": f"{kind}FeatureExtractor", **entries, "image_mean": HALF, "image_std": HALF}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    found = read_preprocessing(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8)
+    ours = (evaluation_view(image, found.image_size, found.views) / 255 - 0.5) / 0.5
+    processor = getattr(transformers, f"{kind}ImageProcessor").from_pretrained(tmp_path)
+    theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("entries", "told"),
     [
+        (
+            {"resample": None, "image_processor_type": "BeitImageProcessor"},
+            r'resample.*found none\. Edit "resample" in',
+        ),
+        ({"size": 256, "crop_size": None, "image_processor_type": "DeiTImageProcessor"}, "crop_size: expected a value"),
         ({"resample": 1}, "resample.*bicubic.*found 1"),
         ({"size": {"height": 16, "width": 24}}, "size: expected equal"),
         ({"size": {"longest_edge": 16}}, "size: expected equal"),

@@ -167,6 +167,16 @@ def test_a_name_without_a_tag_is_told_where_weights_of_its_tags_want_other_pixel
     assert note.endswith(f"name it: {name}.TAG")
 
 
+@pytest.mark.parametrize("safe", [True, False, "both"])
+def test_a_folder_as_timm_saves_it_is_the_same_encoder(tmp_path: Path, safe: Any) -> None:
+    module = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=0, **TINY)
+    args = {"img_size": 16, "patch_size": 4, "num_classes": 0, **TINY}
+    timm.models.save_for_hf(module, tmp_path / "timm", model_args=args, safe_serialization=safe)
+    found = load_source(str(tmp_path / "timm")).module.state_dict()
+    assert found.keys() == module.state_dict().keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in module.state_dict().items())
+
+
 def test_a_classifier_is_left_out_and_said_so(weights: dict[str, Tensor], tmp_path: Path) -> None:
     head = {"head.weight": torch.zeros(10, 24), "head.bias": torch.zeros(10)}
     file = as_safetensors({**weights, **head}, tmp_path / "weights")
