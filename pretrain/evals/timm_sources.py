@@ -27,6 +27,10 @@ from pretrain.models.weights_files import WHOLE, Part, read_part
 _REFUSED = ("num_classes", "in_chans", "pretrained_strict")
 
 
+# Options to which timm interpolates published weights.
+_SIZES = ("img_size", "patch_size", "window_size")
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A timm model as it is to be built.
@@ -80,8 +84,11 @@ def from_timm(architecture: Architecture, *, random_init: bool, seed: int) -> En
     # With its own classifier timm loads strictly; told to leave the classifier out, it would not.
     module = architecture.build(pretrained=True)
     module.reset_classifier(0)  # type: ignore[operator]
-    with torch.device("meta"):
-        published = Architecture(architecture.name).build()
+    with torch.device("meta"):  # all but the sizes as asked, so that only what timm resizes has another shape
+        kept = {key: value for key, value in architecture.options.items() if key not in _SIZES}
+        published = Architecture(architecture.name, None, kept).build()
+    if resized := _resized(module, published):
+        description["resized_positions"] = resized
     if (grid := _positions(module)) != (own := _positions(published)):
         description["position_embedding"] = {"from": own, "to": grid, "how": "as timm resizes it when it loads"}
     return _encoder(module, architecture, "encoder", description)
@@ -193,6 +200,16 @@ def _positions(module: nn.Module) -> list[int] | None:
     """The grid of the position embedding; None: it has none, or nothing of a grid."""
     grid: tuple[int, int] | None = getattr(getattr(module, "patch_embed", None), "grid_size", None)
     return list(grid) if grid is not None and getattr(module, "pos_embed", None) is not None else None
+
+
+def _resized(module: nn.Module, published: nn.Module) -> dict[str, object]:
+    """The shapes of what holds positions, absolute or relative, where they are not those of the published weights."""
+    own, now = published.state_dict(), module.state_dict()
+    return {
+        name: {"from": list(own[name].shape), "to": list(now[name].shape)}
+        for name in sorted(own.keys() & now.keys())
+        if ("relative_position" in name or name.endswith("pos_embed")) and own[name].shape != now[name].shape
+    }
 
 
 def _config(module: nn.Module) -> dict[str, Any]:

@@ -375,11 +375,37 @@ def test_published_weights_at_another_size_are_told_in_grids(tmp_path: Path) -> 
         told = load_source("vit_tiny_patch16_224", architecture=architecture).description["position_embedding"]
         assert isinstance(told, dict)
         assert (told["from"], told["to"]) == ([14, 14], grid)
+        resized = load_source("vit_tiny_patch16_224", architecture=architecture).description["resized_positions"]
+        assert resized == {"pos_embed": {"from": [1, 197, 24], "to": [1, grid[0] ** 2 + 1, 24]}}
     name = "swin_tiny_patch4_window7_224"
     swin = published(name, tmp_path, depths=(1, 1), embed_dim=8, num_heads=(1, 2))
     found = load_source(name, architecture=Architecture(name, 112, swin))
     assert features(found).shape == (2, 16)
-    assert "position_embedding" not in found.description
+    assert not found.description.keys() & {"position_embedding", "resized_positions"}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options", "changed", "rows"),
+    [
+        ("beit_base_patch16_224", 48, {"depth": 1, "embed_dim": 24, "num_heads": 2}, {}, [732, 5**2 + 3]),
+        (
+            "swin_tiny_patch4_window7_224", None, {"depths": (1, 1), "embed_dim": 8, "num_heads": (2, 2)},
+            {"window_size": 14}, [13**2, 27**2],
+        ),
+    ],
+)  # fmt: skip
+def test_relative_positions_that_timm_interpolates_are_told(
+    tmp_path: Path, name: str, size: int | None, options: dict[str, Any], changed: dict[str, Any], rows: list[int]
+) -> None:
+    options = published(name, tmp_path, **options)
+    assert "resized_positions" not in load_source(name, architecture=Architecture(name, None, options)).description
+    told = load_source(name, architecture=Architecture(name, size, {**options, **changed})).description
+    resized = told["resized_positions"]
+    assert isinstance(resized, dict)
+    assert resized
+    for table, shapes in resized.items():
+        assert table.endswith("relative_position_bias_table")
+        assert (shapes["from"], shapes["to"]) == ([rows[0], 2], [rows[1], 2])
 
 
 def test_options_with_which_timm_leaves_blocks_at_random_are_refused(tmp_path: Path) -> None:
