@@ -211,7 +211,7 @@ class FolderDataset:
                 where=str(path),
                 expected="images in each class folder",
                 found=f"none in {', '.join(empty[:8])}{', ...' if len(empty) > 8 else ''}",
-                fix="Remove what is no class, and put back what is missing.",
+                fix="Remove what is no class and put back what is missing, or give the folder of the images alone.",
             )
         numbers = {name: number for number, name in enumerate(names)}
         self._files = files

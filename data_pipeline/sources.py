@@ -167,7 +167,7 @@ def list_folder(root: Path) -> Iterator[File]:
                     pending.append(name)
                 elif file.is_file():
                     yield Entry(name, 0, file.stat().st_size), file.stat().st_mtime_ns
-                else:
+                elif not is_hidden(name):  # editors leave links to nothing
                     raise _error(root / name, "files and folders", "a link that leads nowhere, or a device")
 
 

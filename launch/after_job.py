@@ -157,11 +157,20 @@ def main(run: Path, status: int) -> int:
     if then.event != "requeue" and submitted.get("held"):
         let_go(Path(submitted["held"]))
     if then.event == "requeue" and not is_queued(fields, node.restart):
-        if _patiently(lambda: slurm("scontrol", "requeue", node.job_id)) is None:
+        if _patiently(lambda: _requeue(node)) is None:
             folder.note("stop", attempt=attempt, why="SLURM did not queue it again, see the log")
             return 1
         time.sleep(60)  # until the batch script is ended with it: nothing may come after
     return 0 if then.event == "done" else end.status if 0 < end.status < 256 else 1
+
+
+def _requeue(node: Node) -> bool:
+    try:
+        slurm("scontrol", "requeue", node.job_id)
+    except RunError:  # also where SLURM did it and could not say so in time
+        if not is_queued(job_fields(node.job_id) or {}, node.restart):
+            raise
+    return True
 
 
 def _patiently(ask: Callable[[], T]) -> T | None:

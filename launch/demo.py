@@ -116,7 +116,9 @@ class Interruption:
         return cls(**json.loads(path.read_text())) if path.is_file() else None
 
     def __str__(self) -> str:
-        again = f"steps {self.resumed_from + 1} to {self.killed_after} were taken again, on the same samples"
+        again = "no step had to be taken again"
+        if self.killed_after > self.resumed_from:
+            again = f"steps {self.resumed_from + 1} to {self.killed_after} were taken again, on the same samples"
         return (
             f"All processes were killed (SIGKILL) after step {self.killed_after}; started again, the run went on "
             f"from its checkpoint of step {self.resumed_from}: {again}."

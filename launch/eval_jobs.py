@@ -81,31 +81,43 @@ class EvalJobs:
                 found.append((index, step))
         return found
 
-    def look(self) -> None:
-        """Queues what is due; after a pause again where that fails. It is told, and training does not end of it."""
+    def look(self) -> bool:
+        """Queues what is due; after a pause again where that fails. It is told, and training does not end of it.
+
+        Returns whether all went well.
+        """
         with self._lock:
-            if time.monotonic() < self._rests_until:
-                return
-            try:
+            if time.monotonic() < (before := self._rests_until):
+                return False
+            due: list[tuple[int, int]] = []
+            with self._telling():
                 due = [one for one in self.due() if self._tries[one] < _TRIES]
-                self._tries.update(due)
-                for index, step in due:
-                    hold(self._run, index, step)  # all at once: to queue one takes seconds
-                for index, step in due:
+            for index, step in due:  # all at once: to queue one takes seconds
+                with self._telling():
+                    hold(self._run, index, step)
+            for index, step in due:
+                self._tries[index, step] += 1
+                with self._telling():
                     self._queue(index, step)
-                if due:
+            if due:
+                with self._telling():
                     _let_go_of_what_is_over(self._run)
-            except Exception as error:
-                print(f"evaluations: {error!r}", file=sys.stderr, flush=True)
-                self._rests_until = time.monotonic() + _PAUSE_SECONDS
+            return self._rests_until == before
 
     def finish(self) -> None:
         """Looks a last time; as often as it may where that fails, as nobody looks later."""
         for _ in range(_TRIES):
-            self.look()
-            if (rest := self._rests_until - time.monotonic()) <= 0:
+            time.sleep(max(0.0, self._rests_until - time.monotonic()))
+            if self.look():
                 return
-            time.sleep(rest)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            print(f"evaluations: {error!r}", file=sys.stderr, flush=True)
+            self._rests_until = time.monotonic() + _PAUSE_SECONDS
 
     def _queue(self, index: int, step: int) -> None:
         """Raises RunError where it was not queued."""

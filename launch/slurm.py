@@ -23,7 +23,7 @@ _OF_A_JOB = (
     "PRETRAIN_STARTED",
     LEAD_SECONDS,
 )
-_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS")
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")  # where it is, and a key to it
 
 # Words of squeue and sacct for what a job is doing; any other word is how it ended.
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")

@@ -1,9 +1,10 @@
 """The results that a suite asks for: the command of each, what decides its number, and whether it is there.
 
 A result is there when `OUT/suite/asked/...json` holds the very question that is asked now (the command's arguments, the
-SHA-256 of the encoder's files and of each further file that is named, the fingerprints of the data), and the report
-loads and says the same of its arguments and data. The question is written once the old report is gone and before the
-command starts; a report appears whole, its outcomes before it. Nothing unfinished can be taken for a result.
+SHA-256 of the encoder's files and of each further file that is named, the fingerprints of the data, and its state where
+those do not tell all), and the report loads and says the same of its arguments and data. The question is
+written once the old report is gone and before the command starts; a report appears whole, its outcomes before it.
+Nothing unfinished can be taken for a result.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ class Questions:
             "states": {key: self._once("state", cell.arguments[key]) for key in data},
             "files": files,
         }
-        return _json(question)
+        return _lean(_json(question))
 
     def answered(self, cell: Cell) -> bool:
         """Whether the result is there."""
@@ -195,7 +196,7 @@ class Questions:
         except InputError:
             return False
         said = _json(report.arguments)
-        return all(said.get(key) == value for key, value in question["arguments"].items()) and (
+        return all(said.get(key) == value for key, value in _json(cell.arguments).items()) and (
             set(question["data"].values()) <= set(_fingerprints(report.data))
         )
 
@@ -226,9 +227,18 @@ class Questions:
 def _asked(cell: Cell) -> Any:
     """The question that was asked last; None: none."""
     try:
-        return json.loads(cell.asked.read_bytes())
-    except (OSError, ValueError):
+        return _lean(json.loads(cell.asked.read_bytes()))
+    except (OSError, ValueError, KeyError, AttributeError):
         return None
+
+
+def _lean(question: dict[str, Any]) -> dict[str, Any]:
+    """Without what says nothing, so that an option or an entry more does not make older answers old."""
+    data, states = question["data"], question.get("states", {})
+    return question | {
+        "arguments": {key: value for key, value in question["arguments"].items() if value is not None},
+        "states": {key: state for key, state in states.items() if state != data[key]},
+    }
 
 
 def digest(source: str) -> str:
@@ -248,8 +258,11 @@ def digest(source: str) -> str:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """By their names in the folder, at any depth: a text tower lies in a folder of its own."""
-    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    """By their names in the folder, at any depth: a text tower lies in a folder of its own. What is hidden is what a
+    download keeps for itself.
+    """
+    names = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(name): path for name, path in names.items() if not any(part.startswith(".") for part in name.parts)}
 
 
 def _texts(value: Any) -> Iterator[str]:

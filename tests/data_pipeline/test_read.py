@@ -203,6 +203,7 @@ def test_what_lies_beside_images_is_passed_over_as_a_conversion_does(tmp_path: P
             "readme.txt": b"",
         },
     )
+    (tmp_path / ".#readme.txt").symlink_to("somebody@host.4711")  # an editor's
     dataset = open_dataset(str(tmp_path))
     assert dataset.classes == ("cat",)
     assert [dataset.origin(i)[1] for i in range(dataset.num_samples)] == ["cat/a.png", "cat/b.pgm"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import InputError
+from data_pipeline.errors import InputError, RunError
 from launch import after_job
 from launch.after_job import Ending, decide, ending, is_cancelled, is_queued
 from launch.job import FRUITLESS, Node, _refuse_more, attempt_folder
@@ -161,6 +161,14 @@ def test_a_controller_that_is_busy_is_asked_again(
     monkeypatch.setattr(after_job.time, "sleep", answers)
     assert after_job.main(run, 1) == STOPPED
     assert [event for event, _ in said(run)] == ["end", "requeue"]
+
+
+def test_what_slurm_did_without_saying_so_in_time_counts(run: Path, commands: Commands) -> None:
+    commands.says("scontrol", "Socket timed out on send/recv operation", status=1, when="requeue*7")
+    commands.says("scontrol", "JobId=7 JobState=PENDING Restarts=1", when="show*7")
+    assert after_job._requeue(Node("n0", 0, 1, "7", 0))
+    with pytest.raises(RunError, match="timed out"):
+        after_job._requeue(Node("n0", 0, 1, "7", 1))
 
 
 def test_a_controller_that_never_answers_is_told_of(

@@ -178,6 +178,8 @@ def test_reports_alone_are_named_by_what_they_are_of(suite: Path, tmp_path: Path
         kept(tmp_path, "b.json", load(suite, "random")),
         kept(tmp_path, "c.json", a, arguments={**a.arguments, "k": [3]}),
     ]
+    of_a_file = kept(tmp_path, "e.json", a, arguments={**a.arguments, "weights_key": "teacher", "weights_prefix": "m."})
+    assert compare_results([of_a_file]).columns == compare_results(paths[:1]).columns
     comparison = compare_results(paths)
     assert comparison.encoders == ("first", "first random")
     folder = suite.parent.name

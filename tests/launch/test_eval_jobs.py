@@ -89,7 +89,7 @@ def test_what_goes_wrong_is_told_and_training_goes_on(
 def test_where_slurm_does_not_take_a_job_it_is_asked_again(
     jobs: EvalJobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int, tries: int
 ) -> None:
-    """At the end of a run nobody looks later: without it the last evaluation was never made."""
+    """At the end of a run nobody looks later."""
     asked: list[list[str]] = []
 
     def submit(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
@@ -107,6 +107,25 @@ def test_where_slurm_does_not_take_a_job_it_is_asked_again(
     assert len(asked) == tries
     jobs.finish()
     assert len(asked) == tries
+
+
+def test_one_entry_that_slurm_does_not_take_leaves_the_others_their_turn(
+    jobs: EvalJobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def submit(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if "launch.eval_submit" in command:
+            asked.append(command[-2])
+            if command[-2] == "1":
+                queue(tmp_path / "run", [(1, 32)])
+        return subprocess.CompletedProcess(command, command[-2] != "1", "", "")
+
+    monkeypatch.setattr("subprocess.run", submit)
+    monkeypatch.setattr("launch.eval_jobs._PAUSE_SECONDS", 0.01)
+    save(tmp_path / "run", 32)
+    jobs.finish()
+    assert asked == ["0", "1", "0", "0"]
 
 
 def test_a_submission_that_fails_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

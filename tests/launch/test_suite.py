@@ -196,6 +196,29 @@ def test_a_result_is_there_once_it_answers_what_is_asked(done: tuple[Path, dict[
     assert not answered(folder, with_option(tree, "encoders", "own", random_init=True))
 
 
+def test_an_option_that_a_later_version_has_makes_no_answer_old(done: tuple[Path, dict[str, Any]]) -> None:
+    folder, tree = done
+    (cell,) = cells(folder, tree)
+    asked = json.loads(cell.asked.read_text())
+    assert None not in asked["arguments"].values()
+    cell.asked.write_text(json.dumps(asked | {"arguments": {**asked["arguments"], "another": None}}))
+    assert answered(folder, tree)
+    cell.asked.write_text(json.dumps(asked | {"arguments": {**asked["arguments"], "another": 1}}))
+    assert not answered(folder, tree)
+
+
+def test_what_a_download_keeps_for_itself_is_no_part_of_an_encoder(tmp_path: Path) -> None:
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "model.safetensors").write_bytes(b"weights")
+    before = digest(str(tmp_path / "vit"))
+    (tmp_path / "vit" / ".cache").mkdir()
+    (tmp_path / "vit" / ".cache" / "fetched.metadata").write_text("today")
+    assert digest(str(tmp_path / "vit")) == before
+    (tmp_path / "vit" / "towers").mkdir()
+    (tmp_path / "vit" / "towers" / "model.safetensors").write_bytes(b"text")
+    assert digest(str(tmp_path / "vit")) != before
+
+
 @pytest.mark.parametrize("name", ["knn.json", "knn.safetensors"])
 def test_half_a_result_is_none(done: tuple[Path, dict[str, Any]], name: str) -> None:
     folder, tree = done
