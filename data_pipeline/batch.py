@@ -45,6 +45,7 @@ class TokenSpec:
     context_length: int
     # Tokens lie below; None: whatever the tokenizer has. Checked where it is built, of no interest to a loader.
     vocab_size: int | None = field(default=None, compare=False)
+    clean: str = field(default="whitespace", compare=False)  # open_clip's word for what is done to a text before
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ Weights = Annotated[
     typer.Option("--weights", help="Local file for a name of open_clip's, whose NAME:TAG says the preprocessing."),
 ]
 TokenizerOption = Annotated[
-    str | None, typer.Option("--tokenizer", help="clip, or a local file of merges, in place of the towers' own.")
+    str | None,
+    typer.Option(
+        "--tokenizer", help="clip, a file of merges or a folder with tokenizer.json, in place of the towers' own."
+    ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Of fresh weights. Default: the run's, else 0.")]
 

@@ -57,7 +57,7 @@ class _ImageText(Group):
 
     embed_dim: int | None = Field(None, ge=1)  # with model.library timm, and so is text
     text: TextTower | None = None
-    tokenizer: str = "clip"  # CLIP's own, or a local file of merges in its form
+    tokenizer: str = "clip"  # CLIP's own, a file of merges in its form, or a folder with tokenizer.json
     # LiT: a tower keeps the weights it starts with; a number leaves so many of its last groups of layers unlocked.
     lock_image: bool | Annotated[int, Field(ge=1)] = False
     lock_text: bool | Annotated[int, Field(ge=1)] = False

@@ -18,7 +18,7 @@ from pretrain.models.hf_folders import is_hf_folder
 from pretrain.models.seeded import seeded
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.models.tower_folders import load_towers_folder
-from pretrain.models.towers import Towers, TwoTowers, build_parts
+from pretrain.models.towers import Towers, TwoTowers, build_parts, tokens_of
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe
@@ -128,7 +128,7 @@ def _of_recipe(towers: TwoTowers, recipe: Recipe, tag: str, run: Path, descripti
     assert isinstance(recipe.objective, Clip | Siglip)
     encoder = Encoder.of_recipe(towers.encoder, recipe, tag=tag, run=run, description=description)
     parts = towers.parts
-    return _Found(towers, encoder, TokenSpec(recipe.objective.tokenizer, parts.context_length, parts.vocab_size))
+    return _Found(towers, encoder, tokens_of(recipe.model, parts, recipe.objective.tokenizer))
 
 
 def _refuse_one_tower(recipe: Recipe, run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from open_clip import get_model_config, list_models
@@ -100,6 +101,16 @@ def checked_config(config: dict[str, Any], *, where: str, name: str) -> dict[str
         raise InputError(where=where, expected="two towers of open_clip's own", found=f"{name}: {problem}")
     config["custom_text"] = True
     return config
+
+
+def cleaning(text: Mapping[str, Any]) -> str:
+    """What a configuration's `text_cfg` has done to a caption before its own tokenizer: `whitespace`, `lower` or
+    `canonicalize`; or the further things that it asks of it, which are not known here.
+    """
+    asked = dict(text.get("tokenizer_kwargs") or {})
+    clean = str(asked.pop("clean", "whitespace"))
+    further = sorted([*asked, *(["tokenizer_mode"] if text.get("tokenizer_mode") else [])])
+    return ", ".join(further) or clean
 
 
 def text_config(text: TextTower) -> dict[str, Any]:

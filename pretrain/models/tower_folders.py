@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -28,13 +29,21 @@ from pretrain.models.encoders import (
     save_encoder,
 )  # fmt: skip
 from pretrain.models.folders import save_weights
-from pretrain.models.open_clip_models import build_open_clip, checked_config, model_config, named_config, text_config
-from pretrain.models.tokenizers import CLIP
+from pretrain.models.open_clip_models import (
+    build_open_clip,
+    checked_config,
+    cleaning,
+    model_config,
+    named_config,
+    text_config,
+)  # fmt: skip
+from pretrain.models.tokenizers import CLIP, SAVED, SAVED_CONFIG
 from pretrain.models.towers import SIGLIP_BIAS, Parts, TwoTowers, build_text
 from pretrain.recipe import Views
 from pretrain.recipe_model import Model, ModelConfig, TextTower
 from pretrain.run_folder import sha256_of
 
+BESIDE = "."  # where a saved tokenizer's files lie beside the weights
 _SCALARS = ("logit_scale", "logit_bias")  # of shape [1] here, as in the objective
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", WEIGHTS)
 
@@ -75,7 +84,7 @@ def save_towers(
             "embed_dim": embed_dim,
             "text_cfg": text_config(text),
             "has_bias": has_bias,
-            "tokenizer": tokenizer,
+            "tokenizer": _kept(tokenizer, folder / TOWERS),
             "encoder_sha256": sha256_of(folder / WEIGHTS),  # text and image of one and the same step
         }
         save_weights(folder / TOWERS / WEIGHTS, rest, folder / TOWERS / CONFIG, config)
@@ -93,11 +102,21 @@ def save_towers(
         # Ours, which open_clip passes over.
         "name": model.name,
         "eval_crop": views.eval_crop,
-        "tokenizer": tokenizer,
     }
     folder.mkdir(parents=True, exist_ok=True)
+    told["tokenizer"] = _kept(tokenizer, folder)
     renamed = {_to_open_clip(name): t.reshape(()) if name in _SCALARS else t for name, t in state.items()}
     save_weights(folder / _OPEN_CLIP_WEIGHTS[0], renamed, folder / OPEN_CLIP_CONFIG, told)
+
+
+def _kept(tokenizer: str, folder: Path) -> str:
+    """What a configuration says of its tokenizer; the files of a saved one are copied beside it, as they may move."""
+    files = [Path(tokenizer) / name for name in (SAVED, SAVED_CONFIG)]
+    if not files[0].is_file():
+        return tokenizer
+    for path in filter(Path.is_file, files):
+        shutil.copyfile(path, folder / path.name)
+    return BESIDE
 
 
 def load_towers_folder(folder: Path, *, fresh: bool = False) -> Loaded:
@@ -135,7 +154,8 @@ def load_towers_folder(folder: Path, *, fresh: bool = False) -> Loaded:
         if fresh:
             encoder = config.build()
         parts = Parts(encoder, nn.Linear(width, dim, bias=False), build_text(dim, told["text_cfg"]))
-        spec = TokenSpec(told["tokenizer"], parts.context_length, parts.vocab_size)
+        tokenizer = str(folder / TOWERS) if told["tokenizer"] == BESIDE else told["tokenizer"]
+        spec = TokenSpec(tokenizer, parts.context_length, parts.vocab_size)
         towers = TwoTowers(parts, has_bias=told["has_bias"])
     if not fresh:
         whole = {**state, **{f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}}
@@ -153,7 +173,8 @@ def load_open_clip(folder: Path, *, fresh: bool = False) -> Loaded:
         )
     with _read(folder / OPEN_CLIP_CONFIG):
         hub = told["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
-        told.setdefault("tokenizer", str(folder) if hub else CLIP)  # its files lie beside the weights
+        tokenizer = told.get("tokenizer", BESIDE if hub else CLIP)
+        told["tokenizer"] = str(folder) if tokenizer == BESIDE else tokenizer
         told["weights_sha256"] = sha256_of(path)
     return _open_clip(told, None if fresh else _weights(path, told), where=str(path))
 
@@ -209,7 +230,7 @@ def _open_clip(told: dict[str, Any], state: dict[str, Tensor] | None, *, where: 
         )
     both = build_open_clip(config, where=where)
     parts = Parts(both.visual, nn.Identity(), both.text)  # type: ignore[arg-type]
-    spec = TokenSpec(told["tokenizer"], parts.context_length, parts.vocab_size)
+    spec = TokenSpec(told["tokenizer"], parts.context_length, parts.vocab_size, cleaning(config["text_cfg"]))
     if state is None:
         return TwoTowers(parts, has_bias="init_logit_bias" in config), encoder_config, spec
     if "positional_embedding" in state:  # the text tower's parts at the top, as in CLIP's own weights

@@ -13,12 +13,13 @@ from open_clip.model import CLIPTextCfg, _build_text_tower
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data_pipeline.batch import TokenSpec
 from data_pipeline.captions import Tokenizer
 from data_pipeline.errors import InputError
 from data_pipeline.views import ViewSpec
 from pretrain.models.encoders import build_encoder
 from pretrain.models.folders import weights_sha256
-from pretrain.models.open_clip_models import build_open_clip, model_config, text_config
+from pretrain.models.open_clip_models import build_open_clip, cleaning, model_config, text_config
 from pretrain.recipe_model import Model, ModelConfig, TextTower
 
 CLIP_SCALE = math.log(1 / 0.07)
@@ -74,6 +75,12 @@ def build_parts(model: ModelConfig, embed_dim: int | None, text: TextTower | Non
             raise InputError(where, "none, as the model has both towers (model.library open_clip)", "one")
     both = build_open_clip(model_config(model))
     return Parts(both.visual, nn.Identity(), both.text)  # type: ignore[arg-type]
+
+
+def tokens_of(model: ModelConfig, parts: Parts, tokenizer: str) -> TokenSpec:
+    """What the text tower of a recipe needs of captions."""
+    clean = "whitespace" if isinstance(model, Model) else cleaning(model_config(model)["text_cfg"])
+    return TokenSpec(tokenizer, parts.context_length, parts.vocab_size, clean)
 
 
 def build_text(embed_dim: int, config: Mapping[str, Any]) -> nn.Module:

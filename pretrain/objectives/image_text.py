@@ -11,9 +11,9 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from timm.models import group_parameters
 from torch import nn
 
-from data_pipeline.batch import Batch, BatchSpec, TokenSpec
+from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.errors import InputError
-from pretrain.models.towers import Parts, build_parts, embed_images, embed_tokens
+from pretrain.models.towers import Parts, build_parts, embed_images, embed_tokens, tokens_of
 from pretrain.objectives.base import Contrastive, Features, LossOutput
 from pretrain.objectives.clip import clip_loss
 from pretrain.objectives.siglip import sigmoid_loss
@@ -41,8 +41,7 @@ class ImageText(Contrastive):
         super().__init__()
         parts = build_parts(model, config.embed_dim, config.text)
         self.encoder, self.projection, self.text = parts
-        tokens = TokenSpec(config.tokenizer, parts.context_length, parts.vocab_size)
-        self.needs = BatchSpec(model.image_size, tokens=tokens)
+        self.needs = BatchSpec(model.image_size, tokens=tokens_of(model, parts, config.tokenizer))
         # Of one dimension, as DeepSpeed cannot broadcast what has none.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.initial_scale)]))
         self.max_scale = math.inf

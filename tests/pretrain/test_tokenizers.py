@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import gzip
+import json
 import multiprocessing
 import pickle
 from pathlib import Path
 
 import open_clip
 import pytest
+import tokenizers as hugging_face
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip.tokenizer import default_bpe
+from open_clip.tokenizer import HFTokenizer, default_bpe
+from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import RecipeError
 from pretrain.models import tokenizers
-from pretrain.models.tokenizers import ClipTokenizer, build_tokenizer
+from pretrain.models.tokenizers import SAVED, ClipTokenizer, SavedTokenizer, build_tokenizer
 
 TEXTS = ["a red circle", "  Fish &amp; chips\n<b>now</b>", "日本語 😀", "x" * 300, "word " * 200, "é" * 5]
 
@@ -86,7 +89,7 @@ def test_a_local_file_of_merges_will_do(clip: ClipTokenizer, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["hf-hub:timm/ViT-B-16-SigLIP", "ViT-B-32", "nowhere.txt.gz", ""])
 def test_what_would_be_downloaded_is_refused(name: str) -> None:
-    with pytest.raises(RecipeError, match=r"expected 'clip', or a local file.*not downloaded"):
+    with pytest.raises(RecipeError, match=r"expected 'clip', a local file.*not downloaded"):
         build_tokenizer(TokenSpec(name, 77))
 
 
@@ -104,3 +107,77 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, data: bytes) -> Non
 def test_too_short_a_context_is_refused() -> None:
     with pytest.raises(RecipeError, match="context_length: expected at least 3"):
         build_tokenizer(TokenSpec("clip", 2))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """A small one of SigLIP's kind, as transformers saves it: pieces of words, an end that fills rows up as well."""
+    made = hugging_face.Tokenizer(hugging_face.models.Unigram())
+    made.pre_tokenizer = hugging_face.pre_tokenizers.Metaspace()
+    trainer = hugging_face.trainers.UnigramTrainer(vocab_size=60, special_tokens=["<unk>", "</s>"], unk_token="<unk>")
+    made.train_from_iterator([*TEXTS, "A Red_circle, beside a Blue: square! fish and chips"] * 3, trainer)
+    made.post_processor = hugging_face.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("clean", ["whitespace", "lower", "canonicalize"])
+@pytest.mark.parametrize("length", [4, 64])
+def test_a_folders_rows_are_those_of_open_clip(folder: Path, clean: str, length: int) -> None:
+    theirs = HFTokenizer(str(folder), context_length=length, clean=clean)
+    ours = build_tokenizer(TokenSpec(str(folder), length, 60, clean))
+    for text in [*TEXTS, "A Red_circle, beside  a Blue: square!", ""]:
+        row = ours(text)
+        assert (row.dtype, row.shape) == (torch.int64, (length,))
+        assert torch.equal(row, theirs([text])[0]), text
+    sent = pickle.loads(pickle.dumps(ours))
+    assert torch.equal(sent(TEXTS[0]), ours(TEXTS[0]))
+    assert len(pickle.dumps(ours)) < 1000
+
+
+def test_a_folders_fingerprint_follows_all_that_decides_its_rows(folder: Path, tmp_path: Path) -> None:
+    made = {SavedTokenizer(length, folder, clean).fingerprint for length in (8, 9) for clean in ("lower", "whitespace")}
+    assert len(made) == 4
+    assert SavedTokenizer(8, folder, "lower").fingerprint in made
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        ({SAVED: "{"}, r"expected a tokenizer as transformers saves it"),
+        ({SAVED: '{"model": {"type": "Pickle"}}'}, r"expected a tokenizer as transformers saves it"),
+        ({"tokenizer_config.json": "{}"}, r"no pad_token"),
+        ({"tokenizer_config.json": '{"pad_token": "<nowhere>"}'}, r"no pad_token"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused(folder: Path, tmp_path: Path, harm: dict[str, str], told: str) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for name, text in harm.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RecipeError, match=told):
+        build_tokenizer(TokenSpec(str(tmp_path), 8))
+
+
+def test_a_folder_that_the_tower_was_not_made_for_is_refused(folder: Path) -> None:
+    size = len(json.loads((folder / SAVED).read_bytes())["model"]["vocab"])
+    assert build_tokenizer(TokenSpec(str(folder), 8, size)).vocab_size == size
+    with pytest.raises(RecipeError, match=rf"at most {size - 1} tokens.* with {size}"):
+        build_tokenizer(TokenSpec(str(folder), 8, size - 1))
+    with pytest.raises(RecipeError, match=r"tokenizer_kwargs of the text tower: .*found strip_sep_token"):
+        build_tokenizer(TokenSpec(str(folder), 8, size, "strip_sep_token"))
+
+
+def test_an_endless_text_for_a_folder_is_cut_before_it_is_looked_at(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("open_clip.tokenizer.get_clean_fn", lambda _: lambda text: seen.append(len(text)) or text)
+    SavedTokenizer(8, folder, "lower")("ab " * 10**6)
+    assert seen == [800]

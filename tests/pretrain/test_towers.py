@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -11,11 +12,13 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_pipeline.errors import CheckpointError, InputError
+from data_pipeline.batch import TokenSpec
+from data_pipeline.errors import CheckpointError, InputError, RecipeError
 from pretrain.evals.sources import load_source
 from pretrain.evals.tower_sources import load_towers
 from pretrain.models.encoders import load_encoder
 from pretrain.models.open_clip_models import model_config
+from pretrain.models.tokenizers import build_tokenizer
 from pretrain.models.tower_folders import save_towers
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.image_text import ImageText
@@ -25,12 +28,13 @@ from pretrain.recipe_model import Model, OpenClip
 from pretrain.recipe_objective import Clip
 from pretrain.state import Progress
 from tests.objectives import towers
+from tests.pretrain.test_tokenizers import save_tokenizer
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 PROGRESS = Progress(0, 1, 0)
 
 
-def saved(folder: Path, kind: str, *, beside_timm: bool = False, seed: int = 0) -> ImageText:
+def saved(folder: Path, kind: str, *, beside_timm: bool = False, seed: int = 0, tokenizer: str = "clip") -> ImageText:
     objective = towers.make(kind, timm=beside_timm, seed=seed).eval()
     with torch.no_grad():
         for p in objective.parameters():
@@ -38,7 +42,7 @@ def saved(folder: Path, kind: str, *, beside_timm: bool = False, seed: int = 0) 
     model = towers.TIMM if beside_timm else towers.OPEN_CLIP
     given = (towers.BESIDE_TIMM["embed_dim"], towers.TEXT) if beside_timm else (None, None)
     views = Views(interpolation="bilinear", eval_crop=0.9)
-    save_towers(folder, objective.state_dict(), model, *given, "clip", MEAN, STD, views)
+    save_towers(folder, objective.state_dict(), model, *given, tokenizer, MEAN, STD, views)
     return objective
 
 
@@ -55,6 +59,33 @@ def test_open_clip_reads_the_folder_and_computes_the_same(tmp_path: Path, kind: 
     torch.testing.assert_close(scale, found.logit_scale)
     assert [b.item() for b in bias] == ([] if kind == "clip" else [found.logit_bias.item()])
     assert tuple(preprocess.transforms[-1].mean) == MEAN
+
+
+def test_a_folder_of_open_clips_with_a_tokenizer_beside_is_read_as_open_clip_reads_it(tmp_path: Path) -> None:
+    """As SigLIP's are published."""
+    saved(tmp_path, "siglip")
+    told = json.loads((tmp_path / "open_clip_config.json").read_text())
+    asked = {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "tokenizer_kwargs": {"clean": "canonicalize"}}
+    told["model_cfg"]["text_cfg"] |= asked
+    del told["tokenizer"]
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(told))
+    with pytest.raises(RecipeError, match=r"found no file at .*fetch its files"):
+        load_towers(str(tmp_path))
+    save_tokenizer(tmp_path)
+    theirs = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
+    texts = ["A Red_circle, beside  a Blue: square!", "fish"]
+    assert torch.equal(load_towers(str(tmp_path)).tokenize(texts), theirs(texts))
+
+
+@pytest.mark.parametrize("beside_timm", [False, True])
+def test_a_saved_tokenizer_travels_with_the_towers(tmp_path: Path, beside_timm: bool) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    given = save_tokenizer(tmp_path / "tokenizer")
+    expected = build_tokenizer(TokenSpec(str(given), 6))("a red circle")
+    saved(tmp_path / "run", "siglip", beside_timm=beside_timm, tokenizer=str(given))
+    shutil.rmtree(given)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert torch.equal(load_towers(str(tmp_path / "elsewhere")).tokenize(["a red circle"])[0], expected)
 
 
 @pytest.mark.parametrize("beside_timm", [False, True])
