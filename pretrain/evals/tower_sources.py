@@ -68,6 +68,9 @@ def load_towers(
         found = _Found(*towers)
     elif path.is_dir():
         found = _from_folder(path, random_init, seed or 0)
+    elif "/" in spec and ":" not in spec:
+        known = "a run, a checkpoint, a folder of two towers, or a name of open_clip's"
+        raise InputError(where=spec, expected=known, found="nothing there")
     else:
         found = _by_name(spec, random_init, seed or 0, weights)
     encoder = at_size(found.encoder, image_size)

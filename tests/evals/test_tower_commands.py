@@ -96,6 +96,11 @@ def test_wrong_input_writes_nothing(run: Path, shapes: Path, command: str, chang
     assert sorted(run.rglob("*")) == before
 
 
+def test_a_path_that_is_not_there_is_no_name_of_open_clips(shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"runs/clip: expected a run, .* found nothing there"):
+        evaluate("retrieval", tmp_path / "runs" / "clip", "--test", shapes)
+
+
 def test_an_encoder_without_a_text_tower_is_refused(run: Path, shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="two towers"):
