@@ -15,6 +15,7 @@ import yaml
 
 from launch.job_folder import JobFolder
 from launch.slurm import hurry
+from pretrain.demand import STOPPED
 from tests.runs import losses, write_recipe
 from tests.shards import write_shards
 from tests.slurm.cluster import SlurmCluster
@@ -154,6 +155,19 @@ class Submitted:
 
     def rank_pid(self, rank: int) -> int:
         return self.rank_pids()[rank]
+
+    def check_requeued(self) -> None:
+        """Its first attempt ended, it was queued again, and went on to the end.
+
+        A later attempt may have been asked to stop as well: SLURM sends what ends a step again, a minute later, where a
+        node was slow to answer; by then the next attempt has a step of that number.
+        """
+        events = JobFolder(self.run).events()
+        names = [event["event"] for event in events]
+        again = ["start", "end", "requeue"]
+        assert names == again * (len(names) // 3 - 1) + ["start", "end", "done"], self.told()
+        assert names[:3] == again, self.told()
+        assert all(event["status"] == STOPPED for event in events[4:-3] if event["event"] == "end"), self.told()
 
     def check_whole(self, expected: dict[int, float]) -> None:
         """It is done, and every step's loss is the uninterrupted run's to the bit."""

@@ -29,7 +29,7 @@ def test_a_warning_of_the_time_limit(place: Place, expected: dict[int, float]) -
     place.cluster.run("scancel", "--signal=USR2", job.job_id)
     job.wait_until_over()
     job.check_whole(expected)
-    assert job.events() == ["start", "end", "requeue", "start", "end", "done"]
+    job.check_requeued()
     first = JobFolder(job.run).events()[1]
     assert first["status"] == 75
     assert first["step"] >= 50, "it saved at the warning, not before"
@@ -59,8 +59,8 @@ def test_the_time_limit_itself(place: Place, expected: dict[int, float]) -> None
     place.cluster.run("scontrol", "update", f"JobId={job.job_id}", "TimeLimit=10")  # a slow machine's goes on in peace
     job.wait_until_over()
     job.check_whole(expected)
+    job.check_requeued()
     events = JobFolder(job.run).events()
-    assert [event["event"] for event in events] == ["start", "end", "requeue", "start", "end", "done"], job.told()
     assert events[1]["at"] - events[0]["at"] > 90, "nobody ended it before"
     assert events[1]["step"] % SAVED_EVERY == 0, "the last periodic checkpoint serves"
 
@@ -71,7 +71,7 @@ def test_preempted_by_a_termination(place: Place, expected: dict[int, float]) ->
     place.cluster.run("scancel", "--signal=TERM", job.job_id)
     job.wait_until_over()
     job.check_whole(expected)
-    assert job.events() == ["start", "end", "requeue", "start", "end", "done"]
+    job.check_requeued()
     assert JobFolder(job.run).events()[1]["step"] >= 50
 
 
@@ -81,7 +81,7 @@ def test_a_rank_that_is_killed(place: Place, expected: dict[int, float]) -> None
     os.kill(job.rank_pid(1), signal.SIGKILL)
     job.wait_until_over()
     job.check_whole(expected)
-    assert job.events() == ["start", "end", "requeue", "start", "end", "done"]
+    job.check_requeued()
     assert JobFolder(job.run).events()[1]["step"] % SAVED_EVERY == 0
 
 
@@ -91,7 +91,7 @@ def test_a_rank_that_hangs_is_named(place: Place, expected: dict[int, float]) ->
     os.kill(job.rank_pid(1), signal.SIGSTOP)
     job.wait_until_over()
     job.check_whole(expected)
-    assert job.events() == ["start", "end", "requeue", "start", "end", "done"]
+    job.check_requeued()
     first = JobFolder(job.run).events()[1]
     assert first["status"] == HUNG
     assert "rank 1 on n1 has made no progress" in first["why"]
@@ -141,7 +141,7 @@ def test_requeued_by_an_operator_during_a_save(place: Place, expected: dict[int,
     assert new
     job.wait_until_over()
     job.check_whole(expected)
-    assert job.events().count("start") == 2
+    assert job.events().count("start") >= 2
 
 
 def test_another_number_of_nodes(place: Place, expected: dict[int, float]) -> None:
