@@ -95,7 +95,7 @@ def _content(path: Path, key: str | None) -> object:
             where=str(path),
             expected="safetensors, or a PyTorch file without objects that could run code",
             found=f"{type(error).__name__}: {reason}",
-            fix=f"Save the tensors alone.{_saving(path, key or 'model') if refused else ''}",
+            fix=_saving(path, key or "model") if refused else "Fetch or save it again, if it is one of these.",
         ) from error
 
 
@@ -103,7 +103,9 @@ def _saving(path: Path, key: str) -> str:
     """How tensors are saved alone."""
     file, entry = (json.dumps(text, ensure_ascii=False) for text in (str(path), key))
     code = f'import torch; torch.save(torch.load({file}, weights_only=False)[{entry}], "weights.pth")'
-    return f" This runs code of the file, so only if you trust it:\n  python -c {shlex.quote(code)}"
+    return (
+        f"Save the tensors alone. This runs code of the file, so only if you trust it:\n  python -c {shlex.quote(code)}"
+    )
 
 
 def _chosen(content: object, key: str | None, path: Path) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -261,7 +263,8 @@ def test_a_pickle_that_could_run_code_is_refused_and_does_not(weights: dict[str,
     with pytest.raises(CheckpointError, match=told) as error:
         load_source(str(tmp_path / "code.pth"), architecture=ARCHITECTURE)
     assert not ran.exists()
-    subprocess.run(error.value.fix.splitlines()[1], shell=True, check=True, cwd=tmp_path)
+    command = error.value.fix.splitlines()[1].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
     assert ran.exists(), "as it says"
     load_source(str(tmp_path / "weights.pth"), architecture=ARCHITECTURE)
 
