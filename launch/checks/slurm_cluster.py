@@ -133,9 +133,11 @@ def _default(key: str) -> str | None:
 
 
 def _nodes(cluster: Cluster, name: str) -> Finding | None:
-    """Whether enough nodes of the partition are as large as the file asks; nothing where sinfo does not answer."""
+    """Whether enough nodes of the partition are as large as the file asks; nothing where it has none to tell of."""
     said, problem = _ask("sinfo", "--noheader", "--exact", f"--partition={name}", "--format=%D %c %m %G")
-    if problem or not said:
+    if problem:
+        return warning("nodes", f"sinfo could not be asked: {problem}", "sbatch itself will say if they are too few.")
+    if not said:
         return None
     cpus, memory_mb = cluster.ranks_per_node * cluster.cpus_per_rank, (cluster.memory_gb or 0) * 1024
     enough = 0

@@ -42,6 +42,13 @@ def test_what_a_cluster_does_not_have(cluster: Commands, cluster_file: Cluster, 
     assert "error" in {finding.level for finding in found}
 
 
+def test_nodes_that_could_not_be_looked_at_are_told(cluster: Commands) -> None:
+    cluster.says("sinfo", "sinfo: error: Conflicting options", status=1)
+    found = list(slurm(asked(account="vision")))
+    assert [pair for pair in levels(found) if pair[0] != "ok"] == [("warning", "nodes")]
+    assert "sinfo could not be asked: sinfo: error: Conflicting options" in problems(found)
+
+
 def test_of_several_partitions_one_that_fits_is_enough(cluster: Commands) -> None:
     assert problems(slurm(asked(partition="old,long", gpu_type="a100"))) == ""
 
