@@ -220,7 +220,11 @@ def test_a_hidden_width_that_is_no_multiple_is_kept(tmp_path: Path) -> None:
     ):
         model(config).save_pretrained(tmp_path / name)
         CLIP(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(tmp_path / name)
-        load_source(str(tmp_path / name))
+        module = load_source(str(tmp_path / name)).module
+        widths = {
+            tuple(weight.shape) for key, weight in module.state_dict().items() if ".mlp." in key and weight.ndim == 2
+        }
+        assert widths == {(30, 22), (22, 30)}, name
 
 
 def test_files_that_are_missing_or_elsewhere_are_told(tmp_path: Path) -> None:
