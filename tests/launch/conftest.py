@@ -1,13 +1,16 @@
-"""A PATH of a test's own, and a cluster on it that says what it has."""
+"""A PATH of a test's own with a cluster on it that says what it has; and a suite, and one with a result."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from launch.suite_run import run_suite
 from tests.launch.run_folders import Commands
+from tests.launch.suites import in_this_process, make_run, tree_of, write_suite
 
 
 @pytest.fixture
@@ -41,3 +44,17 @@ def cluster(commands: Commands) -> Commands:
     commands.says("sacctmgr", "vision", when="*show?user*")
     commands.says("sacctmgr", "vision|normal,high\ntext|normal", when="*show?associations*Account,QOS*")
     return commands
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return tree_of(tmp_path_factory.mktemp("suite"))
+
+
+@pytest.fixture
+def done(tmp_path: Path, tree: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """A suite of one result that is there, with an encoder of its own."""
+    own = make_run(tmp_path / "own", 7)
+    one = {**tree, "encoders": {"own": str(own)}, "protocols": {"knn": tree["protocols"]["knn"]}}
+    assert run_suite(write_suite(tmp_path, one), tmp_path / "out", devices=[], run=in_this_process) == 0
+    return tmp_path, one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from launch.eval_commands import app
-from launch.suite import Cell
+from launch.suite import Cell, Questions, cells_of
+from pretrain.evals.suite import load_suite
 from pretrain.models.encoders import build_encoder, save_encoder
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import dump
@@ -74,3 +76,22 @@ def in_this_process(cell: Cell, device: str | None, say: Any) -> int:
         say(f"error: {result.exception}")
         return 2
     return result.exit_code
+
+
+def cells(tmp_path: Path, tree: dict[str, Any]) -> list[Cell]:
+    return cells_of(load_suite(write_suite(tmp_path, tree)), tmp_path / "out", "suite.yaml")
+
+
+def with_option(tree: dict[str, Any], group: str, name: str, **options: Any) -> dict[str, Any]:
+    given = tree[group][name]
+    before = {"source": given} if isinstance(given, str) else given
+    return {**tree, group: {**tree[group], name: {**before, **options}}}
+
+
+def refused(cell: Cell, device: str | None, say: Callable[[str], None]) -> int:
+    raise AssertionError(f"{cell.name} was started")
+
+
+def answered(folder: Path, tree: dict[str, Any]) -> bool:
+    (cell,) = cells(folder, tree)
+    return Questions().answered(cell)

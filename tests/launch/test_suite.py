@@ -1,8 +1,7 @@
-"""A suite from its file to its results: what is run, what is passed over, and what a failure leaves of the rest."""
+"""A suite from its file to its results: what is asked for and run, and what a failure leaves of the rest."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -13,31 +12,12 @@ from typing import Annotated, Any
 import pytest
 import typer
 
-from data_pipeline.errors import DataError, InputError, RecipeError, RunError
+from data_pipeline.errors import DataError, InputError, RecipeError
 from launch import suite as suites
-from launch.suite import Cell, Questions, cells_of, digest
-from launch.suite_run import _in_a_process, _job, cuda_devices, run_suite, submit_suite
+from launch.suite import Cell, Questions
+from launch.suite_run import _in_a_process, cuda_devices, run_suite
 from pretrain.evals.base import EvalReport
-from pretrain.evals.suite import load_suite
-from tests.launch.run_folders import Commands, submit
-from tests.launch.suites import in_this_process, make_run, tree_of, write_suite
-from tests.shards import write_images
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return tree_of(tmp_path_factory.mktemp("suite"))
-
-
-def cells(tmp_path: Path, tree: dict[str, Any]) -> list[Cell]:
-    return cells_of(load_suite(write_suite(tmp_path, tree)), tmp_path / "out", "suite.yaml")
-
-
-def with_option(tree: dict[str, Any], group: str, name: str, **options: Any) -> dict[str, Any]:
-    given = tree[group][name]
-    before = {"source": given} if isinstance(given, str) else given
-    return {**tree, group: {**tree[group], name: {**before, **options}}}
-
+from tests.launch.suites import answered, cells, in_this_process, make_run, refused, with_option, write_suite
 
 # What is asked for.
 
@@ -144,10 +124,6 @@ def test_an_encoder_that_is_not_there_is_told_before_anything_starts(tmp_path: P
     assert run_suite(write_suite(tmp_path, fresh), tmp_path / "out", dry_run=True) == 0
 
 
-def refused(cell: Cell, device: str | None, say: Callable[[str], None]) -> int:
-    raise AssertionError(f"{cell.name} was started")
-
-
 def test_a_command_that_keeps_features_is_told_where(
     tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,155 +145,6 @@ def test_a_command_that_keeps_features_is_told_where(
     assert "--unsure" in first.words
     assert first.arguments["sure"] is False
     assert "cache" not in first.arguments
-
-
-# What is there.
-
-
-@pytest.fixture
-def done(tmp_path: Path, tree: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """A suite of one result that is there, with an encoder of its own."""
-    own = make_run(tmp_path / "own", 7)
-    one = {**tree, "encoders": {"own": str(own)}, "protocols": {"knn": tree["protocols"]["knn"]}}
-    assert run_suite(write_suite(tmp_path, one), tmp_path / "out", devices=[], run=in_this_process) == 0
-    return tmp_path, one
-
-
-def answered(folder: Path, tree: dict[str, Any]) -> bool:
-    (cell,) = cells(folder, tree)
-    return Questions().answered(cell)
-
-
-def test_a_result_is_there_once_it_answers_what_is_asked(done: tuple[Path, dict[str, Any]]) -> None:
-    folder, tree = done
-    assert answered(folder, tree)
-    assert answered(folder, with_option(tree, "protocols", "knn", num_workers=1)), "no number depends on it"
-    assert not answered(folder, with_option(tree, "protocols", "knn", k=[5]))
-    assert not answered(folder, with_option(tree, "encoders", "own", random_init=True))
-
-
-def test_an_option_that_a_later_version_has_makes_no_answer_old(done: tuple[Path, dict[str, Any]]) -> None:
-    folder, tree = done
-    (cell,) = cells(folder, tree)
-    asked = json.loads(cell.asked.read_text())
-    assert None not in asked["arguments"].values()
-    cell.asked.write_text(json.dumps(asked | {"arguments": {**asked["arguments"], "another": None}}))
-    assert answered(folder, tree)
-    cell.asked.write_text(json.dumps(asked | {"arguments": {**asked["arguments"], "another": 1}}))
-    assert not answered(folder, tree)
-
-
-def test_what_a_download_keeps_for_itself_is_no_part_of_an_encoder(tmp_path: Path) -> None:
-    (tmp_path / "vit").mkdir()
-    (tmp_path / "vit" / "model.safetensors").write_bytes(b"weights")
-    before = digest(str(tmp_path / "vit"))
-    (tmp_path / "vit" / ".cache").mkdir()
-    (tmp_path / "vit" / ".cache" / "fetched.metadata").write_text("today")
-    assert digest(str(tmp_path / "vit")) == before
-    (tmp_path / "vit" / "towers").mkdir()
-    (tmp_path / "vit" / "towers" / "model.safetensors").write_bytes(b"text")
-    assert digest(str(tmp_path / "vit")) != before
-
-
-@pytest.mark.parametrize("name", ["knn.json", "knn.safetensors"])
-def test_half_a_result_is_none(done: tuple[Path, dict[str, Any]], name: str) -> None:
-    folder, tree = done
-    path = folder / "out" / "own" / "colours" / name
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    assert not answered(folder, tree)
-    path.unlink()
-    assert not answered(folder, tree)
-
-
-def test_other_weights_ask_another_question(done: tuple[Path, dict[str, Any]]) -> None:
-    folder, tree = done
-    make_run(folder / "own", 8)
-    assert not answered(folder, tree)
-    make_run(folder / "own", 7)
-    assert answered(folder, tree)
-
-
-def test_other_images_ask_another_question(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    folder, tree = done
-    write_images(tmp_path / "other", 24, num_classes=3)
-    (tmp_path / "other" / "class0" / "0000.jpg").write_bytes((tmp_path / "other" / "class1" / "0001.jpg").read_bytes())
-    assert not answered(folder, with_option(tree, "datasets", "colours", test=str(tmp_path / "other")))
-
-
-def test_other_images_under_the_same_path_ask_another_question(tmp_path: Path, tree: dict[str, Any]) -> None:
-    write_images(tmp_path / "test", 24)
-    own = with_option(tree, "datasets", "colours", test=str(tmp_path / "test"))
-    own = {**own, "encoders": {"own": tree["encoders"]["first"]}, "protocols": {"knn": tree["protocols"]["knn"]}}
-    path, out = write_suite(tmp_path, own), tmp_path / "out"
-    assert run_suite(path, out, devices=[], run=in_this_process) == 0
-    assert answered(tmp_path, own)
-    write_images(tmp_path / "test", 30)
-    assert not answered(tmp_path, own)
-
-    (cell,) = cells(tmp_path, own)
-    Questions().begin(cell)
-    (tmp_path / "test").rename(tmp_path / "aside")
-    write_images(tmp_path / "test", 27)  # while it was answered
-    assert in_this_process(cell, None, print) == 0
-    asked = json.loads(cell.asked.read_text())
-    shutil.rmtree(tmp_path / "test")
-    (tmp_path / "aside").rename(tmp_path / "test")
-    assert Questions().of(cell) == asked
-    assert not answered(tmp_path, own), "the report is of other images"
-
-
-def test_an_image_that_was_replaced_by_one_as_large_asks_another_question(tmp_path: Path, tree: dict[str, Any]) -> None:
-    write_images(tmp_path / "test", 24)
-    own = with_option(tree, "datasets", "colours", test=str(tmp_path / "test"))
-    before = Questions().of(cells(tmp_path, own)[0])
-    assert Questions().of(cells(tmp_path, own)[0]) == before
-    image = tmp_path / "test" / "class0" / "0000.jpg"
-    image.write_bytes(image.read_bytes()[:-1] + b"\0")
-    after = Questions().of(cells(tmp_path, own)[0])
-    assert after["data"] == before["data"]
-    assert after["states"] != before["states"]
-
-
-def test_a_report_by_hand_is_not_taken_for_the_result(done: tuple[Path, dict[str, Any]]) -> None:
-    folder, tree = done
-    (cell,) = cells(folder, with_option(tree, "protocols", "knn", k=[3]))
-    assert in_this_process(cell, None, print) == 0
-    assert not answered(folder, tree)
-
-
-def test_a_file_that_is_named_belongs_to_the_question(tmp_path: Path, tree: dict[str, Any]) -> None:
-    (tmp_path / "templates.txt").write_text("a {}\n")
-    given = {"kind": "zeroshot", "templates": str(tmp_path / "templates.txt"), "group": [f"x={tmp_path / 'names.txt'}"]}
-    (tmp_path / "names.txt").write_text("class0\n")
-    (cell, *_) = cells(tmp_path, {**tree, "protocols": {"zeroshot": given}})
-    before = Questions().of(cell)
-    assert len(before["files"]) == 2
-    (tmp_path / "names.txt").write_text("class1\n")
-    assert Questions().of(cell) != before
-
-
-def test_the_digest_of_a_run_is_of_its_recipe_and_encoder(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", 0)
-    before = digest(str(run))
-    (run / "metrics.jsonl").write_text("{}")
-    assert digest(str(run)) == before
-    with (run / "recipe.yaml").open("a") as file:
-        file.write("# changed\n")
-    assert digest(str(run)) != before
-    assert digest("resnet18") != digest("resnet34")
-
-
-def test_the_digest_of_a_run_is_also_of_a_text_tower_in_a_folder_of_its_own(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", 0)
-    (run / "encoder" / "towers").mkdir()
-    found = {digest(str(run))}
-    for name, weights in (("a", b"0"), ("a", b"1"), ("b", b"1")):
-        for path in (run / "encoder" / "towers").iterdir():
-            path.unlink()
-        (run / "encoder" / "towers" / name).write_bytes(weights)
-        found.add(digest(str(run)))
-    assert len(found) == 4
 
 
 # What is run.
@@ -456,79 +283,3 @@ def test_a_process_of_its_own_gets_its_device_and_is_heard(tmp_path: Path, monke
 def test_a_run_is_no_place_for_a_suite(tmp_path: Path, tree: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="a folder for the suite alone"):
         run_suite(write_suite(tmp_path, tree), make_run(tmp_path / "run", 0), run=refused)
-
-
-# On a cluster.
-
-
-def test_a_dry_run_prints_a_script_for_each_result(
-    tmp_path: Path, tree: dict[str, Any], cluster: Commands, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = tmp_path / "cluster.yaml"
-    asked.write_text("partition: short\nranks_per_node: 4\ncpus_per_rank: 2\ntime_minutes: 20\n")
-    submit_suite(write_suite(tmp_path, tree), asked, tmp_path / "out", dry_run=True)
-    scripts = capsys.readouterr().out
-    assert scripts.count("#!/bin/bash") == 6
-    assert "--job-name=small-second-colours-linear" in scripts
-    assert scripts.count("#SBATCH --cpus-per-task=2") == 6, "one rank's share of a node"
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_job_is_queued_for_each_result_that_is_missing(
-    done: tuple[Path, dict[str, Any]], tree: dict[str, Any], cluster: Commands, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, one = done
-    (folder / "cluster.yaml").write_text("partition: short\ntime_minutes: 20\n")
-    path = write_suite(folder, {**one, "protocols": tree["protocols"]})
-    queued: list[dict[str, Any]] = []
-
-    def queue(where: Path, name: str, asked: Any, code: Path, what: dict[str, Any]) -> str:
-        queued.append({"where": where, "name": name, **what})
-        return "17"
-
-    monkeypatch.setattr("launch.submit.queue", queue)
-    submit_suite(path, folder / "cluster.yaml", folder / "out")
-    (job,) = queued
-    assert job["name"] == "small-own-colours-linear"
-    assert job["words"][:2] == ["eval", "linear"]
-    assert ("--out", str(folder / "out" / "own" / "colours" / "linear.json")) in set(pairwise(job["words"]))
-    asked = json.loads((folder / "out" / "suite" / "asked" / "own" / "colours" / "linear.json").read_text())
-    assert asked["arguments"]["min_steps"] == 20
-
-
-def test_what_a_job_is_to_answer_is_not_run_beside_it(tmp_path: Path, tree: dict[str, Any], commands: Commands) -> None:
-    path, (cell, *_) = write_suite(tmp_path, tree), cells(tmp_path, tree)
-    submit(_job(tmp_path / "out", cell), "17")
-    commands.says("scontrol", "JobId=17 JobState=PENDING", when="show*17")
-    with pytest.raises(InputError, match="job 17, pending"):
-        run_suite(path, tmp_path / "out", devices=[], run=refused)
-    assert not cell.asked.exists()
-
-
-@pytest.mark.parametrize("error", [RunError("sbatch", "SLURM to take the job", "QOSMax"), KeyboardInterrupt()])
-def test_all_of_a_suite_is_queued_or_nothing(
-    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    (tmp_path / "cluster.yaml").write_text("partition: short\ntime_minutes: 20\n")
-    folders: list[Path] = []
-
-    def queue(where: Path, *_: object, **__: object) -> str:
-        if len(folders) == 2:
-            raise error
-        folders.append(where)
-        return f"1{len(folders)}"
-
-    said: list[tuple[str, ...]] = []
-    monkeypatch.setattr("launch.submit.queue", queue)
-    monkeypatch.setattr("launch.submit.check_slurm", lambda *_: None)
-    monkeypatch.setattr("launch.slurm.slurm", lambda *words, **_: said.append(words))
-    with pytest.raises(type(error)):
-        submit_suite(write_suite(tmp_path, tree), tmp_path / "cluster.yaml", tmp_path / "out")
-    assert said == [("scancel", "11", "12")]
-
-
-def test_each_job_has_a_folder_of_its_own(tmp_path: Path, tree: dict[str, Any]) -> None:
-    names = {"encoders": {"a": tree["encoders"]["first"], "a-b": tree["encoders"]["second"]}}
-    names["datasets"] = dict.fromkeys(("b-c", "c"), tree["datasets"]["colours"])
-    found = cells(tmp_path, {**tree, **names})
-    assert len({_job(tmp_path, cell) for cell in found}) == len(found)
