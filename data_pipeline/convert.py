@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline import keyed
 from data_pipeline.errors import SampleError, SourceError
 from data_pipeline.intake import Intake
 from data_pipeline.layout import arrange
 from data_pipeline.manifest import Manifest
+from data_pipeline.order import keyed
 from data_pipeline.reshard import are_shards, open_shards
 from data_pipeline.sources import KINDS, Entry, Reader, open_source
 from data_pipeline.spool import Rows

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Literal
 
-from data_pipeline import keyed
+from data_pipeline.order import keyed
 from data_pipeline.rand_augment import RandAugment, draw_rand_augment
 
 Value = bool | int | float | tuple[int, ...] | tuple[float, ...]

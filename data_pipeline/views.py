@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from data_pipeline import keyed
 from data_pipeline.batch import MaskSpec
+from data_pipeline.order import keyed
 
 Image = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels

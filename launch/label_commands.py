@@ -13,7 +13,7 @@ from launch.eval_options import BatchSize, Device, DeviceOption, Precision, Prec
 if TYPE_CHECKING:
     import numpy as np
 
-    from data_pipeline.order import Integers
+    from data_pipeline.order.order import Integers
     from data_pipeline.selection import Selection
 
 LABEL_EXAMPLES = (

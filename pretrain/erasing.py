@@ -11,7 +11,7 @@ from torch import Tensor
 from pretrain.rows import as_column, inside
 
 _NOISE_BITS = 12
-_GOLDEN, _FIRST, _SECOND = (  # of SplitMix64 (data_pipeline/keyed.py), as signed 64-bit numbers
+_GOLDEN, _FIRST, _SECOND = (  # of SplitMix64 (data_pipeline/order/keyed.py), as signed 64-bit numbers
     word - 2**64 for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from data_pipeline import keyed
 from data_pipeline.errors import DataError
+from data_pipeline.order import keyed
 from data_pipeline.procedural.image import encode
 from data_pipeline.write import Record
 

@@ -42,7 +42,7 @@ def augmented_examples(
 ) -> Iterator[Examples]:
     """Features of each readout and labels of one batch after the other, without end.
 
-    Batch t has the samples at positions t B .. (t + 1) B - 1 of the training order (data_pipeline/order.py). With
+    Batch t has the samples at positions t B .. (t + 1) B - 1 of the training order (data_pipeline/order/order.py). With
     several ranks each reads and computes its share, and every rank gets the whole batch.
 
     Args:

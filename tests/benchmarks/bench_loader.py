@@ -34,10 +34,10 @@ import webdataset
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from data_pipeline import keyed
 from data_pipeline.batch import BatchSpec
 from data_pipeline.loader import TrainLoader
-from data_pipeline.order import Order
+from data_pipeline.order import keyed
+from data_pipeline.order.order import Order
 from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.scan import index_shards
 from data_pipeline.views import Box, ViewSpec, crop_box

@@ -18,7 +18,7 @@ from PIL import Image
 from data_pipeline.batch import BatchSpec
 from data_pipeline.errors import DataError, FieldError, RunError, ShardError
 from data_pipeline.loader import BadSample, StepData
-from data_pipeline.order import Order
+from data_pipeline.order.order import Order
 from data_pipeline.read import ShardDataset, open_dataset
 from data_pipeline.scan import index_shards
 from data_pipeline.views import ViewSpec, training_view

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import keyed
 from data_pipeline.errors import DataError
-from data_pipeline.order import Order
+from data_pipeline.order import keyed
+from data_pipeline.order.order import Order
 
 many = settings(max_examples=300, deadline=None)
 

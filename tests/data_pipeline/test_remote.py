@@ -22,7 +22,7 @@ from data_pipeline import manifest, remote
 from data_pipeline.cache import Cache, CacheSpec
 from data_pipeline.errors import DataError, ManifestError, PretrainError, RunError, ShardError
 from data_pipeline.mixture import Mixture, Source
-from data_pipeline.order import Order
+from data_pipeline.order.order import Order
 from data_pipeline.prefetch import Prefetcher, check_room, remote_parts
 from data_pipeline.read import ShardDataset, open_dataset
 from data_pipeline.scan import index_shards

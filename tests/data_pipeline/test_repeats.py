@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.draws import Augmentation, Mixing
-from data_pipeline.order import Order
+from data_pipeline.order.order import Order
+from data_pipeline.order.repeats import Repeated
 from data_pipeline.read import ShardDataset
-from data_pipeline.repeats import Repeated
 from tests.data_pipeline.tiny import loader, rows_of, steps, write_shards
 
 

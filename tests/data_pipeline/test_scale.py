@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import keyed
-from data_pipeline.order import Order
+from data_pipeline.order import keyed
+from data_pipeline.order.order import Order
 from tests.data_pipeline.huge import NUM_SAMPLES, NUM_SHARDS, PER_SHARD, HugeDataset, write_manifest
 from tests.data_pipeline.tiny import SPEC, loader, steps
 

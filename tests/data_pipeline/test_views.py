@@ -16,8 +16,8 @@ from PIL import Image as PillowImage
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, Resize
 from torchvision.transforms.v2 import functional as torchvision
 
-from data_pipeline import keyed
 from data_pipeline.batch import MaskSpec
+from data_pipeline.order import keyed
 from data_pipeline.views import (
     ViewSpec,
     crop_box,

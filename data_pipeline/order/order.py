@@ -23,8 +23,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline import keyed
 from data_pipeline.errors import DataError
+from data_pipeline.order import keyed
 
 Integers = NDArray[np.int64]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_pipeline.order import Integers, SampleOrder
+from data_pipeline.order.order import Integers, SampleOrder
 
 
 class Repeated:
