@@ -14,8 +14,8 @@ from data_pipeline.errors import DataError, RunError, SampleError
 from data_pipeline.mixture import order_of
 from data_pipeline.order.order import SampleOrder
 from data_pipeline.order.repeats import Repeated
-from data_pipeline.prefetch import prefetched
 from data_pipeline.read import Dataset
+from data_pipeline.remote.prefetch import prefetched
 from data_pipeline.views import ViewSpec
 from data_pipeline.workers import entries
 

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from data_pipeline.cache import DEFAULT, CacheSpec
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import ManifestError, ShardError
 from data_pipeline.index import SUFFIX, ShardIndex
-from data_pipeline.remote import Remote, remote_url
+from data_pipeline.remote.cache import DEFAULT, CacheSpec
+from data_pipeline.remote.fetch import Remote, remote_url
 from data_pipeline.specs import find_tars, is_inside, split_url
 from data_pipeline.specs import local_path as local_path
 

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from data_pipeline.cache import DEFAULT, CacheSpec
 from data_pipeline.decode import decode_image
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import FieldError
@@ -18,6 +17,7 @@ from data_pipeline.index import CAPTION_FIELD, IMAGE_FIELDS, LABEL_FIELD
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.progress import track
 from data_pipeline.read import ShardDataset
+from data_pipeline.remote.cache import DEFAULT, CacheSpec
 
 SHEET_COLUMNS, SHEET_ROWS = 10, 8
 THUMBNAIL, CAPTION = 96, 14  # pixels

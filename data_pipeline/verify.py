@@ -12,13 +12,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_pipeline.cache import DEFAULT, CacheSpec
 from data_pipeline.decode import decode_image
 from data_pipeline.errors import DataError, ManifestError, SampleError, ShardError
 from data_pipeline.index import IMAGE_FIELDS, LABEL_FIELD, MISSING, ShardIndex
 from data_pipeline.manifest import Manifest, ShardSummary, load_manifest
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
+from data_pipeline.remote.cache import DEFAULT, CacheSpec
 from data_pipeline.scan import mapped, scan
 
 

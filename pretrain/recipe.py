@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from data_pipeline.cache import CacheSpec
+from data_pipeline.remote.cache import CacheSpec
 from pretrain.recipe_augment import Augment, Mixing
 from pretrain.recipe_group import Group, Positive, Probability, Share, ordered
 from pretrain.recipe_model import Model as Model  # where recipes are made in code

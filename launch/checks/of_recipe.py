@@ -13,7 +13,7 @@ from data_pipeline.errors import PretrainError
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.mixture import Mixture, open_training
 from data_pipeline.read import Dataset, ShardDataset
-from data_pipeline.remote import remote_url
+from data_pipeline.remote.fetch import remote_url
 from data_pipeline.selection import beneath
 from launch.checks import machine
 from launch.checks.finding import Finding, error, gigabytes, of_error, ok, warning

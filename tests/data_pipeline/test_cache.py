@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.cache import Cache
 from data_pipeline.errors import PretrainError
+from data_pipeline.remote.cache import Cache
 
 
 def key(number: int) -> str:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit
 
-from data_pipeline.cache import Cache, CacheSpec
 from data_pipeline.errors import DataError, ManifestError, PretrainError, RunError, ShardError
+from data_pipeline.remote.cache import Cache, CacheSpec
 
 T = TypeVar("T")
 
