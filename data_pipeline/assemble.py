@@ -14,10 +14,10 @@ from data_pipeline.captions import Captions
 from data_pipeline.decode import decode_image
 from data_pipeline.draws import Augmentation, Value, draw
 from data_pipeline.errors import DataError, FieldError, SampleError
-from data_pipeline.index import IMAGE_FIELDS, LABEL_FIELD
 from data_pipeline.mixture import Mixture, has_soft_labels
 from data_pipeline.read import Dataset
 from data_pipeline.selection import soft_classes
+from data_pipeline.shards.index import IMAGE_FIELDS, LABEL_FIELD
 from data_pipeline.views import (
     Image,
     ViewSpec,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from data_pipeline.errors import SampleError
-from data_pipeline.index import CAPTION_FIELD
 from data_pipeline.order import keyed
+from data_pipeline.shards.index import CAPTION_FIELD
 
 if TYPE_CHECKING:  # converting reads captions too, in processes that should start at once
     from torch import Tensor

@@ -15,16 +15,16 @@ from typing import Any, BinaryIO
 
 from data_pipeline.captions import read_captions
 from data_pipeline.errors import SampleError, SourceError
-from data_pipeline.index import CAPTION_FIELD, IMAGE_FIELDS, MISSING, ShardIndex
 from data_pipeline.intake import Intake
 from data_pipeline.layout import UniqueKeys
-from data_pipeline.manifest import FILE_NAME, load_manifest
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
-from data_pipeline.scan import scan_shard
-from data_pipeline.specs import find_tars
-from data_pipeline.spool import Rows, Spool, SpoolReader
-from data_pipeline.write import Record
+from data_pipeline.shards.index import CAPTION_FIELD, IMAGE_FIELDS, MISSING, ShardIndex
+from data_pipeline.shards.manifest import FILE_NAME, load_manifest
+from data_pipeline.shards.row_store import Rows, Spool, SpoolReader
+from data_pipeline.shards.scan import scan_shard
+from data_pipeline.shards.specs import find_tars
+from data_pipeline.shards.write import Record
 
 _OPEN_TARS = 64  # per process
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, Protocol, cast
 
-from data_pipeline import strict_tar
 from data_pipeline.errors import SampleError, SourceError
-from data_pipeline.index import IMAGE_FIELDS
-from data_pipeline.spool import nameless_file, path_of
+from data_pipeline.shards import strict_tar
+from data_pipeline.shards.index import IMAGE_FIELDS
+from data_pipeline.shards.row_store import nameless_file, path_of
 
 IMAGE_SUFFIXES = frozenset(f".{field}" for field in IMAGE_FIELDS)
 MAX_IMAGE_BYTES = 1 << 28  # of one file; a larger one is no photograph but an attack or a mistake

@@ -11,7 +11,7 @@ import typer
 from launch import label_commands
 
 if TYPE_CHECKING:
-    from data_pipeline.manifest import Manifest
+    from data_pipeline.shards.manifest import Manifest
     from data_pipeline.stats import Stats
 
 
@@ -199,7 +199,7 @@ def index(
 ) -> None:
     """Makes WebDataset tars from elsewhere readable: an index beside each, and a manifest."""
     from data_pipeline.parallel import num_cores
-    from data_pipeline.scan import index_shards
+    from data_pipeline.shards.scan import index_shards
 
     names = None if classes is None else _class_names(classes)
     print(_summary(index_shards(shards, classes=names, workers=workers or num_cores())))

@@ -9,7 +9,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from data_pipeline.scan import index_shards
+from data_pipeline.shards.scan import index_shards
 
 
 def jpeg(i: int, size: int, num_classes: int) -> bytes:

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from data_pipeline.errors import DataError
 from data_pipeline.order import keyed
 from data_pipeline.procedural.image import encode
-from data_pipeline.write import Record
+from data_pipeline.shards.write import Record
 
 NUM_TRAIN = 1437
 _BRIGHTEST = 16

@@ -18,7 +18,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from data_pipeline.procedural.image import Pixels, encode, generator
-from data_pipeline.write import Record
+from data_pipeline.shards.write import Record
 
 Floats = NDArray[np.float64]
 Points = NDArray[np.float32]  # [2, P]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import Manifest
 from data_pipeline.procedural.fractals import Fractals
 from data_pipeline.procedural.shapes import HELD_OUT, Shapes
-from data_pipeline.write import split_evenly, write_dataset
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.write import split_evenly, write_dataset
 
 KINDS = ("fractals", "shapes", "digits")
 SPLITS = ("train", "test")

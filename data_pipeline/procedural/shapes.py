@@ -18,7 +18,7 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw
 
 from data_pipeline.procedural.image import Pixels, encode, generator, smooth_field
-from data_pipeline.write import Record
+from data_pipeline.shards.write import Record
 
 COLORS = {
     "red": (220, 40, 40),

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError, ManifestError, ShardError
-from data_pipeline.index import MISSING, NO_LABEL, Keys, ShardIndex
-from data_pipeline.manifest import Manifest, _as_json, load_manifest
-from data_pipeline.scan import index_shards
+from data_pipeline.shards.index import MISSING, NO_LABEL, Keys, ShardIndex
+from data_pipeline.shards.manifest import Manifest, _as_json, load_manifest
+from data_pipeline.shards.scan import index_shards
 from tests.data_pipeline.archives import as_tar, contents, jpeg
 
 
@@ -120,7 +120,7 @@ def test_urls_are_refused(url: str) -> None:
 )
 def test_strange_patterns_are_our_errors(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data_pipeline.specs.MAX_NAMES", 1000)
+    monkeypatch.setattr("data_pipeline.shards.specs.MAX_NAMES", 1000)
     with pytest.raises(DataError):
         load_manifest(pattern)
 

@@ -15,8 +15,8 @@ from data_pipeline import read
 from data_pipeline.batch import Sample
 from data_pipeline.errors import DataError, SampleError, ShardError
 from data_pipeline.read import Dataset, FolderDataset, ShardDataset, open_dataset
-from data_pipeline.scan import index_shards
 from data_pipeline.selection import Subset
+from data_pipeline.shards.scan import index_shards
 from data_pipeline.sources import open_source
 from tests.data_pipeline.tiny import photo, write_shards
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline import manifest
 from data_pipeline.errors import DataError, ManifestError, PretrainError, RunError, ShardError
 from data_pipeline.mixture import Mixture, Source
 from data_pipeline.order.order import Order
@@ -26,8 +25,9 @@ from data_pipeline.read import ShardDataset, open_dataset
 from data_pipeline.remote import fetch as remote
 from data_pipeline.remote.cache import Cache, CacheSpec
 from data_pipeline.remote.prefetch import Prefetcher, check_room, remote_parts
-from data_pipeline.scan import index_shards
 from data_pipeline.selection import Subset
+from data_pipeline.shards import manifest
+from data_pipeline.shards.scan import index_shards
 from data_pipeline.stats import stats
 from data_pipeline.verify import verify
 from tests.data_pipeline.servers import FolderServer, bucket, served
@@ -364,6 +364,6 @@ def test_a_full_disk_is_told_at_once_and_not_as_the_servers_fault(
 
 
 def test_opening_local_data_loads_no_network_library() -> None:
-    code = "import sys; import data_pipeline.manifest; print(*sys.modules)"
+    code = "import sys; import data_pipeline.shards.manifest; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"aiohttp", "s3fs", "botocore"} & set(done.stdout.split())

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ManifestError, ShardError
-from data_pipeline.index import MISSING
-from data_pipeline.scan import index_shards, scan_shard
+from data_pipeline.shards.index import MISSING
+from data_pipeline.shards.scan import index_shards, scan_shard
 from tests.data_pipeline.archives import as_tar, contents, jpeg
 
 Samples = list[tuple[str, dict[str, bytes]]]

@@ -23,7 +23,7 @@ from data_pipeline.convert import ConvertOptions, convert
 from data_pipeline.errors import DataError, SourceError
 from data_pipeline.intake import Intake
 from data_pipeline.layout import UniqueKeys
-from data_pipeline.manifest import load_manifest
+from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.tables import Columns, _number, open_table
 from tests.data_pipeline.archives import as_folder, contents, jpeg
 from tests.data_pipeline.test_convert import Killed, samples, shards

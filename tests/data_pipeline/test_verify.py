@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_pipeline.convert import ConvertOptions, convert
 from data_pipeline.errors import FieldError, ManifestError
-from data_pipeline.scan import index_shards
+from data_pipeline.shards.scan import index_shards
 from data_pipeline.stats import stats
 from data_pipeline.verify import verify
 from tests.data_pipeline.archives import as_folder, as_tar, class_folders, jpeg

@@ -10,7 +10,7 @@ import webdataset
 
 from data_pipeline.errors import DataError, InputError
 from data_pipeline.read import open_dataset
-from data_pipeline.scan import index_shards
+from data_pipeline.shards.scan import index_shards
 from pretrain.evals.base import EvalReport
 from pretrain.evals.features import Extraction
 from pretrain.evals.knn import Knn

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_pipeline.errors import FieldError, SampleError
 from data_pipeline.read import open_dataset
-from data_pipeline.scan import index_shards
+from data_pipeline.shards.scan import index_shards
 from pretrain.evals.features import Extraction
 from pretrain.evals.pairs import image_side
 from pretrain.evals.retrieval import Retrieval, ranks_of_own

@@ -14,7 +14,7 @@ from data_pipeline.errors import FieldError, InputError
 from data_pipeline.procedural.make import make
 from data_pipeline.procedural.shapes import HELD_OUT
 from data_pipeline.read import open_dataset
-from data_pipeline.scan import index_shards
+from data_pipeline.shards.scan import index_shards
 from pretrain.evals.base import EvalReport
 from pretrain.evals.features import Extraction
 from pretrain.evals.pairs import image_side

@@ -231,7 +231,7 @@ class TestWrongInput:
     def test_image_field_missing(self, recipe: Path, tmp_path: Path) -> None:
         import webdataset
 
-        from data_pipeline.scan import index_shards
+        from data_pipeline.shards.scan import index_shards
 
         (tmp_path / "noimage").mkdir()
         with webdataset.TarWriter(str(tmp_path / "noimage" / "a.tar")) as writer:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.scan import index_shards
+from data_pipeline.shards.scan import index_shards
 from launch import cli
 from pretrain.recipe_io import dump, load_recipe
 from pretrain.strict_yaml import read_yaml

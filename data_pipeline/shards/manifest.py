@@ -19,11 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import ManifestError, ShardError
-from data_pipeline.index import SUFFIX, ShardIndex
 from data_pipeline.remote.cache import DEFAULT, CacheSpec
 from data_pipeline.remote.fetch import Remote, remote_url
-from data_pipeline.specs import find_tars, is_inside, split_url
-from data_pipeline.specs import local_path as local_path
+from data_pipeline.shards.index import SUFFIX, ShardIndex
+from data_pipeline.shards.specs import find_tars, is_inside, split_url
+from data_pipeline.shards.specs import local_path as local_path
 
 FILE_NAME = "manifest.json"
 PLAN_NAME = "plan.json"  # written first by what makes shards; without a manifest beside it they are unfinished

@@ -22,11 +22,11 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 from data_pipeline.durable import TEMPORARY_PATTERN, claimed, durable_file
 from data_pipeline.errors import DataError, ManifestError, RunError, SampleError, SourceError
-from data_pipeline.index import SUFFIX, ShardIndex
-from data_pipeline.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardSummary, load_manifest
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
-from data_pipeline.scan import index_shard
+from data_pipeline.shards.index import SUFFIX, ShardIndex
+from data_pipeline.shards.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardSummary, load_manifest
+from data_pipeline.shards.scan import index_shard
 
 Item = TypeVar("Item")
 Item_contra = TypeVar("Item_contra", contravariant=True)

@@ -17,13 +17,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_pipeline import strict_tar
 from data_pipeline.errors import DataError, ManifestError, ShardError
-from data_pipeline.index import LABEL_FIELD, MISSING, NO_LABEL, SUFFIX, Keys, ShardIndex
-from data_pipeline.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardSummary
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
-from data_pipeline.specs import find_tars
+from data_pipeline.shards import strict_tar
+from data_pipeline.shards.index import LABEL_FIELD, MISSING, NO_LABEL, SUFFIX, Keys, ShardIndex
+from data_pipeline.shards.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardSummary
+from data_pipeline.shards.specs import find_tars
 
 MAX_LABEL = 10_000_000  # a larger "label" is some other number; a histogram of it would fill the memory
 PICKLE_FIELDS = frozenset({"pyd", "pickle", "pkl", "pth", "pt"})

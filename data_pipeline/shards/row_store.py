@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from data_pipeline.write import Producer
+from data_pipeline.shards.write import Producer
 
 
 def nameless_file(folder: Path) -> BinaryIO:
