@@ -10,8 +10,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from data_pipeline.decode import FORMATS, decode_image
 from data_pipeline.errors import SampleError
+from data_pipeline.samples.decode import FORMATS, decode_image
 
 EXTENSIONS = {
     "JPEG": "jpg",

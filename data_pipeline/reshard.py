@@ -13,12 +13,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline.captions import read_captions
 from data_pipeline.errors import SampleError, SourceError
 from data_pipeline.intake import Intake
 from data_pipeline.layout import UniqueKeys
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
+from data_pipeline.samples.captions import read_captions
 from data_pipeline.shards.index import CAPTION_FIELD, IMAGE_FIELDS, MISSING, ShardIndex
 from data_pipeline.shards.manifest import FILE_NAME, load_manifest
 from data_pipeline.shards.row_store import Rows, Spool, SpoolReader

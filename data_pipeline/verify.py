@@ -12,11 +12,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_pipeline.decode import decode_image
 from data_pipeline.errors import DataError, ManifestError, SampleError, ShardError
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
 from data_pipeline.remote.cache import DEFAULT, CacheSpec
+from data_pipeline.samples.decode import decode_image
 from data_pipeline.shards.index import IMAGE_FIELDS, LABEL_FIELD, MISSING, ShardIndex
 from data_pipeline.shards.manifest import Manifest, ShardSummary, load_manifest
 from data_pipeline.shards.scan import mapped, scan

@@ -1,6 +1,6 @@
 """From the host's uint8 views to what an objective sees: augmented, normalised and mixed, batched on the device.
 
-Everything random was drawn on the host (data_pipeline/draws.py) and came with the batch. A batch that brings no
+Everything random was drawn on the host (data_pipeline/samples/draws.py) and came with the batch. A batch that brings no
 draws, as every one for evaluation, is normalised and nothing else. All of it is fp32, whatever precision trains.
 Which samples an operation takes is read on the host; the other samples stay as they are, to the bit, and so does
 every sample however the batch is cut, on one kind of device.
@@ -16,8 +16,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from data_pipeline.batch import Batch, BatchSpec
-from data_pipeline.draws import Augmentation, Mixing
 from data_pipeline.errors import RecipeError
+from data_pipeline.samples.draws import Augmentation, Mixing
 from pretrain.erasing import erase
 from pretrain.mixing import mix
 from pretrain.photometry import blur, blur_kernels, blur_radius, grey, jitter, solarise

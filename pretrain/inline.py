@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from data_pipeline.captions import Captions
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.read import Dataset, open_dataset
-from data_pipeline.views import ViewSpec
+from data_pipeline.samples.captions import Captions
+from data_pipeline.samples.views import ViewSpec
 from pretrain.collectives import World, from_main, side_group, sum_over_ranks
 from pretrain.engine import Engine
 from pretrain.evals.encoder import Encoder

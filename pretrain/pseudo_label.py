@@ -32,8 +32,8 @@ from data_pipeline.labels import (
 from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
 from data_pipeline.read import ShardDataset
+from data_pipeline.samples.views import ViewSpec
 from data_pipeline.shards.manifest import PLAN_NAME
-from data_pipeline.views import ViewSpec
 from pretrain.augment import normalize
 from pretrain.checkpoint import complete_checkpoints, module_state
 from pretrain.evals.encoder import Encoder

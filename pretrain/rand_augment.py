@@ -1,7 +1,7 @@
 """RandAugment on batches of uint8 images: the operation and its argument are each image's own.
 
 Pillow is the definition, as it is timm's: colour operations agree to the last bit, geometry within one level. The
-choices were made on the host (data_pipeline/rand_augment.py).
+choices were made on the host (data_pipeline/samples/rand_augment.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_pipeline.rand_augment import RandOp
+from data_pipeline.samples.rand_augment import RandOp
 from pretrain.rows import as_column, change_rows
 
 

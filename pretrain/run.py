@@ -19,7 +19,7 @@ import torch
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.loader import StepData, TrainLoader
-from data_pipeline.views import ViewSpec
+from data_pipeline.samples.views import ViewSpec
 from pretrain.advice import Lasting, collapse
 from pretrain.augment import augmentations, mixing, prepare
 from pretrain.checkpoint import BESIDE, load, load_beside

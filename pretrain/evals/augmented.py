@@ -15,7 +15,7 @@ from data_pipeline.batch import BatchSpec
 from data_pipeline.errors import InputError, RunError
 from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.read import Dataset
-from data_pipeline.views import ViewSpec
+from data_pipeline.samples.views import ViewSpec
 from pretrain.collectives import gather_rows
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, full_precision, untouched

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data_pipeline.views import ViewSpec
+from data_pipeline.samples.views import ViewSpec
 from pretrain.models.folders import weights_sha256
 from pretrain.recipe import Recipe
 

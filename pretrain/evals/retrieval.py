@@ -8,10 +8,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from data_pipeline.captions import read_captions
 from data_pipeline.errors import FieldError, InputError
 from data_pipeline.progress import track
 from data_pipeline.read import Dataset
+from data_pipeline.samples.captions import read_captions
 from pretrain.evals.base import EvalReport, outcomes_of, report_of
 from pretrain.evals.features import Extraction, full_precision
 from pretrain.evals.pairs import TOWER_LIBRARIES, embed_texts, image_side

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
-from data_pipeline.views import ViewSpec
+from data_pipeline.samples.views import ViewSpec
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.untagged import note_on_tags
 from pretrain.models.encoders import load_strictly

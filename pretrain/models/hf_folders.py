@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from data_pipeline.errors import CheckpointError, InputError
-from data_pipeline.views import ViewSpec
+from data_pipeline.samples.views import ViewSpec
 from pretrain.models.encoders import CONFIG, PYTORCH, WEIGHTS
 from pretrain.models.weights_files import read_shards, read_tensors
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.batch import TokenSpec
-from data_pipeline.captions import Tokenizer
 from data_pipeline.errors import InputError
-from data_pipeline.views import ViewSpec
+from data_pipeline.samples.captions import Tokenizer
+from data_pipeline.samples.views import ViewSpec
 from pretrain.models.encoders import build_encoder
 from pretrain.models.folders import weights_sha256
 from pretrain.models.open_clip_models import build_open_clip, cleaning, model_config, text_config

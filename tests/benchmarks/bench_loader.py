@@ -39,8 +39,8 @@ from data_pipeline.loader import TrainLoader
 from data_pipeline.order import keyed
 from data_pipeline.order.order import Order
 from data_pipeline.read import Dataset, open_dataset
+from data_pipeline.samples.views import Box, ViewSpec, crop_box
 from data_pipeline.shards.scan import index_shards
-from data_pipeline.views import Box, ViewSpec, crop_box
 
 SIZE, BATCH, SHARD, LANES, WINDOW = 224, 64, 256, 16, 128
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)

@@ -8,7 +8,7 @@ from time import perf_counter
 
 from data_pipeline.batch import BatchSpec
 from data_pipeline.loader import TrainLoader
-from data_pipeline.views import ViewSpec
+from data_pipeline.samples.views import ViewSpec
 from tests.data_pipeline.huge import NUM_SAMPLES, HugeDataset
 
 BATCH, PAIRS = 256, 15

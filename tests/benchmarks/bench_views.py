@@ -29,10 +29,10 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from data_pipeline.batch import Batch, BatchSpec
-from data_pipeline.draws import Augmentation, Blur, Jitter
 from data_pipeline.loader import TrainLoader
 from data_pipeline.read import Dataset, open_dataset
-from data_pipeline.views import ViewSpec
+from data_pipeline.samples.draws import Augmentation, Blur, Jitter
+from data_pipeline.samples.views import ViewSpec
 from pretrain.augment import prepare
 from tests.benchmarks.bench_loader import BATCH, LANES, SIZE, WINDOW, Batches, Row, compare, of_arguments, write_shards
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline.decode import decode_image
 from data_pipeline.errors import SampleError
+from data_pipeline.samples.decode import decode_image
 
 GRADIENT = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
 PHOTO = Image.fromarray(GRADIENT).resize((70, 50), Image.Resampling.BICUBIC)

@@ -17,7 +17,7 @@ from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.errors import FieldError, SampleError
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.read import Dataset, ShardDataset
-from data_pipeline.views import ViewSpec
+from data_pipeline.samples.views import ViewSpec
 from tests.data_pipeline.tiny import SPEC, rows, write_shards
 
 FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

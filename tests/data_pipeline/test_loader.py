@@ -20,8 +20,8 @@ from data_pipeline.errors import DataError, FieldError, RunError, ShardError
 from data_pipeline.loader import BadSample, StepData
 from data_pipeline.order.order import Order
 from data_pipeline.read import ShardDataset, open_dataset
+from data_pipeline.samples.views import ViewSpec, training_view
 from data_pipeline.shards.scan import index_shards
-from data_pipeline.views import ViewSpec, training_view
 from tests.data_pipeline.tiny import SPEC, Row, loader, photo, rows_of, steps, write_shards
 
 FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

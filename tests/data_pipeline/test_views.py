@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as torchvision
 
 from data_pipeline.batch import MaskSpec
 from data_pipeline.order import keyed
-from data_pipeline.views import (
+from data_pipeline.samples.views import (
     ViewSpec,
     crop_box,
     evaluation_size,

@@ -17,8 +17,8 @@ from PIL import Image
 from data_pipeline.batch import Batch, BatchSpec, MaskSpec
 from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.read import Dataset, ShardDataset, open_dataset
+from data_pipeline.samples.views import ViewSpec
 from data_pipeline.shards.scan import index_shards
-from data_pipeline.views import ViewSpec
 
 SPEC = BatchSpec(8, num_views=2, num_classes=3, mask=MaskSpec(9, 6))
 

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from data_pipeline.views import ViewSpec
+from data_pipeline.samples.views import ViewSpec
 from pretrain.evals.encoder import Encoder
 
 

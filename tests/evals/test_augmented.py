@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.decode import decode_image
 from data_pipeline.errors import InputError
 from data_pipeline.read import open_dataset
-from data_pipeline.views import training_view
+from data_pipeline.samples.decode import decode_image
+from data_pipeline.samples.views import training_view
 from pretrain.collectives import World
 from pretrain.evals.augmented import augmented_examples, augmented_views
 from pretrain.evals.encoder import Encoder

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from data_pipeline.errors import CheckpointError, InputError
-from data_pipeline.views import evaluation_view
+from data_pipeline.samples.views import evaluation_view
 from launch.eval_commands import app
 from pretrain.evals.base import EvalReport
 from pretrain.evals.sources import load_source

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_pipeline.loader import TrainLoader
-from data_pipeline.views import ViewSpec
+from data_pipeline.samples.views import ViewSpec
 from pretrain.augment import augmentations, mixing, prepare
 from pretrain.objectives.build import build_objective
 from pretrain.recipe_io import load_recipe

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.read import open_dataset
-from data_pipeline.views import ViewSpec
+from data_pipeline.samples.views import ViewSpec
 from pretrain.augment import prepare
 from pretrain.checkpoint import Tensors
 from pretrain.objectives.build import build_objective

@@ -15,10 +15,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
 from data_pipeline.batch import Batch
-from data_pipeline.draws import Augmentation, Blur, Erasing, Jitter, Mixing, Value, draw, draw_mix
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.rand_augment import RandAugment
-from data_pipeline.views import ViewSpec
+from data_pipeline.samples.draws import Augmentation, Blur, Erasing, Jitter, Mixing, Value, draw, draw_mix
+from data_pipeline.samples.rand_augment import RandAugment
+from data_pipeline.samples.views import ViewSpec
 from pretrain import augment
 from pretrain.augment import normalize, prepare
 from tests.data_pipeline.tiny import SPEC, loader, steps, write_shards

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from data_pipeline import draws
 from data_pipeline.batch import BatchSpec
-from data_pipeline.draws import Augmentation, Blur, Erasing, Jitter, Mixing
 from data_pipeline.errors import RecipeError
-from data_pipeline.rand_augment import RandAugment
+from data_pipeline.samples import draws
+from data_pipeline.samples.draws import Augmentation, Blur, Erasing, Jitter, Mixing
+from data_pipeline.samples.rand_augment import RandAugment
 from pretrain import recipe, recipe_augment
 from pretrain.augment import augmentations, mixing
 from pretrain.resolve import identity

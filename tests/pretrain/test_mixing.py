@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.batch import Batch
-from data_pipeline.draws import Mixing, draw_mix
+from data_pipeline.samples.draws import Mixing, draw_mix
 from pretrain.erasing import erase, noise
 from pretrain.mixing import mix
 

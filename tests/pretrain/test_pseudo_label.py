@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data_pipeline.decode import decode_image
 from data_pipeline.errors import CheckpointError, DataError, InputError, PretrainError, RunError
 from data_pipeline.labels import SoftLabels, file_name
 from data_pipeline.read import ShardDataset, open_dataset
-from data_pipeline.views import ViewSpec, evaluation_view
+from data_pipeline.samples.decode import decode_image
+from data_pipeline.samples.views import ViewSpec, evaluation_view
 from launch import cli
 from pretrain.checkpoint import complete_checkpoints
 from pretrain.pseudo_label import Labelling, Teacher, label, load_teacher

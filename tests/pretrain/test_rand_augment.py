@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import auto_augment as timm
 from torch import Tensor
 
-from data_pipeline.rand_augment import RandOp, argument_of
+from data_pipeline.samples.rand_augment import RandOp, argument_of
 from pretrain.rand_augment import rand_augment
 
 FILL = (0.485, 0.456, 0.406)

@@ -14,7 +14,7 @@ from itertools import permutations
 from typing import Literal
 
 from data_pipeline.order import keyed
-from data_pipeline.rand_augment import RandAugment, draw_rand_augment
+from data_pipeline.samples.rand_augment import RandAugment, draw_rand_augment
 
 Value = bool | int | float | tuple[int, ...] | tuple[float, ...]
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
