@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch, BatchSpec, Sample, TokenSpec
+from data_pipeline.datasets.mixture import Mixture, has_soft_labels
+from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.selection import soft_classes
 from data_pipeline.errors import DataError, FieldError, SampleError
-from data_pipeline.mixture import Mixture, has_soft_labels
-from data_pipeline.read import Dataset
 from data_pipeline.samples.captions import Captions
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.samples.draws import Augmentation, Value, draw
 from data_pipeline.samples.views import Image, ViewSpec, evaluation_size, evaluation_view, patch_mask, training_view
-from data_pipeline.selection import soft_classes
 from data_pipeline.shards.index import IMAGE_FIELDS, LABEL_FIELD
 
 

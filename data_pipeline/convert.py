@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.datasets.folders import KINDS, Entry, Reader, open_source
 from data_pipeline.errors import SampleError, SourceError
 from data_pipeline.intake import Intake
 from data_pipeline.layout import arrange
@@ -20,7 +21,6 @@ from data_pipeline.reshard import are_shards, open_shards
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.row_store import Rows
 from data_pipeline.shards.write import Record, check_output, split_evenly, write_dataset
-from data_pipeline.sources import KINDS, Entry, Reader, open_source
 from data_pipeline.tables import Columns, is_table, open_table
 
 

@@ -8,11 +8,11 @@ from itertools import count
 
 from data_pipeline.assemble import Assembler, Canvas, check
 from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.datasets.mixture import order_of
+from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import DataError, RunError, SampleError
-from data_pipeline.mixture import order_of
 from data_pipeline.order.order import SampleOrder
 from data_pipeline.order.repeats import Repeated
-from data_pipeline.read import Dataset
 from data_pipeline.remote.prefetch import prefetched
 from data_pipeline.samples.captions import Captions
 from data_pipeline.samples.draws import Augmentation, Mixing, draw_mix

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import FieldError
 from data_pipeline.progress import track
-from data_pipeline.read import ShardDataset
 from data_pipeline.remote.cache import DEFAULT, CacheSpec
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.shards.index import CAPTION_FIELD, IMAGE_FIELDS, LABEL_FIELD

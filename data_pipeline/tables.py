@@ -21,6 +21,7 @@ from typing import Any, TextIO, cast
 import pyarrow as pa
 from pyarrow import parquet as pq
 
+from data_pipeline.datasets.folders import MAX_IMAGE_BYTES
 from data_pipeline.errors import SampleError, SourceError
 from data_pipeline.intake import Intake
 from data_pipeline.layout import UniqueKeys
@@ -29,7 +30,6 @@ from data_pipeline.shards.row_store import Rows, Spool, SpoolReader
 from data_pipeline.shards.scan import MAX_LABEL
 from data_pipeline.shards.strict_tar import is_utf8
 from data_pipeline.shards.write import Record
-from data_pipeline.sources import MAX_IMAGE_BYTES
 
 DELIMITERS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 IMAGE_NAMES = ("image", "path", "filepath", "file_path", "image_path", "file_name", "filename")

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.datasets.mixture import open_training
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError
-from data_pipeline.mixture import open_training
-from data_pipeline.read import open_dataset
 from launch.chain_recipe import Chain, Stage, load_chain, overrides_of
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import dump, load_recipe

@@ -79,8 +79,8 @@ def show(recipe_path: RecipePath, overrides: Overrides = None, num_ranks: NumRan
 
     recipe = load_recipe(recipe_path, overrides)
     split_batch(recipe, num_ranks)
+    from data_pipeline.datasets.mixture import open_training
     from data_pipeline.errors import DataError
-    from data_pipeline.mixture import open_training
 
     try:
         num_samples = open_training(recipe.data.train, recipe.data.cache.spec()).num_samples

@@ -192,7 +192,7 @@ def _logged_step(out: Path) -> int:
 
 
 def _judge(out: Path, train: Path, test: Path) -> list[Comparison]:
-    from data_pipeline.read import open_dataset
+    from data_pipeline.datasets.read import open_dataset
     from pretrain.evals.knn import Knn
     from pretrain.evals.linear import Linear, LinearConfig
     from pretrain.evals.sources import load_source

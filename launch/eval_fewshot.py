@@ -41,7 +41,7 @@ def fewshot(
     how: How,
 ) -> None:
     """A simple classifier on a few labels of each class, on frozen features, over several draws."""
-    from data_pipeline.read import open_dataset
+    from data_pipeline.datasets.read import open_dataset
     from pretrain.evals.fewshot import Fewshot, FewshotConfig
 
     if shots and fraction:

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_pipeline.datasets.mixture import open_training
 from data_pipeline.errors import RunError
-from data_pipeline.mixture import open_training
 from launch.cluster import Cluster
 from launch.job_folder import JobFolder
 from launch.slurm import AT_WORK, WAITING, job_states

@@ -32,7 +32,7 @@ def knn(
     how: How,
 ) -> None:
     """Exact weighted k nearest neighbours on L2-normalised features (1805.01978)."""
-    from data_pipeline.read import open_dataset
+    from data_pipeline.datasets.read import open_dataset
     from pretrain.evals.knn import Knn
     from pretrain.recipe import InlineKnn
 

@@ -154,7 +154,7 @@ def linear(
     how: How,
 ) -> None:
     """Linear probe: a grid trained side by side, chosen on a split of the training set, tested once."""
-    from data_pipeline.read import open_dataset
+    from data_pipeline.datasets.read import open_dataset
     from pretrain.evals.linear import Linear
 
     how.begin(context)

@@ -100,7 +100,7 @@ def zeroshot(
     how: How,
 ) -> None:
     """Zero-shot classification: the class whose prompts are nearest to the image (2103.00020)."""
-    from data_pipeline.read import open_dataset
+    from data_pipeline.datasets.read import open_dataset
     from pretrain.evals.zeroshot import Prompts, ZeroShot, named_classes
 
     how.begin(context)
@@ -131,7 +131,7 @@ def retrieval(
     how: How,
 ) -> None:
     """Recall at 1, 5, 10 of images by captions and of captions by images, exact."""
-    from data_pipeline.read import open_dataset
+    from data_pipeline.datasets.read import open_dataset
     from pretrain.evals.retrieval import Retrieval
     from pretrain.recipe import Captions
 

@@ -220,8 +220,8 @@ def _see(folder: JobFolder, token: str, node: Node) -> None:
 
 
 def _check_data(recipe: Recipe, node: Node) -> None:
-    from data_pipeline.mixture import open_training
-    from data_pipeline.read import open_dataset
+    from data_pipeline.datasets.mixture import open_training
+    from data_pipeline.datasets.read import open_dataset
 
     cache = recipe.data.cache.spec()
     try:

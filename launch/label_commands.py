@@ -13,8 +13,8 @@ from launch.eval_options import BatchSize, Device, DeviceOption, Precision, Prec
 if TYPE_CHECKING:
     import numpy as np
 
+    from data_pipeline.datasets.selection import Selection
     from data_pipeline.order.order import Integers
-    from data_pipeline.selection import Selection
 
 LABEL_EXAMPLES = (
     "pretrain data label data/unlabelled labels/round1 --teacher runs/teacher",
@@ -47,8 +47,8 @@ def label(
     A number takes 2 bytes: of 1,000 classes an image takes 2 kB, or 64 bytes with --top-k 10. Train on them with
     `data.train: [{path: SHARDS, labels: OUT}]`. Interrupted, it goes on when it is given again.
     """
-    from data_pipeline.read import open_dataset
-    from data_pipeline.selection import shards_of
+    from data_pipeline.datasets.read import open_dataset
+    from data_pipeline.datasets.selection import shards_of
     from launch.eval_options import device_of
     from pretrain.pseudo_label import Labelling, load_teacher
     from pretrain.pseudo_label import label as write_labels
@@ -93,7 +93,7 @@ def select(
     `labels` stays beside `select`. --top-k: billion-scale semi-supervised learning (1905.00546); each listed image is
     labelled with the class that it is listed under. On shards, --per-class draws a small labelled set at random.
     """
-    from data_pipeline.labels import FILE_NAME
+    from data_pipeline.datasets.soft_labels import FILE_NAME
 
     if (Path(source) / FILE_NAME).is_file():
         selection = _by_labels(source, threshold, per_class, top_k, per_image, without)
@@ -111,8 +111,8 @@ def _by_labels(
     per_image: int,
     without: Path | None,
 ) -> Selection:
-    from data_pipeline.choose import confident, ranked
-    from data_pipeline.labels import open_labels
+    from data_pipeline.datasets.choose import confident, ranked
+    from data_pipeline.datasets.soft_labels import open_labels
 
     check_choice(source, True, threshold, per_class, top_k)
     labels = open_labels(source)
@@ -126,9 +126,9 @@ def _by_labels(
 def _by_truth(
     source: str, threshold: float | None, per_class: int | None, top_k: int | None, without: Path | None, seed: int
 ) -> Selection:
-    from data_pipeline.choose import labelled
-    from data_pipeline.read import open_dataset
-    from data_pipeline.selection import shards_of
+    from data_pipeline.datasets.choose import labelled
+    from data_pipeline.datasets.read import open_dataset
+    from data_pipeline.datasets.selection import shards_of
 
     check_choice(source, False, threshold, per_class, top_k)
     assert per_class is not None
@@ -157,7 +157,7 @@ def check_choice(
 
 
 def _indices(path: Path, fingerprint: str) -> Integers:
-    from data_pipeline.selection import Selection
+    from data_pipeline.datasets.selection import Selection
 
     selection, _ = Selection.load(path)
     if selection.data_fingerprint != fingerprint:

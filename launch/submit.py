@@ -17,10 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.datasets.mixture import open_training
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import InputError, RecipeError, RunError
-from data_pipeline.mixture import open_training
-from data_pipeline.read import open_dataset
 from launch.checks.slurm_cluster import slurm, would_take
 from launch.cluster import Cluster, load_cluster
 from launch.job import Job

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError, RecipeError
-from data_pipeline.read import open_dataset
 from launch.eval_run import words_of
 from pretrain.evals.suite import FEATURES, HOW, KEPT, Option, Suite, nearest, result_path
 from pretrain.run_folder import COMPLETE, sha256_of

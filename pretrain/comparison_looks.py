@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.errors import CheckpointError, InputError, PretrainError
-from data_pipeline.read import Dataset, open_dataset
 from pretrain.comparison_figures import draw_principal_axes
 from pretrain.evals.base import EvalReport
 from pretrain.evals.encoder import Encoder

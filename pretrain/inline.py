@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
+from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.samples.captions import Captions
 from data_pipeline.samples.views import ViewSpec
 from pretrain.collectives import World, from_main, side_group, sum_over_ranks

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline.batch import BatchSpec
+from data_pipeline.datasets.read import Dataset
 from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
-from data_pipeline.read import Dataset
 from pretrain.augment import normalize
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Features, full_precision, untouched

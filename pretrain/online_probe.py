@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from data_pipeline.assemble import check
 from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.datasets.mixture import Mixture
+from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.selection import soft_classes
 from data_pipeline.errors import FieldError, InputError
-from data_pipeline.mixture import Mixture
-from data_pipeline.read import Dataset
-from data_pipeline.selection import soft_classes
 from pretrain import recipe
 from pretrain.checkpoint import BESIDE
 from pretrain.collectives import sum_over_ranks

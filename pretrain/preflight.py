@@ -10,9 +10,9 @@ import torch
 
 from data_pipeline.assemble import check
 from data_pipeline.batch import BatchSpec
+from data_pipeline.datasets.mixture import open_training
+from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.errors import RecipeError
-from data_pipeline.mixture import open_training
-from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.remote.prefetch import check_room
 from data_pipeline.samples.captions import Captions
 from pretrain.augment import augmentations, mixing

@@ -1,4 +1,4 @@
-"""A teacher's soft labels for shards: what it says of every image, in a folder beside them (data_pipeline/labels.py).
+"""A teacher's soft labels for shards: what it says of every image, in a folder beside them (data_pipeline/datasets/soft_labels.py).
 
 The teacher sees evaluation views and no noise, with the averages of its weights where its run keeps them.
 """
@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
-from data_pipeline.durable import claimed, durable_file
-from data_pipeline.errors import CheckpointError, DataError, InputError, RunError
-from data_pipeline.labels import (
+from data_pipeline.datasets.read import ShardDataset
+from data_pipeline.datasets.soft_labels import (
     Described,
     ShardLabels,
     SoftLabels,
@@ -29,9 +28,10 @@ from data_pipeline.labels import (
     read_file,
     write_labels_file,
 )
+from data_pipeline.durable import claimed, durable_file
+from data_pipeline.errors import CheckpointError, DataError, InputError, RunError
 from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
-from data_pipeline.read import ShardDataset
 from data_pipeline.samples.views import ViewSpec
 from data_pipeline.shards.manifest import PLAN_NAME
 from pretrain.augment import normalize

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from data_pipeline.datasets.mixture import open_training
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import CheckpointError, InputError
-from data_pipeline.mixture import open_training
-from data_pipeline.read import open_dataset
 from pretrain.checkpoint import complete_checkpoints, module_state, read_state
 from pretrain.comparison import difference
 from pretrain.evals.base import EvalReport, Interval

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from data_pipeline.datasets.read import Dataset
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.read import Dataset
 from data_pipeline.samples.views import ViewSpec
 from pretrain.augment import normalize
 from pretrain.objectives.masked import Painter

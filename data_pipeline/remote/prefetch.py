@@ -12,13 +12,13 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from data_pipeline.datasets.mixture import Mixture
+from data_pipeline.datasets.read import Dataset, ShardDataset
+from data_pipeline.datasets.selection import beneath
 from data_pipeline.errors import DataError, PretrainError
-from data_pipeline.mixture import Mixture
 from data_pipeline.order.order import Integers, SampleOrder
-from data_pipeline.read import Dataset, ShardDataset
 from data_pipeline.remote.cache import CacheSpec
 from data_pipeline.remote.fetch import Remote, stop_thread_with
-from data_pipeline.selection import beneath
 
 _THREADS = 4
 _LONGEST_GOODBYE = 2.0  # seconds; only a server that is silent makes it long

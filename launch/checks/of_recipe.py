@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.datasets.mixture import Mixture, open_training
+from data_pipeline.datasets.read import Dataset, ShardDataset
+from data_pipeline.datasets.selection import beneath
 from data_pipeline.errors import PretrainError
-from data_pipeline.mixture import Mixture, open_training
-from data_pipeline.read import Dataset, ShardDataset
 from data_pipeline.remote.fetch import remote_url
-from data_pipeline.selection import beneath
 from data_pipeline.shards.manifest import Manifest, load_manifest
 from launch.checks import machine
 from launch.checks.finding import Finding, error, gigabytes, of_error, ok, warning

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import BatchSpec
+from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import InputError, RunError
 from data_pipeline.loader import StepData, TrainLoader
-from data_pipeline.read import Dataset
 from data_pipeline.samples.views import ViewSpec
 from pretrain.collectives import gather_rows
 from pretrain.evals.encoder import Encoder

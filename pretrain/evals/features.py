@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import CheckpointError, RunError
 from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
-from data_pipeline.read import Dataset
 from pretrain.augment import normalize
 from pretrain.collectives import barrier, from_main
 from pretrain.evals.encoder import Encoder

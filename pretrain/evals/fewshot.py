@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import InputError
 from data_pipeline.progress import track
-from data_pipeline.read import Dataset
 from pretrain.evals import knn
 from pretrain.evals.base import EvalReport, Evaluator, classification_report
 from pretrain.evals.encoder import Encoder

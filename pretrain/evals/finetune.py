@@ -10,8 +10,8 @@ from time import perf_counter
 import numpy as np
 from torch import nn
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError, RecipeError, RunError
-from data_pipeline.read import open_dataset
 from data_pipeline.samples.views import ViewSpec
 from pretrain.checkpoint import complete_checkpoints, module_state, read_state
 from pretrain.evals.base import EvalReport, Evaluator, outcomes_of, report_of

@@ -8,8 +8,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import InputError
-from data_pipeline.read import Dataset
 from pretrain.evals.base import EvalReport, Evaluator, classification_report
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction

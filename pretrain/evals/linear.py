@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import InputError, RunError
-from data_pipeline.read import Dataset
 from pretrain.collectives import from_main
 from pretrain.evals.base import EvalReport, Evaluator, classification_report
 from pretrain.evals.encoder import Encoder

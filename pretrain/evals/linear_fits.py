@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from data_pipeline.selection import Subset
+from data_pipeline.datasets.selection import Subset
 from pretrain.evals.augmented import augmented_examples, augmented_views
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction

@@ -8,9 +8,9 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import FieldError, InputError
 from data_pipeline.progress import track
-from data_pipeline.read import Dataset
 from data_pipeline.samples.captions import read_captions
 from pretrain.evals.base import EvalReport, outcomes_of, report_of
 from pretrain.evals.features import Extraction, full_precision

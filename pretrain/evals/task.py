@@ -8,8 +8,8 @@ from time import perf_counter
 
 from torch import Tensor
 
+from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import FieldError, InputError
-from data_pipeline.read import Dataset
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, Features
 from pretrain.evals.readout import OWN, Readout

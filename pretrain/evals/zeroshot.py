@@ -16,8 +16,8 @@ from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TE
 from torch import Tensor
 from torch.nn import functional as F
 
+from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import FieldError, InputError
-from data_pipeline.read import Dataset
 from pretrain.evals.base import EvalReport, outcomes_of, report_of
 from pretrain.evals.features import Extraction, full_precision
 from pretrain.evals.neighbours import nearest

@@ -33,7 +33,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, SGDClassifier
 from torch import Tensor
 
-from data_pipeline.read import Dataset, open_dataset
+from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.samples.views import ViewSpec
 from pretrain.evals.augmented import augmented_examples, augmented_views
 from pretrain.evals.encoder import Encoder

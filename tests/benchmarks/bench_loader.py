@@ -35,10 +35,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from data_pipeline.batch import BatchSpec
+from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.loader import TrainLoader
 from data_pipeline.order import keyed
 from data_pipeline.order.order import Order
-from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.samples.views import Box, ViewSpec, crop_box
 from data_pipeline.shards.scan import index_shards
 

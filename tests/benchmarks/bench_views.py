@@ -29,8 +29,8 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.loader import TrainLoader
-from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.samples.draws import Augmentation, Blur, Jitter
 from data_pipeline.samples.views import ViewSpec
 from pretrain.augment import prepare

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import BatchSpec, TokenSpec
+from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import DataError, FieldError, SampleError
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.read import ShardDataset
 from data_pipeline.samples.captions import Captions, read_captions
 from data_pipeline.samples.views import ViewSpec
 from tests.data_pipeline.tiny import loader, photo, steps, write_shards

@@ -12,11 +12,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import choose
-from data_pipeline.choose import confident, labelled, ranked
+from data_pipeline.datasets import choose
+from data_pipeline.datasets.choose import confident, labelled, ranked
+from data_pipeline.datasets.selection import Selection
+from data_pipeline.datasets.soft_labels import (
+    Described,
+    ShardLabels,
+    SoftLabels,
+    file_name,
+    read_file,
+    write_labels_file,
+)
 from data_pipeline.errors import DataError
-from data_pipeline.labels import Described, ShardLabels, SoftLabels, file_name, read_file, write_labels_file
-from data_pipeline.selection import Selection
 from tests.data_pipeline.tiny import write_shards
 
 SOME = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

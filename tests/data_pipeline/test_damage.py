@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.batch import BatchSpec, TokenSpec
+from data_pipeline.datasets.mixture import Mixture, Source
+from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.loader import StepData, TrainLoader
-from data_pipeline.mixture import Mixture, Source
-from data_pipeline.read import ShardDataset
 from data_pipeline.samples.captions import Captions
 from tests.data_pipeline.test_captions import Codes
 from tests.data_pipeline.tiny import Row, loader, photo, rows_of, write_shards

@@ -16,8 +16,8 @@ from scipy import stats
 from timm.data import auto_augment
 
 from data_pipeline.batch import Batch
+from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import DataError
-from data_pipeline.read import ShardDataset
 from data_pipeline.samples.draws import NO_BOX, Augmentation, Blur, Erasing, Jitter, Mixing, Value, draw, draw_mix
 from data_pipeline.samples.rand_augment import RandAugment, RandOp, argument_of
 from tests.data_pipeline.tiny import SPEC, loader, steps, write_shards

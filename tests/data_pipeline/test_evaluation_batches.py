@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.datasets.read import Dataset, ShardDataset
 from data_pipeline.errors import FieldError, SampleError
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.read import Dataset, ShardDataset
 from data_pipeline.samples.views import ViewSpec
 from tests.data_pipeline.tiny import SPEC, rows, write_shards
 

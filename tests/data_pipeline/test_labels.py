@@ -16,12 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.batch import BatchSpec
-from data_pipeline.choose import confident, labelled, ranked
+from data_pipeline.datasets.choose import confident, labelled, ranked
+from data_pipeline.datasets.mixture import open_training
+from data_pipeline.datasets.read import Dataset, ShardDataset
+from data_pipeline.datasets.selection import Selected, Selection, Subset, beneath
+from data_pipeline.datasets.soft_labels import (
+    Described,
+    ShardLabels,
+    SoftLabels,
+    crc32_of,
+    file_name,
+    read_file,
+    write_labels_file,
+)
 from data_pipeline.errors import DataError, FieldError, ManifestError, SampleError, ShardError
-from data_pipeline.labels import Described, ShardLabels, SoftLabels, crc32_of, file_name, read_file, write_labels_file
-from data_pipeline.mixture import open_training
-from data_pipeline.read import Dataset, ShardDataset
-from data_pipeline.selection import Selected, Selection, Subset, beneath
 from tests.data_pipeline.tiny import loader, rows_of, steps, write_shards
 
 SIZES = [5, 0, 7, 6]

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
+from data_pipeline.datasets.folders import open_source
 from data_pipeline.errors import SourceError
 from data_pipeline.layout import arrange, unique_keys
-from data_pipeline.sources import open_source
 
 HERE = Path("source")
 

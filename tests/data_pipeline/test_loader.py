@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.batch import BatchSpec
+from data_pipeline.datasets.read import ShardDataset, open_dataset
 from data_pipeline.errors import DataError, FieldError, RunError, ShardError
 from data_pipeline.loader import BadSample, StepData
 from data_pipeline.order.order import Order
-from data_pipeline.read import ShardDataset, open_dataset
 from data_pipeline.samples.views import ViewSpec, training_view
 from data_pipeline.shards.scan import index_shards
 from tests.data_pipeline.tiny import SPEC, Row, loader, photo, rows_of, steps, write_shards

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.datasets.mixture import PERIOD, MixedOrder, Mixture, Source, _slots, open_training, order_of
+from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import DataError, FieldError
-from data_pipeline.mixture import PERIOD, MixedOrder, Mixture, Source, _slots, open_training, order_of
 from data_pipeline.order import keyed
 from data_pipeline.order.order import Order
-from data_pipeline.read import ShardDataset
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.samples.views import ViewSpec, training_view
 from tests.data_pipeline.tiny import SPEC, loader, rows_of, steps, write_shards

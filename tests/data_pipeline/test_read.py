@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_pipeline import read
 from data_pipeline.batch import Sample
+from data_pipeline.datasets import read
+from data_pipeline.datasets.folders import open_source
+from data_pipeline.datasets.read import Dataset, FolderDataset, ShardDataset, open_dataset
+from data_pipeline.datasets.selection import Subset
 from data_pipeline.errors import DataError, SampleError, ShardError
-from data_pipeline.read import Dataset, FolderDataset, ShardDataset, open_dataset
-from data_pipeline.selection import Subset
 from data_pipeline.shards.scan import index_shards
-from data_pipeline.sources import open_source
 from tests.data_pipeline.tiny import photo, write_shards
 
 

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline.datasets.mixture import Mixture, Source
+from data_pipeline.datasets.read import ShardDataset, open_dataset
+from data_pipeline.datasets.selection import Subset
 from data_pipeline.errors import DataError, ManifestError, PretrainError, RunError, ShardError
-from data_pipeline.mixture import Mixture, Source
 from data_pipeline.order.order import Order
-from data_pipeline.read import ShardDataset, open_dataset
 from data_pipeline.remote import fetch as remote
 from data_pipeline.remote.cache import Cache, CacheSpec
 from data_pipeline.remote.prefetch import Prefetcher, check_room, remote_parts
-from data_pipeline.selection import Subset
 from data_pipeline.shards import manifest
 from data_pipeline.shards.scan import index_shards
 from data_pipeline.stats import stats

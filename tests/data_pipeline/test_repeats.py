@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.order.order import Order
 from data_pipeline.order.repeats import Repeated
-from data_pipeline.read import ShardDataset
 from data_pipeline.samples.draws import Augmentation, Mixing
 from tests.data_pipeline.tiny import loader, rows_of, steps, write_shards
 

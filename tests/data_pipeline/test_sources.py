@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from data_pipeline import sources
+from data_pipeline.datasets import folders as sources
+from data_pipeline.datasets.folders import open_source
 from data_pipeline.errors import SampleError, SourceError
-from data_pipeline.sources import open_source
 from tests.data_pipeline.archives import PACKINGS, as_folder, as_tar, as_tar_gz, as_zip, class_folders, jpeg
 
 EXTRAS = {"cat/notes.txt": b"text", "__MACOSX/cat/._0000.jpg": b"", ".hidden/a.jpg": b"", "cat/._x.jpg": b""}

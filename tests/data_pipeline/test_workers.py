@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import RunError
-from data_pipeline.read import ShardDataset
 from data_pipeline.workers import entries
 from tests.data_pipeline.tiny import loader, write_shards
 

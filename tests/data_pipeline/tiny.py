@@ -15,8 +15,8 @@ import webdataset
 from PIL import Image
 
 from data_pipeline.batch import Batch, BatchSpec, MaskSpec
+from data_pipeline.datasets.read import Dataset, ShardDataset, open_dataset
 from data_pipeline.loader import StepData, TrainLoader
-from data_pipeline.read import Dataset, ShardDataset, open_dataset
 from data_pipeline.samples.views import ViewSpec
 from data_pipeline.shards.scan import index_shards
 

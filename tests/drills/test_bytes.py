@@ -12,8 +12,8 @@ import tarfile
 import numpy as np
 import pytest
 
+from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import SampleError, ShardError
-from data_pipeline.read import ShardDataset
 from data_pipeline.shards.manifest import Manifest, load_manifest
 from data_pipeline.shards.scan import scan_shard
 from data_pipeline.verify import verify

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import PretrainError
-from data_pipeline.read import ShardDataset
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest, load_manifest
 from data_pipeline.shards.scan import index_shards, scan_shard

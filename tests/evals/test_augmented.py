@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
-from data_pipeline.read import open_dataset
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.samples.views import training_view
 from pretrain.collectives import World

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import DataError, InputError
-from data_pipeline.read import open_dataset
 from data_pipeline.shards.scan import index_shards
 from pretrain.evals.base import EvalReport
 from pretrain.evals.features import Extraction

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
-from data_pipeline.read import open_dataset
 from pretrain.evals.base import EvalReport, Outcomes, compare, paired_interval
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import Knn

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import CheckpointError, FieldError, InputError
-from data_pipeline.read import open_dataset
 from data_pipeline.shards.scan import index_shards
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, Features, full_precision

@@ -18,8 +18,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler, normalize
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
-from data_pipeline.read import open_dataset
 from pretrain.evals import fewshot
 from pretrain.evals.base import EvalReport
 from pretrain.evals.encoder import Encoder

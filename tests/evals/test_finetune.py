@@ -15,8 +15,8 @@ import torch
 import typer
 from safetensors.torch import save_file
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import CheckpointError, InputError, RecipeError, RunError
-from data_pipeline.read import open_dataset
 from launch import eval_finetune
 from pretrain.demand import STOPPED
 from pretrain.evals.base import EvalReport

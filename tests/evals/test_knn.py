@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
-from data_pipeline.read import open_dataset
 from launch.eval_commands import app
 from pretrain.collectives import World
 from pretrain.evals import knn

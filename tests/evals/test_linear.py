@@ -13,8 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError, RunError
-from data_pipeline.read import open_dataset
 from pretrain.evals import linear_fits
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, Features

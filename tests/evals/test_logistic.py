@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from data_pipeline.read import open_dataset
+from data_pipeline.datasets.read import open_dataset
 from pretrain.evals import logistic
 from pretrain.evals.features import Extraction
 from pretrain.evals.linear import Linear

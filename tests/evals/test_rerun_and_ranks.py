@@ -15,8 +15,8 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
-from data_pipeline.read import open_dataset
 from launch.eval_commands import app
 from launch.eval_rerun import differences
 from launch.eval_run import words_of

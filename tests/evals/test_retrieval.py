@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import FieldError, SampleError
-from data_pipeline.read import open_dataset
 from data_pipeline.shards.scan import index_shards
 from pretrain.evals.features import Extraction
 from pretrain.evals.pairs import image_side

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.procedural.make import make
-from data_pipeline.read import open_dataset
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources import load_source
 from pretrain.evals.tower_sources import load_towers

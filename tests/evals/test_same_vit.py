@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor
 
-from data_pipeline.read import open_dataset
+from data_pipeline.datasets.read import open_dataset
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction
 from pretrain.evals.knn import Knn

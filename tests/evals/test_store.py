@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
-from data_pipeline.read import open_dataset
 from pretrain import versions
 from pretrain.collectives import World
 from pretrain.evals import store as store_module

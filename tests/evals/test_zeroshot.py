@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import FieldError, InputError
 from data_pipeline.procedural.make import make
 from data_pipeline.procedural.shapes import HELD_OUT
-from data_pipeline.read import open_dataset
 from data_pipeline.shards.scan import index_shards
 from pretrain.evals.base import EvalReport
 from pretrain.evals.features import Extraction

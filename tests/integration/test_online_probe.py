@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.procedural.make import make
-from data_pipeline.read import open_dataset
 from data_pipeline.samples.views import ViewSpec
 from pretrain.augment import prepare
 from pretrain.checkpoint import Tensors, complete_checkpoints, digests, module_state

@@ -11,8 +11,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.read import open_dataset
 from data_pipeline.samples.views import ViewSpec
 from pretrain.augment import prepare
 from pretrain.checkpoint import Tensors

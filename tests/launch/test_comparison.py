@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
-from data_pipeline.read import open_dataset
 from launch.report_command import load_judged, report
 from launch.suite_run import run_suite
 from pretrain.comparison import compare_results, difference, table_csv, table_markdown

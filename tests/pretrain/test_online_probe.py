@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import FieldError
-from data_pipeline.read import open_dataset
 from pretrain import checkpoint
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World

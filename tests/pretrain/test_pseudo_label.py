@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from data_pipeline.datasets.read import ShardDataset, open_dataset
+from data_pipeline.datasets.soft_labels import SoftLabels, file_name
 from data_pipeline.errors import CheckpointError, DataError, InputError, PretrainError, RunError
-from data_pipeline.labels import SoftLabels, file_name
-from data_pipeline.read import ShardDataset, open_dataset
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.samples.views import ViewSpec, evaluation_view
 from launch import cli

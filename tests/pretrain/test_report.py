@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.errors import CheckpointError, InputError, RecipeError
-from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.samples.views import ViewSpec
 from pretrain import report

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.datasets.read import ShardDataset
+from data_pipeline.datasets.selection import Selection
+from data_pipeline.datasets.soft_labels import SoftLabels
 from data_pipeline.errors import DataError
-from data_pipeline.labels import SoftLabels
 from data_pipeline.order import keyed
 from data_pipeline.order.order import Integers
-from data_pipeline.read import ShardDataset
-from data_pipeline.selection import Selection
 
 Scores = NDArray[np.float16]
 

@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.batch import Sample
+from data_pipeline.datasets.folders import IMAGE_SUFFIXES, is_hidden, is_image, list_folder
 from data_pipeline.errors import DataError, SampleError, ShardError
 from data_pipeline.remote.cache import DEFAULT, CacheSpec
 from data_pipeline.remote.fetch import Remote, remote_url
 from data_pipeline.shards.index import IMAGE_FIELDS, LABEL_FIELD, MISSING
 from data_pipeline.shards.manifest import FILE_NAME, PLAN_NAME, Manifest, load_manifest, local_path
 from data_pipeline.shards.scan import PICKLE_FIELDS
-from data_pipeline.sources import IMAGE_SUFFIXES, is_hidden, is_image, list_folder
 
 _OPEN_SHARDS = 128  # per process; a step reads one shard per lane, mostly
 

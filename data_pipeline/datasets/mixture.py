@@ -23,13 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.batch import Sample
+from data_pipeline.datasets.read import Dataset, open_dataset
+from data_pipeline.datasets.selection import Selected, soft_classes
+from data_pipeline.datasets.soft_labels import SoftLabelled, open_labels
 from data_pipeline.errors import DataError, FieldError
-from data_pipeline.labels import SoftLabelled, open_labels
 from data_pipeline.order import keyed
 from data_pipeline.order.order import Integers, Order, SampleOrder
-from data_pipeline.read import Dataset, open_dataset
 from data_pipeline.remote.cache import DEFAULT, CacheSpec
-from data_pipeline.selection import Selected, soft_classes
 
 PERIOD = 2**16
 

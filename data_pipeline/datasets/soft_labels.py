@@ -24,9 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from safetensors.numpy import save
 
 from data_pipeline.batch import Sample
+from data_pipeline.datasets.read import Dataset, ShardDataset
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import DataError, FieldError, ManifestError, SampleError, ShardError
-from data_pipeline.read import Dataset, ShardDataset
 from data_pipeline.shards.manifest import PLAN_NAME
 
 FILE_NAME = "labels.json"

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from data_pipeline.batch import Sample
+from data_pipeline.datasets.read import Dataset, ShardDataset
+from data_pipeline.datasets.soft_labels import SoftLabelled, map_safetensors
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import FieldError, ManifestError
-from data_pipeline.labels import SoftLabelled, map_safetensors
 from data_pipeline.order.order import Integers
-from data_pipeline.read import Dataset, ShardDataset
 
 FORMAT = "pretrain selection 1"
 
