@@ -159,10 +159,10 @@ def convert(
     caption, its label, or both. Shards, such as img2dataset writes, keep their members and are laid out anew.
     Nothing is unpacked or downloaded. Interrupted, it goes on when it is given again.
     """
-    from data_pipeline.convert import ConvertOptions
-    from data_pipeline.convert import convert as convert_images
+    from data_pipeline.ingest.convert import ConvertOptions
+    from data_pipeline.ingest.convert import convert as convert_images
+    from data_pipeline.ingest.tables import Columns
     from data_pipeline.parallel import num_cores
-    from data_pipeline.tables import Columns
 
     options = ConvertOptions(shard_size, short_side, split_by_folder, shuffle, seed, max_pixels)
     columns = Columns(image_column, caption_column, label_column, root, allow_outside)

@@ -19,9 +19,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_pipeline.convert import Conversion, ConvertOptions, convert
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import DataError, RunError, SourceError
+from data_pipeline.ingest.convert import Conversion, ConvertOptions, convert
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.write import split_evenly
 from tests.data_pipeline.archives import PACKINGS, as_folder, as_tar_gz, class_folders, contents, jpeg
@@ -326,5 +326,5 @@ def test_split_evenly(count: int, size: int) -> None:
 
 def test_converting_does_not_load_torch() -> None:
     """Its processes are spawned, each of which would load it anew: seconds, and hundreds of megabytes."""
-    command = "import sys, data_pipeline.convert; sys.exit('torch' in sys.modules)"
+    command = "import sys, data_pipeline.ingest.convert; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0

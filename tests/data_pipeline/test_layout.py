@@ -11,7 +11,7 @@ from webdataset.tariterators import base_plus_ext
 
 from data_pipeline.datasets.folders import open_source
 from data_pipeline.errors import SourceError
-from data_pipeline.layout import arrange, unique_keys
+from data_pipeline.ingest.layout import arrange, unique_keys
 
 HERE = Path("source")
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import webdataset
 
-from data_pipeline.convert import ConvertOptions, convert
 from data_pipeline.errors import DataError, ShardError, SourceError
+from data_pipeline.ingest.convert import ConvertOptions, convert
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.scan import index_shards
 from data_pipeline.stats import _caption, stats

@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_pipeline.convert import ConvertOptions, convert
 from data_pipeline.errors import DataError, SourceError
-from data_pipeline.intake import Intake
-from data_pipeline.layout import UniqueKeys
+from data_pipeline.ingest.convert import ConvertOptions, convert
+from data_pipeline.ingest.image_normalizer import Intake
+from data_pipeline.ingest.layout import UniqueKeys
+from data_pipeline.ingest.tables import Columns, _number, open_table
 from data_pipeline.shards.manifest import load_manifest
-from data_pipeline.tables import Columns, _number, open_table
 from tests.data_pipeline.archives import as_folder, contents, jpeg
 from tests.data_pipeline.test_convert import Killed, samples, shards
 

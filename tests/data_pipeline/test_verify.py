@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.convert import ConvertOptions, convert
 from data_pipeline.errors import FieldError, ManifestError
+from data_pipeline.ingest.convert import ConvertOptions, convert
 from data_pipeline.shards.scan import index_shards
 from data_pipeline.stats import stats
 from data_pipeline.verify import verify

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec, TokenSpec
-from data_pipeline.convert import ConvertOptions, convert
 from data_pipeline.errors import FieldError, InputError, RecipeError
-from data_pipeline.tables import Columns
+from data_pipeline.ingest.convert import ConvertOptions, convert
+from data_pipeline.ingest.tables import Columns
 from pretrain import preflight
 from pretrain import recipe as recipes
 from pretrain import run as run_module

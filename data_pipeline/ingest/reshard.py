@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_pipeline.errors import SampleError, SourceError
-from data_pipeline.intake import Intake
-from data_pipeline.layout import UniqueKeys
+from data_pipeline.ingest.image_normalizer import Intake
+from data_pipeline.ingest.layout import UniqueKeys
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
 from data_pipeline.samples.captions import read_captions

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from data_pipeline.datasets.folders import KINDS, Entry, Reader, open_source
 from data_pipeline.errors import SampleError, SourceError
-from data_pipeline.intake import Intake
-from data_pipeline.layout import arrange
+from data_pipeline.ingest.image_normalizer import Intake
+from data_pipeline.ingest.layout import arrange
+from data_pipeline.ingest.reshard import are_shards, open_shards
+from data_pipeline.ingest.tables import Columns, is_table, open_table
 from data_pipeline.order import keyed
-from data_pipeline.reshard import are_shards, open_shards
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.row_store import Rows
 from data_pipeline.shards.write import Record, check_output, split_evenly, write_dataset
-from data_pipeline.tables import Columns, is_table, open_table
 
 
 @dataclass(frozen=True)

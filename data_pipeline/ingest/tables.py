@@ -23,8 +23,8 @@ from pyarrow import parquet as pq
 
 from data_pipeline.datasets.folders import MAX_IMAGE_BYTES
 from data_pipeline.errors import SampleError, SourceError
-from data_pipeline.intake import Intake
-from data_pipeline.layout import UniqueKeys
+from data_pipeline.ingest.image_normalizer import Intake
+from data_pipeline.ingest.layout import UniqueKeys
 from data_pipeline.shards.index import CAPTION_FIELD, LABEL_FIELD
 from data_pipeline.shards.row_store import Rows, Spool, SpoolReader
 from data_pipeline.shards.scan import MAX_LABEL
