@@ -11,8 +11,8 @@ import typer
 from launch import label_commands
 
 if TYPE_CHECKING:
+    from data_pipeline.inspect.stats import Stats
     from data_pipeline.shards.manifest import Manifest
-    from data_pipeline.stats import Stats
 
 
 def _examples(*lines: str) -> str:
@@ -209,8 +209,8 @@ def index(
 def verify(shards: Shards, max_pixels: MaxPixels = 50_000_000, workers: Workers = 0) -> None:
     """Reads everything: hashes, tar headers, indexes, counts; decodes every image. Names each fault."""
     from data_pipeline.errors import ShardError
+    from data_pipeline.inspect.verify import verify as verify_shards
     from data_pipeline.parallel import num_cores
-    from data_pipeline.verify import verify as verify_shards
 
     found = verify_shards(shards, max_pixels=max_pixels, workers=workers or num_cores())
     for fault in found.faults:
@@ -235,7 +235,7 @@ def stats(
     max_pixels: MaxPixels = 50_000_000,
 ) -> None:
     """Tells counts, sizes, classes and the histogram of labels; draws a contact sheet."""
-    from data_pipeline.stats import stats as look_through
+    from data_pipeline.inspect.stats import stats as look_through
 
     found = look_through(shards, out, max_pixels=max_pixels)
     print("\n".join([_summary(found.manifest), *_sizes(found), *_histogram(found.manifest)]))

@@ -16,12 +16,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from data_pipeline.errors import DataError
+from data_pipeline.inspect.verify import verify
 from data_pipeline.procedural import fractals, shapes
 from data_pipeline.procedural.digits import Digits
 from data_pipeline.procedural.fractals import Fractals
 from data_pipeline.procedural.make import make
 from data_pipeline.procedural.shapes import COLORS, HELD_OUT, Shapes
-from data_pipeline.verify import verify
 from tests.data_pipeline.archives import contents
 
 KINDS = ("fractals", "shapes", "digits")

@@ -22,14 +22,14 @@ from data_pipeline.datasets.mixture import Mixture, Source
 from data_pipeline.datasets.read import ShardDataset, open_dataset
 from data_pipeline.datasets.selection import Subset
 from data_pipeline.errors import DataError, ManifestError, PretrainError, RunError, ShardError
+from data_pipeline.inspect.stats import stats
+from data_pipeline.inspect.verify import verify
 from data_pipeline.order.order import Order
 from data_pipeline.remote import fetch as remote
 from data_pipeline.remote.cache import Cache, CacheSpec
 from data_pipeline.remote.prefetch import Prefetcher, check_room, remote_parts
 from data_pipeline.shards import manifest
 from data_pipeline.shards.scan import index_shards
-from data_pipeline.stats import stats
-from data_pipeline.verify import verify
 from tests.data_pipeline.servers import FolderServer, bucket, served
 from tests.data_pipeline.test_read import all_samples
 from tests.data_pipeline.tiny import loader, rows_of, steps, write_shards

@@ -12,9 +12,9 @@ from PIL import Image
 
 from data_pipeline.errors import FieldError, ManifestError
 from data_pipeline.ingest.convert import ConvertOptions, convert
+from data_pipeline.inspect.stats import stats
+from data_pipeline.inspect.verify import verify
 from data_pipeline.shards.scan import index_shards
-from data_pipeline.stats import stats
-from data_pipeline.verify import verify
 from tests.data_pipeline.archives import as_folder, as_tar, class_folders, jpeg
 
 

@@ -14,9 +14,9 @@ import pytest
 
 from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import SampleError, ShardError
+from data_pipeline.inspect.verify import verify
 from data_pipeline.shards.manifest import Manifest, load_manifest
 from data_pipeline.shards.scan import scan_shard
-from data_pipeline.verify import verify
 from tests.data_pipeline.tiny import write_shards
 
 PATTERNS = (0x01, 0x80, 0xFF)

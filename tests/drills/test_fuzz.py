@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import PretrainError
+from data_pipeline.inspect.verify import verify
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest, load_manifest
 from data_pipeline.shards.scan import index_shards, scan_shard
-from data_pipeline.verify import verify
 from pretrain.recipe_io import dump, load_recipe
 from pretrain.strict_yaml import write_yaml
 from tests.data_pipeline.tiny import write_shards
