@@ -8,7 +8,7 @@ from typing import Any
 from data_pipeline.errors import InputError, PretrainError, RecipeError
 from launch.chain_folder import ChainFolder, fingerprint
 from launch.chain_recipe import Stage, words_of
-from pretrain.resolve import split_batch
+from pretrain.recipe.resolve import split_batch
 
 
 def check_chain(chain: ChainFolder, num_ranks: int) -> None:

@@ -17,11 +17,11 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError
 from launch.chain_recipe import Chain, Stage, load_chain, overrides_of
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import dump, load_recipe
-from pretrain.resolve import result_settings
+from pretrain.recipe.files import dump, load_recipe
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.resolve import result_settings
+from pretrain.recipe.strict_yaml import write_yaml
 from pretrain.run_folder import COMPLETE, complete_checkpoints, sha256_of
-from pretrain.strict_yaml import write_yaml
 
 _TAKEN = ("shards", "teacher", "source", "without", "encoder", "train", "test")  # keys that name what a stage reads
 

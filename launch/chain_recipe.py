@@ -14,9 +14,9 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from data_pipeline.errors import RecipeError
-from pretrain.recipe_group import Group
-from pretrain.recipe_io import as_tuples, read_tree
-from pretrain.recipe_problems import explain
+from pretrain.recipe.base import Group
+from pretrain.recipe.files import as_tuples, read_tree
+from pretrain.recipe.problems import explain
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 

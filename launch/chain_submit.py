@@ -14,7 +14,7 @@ from launch.cluster import Cluster, load_cluster
 from launch.job_folder import JobFolder
 from launch.slurm import slurm
 from launch.submit import check_folder, check_slurm, copy_code, digest_of_code, queue, refuse_running, script
-from pretrain.recipe_io import dump
+from pretrain.recipe.files import dump
 
 
 def submit_chain(path: Path, cluster_path: Path, out: Path | None, *, dry_run: bool = False) -> None:

@@ -74,8 +74,8 @@ def _options(
 )
 def show(recipe_path: RecipePath, overrides: Overrides = None, num_ranks: NumRanks = 1) -> None:
     """Prints a recipe with every value written out, and what follows from it at a number of processes."""
-    from pretrain.recipe_io import dump, load_recipe, resolved_yaml
-    from pretrain.resolve import resolve, split_batch
+    from pretrain.recipe.files import dump, load_recipe, resolved_yaml
+    from pretrain.recipe.resolve import resolve, split_batch
 
     recipe = load_recipe(recipe_path, overrides)
     split_batch(recipe, num_ranks)
@@ -115,7 +115,7 @@ def train(
 ) -> None:
     """Trains a recipe on this machine, or goes on with a run that was interrupted."""
     from pretrain import __main__ as rank
-    from pretrain.recipe_io import load_recipe
+    from pretrain.recipe.files import load_recipe
 
     recipe = load_recipe(recipe_path, overrides)
     out = out or rank.default_out(recipe)

@@ -21,9 +21,9 @@ import typer
 from data_pipeline.errors import InputError, RecipeError
 from data_pipeline.parallel import num_cores
 from data_pipeline.procedural.make import make
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import load_recipe
-from pretrain.resolve import differences, resolve
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.resolve import differences, resolve
 from pretrain.run_folder import is_claimed
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def _judge(out: Path, train: Path, test: Path) -> list[Comparison]:
     from pretrain.evals.knn import Knn
     from pretrain.evals.linear import Linear, LinearConfig
     from pretrain.evals.sources import load_source
-    from pretrain.recipe import InlineKnn
+    from pretrain.recipe.recipe import InlineKnn
     from pretrain.report import find_comparisons
 
     bank, queries = open_dataset(str(train)), open_dataset(str(test))

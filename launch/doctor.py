@@ -15,7 +15,7 @@ from launch.checks.slurm_cluster import slurm
 if TYPE_CHECKING:
     from launch.checks.of_recipe import Free
     from launch.cluster import Cluster
-    from pretrain.recipe import Recipe
+    from pretrain.recipe.recipe import Recipe
 
 
 def examine(
@@ -45,7 +45,7 @@ def findings(
     cluster: Cluster | None = None
     try:
         if recipe_path is not None:
-            from pretrain.recipe_io import load_recipe
+            from pretrain.recipe.files import load_recipe
 
             recipe = load_recipe(recipe_path, overrides)
         if cluster_path is not None:

@@ -14,7 +14,7 @@ from launch.job_folder import JobFolder
 from launch.job_record import ENDINGS
 from launch.slurm import AT_WORK, WAITING, hurry, job_fields, slurm
 from launch.submit import submit
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
 
 _POLL_SECONDS = 0.5
 _ASK_SECONDS = 5.0  # between questions to SLURM: a drill may wait in its queue for hours

@@ -18,7 +18,7 @@ from launch.option_groups import grouped
 
 if TYPE_CHECKING:
     from pretrain.evals.finetune import Trainer
-    from pretrain.recipe import Recipe
+    from pretrain.recipe.recipe import Recipe
 
 
 class Paper(StrEnum):
@@ -98,7 +98,7 @@ def ranks(num_ranks: int) -> Trainer:
     def train(recipe: Recipe, run: Path) -> None:
         from launch.local import launch
         from pretrain.demand import STOPPED, Asked, signals
-        from pretrain.recipe_io import dump
+        from pretrain.recipe.files import dump
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "recipe.yaml"

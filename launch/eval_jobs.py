@@ -22,8 +22,8 @@ from data_pipeline.errors import RunError
 from launch.cluster import Cluster
 from launch.job_folder import JobFolder
 from launch.slurm import AT_WORK, WAITING, job_states
-from pretrain.recipe import Recipe
-from pretrain.resolve import resolve
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.resolve import resolve
 from pretrain.run_folder import COMPLETE, complete_checkpoints, eval_name, folder_name, step_of
 
 _LOOK_SECONDS = 1.0  # a run keeps as few as one checkpoint, and a small one saves every few seconds

@@ -34,7 +34,7 @@ def knn(
     """Exact weighted k nearest neighbours on L2-normalised features (1805.01978)."""
     from data_pipeline.datasets.read import open_dataset
     from pretrain.evals.knn import Knn
-    from pretrain.recipe import InlineKnn
+    from pretrain.recipe.recipe import InlineKnn
 
     if wrong := [t for t in temperature if not 0 < t < math.inf]:
         raise InputError(where="--temperature", expected="a number above 0", found=", ".join(map(str, wrong)))

@@ -228,7 +228,7 @@ def _architecture(
 ) -> Architecture | None:
     """None where nothing about it was given."""
     from pretrain.evals.timm_sources import Architecture
-    from pretrain.strict_yaml import StrictYamlError, read_yaml
+    from pretrain.recipe.strict_yaml import StrictYamlError, read_yaml
 
     if model is None and image_size is None and not option:
         return None

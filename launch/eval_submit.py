@@ -10,8 +10,8 @@ from launch.cluster import load_cluster
 from launch.eval_jobs import hold, let_go
 from launch.job_folder import JobFolder
 from launch.submit import queue
-from pretrain.recipe import InlineKnn
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.recipe import InlineKnn
 from pretrain.run_folder import eval_name, folder_name
 
 

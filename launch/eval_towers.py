@@ -133,7 +133,7 @@ def retrieval(
     """Recall at 1, 5, 10 of images by captions and of captions by images, exact."""
     from data_pipeline.datasets.read import open_dataset
     from pretrain.evals.retrieval import Retrieval
-    from pretrain.recipe import Captions
+    from pretrain.recipe.recipe import Captions
 
     how.begin(context)
     if caption_key is not None and caption_lines:

@@ -26,10 +26,10 @@ from launch.cluster import Cluster, load_cluster
 from launch.job import Job
 from launch.job_folder import JobFolder
 from launch.slurm import AT_WORK, WAITING, from_outside, job_fields
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import dump, load_recipe
-from pretrain.resolve import resolve
-from pretrain.strict_yaml import write_yaml
+from pretrain.recipe.files import dump, load_recipe
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.resolve import resolve
+from pretrain.recipe.strict_yaml import write_yaml
 from pretrain.versions import COPIED_COMMIT, commit, installed
 
 PACKAGES = ("data_pipeline", "pretrain", "launch")

@@ -14,8 +14,8 @@ from typing import NoReturn
 
 from data_pipeline.errors import InputError, PretrainError
 from pretrain.demand import STOPPED, Asked, signals
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.recipe import Recipe
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))

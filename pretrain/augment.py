@@ -22,7 +22,7 @@ from pretrain.erasing import erase
 from pretrain.mixing import mix
 from pretrain.photometry import blur, blur_kernels, blur_radius, grey, jitter, solarise
 from pretrain.rand_augment import rand_augment
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 from pretrain.rows import change_rows
 
 _PIXELS_IN_CACHE = 4 * 224 * 224

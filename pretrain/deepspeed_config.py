@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.recipe import EngineConfig
+from pretrain.recipe.recipe import EngineConfig
 
 
 def deepspeed_config(

@@ -22,7 +22,7 @@ from pretrain.models.blocks import repeated_blocks
 from pretrain.objectives.base import Contrastive, Features, LossOutput, Objective
 from pretrain.optim import UNDECAYED, build_optimizer
 from pretrain.partitions import Partitions
-from pretrain.recipe import EngineConfig
+from pretrain.recipe.recipe import EngineConfig
 from pretrain.recipe_optim import Ema, OptimConfig
 from pretrain.state import Progress
 from pretrain.timing import Stopwatch

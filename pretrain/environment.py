@@ -14,7 +14,7 @@ import torch
 
 from data_pipeline.errors import InputError
 from pretrain.collectives import World
-from pretrain.recipe import Runtime
+from pretrain.recipe.recipe import Runtime
 from pretrain.versions import commit, installed
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pretrain.checkpoint import module_state
 from pretrain.models.encoders import save_encoder
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 from pretrain.recipe_model import Model
 from pretrain.recipe_objective import Clip, Siglip
 

@@ -27,7 +27,7 @@ from pretrain.loop import Periodic
 from pretrain.models.encoders import build_encoder, load_strictly
 from pretrain.objectives.base import Contrastive
 from pretrain.online_probe import OnlineProbe
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 from pretrain.run_folder import eval_name, folder_name
 from pretrain.state import RunState
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_pipeline.batch import Batch, BatchSpec
 from pretrain.collectives import World
 from pretrain.objectives.base import Objective
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 from pretrain.sinks import Sink
 from pretrain.state import Progress
 

@@ -20,7 +20,7 @@ from pretrain.metrics import MetricLog
 from pretrain.models.encoders import load_strictly
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.masked import find_painter
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 from pretrain.state import RunState
 
 NUM_SAMPLES = 8

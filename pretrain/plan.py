@@ -14,7 +14,7 @@ from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.online_probe import Shape, state_bytes
 from pretrain.optim import build_optimizer, empty_state
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from pretrain.models.tokenizers import build_tokenizer
 from pretrain.objectives.base import Contrastive, Objective
 from pretrain.objectives.build import build_objective
 from pretrain.online_probe import Shape, find_shape
-from pretrain.recipe import Recipe
-from pretrain.resolve import Resolved, resolve
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.resolve import Resolved, resolve
 from pretrain.sinks import refuse_missing_wandb
 from pretrain.start import refuse_locked_at_random, refuse_other_run
 

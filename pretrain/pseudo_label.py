@@ -42,8 +42,8 @@ from pretrain.models.encoders import load_strictly
 from pretrain.models.seeded import seeded
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.supervised import Supervised
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

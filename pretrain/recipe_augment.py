@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from pretrain.recipe_group import Group, Positive, Probability, Share, ordered
+from pretrain.recipe.base import Group, Positive, Probability, Share, ordered
 
 
 class RandAugment(Group):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from pretrain.recipe_group import Group
+from pretrain.recipe.base import Group
 
 
 class Model(Group):

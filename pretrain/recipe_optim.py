@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from pretrain.recipe_group import Group
+from pretrain.recipe.base import Group
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

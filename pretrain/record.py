@@ -10,11 +10,11 @@ from data_pipeline.durable import durable_file
 from data_pipeline.errors import RunError
 from pretrain.collectives import World, from_main
 from pretrain.preflight import Plan
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import dump, load_recipe, resolved_yaml
-from pretrain.resolve import is_longer
+from pretrain.recipe.files import dump, load_recipe, resolved_yaml
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.resolve import is_longer
+from pretrain.recipe.strict_yaml import read_yaml
 from pretrain.run_folder import LOCK
-from pretrain.strict_yaml import read_yaml
 
 
 def claim(out: Path, world: World) -> BinaryIO | None:

@@ -25,8 +25,8 @@ from pretrain.models.encoders import load_strictly
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.masked import Painter, find_painter
 from pretrain.page import render as page_of
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.recipe import Recipe
 from pretrain.report_figures import Neighbours, Picture, Series, curve, reconstructions
 
 FILE_NAME = "report.html"

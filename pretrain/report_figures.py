@@ -21,7 +21,7 @@ from data_pipeline.loader import evaluation_batches
 from data_pipeline.samples.views import ViewSpec
 from pretrain.augment import normalize
 from pretrain.objectives.masked import Painter
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 
 # Legible on white and on black alike, since an image does not know on which of them it is shown.
 INK, _COLORS = "#808080", ("#3b82c4", "#e08214")

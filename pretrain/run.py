@@ -40,7 +40,7 @@ from pretrain.online_probe import OnlineProbe
 from pretrain.pictures import Pictures
 from pretrain.plan import checkpoint_bytes
 from pretrain.preflight import Plan, preflight
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 from pretrain.record import claim, record_run
 from pretrain.saving import TimedCheckpoints, check_time_to_save
 from pretrain.schedules import learning_rate, undecayed_rate

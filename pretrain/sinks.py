@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import RecipeError
-from pretrain.recipe import Logging, Recipe
+from pretrain.recipe.recipe import Logging, Recipe
 
 
 class Sink(Protocol):

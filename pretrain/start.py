@@ -27,11 +27,11 @@ from pretrain.checkpoint import (
 from pretrain.collectives import World, gather_objects
 from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, TOWERS, WEIGHTS
 from pretrain.objectives.base import Objective
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import load_recipe
-from pretrain.resolve import differences, is_longer
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.resolve import differences, is_longer
+from pretrain.recipe.strict_yaml import read_yaml
 from pretrain.state import Progress
-from pretrain.strict_yaml import read_yaml
 
 
 def refuse_other_run(recipe: Recipe, fingerprint: str, total_steps: int, out: Path) -> None:

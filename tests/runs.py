@@ -55,7 +55,7 @@ def train(recipe: Path, out: Path, nproc: int = 1, *overrides: str, **arguments:
 
 
 def _run(_: World, recipe: Path, out: Path, overrides: Sequence[str], arguments: dict[str, Any]) -> bool:
-    from pretrain.recipe_io import load_recipe
+    from pretrain.recipe.files import load_recipe
     from pretrain.run import run
 
     return run(load_recipe(recipe, list(overrides)), out, **arguments)

@@ -19,7 +19,7 @@ from launch.checks import machine
 from launch.checks.finding import Finding, error, gigabytes, of_error, ok, warning
 from pretrain.plan import Footprint
 from pretrain.preflight import Plan, preflight
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 from pretrain.run_folder import sha256_of
 
 _PREFETCH = 3  # steps of a worker that lie in shared memory: two ready, one being made

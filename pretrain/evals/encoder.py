@@ -11,7 +11,7 @@ from torch import nn
 
 from data_pipeline.samples.views import ViewSpec
 from pretrain.models.folders import weights_sha256
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ from pretrain.models.seeded import seeded
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.supervised import Supervised
 from pretrain.preflight import preflight
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.resolve import differences, result_settings
+from pretrain.recipe.strict_yaml import read_yaml
 from pretrain.recipe_model import Model
-from pretrain.resolve import differences, result_settings
 from pretrain.state import Progress
-from pretrain.strict_yaml import read_yaml
 from pretrain.versions import LIBRARIES
 
 START, RUN = "start", "finetune-run"

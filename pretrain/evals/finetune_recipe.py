@@ -16,8 +16,8 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import full_precision, untouched
 from pretrain.models.encoders import build_encoder, load_encoder, load_strictly
 from pretrain.models.seeded import seeded
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import as_tuples, load_recipe, recipe_of
+from pretrain.recipe.files import as_tuples, load_recipe, recipe_of
+from pretrain.recipe.recipe import Recipe
 from pretrain.recipe_model import Model
 
 PresetName = Literal["small", "mae"]

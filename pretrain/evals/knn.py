@@ -15,7 +15,7 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction
 from pretrain.evals.neighbours import search
 from pretrain.evals.task import Task
-from pretrain.recipe import InlineKnn
+from pretrain.recipe.recipe import InlineKnn
 
 VOTES = 2**22  # counted at a time: 32 MiB
 

@@ -16,7 +16,7 @@ from pretrain.evals.base import EvalReport, outcomes_of, report_of
 from pretrain.evals.features import Extraction, full_precision
 from pretrain.evals.pairs import TOWER_LIBRARIES, embed_texts, image_side
 from pretrain.models.towers import Towers
-from pretrain.recipe import Captions
+from pretrain.recipe.recipe import Captions
 
 KS = (1, 5, 10)
 SIMILARITY_BYTES = 256 * 2**20  # of one chunk of queries against all candidates

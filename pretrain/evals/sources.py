@@ -22,8 +22,8 @@ from pretrain.models.input_size import set_image_size
 from pretrain.models.seeded import seeded
 from pretrain.models.weights_files import Part
 from pretrain.objectives.build import build_objective
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.recipe import Recipe
 
 
 def load_source(

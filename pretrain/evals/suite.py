@@ -15,10 +15,10 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from data_pipeline.errors import RecipeError
-from pretrain.recipe_group import Group
-from pretrain.recipe_io import as_tuples, read_tree
-from pretrain.recipe_problems import explain
-from pretrain.strict_yaml import write_yaml
+from pretrain.recipe.base import Group
+from pretrain.recipe.files import as_tuples, read_tree
+from pretrain.recipe.problems import explain
+from pretrain.recipe.strict_yaml import write_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 KEPT, FEATURES = "suite", "features"  # folders of a suite beside those of its encoders

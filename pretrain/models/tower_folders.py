@@ -39,7 +39,7 @@ from pretrain.models.open_clip_models import (
 )  # fmt: skip
 from pretrain.models.tokenizers import CLIP, SAVED, SAVED_CONFIG
 from pretrain.models.towers import SIGLIP_BIAS, Parts, TwoTowers, build_text
-from pretrain.recipe import Views
+from pretrain.recipe.recipe import Views
 from pretrain.recipe_model import Model, ModelConfig, TextTower
 from pretrain.run_folder import sha256_of
 

@@ -20,8 +20,8 @@ from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World, process_group
 from pretrain.engine import Engine
 from pretrain.objectives.build import build_objective
-from pretrain.recipe import EngineConfig, Model
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.recipe import EngineConfig, Model
 from pretrain.recipe_objective import Mae
 from pretrain.recipe_optim import AdamW
 from pretrain.state import Progress, RunState

@@ -29,8 +29,8 @@ from pretrain.engine import Engine
 from pretrain.metrics import flops_per_sample, measure_peak_flops
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
-from pretrain.recipe import EngineConfig, Recipe
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.recipe import EngineConfig, Recipe
 from pretrain.recipe_objective import Supervised
 from pretrain.recipe_optim import AdamW
 from pretrain.state import Progress

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.collectives import World
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
 from pretrain.state import Progress
 from tests.benchmarks.bench_step import RECIPE, blank_batch, engine_of
 from tests.ranks import run_ranks

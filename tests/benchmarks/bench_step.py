@@ -17,7 +17,6 @@ from dataclasses import replace
 import torch
 
 from data_pipeline.batch import Batch
-from pretrain import recipe
 from pretrain.collectives import World, process_group
 from pretrain.engine import Engine
 from pretrain.metrics import blank_batch as flops_batch
@@ -25,7 +24,8 @@ from pretrain.models.attention import choose_attention
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.optim import build_optimizer
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe import recipe
+from pretrain.recipe.files import load_recipe
 from pretrain.state import Progress
 
 RECIPE = "configs/recipes/cpu/mae_cifar10.yaml"

@@ -11,14 +11,15 @@ import timm
 import torch
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain import recipe, recipe_objective
+from pretrain import recipe_objective
 from pretrain.augment import augmentations
 from pretrain.collectives import World
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.objectives.build import build_objective
 from pretrain.optim import build_optimizer, param_groups
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe import recipe
+from pretrain.recipe.files import load_recipe
 from pretrain.recipe_optim import AdamW
 from pretrain.state import Progress
 from tests.objectives import towers

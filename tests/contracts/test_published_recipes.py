@@ -11,9 +11,9 @@ import pytest
 
 from launch.chain_folder import ChainFolder
 from pretrain.evals.finetune_recipe import PRESETS
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import load_recipe, recipe_of
-from pretrain.resolve import resolve
+from pretrain.recipe.files import load_recipe, recipe_of
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.resolve import resolve
 from tests.contracts.published import CIFAR10, IMAGENET, MAE_FINETUNING, PAIRS, PUBLISHED, USUAL, Numbers, student
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

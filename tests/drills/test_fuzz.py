@@ -23,8 +23,8 @@ from data_pipeline.inspect.verify import verify
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest, load_manifest
 from data_pipeline.shards.scan import index_shards, scan_shard
-from pretrain.recipe_io import dump, load_recipe
-from pretrain.strict_yaml import write_yaml
+from pretrain.recipe.files import dump, load_recipe
+from pretrain.recipe.strict_yaml import write_yaml
 from tests.data_pipeline.tiny import write_shards
 from tests.pretrain.recipes import SMALL
 

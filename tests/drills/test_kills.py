@@ -59,7 +59,7 @@ def watched_run(world: World, recipe: Path, out: Path, board_path: Path, seed: i
     from pretrain import checkpoint_writer, run
     from pretrain.engine import Engine
     from pretrain.inline import Inline
-    from pretrain.recipe_io import load_recipe
+    from pretrain.recipe.files import load_recipe
 
     board, rng = Board(board_path), random.Random(seed + world.rank)
 

@@ -23,8 +23,8 @@ from pretrain.models.encoders import save_encoder
 from pretrain.models.open_clip_models import build_open_clip
 from pretrain.models.tower_folders import save_towers
 from pretrain.objectives.build import build_objective
-from pretrain.recipe import Recipe, Views
-from pretrain.recipe_io import dump
+from pretrain.recipe.files import dump
+from pretrain.recipe.recipe import Recipe, Views
 from pretrain.state import Progress, RunState
 from tests.ranks import run_ranks
 

@@ -16,7 +16,7 @@ from data_pipeline.errors import InputError
 from pretrain.evals.base import EvalReport, Outcomes, compare, paired_interval
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import Knn
-from pretrain.recipe import InlineKnn
+from pretrain.recipe.recipe import InlineKnn
 from tests.evals.conftest import Folders, small_encoder
 
 

@@ -17,8 +17,8 @@ from data_pipeline.errors import InputError
 from launch.eval_commands import app
 from pretrain.evals.base import EvalReport, compare
 from pretrain.models.encoders import build_encoder, save_encoder
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import dump
+from pretrain.recipe.files import dump
+from pretrain.recipe.recipe import Recipe
 from tests.evals.conftest import Folders
 
 ARCHITECTURE = ["--image-size", "8", "--option", "patch_size=4", "--option", "depth=1"]

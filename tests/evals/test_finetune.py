@@ -30,8 +30,8 @@ from pretrain.evals.timm_sources import Architecture
 from pretrain.models.encoders import build_encoder, save_encoder
 from pretrain.models.folders import weights_sha256
 from pretrain.pseudo_label import load_teacher
-from pretrain.recipe import Recipe, Views
-from pretrain.recipe_io import dump, load_recipe
+from pretrain.recipe.files import dump, load_recipe
+from pretrain.recipe.recipe import Recipe, Views
 from pretrain.recipe_model import Model
 from tests import runs
 from tests.evals.conftest import Folders, small_encoder

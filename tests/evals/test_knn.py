@@ -29,7 +29,7 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction
 from pretrain.evals.knn import Knn, predict
 from pretrain.evals.store import FeatureStore
-from pretrain.recipe import InlineKnn
+from pretrain.recipe.recipe import InlineKnn
 from tests.evals.conftest import Digits, Folders, small_encoder
 from tests.ranks import run_ranks
 

@@ -26,7 +26,7 @@ from pretrain.evals.features import Extraction
 from pretrain.evals.knn import Knn
 from pretrain.evals.linear import Linear, LinearConfig
 from pretrain.evals.store import FeatureStore
-from pretrain.recipe import InlineKnn
+from pretrain.recipe.recipe import InlineKnn
 from tests.evals.conftest import Folders, small_encoder
 from tests.ranks import run_ranks
 

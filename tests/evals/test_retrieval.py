@@ -19,7 +19,7 @@ from pretrain.evals.pairs import image_side
 from pretrain.evals.retrieval import Retrieval, ranks_of_own
 from pretrain.evals.tower_sources import load_towers
 from pretrain.models.towers import Towers
-from pretrain.recipe import Captions
+from pretrain.recipe.recipe import Captions
 from tests.pretrain.test_towers import saved
 from tests.shards import jpeg
 

@@ -18,7 +18,7 @@ from pretrain.evals.features import Extraction
 from pretrain.evals.knn import Knn
 from pretrain.evals.sources import load_source
 from pretrain.evals.timm_sources import Architecture
-from pretrain.recipe import InlineKnn
+from pretrain.recipe.recipe import InlineKnn
 from tests.evals.conftest import Folders
 from tests.evals.layouts import ARCHITECTURE, VIT_PREPROCESSOR, features, hf_vit, loaded, save_hf, transformers
 

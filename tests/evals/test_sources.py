@@ -25,8 +25,8 @@ from pretrain.evals.timm_sources import Architecture
 from pretrain.models.encoders import save_encoder
 from pretrain.models.weights_files import Part
 from pretrain.objectives.build import build_objective
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import dump
+from pretrain.recipe.files import dump
+from pretrain.recipe.recipe import Recipe
 from pretrain.state import Progress, RunState
 from tests.ranks import run_ranks
 

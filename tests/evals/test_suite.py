@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.errors import RecipeError
 from pretrain.evals.suite import dump_suite, load_suite
-from pretrain.strict_yaml import write_yaml
+from pretrain.recipe.strict_yaml import write_yaml
 
 SUITE: dict[str, Any] = {
     "name": "small",

@@ -11,8 +11,8 @@ from data_pipeline.errors import CheckpointError, InputError
 from data_pipeline.procedural.make import make
 from launch.eval_commands import app
 from pretrain.evals.base import EvalReport
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import dump
+from pretrain.recipe.files import dump
+from pretrain.recipe.recipe import Recipe
 from tests.objectives import towers
 from tests.pretrain.test_towers import saved
 

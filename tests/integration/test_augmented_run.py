@@ -11,7 +11,7 @@ from data_pipeline.loader import TrainLoader
 from data_pipeline.samples.views import ViewSpec
 from pretrain.augment import augmentations, mixing, prepare
 from pretrain.objectives.build import build_objective
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
 from pretrain.run import preflight
 from pretrain.state import Progress
 from tests.integration.test_run import MODEL, losses, pretrain, write_recipe

@@ -35,7 +35,7 @@ def hanging_run(world: World, recipe: Path, out: Path, hang: str | None, overrid
     """A run whose last rank does as `hang` says at step 8; what goes to stderr lies beside the run."""
     from pretrain import run
     from pretrain.evals.features import Extraction
-    from pretrain.recipe_io import load_recipe
+    from pretrain.recipe.files import load_recipe
 
     os.dup2(os.open(out.with_name(f"stderr-{world.rank}"), os.O_WRONLY | os.O_CREAT, 0o666), 2)
     steps, prepare, calls = run._steps, run.prepare, count(1)

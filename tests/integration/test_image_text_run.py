@@ -16,7 +16,7 @@ from pretrain.evals.tower_sources import load_towers
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.build import build_objective
 from pretrain.preflight import preflight
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
 from pretrain.start import find_start
 from tests.integration.test_mixed_captions import captioned
 from tests.objectives import towers

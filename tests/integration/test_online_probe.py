@@ -23,7 +23,7 @@ from pretrain.checkpoint import Tensors, complete_checkpoints, digests, module_s
 from pretrain.collectives import World
 from pretrain.models.encoders import build_encoder, load_strictly
 from pretrain.preflight import preflight
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
 from tests.ranks import started
 from tests.runs import MODEL, losses, running, train, write_recipe
 from tests.shards import write_shards
@@ -255,7 +255,7 @@ class TestRefused:
 
 
 def test_a_recipe_keeps_its_identity(recipe: Path) -> None:
-    from pretrain.resolve import identity
+    from pretrain.recipe.resolve import identity
 
     assert yaml.safe_load(recipe.read_text())["online_probe"]
     assert identity(load_recipe(recipe)) == identity(load_recipe(recipe, ["online_probe=null"]))

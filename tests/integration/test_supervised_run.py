@@ -17,7 +17,7 @@ from data_pipeline.samples.views import ViewSpec
 from pretrain.augment import prepare
 from pretrain.checkpoint import Tensors
 from pretrain.objectives.build import build_objective
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
 from pretrain.state import Progress
 from tests.runs import losses, train, write_recipe
 from tests.shards import write_shards

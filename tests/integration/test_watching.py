@@ -108,7 +108,7 @@ def test_no_secret_is_in_any_file(run: Path) -> None:
 
 def test_weights_and_biases_must_be_there(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_pipeline.errors import RecipeError
-    from pretrain.recipe_io import load_recipe
+    from pretrain.recipe.files import load_recipe
 
     refuse_missing_wandb(load_recipe(recipe, [WATCHED]))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

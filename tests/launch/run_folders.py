@@ -15,9 +15,9 @@ import torch
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.collectives import World
 from pretrain.metrics import MetricLog
-from pretrain.recipe_io import dump, resolved_yaml
+from pretrain.recipe.files import dump, resolved_yaml
+from pretrain.recipe.resolve import resolve
 from pretrain.record import claim
-from pretrain.resolve import resolve
 from pretrain.state import Progress, RunState
 from pretrain.training_state import Fragment
 from tests.pretrain.recipes import SMALL, load

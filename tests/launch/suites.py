@@ -13,9 +13,9 @@ from launch.eval_commands import app
 from launch.suite import Cell, Questions, cells_of
 from pretrain.evals.suite import load_suite
 from pretrain.models.encoders import build_encoder, save_encoder
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import dump
-from pretrain.strict_yaml import write_yaml
+from pretrain.recipe.files import dump
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.strict_yaml import write_yaml
 from tests.shards import write_images
 
 ENCODERS = ("first", "second")

@@ -20,8 +20,8 @@ from PIL import Image
 
 from data_pipeline.shards.scan import index_shards
 from launch import cli
-from pretrain.recipe_io import dump, load_recipe
-from pretrain.strict_yaml import read_yaml
+from pretrain.recipe.files import dump, load_recipe
+from pretrain.recipe.strict_yaml import read_yaml
 from tests.pretrain.recipes import SMALL, changed
 
 ROOT = Path(__file__).resolve().parents[2]

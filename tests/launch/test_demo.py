@@ -11,8 +11,8 @@ import pytest
 
 from data_pipeline.errors import DataError, InputError, RecipeError
 from launch import demo
-from pretrain.recipe_io import load_recipe
-from pretrain.strict_yaml import read_yaml
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.strict_yaml import read_yaml
 
 TOTAL, EVERY = 24, 4
 pytestmark = pytest.mark.slow

@@ -22,8 +22,8 @@ from launch.checks import machine, of_recipe, storage
 from launch.checks.finding import Finding
 from launch.checks.of_recipe import Free, Ranks
 from pretrain.plan import Footprint, footprint
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.recipe import Recipe
 from tests.data_pipeline.servers import served
 from tests.launch.findings import asked, levels, problems
 from tests.launch.run_folders import Commands, make_run

@@ -12,7 +12,7 @@ from launch import job
 from launch.cluster import Cluster
 from launch.job import Node
 from launch.job_folder import JobFolder
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
 from tests.runs import write_recipe
 
 

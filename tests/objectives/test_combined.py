@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec, MaskSpec
 from data_pipeline.errors import InputError, RecipeError
-from pretrain import recipe, recipe_objective
+from pretrain import recipe_objective
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.combined import Combined, joint_needs
 from pretrain.objectives.masked import find_painter
 from pretrain.objectives.simmim import Simmim
+from pretrain.recipe import recipe
 from pretrain.recipe_objective import Byol, Mae, Single, Sum, Supervised, Term
 from pretrain.state import Progress
 from tests.objectives import naive

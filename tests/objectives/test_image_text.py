@@ -17,7 +17,7 @@ from pretrain.objectives.base import Features
 from pretrain.objectives.clip import clip_loss
 from pretrain.objectives.image_text import ImageText
 from pretrain.objectives.siglip import sigmoid_loss
-from pretrain.recipe import EngineConfig
+from pretrain.recipe.recipe import EngineConfig
 from pretrain.recipe_optim import AdamW, Sgd
 from pretrain.state import Progress
 from tests.objectives import towers

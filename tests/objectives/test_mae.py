@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
-from pretrain import recipe, recipe_objective
+from pretrain import recipe_objective
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.mae import Mae, patchify, unpatchify
+from pretrain.recipe import recipe
 from pretrain.state import Progress
 from tests.objectives import naive
 

@@ -17,9 +17,10 @@ from transformers import (
 )
 
 from data_pipeline.batch import Batch
-from pretrain import recipe, recipe_objective
+from pretrain import recipe_objective
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
+from pretrain.recipe import recipe
 from pretrain.state import Progress
 
 START = Progress(0, 1, 0)

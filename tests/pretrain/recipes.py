@@ -11,8 +11,8 @@ from typing import Any, get_args
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.recipe import Recipe
 from pretrain.recipe_objective import ObjectiveConfig
 
 SMALL: dict[str, Any] = {

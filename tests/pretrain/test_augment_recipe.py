@@ -13,9 +13,10 @@ from data_pipeline.errors import RecipeError
 from data_pipeline.samples import draws
 from data_pipeline.samples.draws import Augmentation, Blur, Erasing, Jitter, Mixing
 from data_pipeline.samples.rand_augment import RandAugment
-from pretrain import recipe, recipe_augment
+from pretrain import recipe_augment
 from pretrain.augment import augmentations, mixing
-from pretrain.resolve import identity
+from pretrain.recipe import recipe
+from pretrain.recipe.resolve import identity
 from pretrain.run import preflight
 from tests.data_pipeline.tiny import write_shards
 from tests.pretrain.recipes import SMALL, changed

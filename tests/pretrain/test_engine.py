@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from data_pipeline.batch import Batch
-from pretrain import recipe, recipe_objective
+from pretrain import recipe_objective
 from pretrain.collectives import World, gather_objects
 from pretrain.engine import Engine
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.optim import build_optimizer
-from pretrain.recipe import EngineConfig
+from pretrain.recipe import recipe
+from pretrain.recipe.recipe import EngineConfig
 from pretrain.recipe_optim import AdamW, Ema, Lamb, Lars, OptimConfig, Sgd
 from pretrain.state import Progress
 from tests.ranks import run_ranks

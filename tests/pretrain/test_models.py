@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import CheckpointError, InputError
 from pretrain.models.attention import choose_attention
 from pretrain.models.encoders import build_encoder, load_encoder, load_strictly, model_args, save_encoder
-from pretrain.recipe import Model, Views
+from pretrain.recipe.recipe import Model, Views
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 VIEWS = Views(interpolation="bilinear", eval_crop=0.9)

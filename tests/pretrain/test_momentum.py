@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from pretrain import checkpoint, recipe, recipe_objective
+from pretrain import checkpoint, recipe_objective
 from pretrain.collectives import World, barrier
 from pretrain.engine import Engine
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
+from pretrain.recipe import recipe
 from pretrain.recipe_optim import Cosine, OptimConfig, Sgd
 from pretrain.schedules import learning_rate, undecayed_rate
 from pretrain.start import _initialize

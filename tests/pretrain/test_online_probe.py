@@ -20,7 +20,7 @@ from pretrain.collectives import World
 from pretrain.engine import Engine
 from pretrain.objectives.build import build_objective
 from pretrain.online_probe import OnlineProbe, Shape, find_shape
-from pretrain.recipe import OnlineProbe as Config
+from pretrain.recipe.recipe import OnlineProbe as Config
 from pretrain.state import Progress, RunState
 from tests.contracts.test_objectives import CASES, batch_for
 from tests.pretrain.test_engine import make_engine

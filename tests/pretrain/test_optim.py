@@ -14,7 +14,7 @@ from data_pipeline.errors import InputError
 from pretrain.models.encoders import build_encoder, model_args
 from pretrain.objectives.supervised import Supervised
 from pretrain.optim import build_optimizer, empty_state, param_groups, step_counters
-from pretrain.recipe import Model
+from pretrain.recipe.recipe import Model
 from pretrain.recipe_objective import Supervised as SupervisedConfig
 from pretrain.recipe_optim import AdamW, Lamb, Lars, OptimConfig, Sgd
 

@@ -11,8 +11,8 @@ from pretrain.collectives import World
 from pretrain.objectives.build import build_objective
 from pretrain.online_probe import OnlineProbe, Shape, state_bytes
 from pretrain.plan import footprint, model_state_bytes
-from pretrain.recipe import Recipe
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.recipe import Recipe
 from tests.pretrain.test_engine import make_engine
 from tests.ranks import run_ranks
 from tests.runs import MODEL, write_recipe

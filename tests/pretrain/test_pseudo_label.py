@@ -67,7 +67,7 @@ def naive_probabilities(run: Path, dataset: ShardDataset) -> np.ndarray:
     import timm
     from safetensors.torch import load_file
 
-    from pretrain.recipe_io import load_recipe
+    from pretrain.recipe.files import load_recipe
 
     recipe = load_recipe(run / "recipe.yaml")
     encoder = timm.create_model(f"local-dir:{run / 'encoder'}", pretrained=True).eval()

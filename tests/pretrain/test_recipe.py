@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import RecipeError
-from pretrain.recipe import Captions, Recipe, Source
-from pretrain.recipe_io import dump, load_recipe
-from pretrain.recipe_problems import _all_paths
-from pretrain.resolve import identity
-from pretrain.strict_yaml import write_yaml
+from pretrain.recipe.files import dump, load_recipe
+from pretrain.recipe.problems import _all_paths
+from pretrain.recipe.recipe import Captions, Recipe, Source
+from pretrain.recipe.resolve import identity
+from pretrain.recipe.strict_yaml import write_yaml
 from tests.pretrain.recipes import KINDS, SMALL, bounded, changed, listed, load, scalars, trees, words, write
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -39,8 +39,8 @@ from pretrain.goodput import Goodput
 from pretrain.looks import neighbours
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.mae import Mae
-from pretrain.recipe import InlineKnn
-from pretrain.recipe_io import load_recipe
+from pretrain.recipe.files import load_recipe
+from pretrain.recipe.recipe import InlineKnn
 from pretrain.report_figures import Neighbours, Picture, curve, picture, reconstructions
 from tests.shards import write_shards
 

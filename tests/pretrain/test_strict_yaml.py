@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.strict_yaml import StrictYamlError, read_yaml, write_yaml
+from pretrain.recipe.strict_yaml import StrictYamlError, read_yaml, write_yaml
 from tests.pretrain.recipes import bounded, scalars, words
 
 

@@ -22,8 +22,8 @@ from pretrain.models.tokenizers import build_tokenizer
 from pretrain.models.tower_folders import save_towers
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.image_text import ImageText
-from pretrain.recipe import Recipe, Views
-from pretrain.recipe_io import dump
+from pretrain.recipe.files import dump
+from pretrain.recipe.recipe import Recipe, Views
 from pretrain.recipe_model import Model, OpenClip
 from pretrain.recipe_objective import Clip
 from pretrain.state import Progress

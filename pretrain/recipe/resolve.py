@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import RecipeError
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

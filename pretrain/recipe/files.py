@@ -9,10 +9,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from data_pipeline.errors import RecipeError
-from pretrain.recipe import Recipe
-from pretrain.recipe_problems import explain
-from pretrain.resolve import Resolved, identity
-from pretrain.strict_yaml import StrictYamlError, read_yaml, write_yaml
+from pretrain.recipe.problems import explain
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.resolve import Resolved, identity
+from pretrain.recipe.strict_yaml import StrictYamlError, read_yaml, write_yaml
 
 MAX_PARENTS = 8
 

@@ -9,8 +9,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pretrain.recipe import Recipe
-from pretrain.strict_yaml import write_inline
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.strict_yaml import write_inline
 
 _EXPECTED = {
     "bool_type": "true or false",
