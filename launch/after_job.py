@@ -21,7 +21,7 @@ from launch.eval_jobs import let_go
 from launch.job import FRUITLESS, Node, attempt_folder, stage_of
 from launch.job_folder import JobFolder
 from launch.slurm import job_fields, slurm
-from pretrain.demand import HUNG, STOPPED
+from pretrain.runtime.signals import HUNG, STOPPED
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import result_settings
 from pretrain.recipe.strict_yaml import write_yaml
-from pretrain.run_folder import COMPLETE, complete_checkpoints, sha256_of
+from pretrain.runtime.run_folder import COMPLETE, complete_checkpoints, sha256_of
 
 _TAKEN = ("shards", "teacher", "source", "without", "encoder", "train", "test")  # keys that name what a stage reads
 

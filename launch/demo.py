@@ -24,7 +24,7 @@ from data_pipeline.procedural.make import make
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import differences, resolve
-from pretrain.run_folder import is_claimed
+from pretrain.runtime.run_folder import is_claimed
 
 if TYPE_CHECKING:
     from pretrain.report import Comparison

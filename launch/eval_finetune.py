@@ -97,8 +97,8 @@ def ranks(num_ranks: int) -> Trainer:
 
     def train(recipe: Recipe, run: Path) -> None:
         from launch.local import launch
-        from pretrain.demand import STOPPED, Asked, signals
         from pretrain.recipe.files import dump
+        from pretrain.runtime.signals import STOPPED, Asked, signals
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "recipe.yaml"

@@ -24,7 +24,7 @@ from launch.job_folder import JobFolder
 from launch.slurm import AT_WORK, WAITING, job_states
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import resolve
-from pretrain.run_folder import COMPLETE, complete_checkpoints, eval_name, folder_name, step_of
+from pretrain.runtime.run_folder import COMPLETE, complete_checkpoints, eval_name, folder_name, step_of
 
 _LOOK_SECONDS = 1.0  # a run keeps as few as one checkpoint, and a small one saves every few seconds
 _SUBMIT_SECONDS = 120.0

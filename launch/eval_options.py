@@ -179,10 +179,10 @@ class How:
 
     def extraction(self, readouts: Sequence[Readout] | None = None) -> Extraction:
         """For this rank, of the readouts given; None: of the encoder's own."""
-        from pretrain.collectives import World
         from pretrain.evals.features import Extraction
         from pretrain.evals.readout import OWN
         from pretrain.evals.store import FeatureStore
+        from pretrain.runtime.collectives import World
 
         world = World.from_environment()
         if world.size > 1 and self.cache is None:
@@ -213,7 +213,7 @@ def device_of(device: Device) -> torch.device:
     """What --device names; raises InputError where it is not there."""
     import torch
 
-    from pretrain.collectives import World
+    from pretrain.runtime.collectives import World
 
     present = torch.cuda.is_available()
     if device is Device.cuda and not present:

@@ -71,7 +71,7 @@ def words_of(command: Any, values: Mapping[str, Any]) -> list[str]:
 
 def judge(evaluator: Judge[T], judged: T, out: Path | None, context: typer.Context) -> None:
     """Runs an evaluation, with the other ranks where there are any; the first keeps the report."""
-    from pretrain.collectives import World, process_group
+    from pretrain.runtime.collectives import World, process_group
 
     world = World.from_environment()
     with process_group(world, judged.device) if world.size > 1 else nullcontext():

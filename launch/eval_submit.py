@@ -12,7 +12,7 @@ from launch.job_folder import JobFolder
 from launch.submit import queue
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import InlineKnn
-from pretrain.run_folder import eval_name, folder_name
+from pretrain.runtime.run_folder import eval_name, folder_name
 
 
 def queue_evaluation(run: Path, index: int, step: int) -> None:

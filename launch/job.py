@@ -26,9 +26,9 @@ from launch.eval_jobs import EvalJobs, apart
 from launch.job_folder import JobFolder
 from launch.local import Place, free_port, launch
 from launch.slurm import fields_of, job_fields, kill_wait_seconds, slurm
-from pretrain.demand import LEAD_SECONDS
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
+from pretrain.runtime.signals import LEAD_SECONDS
 
 MEETING_SECONDS = 45  # for nodes to hear of each other, within the first minute: all are started at once
 _MEETING_AGAIN_SECONDS = 180  # when they have done so before: storage may be slow to show files, a node slow to start

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.durable import append_line, read_lines, write_text
 from data_pipeline.errors import InputError
-from pretrain.run_folder import complete_checkpoints, step_of
+from pretrain.runtime.run_folder import complete_checkpoints, step_of
 
 
 @dataclass(frozen=True)

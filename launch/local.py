@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 
 from data_pipeline.errors import RunError
-from pretrain.demand import STOPPED
+from pretrain.runtime.signals import STOPPED
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ASKING = (signal.SIGUSR1, signal.SIGUSR2)  # a rank answers: it saves, and goes on or stops

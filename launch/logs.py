@@ -19,7 +19,7 @@ from data_pipeline.errors import InputError
 from launch.job_record import load_job
 from launch.run_state import OVER, state_of
 from launch.slurm import job_states
-from pretrain.run_folder import is_run
+from pretrain.runtime.run_folder import is_run
 
 _LONGEST_TAIL = 1 << 20  # bytes that are looked at for the last lines of a file
 _POLL_SECONDS, _ASK_SECONDS = 0.5, 15.0  # between looks at the files, and at SLURM

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from launch.job_record import ENDINGS, JobRecord
 from launch.slurm import AT_WORK, WAITING
-from pretrain.run_folder import complete_checkpoints, is_claimed, step_of
+from pretrain.runtime.run_folder import complete_checkpoints, is_claimed, step_of
 
 State = Literal["pending", "running", "requeued", "done", "stopped", "cancelled", "failed", "unknown"]
 OVER: frozenset[State] = frozenset({"done", "stopped", "cancelled", "failed"})  # nothing more comes by itself

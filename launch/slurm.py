@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 
 from data_pipeline.errors import InputError, PretrainError, RunError
-from pretrain.demand import LEAD_SECONDS
+from pretrain.runtime.signals import LEAD_SECONDS
 
 _SECONDS = 30
 # What variables begin with that another job must not inherit; sbatch's defaults (`SBATCH_ACCOUNT`) are the user's.

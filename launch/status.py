@@ -14,7 +14,7 @@ from launch.job_record import JobRecord, load_job
 from launch.logs import last_lines, log_files, refuse_no_run
 from launch.run_state import OVER, State, planned, state_of
 from launch.slurm import job_states
-from pretrain.run_folder import COMPLETE, complete_checkpoints, is_run, step_of
+from pretrain.runtime.run_folder import COMPLETE, complete_checkpoints, is_run, step_of
 
 _TAIL = 1 << 16  # bytes
 _LEFT_TO_DO: frozenset[State] = frozenset({"pending", "running", "requeued"})

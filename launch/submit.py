@@ -30,7 +30,7 @@ from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import resolve
 from pretrain.recipe.strict_yaml import write_yaml
-from pretrain.versions import COPIED_COMMIT, commit, installed
+from pretrain.runtime.versions import COPIED_COMMIT, commit, installed
 
 PACKAGES = ("data_pipeline", "pretrain", "launch")
 

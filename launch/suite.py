@@ -22,7 +22,7 @@ from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError, RecipeError
 from launch.eval_run import words_of
 from pretrain.evals.suite import FEATURES, HOW, KEPT, Option, Suite, nearest, result_path
-from pretrain.run_folder import COMPLETE, sha256_of
+from pretrain.runtime.run_folder import COMPLETE, sha256_of
 
 _DECIDED = {"out", "cache"}  # by the suite
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_pipeline.errors import InputError, PretrainError
-from pretrain.demand import STOPPED, Asked, signals
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
+from pretrain.runtime.signals import STOPPED, Asked, signals
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))

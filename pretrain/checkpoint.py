@@ -27,13 +27,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_pipeline.errors import CheckpointError, PretrainError, RunError
-from pretrain.collectives import World, from_main, gather_objects
-from pretrain.run_folder import COMPLETE as COMPLETE
-from pretrain.run_folder import all_folders as all_folders
-from pretrain.run_folder import complete_checkpoints as complete_checkpoints
-from pretrain.run_folder import folder_name as folder_name
-from pretrain.run_folder import sha256_of
-from pretrain.state import Progress, RunState
+from pretrain.runtime.collectives import World, from_main, gather_objects
+from pretrain.runtime.run_folder import COMPLETE as COMPLETE
+from pretrain.runtime.run_folder import all_folders as all_folders
+from pretrain.runtime.run_folder import complete_checkpoints as complete_checkpoints
+from pretrain.runtime.run_folder import folder_name as folder_name
+from pretrain.runtime.run_folder import sha256_of
+from pretrain.runtime.state import Progress, RunState
 
 if TYPE_CHECKING:
     from pretrain.training_state import Fragment, TrainingState

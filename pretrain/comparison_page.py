@@ -22,7 +22,7 @@ from pretrain.comparison_figures import MAX_PAIRED, draw_class_accuracy, draw_co
 from pretrain.comparison_looks import Load, Looks, look
 from pretrain.evals.base import EvalReport
 from pretrain.page import render
-from pretrain.run_folder import sha256_of
+from pretrain.runtime.run_folder import sha256_of
 
 
 def write_comparison(comparison: Comparison, out: Path, load: Load) -> Path:

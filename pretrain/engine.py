@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
 from pretrain.activation_checkpointing import checkpoint_activations
-from pretrain.collectives import World
 from pretrain.deepspeed_config import deepspeed_config
 from pretrain.ema import follow
 from pretrain.models.batch_norm import synchronise_batch_norms
@@ -24,7 +23,8 @@ from pretrain.optim import UNDECAYED, build_optimizer
 from pretrain.partitions import Partitions
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.recipe_optim import Ema, OptimConfig
-from pretrain.state import Progress
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import Progress
 from pretrain.timing import Stopwatch
 from pretrain.training_state import TrainingState
 from pretrain.two_passes import loss_and_gradients, poisoned

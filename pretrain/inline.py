@@ -19,7 +19,6 @@ from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.samples.captions import Captions
 from data_pipeline.samples.views import ViewSpec
-from pretrain.collectives import World, from_main, side_group, sum_over_ranks
 from pretrain.engine import Engine
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import Knn
@@ -28,8 +27,9 @@ from pretrain.models.encoders import build_encoder, load_strictly
 from pretrain.objectives.base import Contrastive
 from pretrain.online_probe import OnlineProbe
 from pretrain.recipe.recipe import Recipe
-from pretrain.run_folder import eval_name, folder_name
-from pretrain.state import RunState
+from pretrain.runtime.collectives import World, from_main, side_group, sum_over_ranks
+from pretrain.runtime.run_folder import eval_name, folder_name
+from pretrain.runtime.state import RunState
 
 
 def knn_evaluators(recipe: Recipe) -> list[Knn]:

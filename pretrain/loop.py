@@ -16,10 +16,10 @@ from data_pipeline.batch import Batch
 from data_pipeline.errors import RunError
 from data_pipeline.loader import BadSample, StepData
 from pretrain.advice import Advise
-from pretrain.collectives import gather_objects, mean_over_ranks
 from pretrain.engine import Engine, StepResult
 from pretrain.metrics import MetricLog
-from pretrain.state import Progress, RunState
+from pretrain.runtime.collectives import gather_objects, mean_over_ranks
+from pretrain.runtime.state import Progress, RunState
 from pretrain.timing import PARTS, Stopwatch
 
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.durable import durable_file
-from pretrain.collectives import World
 from pretrain.engine import Engine
 from pretrain.metrics import MetricLog
 from pretrain.models.encoders import load_strictly
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.masked import find_painter
 from pretrain.recipe.recipe import Recipe
-from pretrain.state import RunState
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import RunState
 
 NUM_SAMPLES = 8
 

@@ -8,13 +8,13 @@ from typing import BinaryIO
 
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import RunError
-from pretrain.collectives import World, from_main
 from pretrain.preflight import Plan
 from pretrain.recipe.files import dump, load_recipe, resolved_yaml
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import is_longer
 from pretrain.recipe.strict_yaml import read_yaml
-from pretrain.run_folder import LOCK
+from pretrain.runtime.collectives import World, from_main
+from pretrain.runtime.run_folder import LOCK
 
 
 def claim(out: Path, world: World) -> BinaryIO | None:

@@ -24,10 +24,7 @@ from pretrain.advice import Lasting, collapse
 from pretrain.augment import augmentations, mixing, prepare
 from pretrain.checkpoint import BESIDE, load, load_beside
 from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.collectives import World, gather_objects, process_group
-from pretrain.demand import Demand
 from pretrain.engine import Engine
-from pretrain.environment import choose_device, describe, pin_threads
 from pretrain.export import export_encoder
 from pretrain.goodput import Timeline, read_goodput
 from pretrain.inline import Inline
@@ -42,11 +39,14 @@ from pretrain.plan import checkpoint_bytes
 from pretrain.preflight import Plan, preflight
 from pretrain.recipe.recipe import Recipe
 from pretrain.record import claim, record_run
+from pretrain.runtime.collectives import World, gather_objects, process_group
+from pretrain.runtime.environment import choose_device, describe, pin_threads
+from pretrain.runtime.signals import Demand
+from pretrain.runtime.state import Progress, RunState
 from pretrain.saving import TimedCheckpoints, check_time_to_save
 from pretrain.schedules import learning_rate, undecayed_rate
 from pretrain.sinks import open_sinks
 from pretrain.start import Start, find_start, not_longer
-from pretrain.state import Progress, RunState
 from pretrain.timing import DataBrake, profiled
 from pretrain.watchdog import Watchdog
 

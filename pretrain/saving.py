@@ -11,9 +11,9 @@ from pathlib import Path
 
 from data_pipeline.errors import InputError
 from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.collectives import World, greatest_of_ranks, side_group
-from pretrain.demand import LEAD_SECONDS, Asked, Demand
-from pretrain.state import RunState
+from pretrain.runtime.collectives import World, greatest_of_ranks, side_group
+from pretrain.runtime.signals import LEAD_SECONDS, Asked, Demand
+from pretrain.runtime.state import RunState
 
 _TRIAL_BYTES = 1 << 26
 

@@ -6,7 +6,7 @@ import math
 from typing import assert_never
 
 from pretrain.recipe_optim import Constant, Cosine, Schedule, Steps
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 
 
 def learning_rate(progress: Progress, schedule: Schedule, *, peak_lr: float, warmup_steps: int) -> float:

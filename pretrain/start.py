@@ -24,14 +24,14 @@ from pretrain.checkpoint import (
     read_state,
     some,
 )
-from pretrain.collectives import World, gather_objects
 from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, TOWERS, WEIGHTS
 from pretrain.objectives.base import Objective
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import differences, is_longer
 from pretrain.recipe.strict_yaml import read_yaml
-from pretrain.state import Progress
+from pretrain.runtime.collectives import World, gather_objects
+from pretrain.runtime.state import Progress
 
 
 def refuse_other_run(recipe: Recipe, fingerprint: str, total_steps: int, out: Path) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.collectives import sum_over_ranks
 from pretrain.ema import WeightEma
 from pretrain.optim import empty_state, step_counters
 from pretrain.partitions import Partitions
 from pretrain.recipe_optim import Ema
+from pretrain.runtime.collectives import sum_over_ranks
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.objectives.base import Contrastive, Features, LossOutput
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 
 
 @torch.enable_grad()

@@ -29,8 +29,8 @@ from pathlib import Path
 from torch._C._distributed_c10d import TCPStore
 
 from data_pipeline.durable import durable_file
-from pretrain.collectives import World, from_main, gather_objects
-from pretrain.demand import HUNG
+from pretrain.runtime.collectives import World, from_main, gather_objects
+from pretrain.runtime.signals import HUNG
 
 START_UP_SECONDS = 600.0  # at least, until a step is done: checkpoints are verified, models compiled, caches filled
 BEATS = 8  # in a timeout

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from pretrain.collectives import World, process_group
+from pretrain.runtime.collectives import World, process_group
 from tests.ports import free_port
 
 

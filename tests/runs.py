@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.durable import read_lines
-from pretrain.collectives import World
+from pretrain.runtime.collectives import World
 from tests.ranks import Ranks, started
 
 MODEL: dict[str, Any] = {

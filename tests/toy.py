@@ -7,7 +7,7 @@ from torch import nn
 
 from data_pipeline.batch import Batch, BatchSpec
 from pretrain.objectives.base import LossOutput, Objective
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 
 
 class ToyEncoder(nn.Sequential):

@@ -20,7 +20,7 @@ from launch.checks.finding import Finding, error, gigabytes, of_error, ok, warni
 from pretrain.plan import Footprint
 from pretrain.preflight import Plan, preflight
 from pretrain.recipe.recipe import Recipe
-from pretrain.run_folder import sha256_of
+from pretrain.runtime.run_folder import sha256_of
 
 _PREFETCH = 3  # steps of a worker that lie in shared memory: two ready, one being made
 _HASHED_SHARDS, _HASHED_BYTES = 4, 2 * 10**9  # of a data set: as much as a doctor may read

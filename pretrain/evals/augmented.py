@@ -16,11 +16,11 @@ from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import InputError, RunError
 from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.samples.views import ViewSpec
-from pretrain.collectives import gather_rows
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, full_precision, untouched
 from pretrain.evals.heads import Examples
 from pretrain.evals.readout import Reader
+from pretrain.runtime.collectives import gather_rows
 
 LANES, WINDOW = 16, 1024  # of the order of samples
 

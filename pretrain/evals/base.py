@@ -22,7 +22,7 @@ from data_pipeline.durable import durable_file
 from data_pipeline.errors import InputError
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.task import Splits, Task
-from pretrain.versions import LIBRARIES, of
+from pretrain.runtime.versions import LIBRARIES, of
 
 FORMAT = 1
 NORMAL_95 = 1.959964  # two-sided 95 % quantile of the standard normal distribution

@@ -16,12 +16,12 @@ from data_pipeline.errors import CheckpointError, RunError
 from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
 from pretrain.augment import normalize
-from pretrain.collectives import barrier, from_main
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.readout import OWN, Reader, Readout
 from pretrain.evals.store import Features as Features
 from pretrain.evals.store import FeatureStore, Shelf, architecture_sha256, joined
-from pretrain.versions import LIBRARIES, of
+from pretrain.runtime.collectives import barrier, from_main
+from pretrain.runtime.versions import LIBRARIES, of
 
 DECODERS_AND_TOWERS = ("simplejpeg", "pillow", "open_clip_torch")
 

@@ -32,8 +32,8 @@ from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import differences, result_settings
 from pretrain.recipe.strict_yaml import read_yaml
 from pretrain.recipe_model import Model
-from pretrain.state import Progress
-from pretrain.versions import LIBRARIES
+from pretrain.runtime.state import Progress
+from pretrain.runtime.versions import LIBRARIES
 
 START, RUN = "start", "finetune-run"
 

@@ -12,7 +12,6 @@ import torch
 
 from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import InputError, RunError
-from pretrain.collectives import from_main
 from pretrain.evals.base import EvalReport, Evaluator, classification_report
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, full_precision
@@ -21,6 +20,7 @@ from pretrain.evals.linear_fits import Fit, Job, fit_of
 from pretrain.evals.linear_protocol import describe
 from pretrain.evals.probes import Probes, scores, topk_share
 from pretrain.evals.task import Splits, Task
+from pretrain.runtime.collectives import from_main
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.progress import track
-from pretrain.collectives import gather_rows
 from pretrain.evals.features import full_precision
+from pretrain.runtime.collectives import gather_rows
 
 TILE = (1024, 16384)  # queries and rows of the bank compared at a time: 64 MiB in fp32
 BLOCK = 64  # neighbouring similarities that are looked at only if their maximum is large enough

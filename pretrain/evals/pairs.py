@@ -12,7 +12,7 @@ from data_pipeline.progress import track
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction, full_precision, untouched
 from pretrain.models.towers import Parts, Towers, embed_images
-from pretrain.versions import LIBRARIES
+from pretrain.runtime.versions import LIBRARIES
 
 TOWER_LIBRARIES = (*LIBRARIES, "open_clip_torch")
 

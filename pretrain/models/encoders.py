@@ -25,7 +25,7 @@ from pretrain.models.folders import save_weights
 from pretrain.models.weights_files import read_tensors
 from pretrain.recipe.recipe import Views
 from pretrain.recipe_model import Model, ModelConfig
-from pretrain.run_folder import sha256_of
+from pretrain.runtime.run_folder import sha256_of
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 PYTORCH = "pytorch_model.bin"  # which timm's and transformers' older savers write

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pretrain.run_folder import sha256_of
+from pretrain.runtime.run_folder import sha256_of
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], config_path: Path, config: Mapping[str, Any]) -> None:

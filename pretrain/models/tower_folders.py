@@ -41,7 +41,7 @@ from pretrain.models.tokenizers import CLIP, SAVED, SAVED_CONFIG
 from pretrain.models.towers import SIGLIP_BIAS, Parts, TwoTowers, build_text
 from pretrain.recipe.recipe import Views
 from pretrain.recipe_model import Model, ModelConfig, TextTower
-from pretrain.run_folder import sha256_of
+from pretrain.runtime.run_folder import sha256_of
 
 BESIDE = "."  # where a saved tokenizer's files lie beside the weights
 _SCALARS = ("logit_scale", "logit_bias")  # of shape [1] here, as in the objective

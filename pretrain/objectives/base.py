@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 
 
 class LossOutput(NamedTuple):

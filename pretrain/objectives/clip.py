@@ -9,8 +9,8 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.collectives import rank_and_size
 from pretrain.objectives.base import Features, LossOutput
+from pretrain.runtime.collectives import rank_and_size
 
 # How open_clip gathers; it says so at every step.
 warnings.filterwarnings("ignore", message=r"torch\.distributed\.nn\.functional\.all_gather", category=FutureWarning)

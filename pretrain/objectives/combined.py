@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.errors import InputError
 from pretrain.objectives.base import LossOutput, Objective
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 
 
 class Combined(Objective):

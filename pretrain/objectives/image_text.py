@@ -19,7 +19,7 @@ from pretrain.objectives.clip import clip_loss
 from pretrain.objectives.siglip import sigmoid_loss
 from pretrain.recipe_model import ModelConfig
 from pretrain.recipe_objective import Clip, Siglip
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 
 
 class ImageText(Contrastive):

@@ -14,7 +14,7 @@ from pretrain import recipe_objective
 from pretrain.models.mae_decoder import MaeDecoder
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.objectives.masked import Reconstruction, checked_masks, checked_vit
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 
 
 class Mae(Objective):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.collectives import sum_over_ranks
+from pretrain.runtime.collectives import sum_over_ranks
 
 
 def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:

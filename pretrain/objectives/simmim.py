@@ -15,7 +15,7 @@ from data_pipeline.errors import InputError
 from pretrain import recipe_objective
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.objectives.masked import Reconstruction, checked_masks, checked_vit
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 
 
 class Simmim(Objective):

@@ -9,7 +9,7 @@ from pretrain import recipe_objective
 from pretrain.models.heads import batch_norm_head
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.objectives.siamese import embedding_std, negative_cosine
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 
 
 class SimSiam(Objective):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from data_pipeline.batch import Batch, BatchSpec
 from pretrain import recipe_objective
 from pretrain.objectives.base import LossOutput, Objective
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 
 
 class Supervised(Objective):

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.collectives import World, process_group
 from pretrain.engine import Engine
 from pretrain.objectives.build import build_objective
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import EngineConfig, Model
 from pretrain.recipe_objective import Mae
 from pretrain.recipe_optim import AdamW
-from pretrain.state import Progress, RunState
+from pretrain.runtime.collectives import World, process_group
+from pretrain.runtime.state import Progress, RunState
 from tests.benchmarks.bench_step import RECIPE, blank_batch, engine_of
 
 STALL_GOAL = 1.5

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from pretrain.collectives import World, process_group
 from pretrain.engine import Engine
 from pretrain.metrics import flops_per_sample, measure_peak_flops
 from pretrain.objectives.base import Objective
@@ -33,7 +32,8 @@ from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import EngineConfig, Recipe
 from pretrain.recipe_objective import Supervised
 from pretrain.recipe_optim import AdamW
-from pretrain.state import Progress
+from pretrain.runtime.collectives import World, process_group
+from pretrain.runtime.state import Progress
 from tests.benchmarks.bench_step import blank_batch
 
 VARIANTS = {

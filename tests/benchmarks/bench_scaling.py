@@ -13,9 +13,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from pretrain.collectives import World
 from pretrain.recipe.files import load_recipe
-from pretrain.state import Progress
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import Progress
 from tests.benchmarks.bench_step import RECIPE, blank_batch, engine_of
 from tests.ranks import run_ranks
 

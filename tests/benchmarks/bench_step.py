@@ -17,7 +17,6 @@ from dataclasses import replace
 import torch
 
 from data_pipeline.batch import Batch
-from pretrain.collectives import World, process_group
 from pretrain.engine import Engine
 from pretrain.metrics import blank_batch as flops_batch
 from pretrain.models.attention import choose_attention
@@ -26,7 +25,8 @@ from pretrain.objectives.build import build_objective
 from pretrain.optim import build_optimizer
 from pretrain.recipe import recipe
 from pretrain.recipe.files import load_recipe
-from pretrain.state import Progress
+from pretrain.runtime.collectives import World, process_group
+from pretrain.runtime.state import Progress
 
 RECIPE = "configs/recipes/cpu/mae_cifar10.yaml"
 GOAL = 1.10

@@ -13,7 +13,6 @@ import torch
 from data_pipeline.batch import Batch, BatchSpec
 from pretrain import recipe_objective
 from pretrain.augment import augmentations
-from pretrain.collectives import World
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.objectives.build import build_objective
@@ -21,7 +20,8 @@ from pretrain.optim import build_optimizer, param_groups
 from pretrain.recipe import recipe
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe_optim import AdamW
-from pretrain.state import Progress
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import Progress
 from tests.objectives import towers
 from tests.ranks import run_ranks
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from data_pipeline.batch import Batch
 from pretrain import checkpoint
-from pretrain.collectives import World, barrier
 from pretrain.engine import Engine
 from pretrain.objectives.base import LossOutput
 from pretrain.recipe_optim import AdamW, Ema, OptimConfig, Sgd
-from pretrain.state import Progress, RunState
+from pretrain.runtime.collectives import World, barrier
+from pretrain.runtime.state import Progress, RunState
 from tests.pretrain.test_checkpoint import save
 from tests.pretrain.test_engine import make_engine
 from tests.ranks import run_ranks

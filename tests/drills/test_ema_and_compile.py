@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from pretrain.collectives import World
 from pretrain.recipe_optim import Ema
+from pretrain.runtime.collectives import World
 from tests.pretrain.test_ema import averaged
 from tests.pretrain.test_engine import STAGES
 from tests.pretrain.test_engine_options import outcome

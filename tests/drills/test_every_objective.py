@@ -14,12 +14,12 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from pretrain import checkpoint
-from pretrain.collectives import World, barrier
 from pretrain.engine import Engine
 from pretrain.metrics import flops_per_sample
 from pretrain.preflight import cannot_accumulate
 from pretrain.recipe_optim import AdamW, OptimConfig, Sgd
-from pretrain.state import Progress, RunState
+from pretrain.runtime.collectives import World, barrier
+from pretrain.runtime.state import Progress, RunState
 from tests.contracts.test_objectives import CASES, batch_for
 from tests.pretrain.test_checkpoint import save
 from tests.pretrain.test_engine import make_engine, whole_state

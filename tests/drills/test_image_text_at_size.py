@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
-from pretrain.collectives import World
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.recipe_model import ImageTower, OpenClip, TextTower
 from pretrain.recipe_objective import Clip, Siglip
-from pretrain.state import Progress
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import Progress
 from tests.contracts.test_objectives import batch_for
 from tests.drills.test_every_objective import SGD, rows
 from tests.pretrain.test_engine import make_engine, whole_state

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.checkpoint import complete_checkpoints, module_state
-from pretrain.collectives import World
+from pretrain.runtime.collectives import World
 from tests.ranks import Ranks, started
 from tests.runs import losses, train, write_recipe
 from tests.shards import write_shards

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from data_pipeline.batch import Batch, BatchSpec
 from pretrain import recipe_objective
 from pretrain.activation_checkpointing import checkpoint_activations
-from pretrain.collectives import World
 from pretrain.models.blocks import repeated_blocks
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.objectives.build import build_objective
 from pretrain.plan import model_state_bytes
 from pretrain.recipe import recipe
-from pretrain.state import Progress
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import Progress
 from tests.pretrain.test_engine import STAGES, make_engine
 from tests.ranks import run_ranks
 from tests.toy import split, toy_batch

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pretrain.collectives import World
 from pretrain.objectives.base import Features
 from pretrain.objectives.siglip import sigmoid_loss
+from pretrain.runtime.collectives import World
 from tests.ranks import run_ranks
 
 GLOBAL_SIZE, WIDTH = 32_768, 64

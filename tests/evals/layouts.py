@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pretrain.collectives import World
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources import load_source
 from pretrain.evals.timm_sources import Architecture
@@ -25,7 +24,8 @@ from pretrain.models.tower_folders import save_towers
 from pretrain.objectives.build import build_objective
 from pretrain.recipe.files import dump
 from pretrain.recipe.recipe import Recipe, Views
-from pretrain.state import Progress, RunState
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import Progress, RunState
 from tests.ranks import run_ranks
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import CheckpointError, InputError, RecipeError, RunError
 from launch import eval_finetune
-from pretrain.demand import STOPPED
 from pretrain.evals.base import EvalReport
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction
@@ -33,6 +32,7 @@ from pretrain.pseudo_label import load_teacher
 from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.recipe import Recipe, Views
 from pretrain.recipe_model import Model
+from pretrain.runtime.signals import STOPPED
 from tests import runs
 from tests.evals.conftest import Folders, small_encoder
 from tests.evals.test_commands import evaluate

@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
 from launch.eval_commands import app
-from pretrain.collectives import World
 from pretrain.evals import knn
 from pretrain.evals.base import EvalReport
 from pretrain.evals.encoder import Encoder
@@ -30,6 +29,7 @@ from pretrain.evals.features import Extraction
 from pretrain.evals.knn import Knn, predict
 from pretrain.evals.store import FeatureStore
 from pretrain.recipe.recipe import InlineKnn
+from pretrain.runtime.collectives import World
 from tests.evals.conftest import Digits, Folders, small_encoder
 from tests.ranks import run_ranks
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.collectives import World
 from pretrain.evals import neighbours
 from pretrain.evals.neighbours import GRID, Vectors, nearest, search
+from pretrain.runtime.collectives import World
 from tests.ranks import run_ranks
 
 # Few distinct values, so that most rows are full of ties, inside and across the k-th place.

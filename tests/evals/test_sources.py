@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, InputError
-from pretrain.collectives import World
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources import load_source
 from pretrain.evals.timm_sources import Architecture
@@ -27,7 +26,8 @@ from pretrain.models.weights_files import Part
 from pretrain.objectives.build import build_objective
 from pretrain.recipe.files import dump
 from pretrain.recipe.recipe import Recipe
-from pretrain.state import Progress, RunState
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import Progress, RunState
 from tests.ranks import run_ranks
 
 TINY = {"depth": 1, "embed_dim": 24, "num_heads": 2}

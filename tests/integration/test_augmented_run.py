@@ -13,7 +13,7 @@ from pretrain.augment import augmentations, mixing, prepare
 from pretrain.objectives.build import build_objective
 from pretrain.recipe.files import load_recipe
 from pretrain.run import preflight
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 from tests.integration.test_run import MODEL, losses, pretrain, write_recipe
 from tests.shards import write_shards
 

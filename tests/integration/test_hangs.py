@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.collectives import World
+from pretrain.runtime.collectives import World
 from pretrain.watchdog import HUNG, Word, blame
 from tests.ranks import Ranks, started
 from tests.runs import losses, train, write_recipe

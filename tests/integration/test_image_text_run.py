@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline.errors import RecipeError
-from pretrain.collectives import World
 from pretrain.evals.sources import load_source
 from pretrain.evals.tower_sources import load_towers
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.build import build_objective
 from pretrain.preflight import preflight
 from pretrain.recipe.files import load_recipe
+from pretrain.runtime.collectives import World
 from pretrain.start import find_start
 from tests.integration.test_mixed_captions import captioned
 from tests.objectives import towers

@@ -15,12 +15,12 @@ from data_pipeline.ingest.convert import ConvertOptions, convert
 from data_pipeline.ingest.tables import Columns
 from pretrain import preflight
 from pretrain import run as run_module
-from pretrain.collectives import World
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.recipe import recipe as recipes
 from pretrain.recipe.files import load_recipe
-from pretrain.state import Progress
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import Progress
 from tests.data_pipeline.archives import as_folder, jpeg
 from tests.ranks import started
 from tests.runs import write_recipe

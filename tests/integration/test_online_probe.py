@@ -20,10 +20,10 @@ from data_pipeline.procedural.make import make
 from data_pipeline.samples.views import ViewSpec
 from pretrain.augment import prepare
 from pretrain.checkpoint import Tensors, complete_checkpoints, digests, module_state
-from pretrain.collectives import World
 from pretrain.models.encoders import build_encoder, load_strictly
 from pretrain.preflight import preflight
 from pretrain.recipe.files import load_recipe
+from pretrain.runtime.collectives import World
 from tests.ranks import started
 from tests.runs import MODEL, losses, running, train, write_recipe
 from tests.shards import write_shards

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from pretrain.collectives import World
+from pretrain.runtime.collectives import World
 from tests.ranks import started
 from tests.runs import MODEL, losses, train, write_recipe
 from tests.shards import write_shards

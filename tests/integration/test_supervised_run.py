@@ -18,7 +18,7 @@ from pretrain.augment import prepare
 from pretrain.checkpoint import Tensors
 from pretrain.objectives.build import build_objective
 from pretrain.recipe.files import load_recipe
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 from tests.runs import losses, train, write_recipe
 from tests.shards import write_shards
 

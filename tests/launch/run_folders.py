@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.collectives import World
 from pretrain.metrics import MetricLog
 from pretrain.recipe.files import dump, resolved_yaml
 from pretrain.recipe.resolve import resolve
 from pretrain.record import claim
-from pretrain.state import Progress, RunState
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import Progress, RunState
 from pretrain.training_state import Fragment
 from tests.pretrain.recipes import SMALL, load
 

@@ -13,8 +13,8 @@ from launch import after_job
 from launch.after_job import Ending, decide, ending, is_cancelled, is_queued
 from launch.job import FRUITLESS, Node, _refuse_more, attempt_folder
 from launch.job_folder import JobFolder
-from pretrain.demand import HUNG, STOPPED
-from pretrain.run_folder import COMPLETE, folder_name
+from pretrain.runtime.run_folder import COMPLETE, folder_name
+from pretrain.runtime.signals import HUNG, STOPPED
 from tests.launch.run_folders import Commands, submit
 
 NODES = ["n0", "n1"]

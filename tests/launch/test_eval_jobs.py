@@ -16,7 +16,7 @@ from launch.eval_jobs import EvalJobs, apart, hold, let_go
 from launch.eval_submit import queue_evaluation
 from launch.job_folder import JobFolder
 from pretrain.recipe.files import load_recipe
-from pretrain.run_folder import COMPLETE, eval_name, folder_name
+from pretrain.runtime.run_folder import COMPLETE, eval_name, folder_name
 from tests.runs import write_recipe
 from tests.shards import write_shards
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.demand import STOPPED
+from pretrain.runtime.signals import STOPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,7 +19,7 @@ from pretrain.objectives.masked import find_painter
 from pretrain.objectives.simmim import Simmim
 from pretrain.recipe import recipe
 from pretrain.recipe_objective import Byol, Mae, Single, Sum, Supervised, Term
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 from tests.objectives import naive
 from tests.pretrain.recipes import changed, load
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
-from pretrain.collectives import World
 from pretrain.objectives.base import Features
 from pretrain.objectives.clip import clip_loss
 from pretrain.objectives.image_text import ImageText
 from pretrain.objectives.siglip import sigmoid_loss
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.recipe_optim import AdamW, Sgd
-from pretrain.state import Progress
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import Progress
 from tests.objectives import towers
 from tests.ranks import run_ranks
 

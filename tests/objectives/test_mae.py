@@ -16,7 +16,7 @@ from pretrain import recipe_objective
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.mae import Mae, patchify, unpatchify
 from pretrain.recipe import recipe
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 from tests.objectives import naive
 
 START = Progress(0, 1, 0)

@@ -21,7 +21,7 @@ from pretrain import recipe_objective
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import recipe
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 
 START = Progress(0, 1, 0)
 VIT = recipe.Model(

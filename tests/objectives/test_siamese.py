@@ -20,7 +20,7 @@ from pretrain.objectives.byol import Byol
 from pretrain.objectives.siamese import embedding_std, negative_cosine
 from pretrain.objectives.simsiam import SimSiam
 from pretrain.recipe import recipe
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 from tests.objectives import naive, naive_siamese
 
 START = Progress(0, 10, 0)

@@ -17,7 +17,7 @@ from pretrain import recipe_objective
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.simmim import Simmim
 from pretrain.recipe import recipe
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 from tests.objectives import naive, naive_swin
 
 START = Progress(0, 1, 0)

@@ -21,7 +21,7 @@ from pretrain.models.encoders import build_encoder
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.supervised import Supervised
 from pretrain.recipe import recipe
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 from tests.objectives import naive
 
 START = Progress(0, 1, 0)

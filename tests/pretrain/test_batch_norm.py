@@ -10,8 +10,8 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from pretrain.collectives import World, sum_over_ranks
 from pretrain.models.batch_norm import synchronise_batch_norms
+from pretrain.runtime.collectives import World, sum_over_ranks
 from tests.ranks import run_ranks
 
 SAMPLES = 12

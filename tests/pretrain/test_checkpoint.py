@@ -12,8 +12,8 @@ import torch
 from data_pipeline.errors import CheckpointError, RunError
 from pretrain import checkpoint, checkpoint_writer
 from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.collectives import World, barrier
-from pretrain.state import Progress, RunState
+from pretrain.runtime.collectives import World, barrier
+from pretrain.runtime.state import Progress, RunState
 from pretrain.training_state import Fragment
 from tests.pretrain.test_engine import make_engine, whole_state
 from tests.ranks import run_ranks

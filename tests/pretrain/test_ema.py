@@ -12,13 +12,13 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from pretrain import checkpoint
-from pretrain.collectives import World
 from pretrain.ema import decay_at, follow
 from pretrain.engine import Engine
 from pretrain.objectives.base import LossOutput
 from pretrain.optim import build_optimizer
 from pretrain.recipe_optim import Ema
-from pretrain.state import Progress, RunState
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import Progress, RunState
 from tests.pretrain.test_checkpoint import save
 from tests.pretrain.test_engine import OPTIM, STAGES, make_engine, spoil, step, whole_state
 from tests.ranks import run_ranks

@@ -10,7 +10,6 @@ import torch
 
 from data_pipeline.batch import Batch
 from pretrain import recipe_objective
-from pretrain.collectives import World, gather_objects
 from pretrain.engine import Engine
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
@@ -18,7 +17,8 @@ from pretrain.optim import build_optimizer
 from pretrain.recipe import recipe
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.recipe_optim import AdamW, Ema, Lamb, Lars, OptimConfig, Sgd
-from pretrain.state import Progress
+from pretrain.runtime.collectives import World, gather_objects
+from pretrain.runtime.state import Progress
 from tests.ranks import run_ranks
 from tests.toy import Toy, split, toy_batch
 

@@ -12,14 +12,14 @@ from torch import nn
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
 from pretrain import checkpoint, recipe_objective
-from pretrain.collectives import World
 from pretrain.engine import Engine
 from pretrain.models.blocks import repeated_blocks
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import recipe
 from pretrain.recipe.recipe import EngineConfig
-from pretrain.state import Progress, RunState
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import Progress, RunState
 from tests.pretrain.test_checkpoint import save
 from tests.pretrain.test_engine import make_engine, part, whole_state
 from tests.ranks import run_ranks

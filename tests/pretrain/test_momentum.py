@@ -12,15 +12,15 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from pretrain import checkpoint, recipe_objective
-from pretrain.collectives import World, barrier
 from pretrain.engine import Engine
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
 from pretrain.recipe import recipe
 from pretrain.recipe_optim import Cosine, OptimConfig, Sgd
+from pretrain.runtime.collectives import World, barrier
+from pretrain.runtime.state import Progress, RunState
 from pretrain.schedules import learning_rate, undecayed_rate
 from pretrain.start import _initialize
-from pretrain.state import Progress, RunState
 from tests.pretrain.test_checkpoint import save
 from tests.pretrain.test_engine import OPTIM, STAGES, make_engine, whole_state
 from tests.ranks import run_ranks

@@ -16,12 +16,12 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import FieldError
 from pretrain import checkpoint
 from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.collectives import World
 from pretrain.engine import Engine
 from pretrain.objectives.build import build_objective
 from pretrain.online_probe import OnlineProbe, Shape, find_shape
 from pretrain.recipe.recipe import OnlineProbe as Config
-from pretrain.state import Progress, RunState
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import Progress, RunState
 from tests.contracts.test_objectives import CASES, batch_for
 from tests.pretrain.test_engine import make_engine
 from tests.ranks import run_ranks

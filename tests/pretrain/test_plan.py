@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from pretrain.collectives import World
 from pretrain.objectives.build import build_objective
 from pretrain.online_probe import OnlineProbe, Shape, state_bytes
 from pretrain.plan import footprint, model_state_bytes
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
+from pretrain.runtime.collectives import World
 from tests.pretrain.test_engine import make_engine
 from tests.ranks import run_ranks
 from tests.runs import MODEL, write_recipe

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import InputError
-from pretrain.collectives import World
-from pretrain.demand import LEAD_SECONDS
+from pretrain.runtime.collectives import World
+from pretrain.runtime.signals import LEAD_SECONDS
 from pretrain.saving import check_time_to_save
 from tests.runs import write_recipe
 from tests.shards import write_shards

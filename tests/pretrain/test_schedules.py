@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.recipe_optim import Constant, Cosine, Schedule, Steps
+from pretrain.runtime.state import Progress
 from pretrain.schedules import learning_rate
-from pretrain.state import Progress
 
 totals = st.integers(1, 400)
 finals = st.floats(0, 1)

@@ -26,7 +26,7 @@ from pretrain.recipe.files import dump
 from pretrain.recipe.recipe import Recipe, Views
 from pretrain.recipe_model import Model, OpenClip
 from pretrain.recipe_objective import Clip
-from pretrain.state import Progress
+from pretrain.runtime.state import Progress
 from tests.objectives import towers
 from tests.pretrain.test_tokenizers import save_tokenizer
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain.collectives import World
 from pretrain.objectives.base import Contrastive, Features, LossOutput
-from pretrain.state import Progress
+from pretrain.runtime.collectives import World
+from pretrain.runtime.state import Progress
 from tests.pretrain.test_engine import OPTIM, make_engine, whole_state
 from tests.ranks import run_ranks
 

@@ -15,7 +15,7 @@ import yaml
 
 from launch.job_folder import JobFolder
 from launch.slurm import hurry
-from pretrain.demand import STOPPED
+from pretrain.runtime.signals import STOPPED
 from tests.runs import losses, write_recipe
 from tests.shards import write_shards
 from tests.slurm.cluster import SlurmCluster

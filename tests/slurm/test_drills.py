@@ -13,7 +13,7 @@ import pytest
 
 from launch.cancel import cancel
 from launch.job_folder import JobFolder
-from pretrain.demand import HUNG
+from pretrain.runtime.signals import HUNG
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.jobs import SAVED_EVERY, Place
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from data_pipeline.errors import InputError
-from pretrain.collectives import World
 from pretrain.recipe.recipe import Runtime
-from pretrain.versions import commit, installed
+from pretrain.runtime.collectives import World
+from pretrain.runtime.versions import commit, installed
 
 
 def choose_device(runtime: Runtime, world: World) -> torch.device:
