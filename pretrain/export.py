@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.checkpoint import module_state
+from pretrain.models.config import Model
 from pretrain.models.encoders import save_encoder
 from pretrain.recipe.recipe import Recipe
-from pretrain.recipe_model import Model
 from pretrain.recipe_objective import Clip, Siglip
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pretrain.models.config import TextTower
 from pretrain.recipe.base import Group
-from pretrain.recipe_model import TextTower
 
 
 class Supervised(Group):

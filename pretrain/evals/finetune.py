@@ -21,6 +21,7 @@ from pretrain.evals.finetune_recipe import FinetuneConfig, finetune_recipe, star
 from pretrain.evals.probes import topk_share
 from pretrain.evals.task import Task
 from pretrain.goodput import read_goodput
+from pretrain.models.config import Model
 from pretrain.models.encoders import CONFIG, load_encoder, load_strictly, save_encoder
 from pretrain.models.folders import weights_sha256
 from pretrain.models.seeded import seeded
@@ -31,7 +32,6 @@ from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import differences, result_settings
 from pretrain.recipe.strict_yaml import read_yaml
-from pretrain.recipe_model import Model
 from pretrain.runtime.state import Progress
 from pretrain.runtime.versions import LIBRARIES
 

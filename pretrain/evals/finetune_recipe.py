@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from data_pipeline.errors import CheckpointError, InputError, RecipeError
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import full_precision, untouched
+from pretrain.models.config import Model
 from pretrain.models.encoders import build_encoder, load_encoder, load_strictly
 from pretrain.models.seeded import seeded
 from pretrain.recipe.files import as_tuples, load_recipe, recipe_of
 from pretrain.recipe.recipe import Recipe
-from pretrain.recipe_model import Model
 
 PresetName = Literal["small", "mae"]
 

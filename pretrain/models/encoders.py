@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, InputError
 from pretrain.models import cifar_resnet  # noqa: F401  (names its models in timm's registry)
+from pretrain.models.config import Model, ModelConfig
 from pretrain.models.folders import save_weights
 from pretrain.models.weights_files import read_tensors
 from pretrain.recipe.recipe import Views
-from pretrain.recipe_model import Model, ModelConfig
 from pretrain.runtime.run_folder import sha256_of
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

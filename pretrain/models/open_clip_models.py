@@ -11,7 +11,7 @@ from open_clip.model import CustomTextCLIP
 from torch import nn
 
 from data_pipeline.errors import InputError
-from pretrain.recipe_model import ImageTower, OpenClip, TextTower
+from pretrain.models.config import ImageTower, OpenClip, TextTower
 
 TIMM_SIZE = "timm_model_name"  # of a vision_cfg, whose size is then that model's own
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import CheckpointError
+from pretrain.models.config import Model, ModelConfig, TextTower
 from pretrain.models.encoders import (
     CONFIG,
     OPEN_CLIP_CONFIG,
@@ -40,7 +41,6 @@ from pretrain.models.open_clip_models import (
 from pretrain.models.tokenizers import CLIP, SAVED, SAVED_CONFIG
 from pretrain.models.towers import SIGLIP_BIAS, Parts, TwoTowers, build_text
 from pretrain.recipe.recipe import Views
-from pretrain.recipe_model import Model, ModelConfig, TextTower
 from pretrain.runtime.run_folder import sha256_of
 
 BESIDE = "."  # where a saved tokenizer's files lie beside the weights

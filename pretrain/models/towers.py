@@ -17,10 +17,10 @@ from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import InputError
 from data_pipeline.samples.captions import Tokenizer
 from data_pipeline.samples.views import ViewSpec
+from pretrain.models.config import Model, ModelConfig, TextTower
 from pretrain.models.encoders import build_encoder
 from pretrain.models.folders import weights_sha256
 from pretrain.models.open_clip_models import build_open_clip, cleaning, model_config, text_config
-from pretrain.recipe_model import Model, ModelConfig, TextTower
 
 CLIP_SCALE = math.log(1 / 0.07)
 SIGLIP_SCALE, SIGLIP_BIAS = math.log(10), -10.0

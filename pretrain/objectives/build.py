@@ -8,6 +8,7 @@ from torch import nn
 
 from data_pipeline.errors import InputError
 from pretrain import recipe_objective
+from pretrain.models.config import Model, ModelConfig
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.base import Objective
 from pretrain.objectives.byol import Byol
@@ -16,7 +17,6 @@ from pretrain.objectives.mae import Mae
 from pretrain.objectives.simmim import Simmim
 from pretrain.objectives.simsiam import SimSiam
 from pretrain.objectives.supervised import Supervised
-from pretrain.recipe_model import Model, ModelConfig
 
 
 def build_objective(model: ModelConfig, config: recipe_objective.ObjectiveConfig) -> Objective:

@@ -13,11 +13,11 @@ from torch import nn
 
 from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.errors import InputError
+from pretrain.models.config import ModelConfig
 from pretrain.models.towers import Parts, build_parts, embed_images, embed_tokens, tokens_of
 from pretrain.objectives.base import Contrastive, Features, LossOutput
 from pretrain.objectives.clip import clip_loss
 from pretrain.objectives.siglip import sigmoid_loss
-from pretrain.recipe_model import ModelConfig
 from pretrain.recipe_objective import Clip, Siglip
 from pretrain.runtime.state import Progress
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
+from pretrain.models.config import ImageTower, OpenClip, TextTower
 from pretrain.objectives.base import Objective
 from pretrain.objectives.build import build_objective
-from pretrain.recipe_model import ImageTower, OpenClip, TextTower
 from pretrain.recipe_objective import Clip, Siglip
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress

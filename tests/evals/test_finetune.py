@@ -26,12 +26,12 @@ from pretrain.evals.finetune_recipe import FinetuneConfig, finetune_recipe, mode
 from pretrain.evals.sources import load_source
 from pretrain.evals.task import Task
 from pretrain.evals.timm_sources import Architecture
+from pretrain.models.config import Model
 from pretrain.models.encoders import build_encoder, save_encoder
 from pretrain.models.folders import weights_sha256
 from pretrain.pseudo_label import load_teacher
 from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.recipe import Recipe, Views
-from pretrain.recipe_model import Model
 from pretrain.runtime.signals import STOPPED
 from tests import runs
 from tests.evals.conftest import Folders, small_encoder

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from data_pipeline.batch import Batch
+from pretrain.models.config import ImageTower, Model, OpenClip, TextTower
 from pretrain.objectives.build import build_objective
 from pretrain.objectives.image_text import ImageText
-from pretrain.recipe_model import ImageTower, Model, OpenClip, TextTower
 from pretrain.recipe_objective import Clip, Siglip
 
 TEXT = TextTower(width=16, heads=2, layers=2, context_length=6)

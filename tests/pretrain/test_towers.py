@@ -16,6 +16,7 @@ from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import CheckpointError, InputError, RecipeError
 from pretrain.evals.sources import load_source
 from pretrain.evals.tower_sources import load_towers
+from pretrain.models.config import Model, OpenClip
 from pretrain.models.encoders import load_encoder
 from pretrain.models.open_clip_models import model_config
 from pretrain.models.tokenizers import build_tokenizer
@@ -24,7 +25,6 @@ from pretrain.objectives.build import build_objective
 from pretrain.objectives.image_text import ImageText
 from pretrain.recipe.files import dump
 from pretrain.recipe.recipe import Recipe, Views
-from pretrain.recipe_model import Model, OpenClip
 from pretrain.recipe_objective import Clip
 from pretrain.runtime.state import Progress
 from tests.objectives import towers
