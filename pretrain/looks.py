@@ -14,7 +14,7 @@ from data_pipeline.batch import BatchSpec
 from data_pipeline.datasets.read import Dataset
 from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
-from pretrain.augment import normalize
+from pretrain.augment.augment import normalize
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Features, full_precision, untouched
 from pretrain.evals.neighbours import search

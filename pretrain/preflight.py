@@ -15,7 +15,7 @@ from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.errors import RecipeError
 from data_pipeline.remote.prefetch import check_room
 from data_pipeline.samples.captions import Captions
-from pretrain.augment import augmentations, mixing
+from pretrain.augment.augment import augmentations, mixing
 from pretrain.inline import knn_evaluators
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.objectives.base import Contrastive, Objective

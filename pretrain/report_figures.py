@@ -19,7 +19,7 @@ from torch import Tensor
 from data_pipeline.datasets.read import Dataset
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.samples.views import ViewSpec
-from pretrain.augment import normalize
+from pretrain.augment.augment import normalize
 from pretrain.objectives.masked import Painter
 from pretrain.recipe.recipe import Recipe
 

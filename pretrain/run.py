@@ -21,7 +21,7 @@ from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.samples.views import ViewSpec
 from pretrain.advice import Lasting, collapse
-from pretrain.augment import augmentations, mixing, prepare
+from pretrain.augment.augment import augmentations, mixing, prepare
 from pretrain.checkpoint import BESIDE, load, load_beside
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.engine import Engine

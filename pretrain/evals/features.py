@@ -15,7 +15,7 @@ from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import CheckpointError, RunError
 from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
-from pretrain.augment import normalize
+from pretrain.augment.augment import normalize
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.readout import OWN, Reader, Readout
 from pretrain.evals.store import Features as Features

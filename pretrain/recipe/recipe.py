@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from data_pipeline.remote.cache import CacheSpec
+from pretrain.augment.config import Augment, Mixing
 from pretrain.models.config import Model as Model  # where recipes are made in code
 from pretrain.models.config import ModelConfig
 from pretrain.recipe.base import Group, Positive, Probability, Share, ordered
-from pretrain.recipe_augment import Augment, Mixing
 from pretrain.recipe_objective import ObjectiveConfig
 from pretrain.recipe_optim import Ema, OptimConfig, Schedule
 

@@ -33,7 +33,7 @@ from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.loader import TrainLoader
 from data_pipeline.samples.draws import Augmentation, Blur, Jitter
 from data_pipeline.samples.views import ViewSpec
-from pretrain.augment import prepare
+from pretrain.augment.augment import prepare
 from tests.benchmarks.bench_loader import BATCH, LANES, SIZE, WINDOW, Batches, Row, compare, of_arguments, write_shards
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -12,7 +12,7 @@ import torch
 
 from data_pipeline.batch import Batch, BatchSpec
 from pretrain import recipe_objective
-from pretrain.augment import augmentations
+from pretrain.augment.augment import augmentations
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.base import LossOutput, Objective
 from pretrain.objectives.build import build_objective

@@ -18,7 +18,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.procedural.make import make
 from data_pipeline.samples.views import ViewSpec
-from pretrain.augment import prepare
+from pretrain.augment.augment import prepare
 from pretrain.checkpoint import Tensors, complete_checkpoints, digests, module_state
 from pretrain.models.encoders import build_encoder, load_strictly
 from pretrain.preflight import preflight

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.samples.views import ViewSpec
-from pretrain.augment import prepare
+from pretrain.augment.augment import prepare
 from pretrain.checkpoint import Tensors
 from pretrain.objectives.build import build_objective
 from pretrain.recipe.files import load_recipe

@@ -19,8 +19,8 @@ from data_pipeline.loader import evaluation_batches
 from data_pipeline.samples.draws import Augmentation, Blur, Erasing, Jitter, Mixing, Value, draw, draw_mix
 from data_pipeline.samples.rand_augment import RandAugment
 from data_pipeline.samples.views import ViewSpec
-from pretrain import augment
-from pretrain.augment import normalize, prepare
+from pretrain.augment import augment
+from pretrain.augment.augment import normalize, prepare
 from tests.data_pipeline.tiny import SPEC, loader, steps, write_shards
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -13,8 +13,8 @@ from data_pipeline.errors import RecipeError
 from data_pipeline.samples import draws
 from data_pipeline.samples.draws import Augmentation, Blur, Erasing, Jitter, Mixing
 from data_pipeline.samples.rand_augment import RandAugment
-from pretrain import recipe_augment
-from pretrain.augment import augmentations, mixing
+from pretrain.augment import config as recipe_augment
+from pretrain.augment.augment import augmentations, mixing
 from pretrain.recipe import recipe
 from pretrain.recipe.resolve import identity
 from pretrain.run import preflight

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from data_pipeline.batch import Batch
 from data_pipeline.samples.draws import Mixing, draw_mix
-from pretrain.erasing import erase, noise
-from pretrain.mixing import mix
+from pretrain.augment.erasing import erase, noise
+from pretrain.augment.mixing import mix
 
 CLASSES = 7
 

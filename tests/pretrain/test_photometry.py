@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
-from pretrain.photometry import (
+from pretrain.augment.photometry import (
     adjust_brightness,
     adjust_contrast,
     adjust_hue,

@@ -15,7 +15,7 @@ from timm.data import auto_augment as timm
 from torch import Tensor
 
 from data_pipeline.samples.rand_augment import RandOp, argument_of
-from pretrain.rand_augment import rand_augment
+from pretrain.augment.rand_augment import rand_augment
 
 FILL = (0.485, 0.456, 0.406)
 COLOUR: dict[RandOp, Callable[..., Image.Image]] = {

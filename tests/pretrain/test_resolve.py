@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import RecipeError
+from pretrain.augment.config import Augment
 from pretrain.recipe.files import dump, resolved_yaml
 from pretrain.recipe.resolve import differences, identity, resolve
 from pretrain.recipe.strict_yaml import read_yaml, write_yaml
-from pretrain.recipe_augment import Augment
 from tests.pretrain.recipes import SMALL, bounded, changed, load
 
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.errors import RecipeError
 from data_pipeline.samples.draws import Augmentation, Mixing
-from pretrain.erasing import erase
-from pretrain.mixing import mix
-from pretrain.photometry import blur, blur_kernels, blur_radius, grey, jitter, solarise
-from pretrain.rand_augment import rand_augment
+from pretrain.augment.erasing import erase
+from pretrain.augment.mixing import mix
+from pretrain.augment.photometry import blur, blur_kernels, blur_radius, grey, jitter, solarise
+from pretrain.augment.rand_augment import rand_augment
+from pretrain.augment.selected import change_rows
 from pretrain.recipe.recipe import Recipe
-from pretrain.rows import change_rows
 
 _PIXELS_IN_CACHE = 4 * 224 * 224
 

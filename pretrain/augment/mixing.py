@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.batch import Batch
-from pretrain.rows import as_column, change_rows, inside
+from pretrain.augment.selected import as_column, change_rows, inside
 
 
 def mix(batch: Batch, drawn: Mapping[str, Tensor], num_classes: int) -> Batch:

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from pretrain.rows import as_column, inside
+from pretrain.augment.selected import as_column, inside
 
 _NOISE_BITS = 12
 _GOLDEN, _FIRST, _SECOND = (  # of SplitMix64 (data_pipeline/order/keyed.py), as signed 64-bit numbers

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.samples.rand_augment import RandOp
-from pretrain.rows import as_column, change_rows
+from pretrain.augment.selected import as_column, change_rows
 
 
 def rand_augment(images: Tensor, operations: Tensor, arguments: Tensor, fill: Sequence[float]) -> None:

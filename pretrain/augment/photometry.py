@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.rows import as_column, change_rows
+from pretrain.augment.selected import as_column, change_rows
 
 _GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, to torchvision's digits
 
