@@ -55,7 +55,7 @@ def _check_recipe(chain: ChainFolder, stage: Stage, num_ranks: int) -> None:
     """That it loads, divides into ranks, builds its model, and finds what data are there already."""
     import torch
 
-    from pretrain.objectives.build import build_objective
+    from pretrain.objectives.kinds import build_objective
 
     recipe = chain.recipe(stage)
     split_batch(recipe, num_ranks)

@@ -18,7 +18,7 @@ from pretrain.deepspeed_config import deepspeed_config
 from pretrain.ema import follow
 from pretrain.models.batch_norm import synchronise_batch_norms
 from pretrain.models.blocks import repeated_blocks
-from pretrain.objectives.base import Contrastive, Features, LossOutput, Objective
+from pretrain.objectives.contract import Contrastive, Features, LossOutput, Objective
 from pretrain.optim import UNDECAYED, build_optimizer
 from pretrain.partitions import Partitions
 from pretrain.recipe.recipe import EngineConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 from pretrain.checkpoint import module_state
 from pretrain.models.config import Model
 from pretrain.models.encoders import save_encoder
+from pretrain.objectives.config import Clip, Siglip
 from pretrain.recipe.recipe import Recipe
-from pretrain.recipe_objective import Clip, Siglip
 
 
 def export_encoder(recipe: Recipe, checkpoint: Path, folder: Path) -> None:

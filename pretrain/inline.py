@@ -24,7 +24,7 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import Knn
 from pretrain.loop import Periodic
 from pretrain.models.encoders import build_encoder, load_strictly
-from pretrain.objectives.base import Contrastive
+from pretrain.objectives.contract import Contrastive
 from pretrain.online_probe import OnlineProbe
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime.collectives import World, from_main, side_group, sum_over_ranks

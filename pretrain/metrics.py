@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain.objectives.base import Objective
+from pretrain.objectives.contract import Objective
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress

@@ -24,7 +24,7 @@ from data_pipeline.datasets.selection import soft_classes
 from data_pipeline.errors import FieldError, InputError
 from pretrain.checkpoint import BESIDE
 from pretrain.engine import Engine
-from pretrain.objectives.base import Objective
+from pretrain.objectives.contract import Objective
 from pretrain.recipe import recipe
 from pretrain.runtime.collectives import sum_over_ranks
 from pretrain.training_state import Fragment

@@ -10,7 +10,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
-from pretrain.objectives.base import Objective
+from pretrain.objectives.contract import Objective
 from pretrain.recipe_optim import AdamW, Lamb, Lars, OptimConfig, Sgd
 
 UNDECAYED = "undecayed_"  # what names of groups begin with whose learning rate does not decay

@@ -17,7 +17,7 @@ from data_pipeline.durable import durable_file
 from pretrain.engine import Engine
 from pretrain.metrics import MetricLog
 from pretrain.models.encoders import load_strictly
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.masked import find_painter
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime.collectives import World

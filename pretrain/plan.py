@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.objectives.base import Objective
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.contract import Objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.online_probe import Shape, state_bytes
 from pretrain.optim import build_optimizer, empty_state
 from pretrain.recipe.recipe import Recipe

@@ -18,8 +18,8 @@ from data_pipeline.samples.captions import Captions
 from pretrain.augment.augment import augmentations, mixing
 from pretrain.inline import knn_evaluators
 from pretrain.models.tokenizers import build_tokenizer
-from pretrain.objectives.base import Contrastive, Objective
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.contract import Contrastive, Objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.online_probe import Shape, find_shape
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import Resolved, resolve

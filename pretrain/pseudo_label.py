@@ -40,8 +40,8 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import full_precision, untouched
 from pretrain.models.encoders import load_strictly
 from pretrain.models.seeded import seeded
-from pretrain.objectives.build import build_objective
-from pretrain.objectives.supervised import Supervised
+from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.supervised.objective import Supervised
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 

@@ -22,7 +22,7 @@ from pretrain.evals.sources import load_source
 from pretrain.goodput import read_goodput
 from pretrain.looks import neighbours
 from pretrain.models.encoders import load_strictly
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.masked import Painter, find_painter
 from pretrain.page import render as page_of
 from pretrain.recipe.files import load_recipe

@@ -31,8 +31,8 @@ from pretrain.inline import Inline
 from pretrain.loop import Limits, Parts, Periodic, train
 from pretrain.metrics import MetricLog, Rates, flops_per_sample
 from pretrain.models.attention import choose_attention
-from pretrain.objectives.base import Objective
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.contract import Objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.online_probe import OnlineProbe
 from pretrain.pictures import Pictures
 from pretrain.plan import checkpoint_bytes

@@ -25,7 +25,7 @@ from pretrain.checkpoint import (
     some,
 )
 from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, TOWERS, WEIGHTS
-from pretrain.objectives.base import Objective
+from pretrain.objectives.contract import Objective
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import differences, is_longer

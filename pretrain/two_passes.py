@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pretrain.objectives.base import Contrastive, Features, LossOutput
+from pretrain.objectives.contract import Contrastive, Features, LossOutput
 from pretrain.runtime.state import Progress
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain.objectives.base import LossOutput, Objective
+from pretrain.objectives.contract import LossOutput, Objective
 from pretrain.runtime.state import Progress
 
 

@@ -25,8 +25,8 @@ from pretrain.models.config import Model
 from pretrain.models.encoders import CONFIG, load_encoder, load_strictly, save_encoder
 from pretrain.models.folders import weights_sha256
 from pretrain.models.seeded import seeded
-from pretrain.objectives.build import build_objective
-from pretrain.objectives.supervised import Supervised
+from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.supervised.objective import Supervised
 from pretrain.preflight import preflight
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe

@@ -21,7 +21,7 @@ from pretrain.models.hf_folders import is_hf_folder
 from pretrain.models.input_size import set_image_size
 from pretrain.models.seeded import seeded
 from pretrain.models.weights_files import Part
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 

@@ -19,10 +19,10 @@ from pretrain.models.seeded import seeded
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.models.tower_folders import load_towers_folder
 from pretrain.models.towers import Towers, TwoTowers, build_parts, tokens_of
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.config import Clip, Siglip
+from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
-from pretrain.recipe_objective import Clip, Siglip
 
 
 class _Found(NamedTuple):

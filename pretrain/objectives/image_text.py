@@ -15,10 +15,10 @@ from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.errors import InputError
 from pretrain.models.config import ModelConfig
 from pretrain.models.towers import Parts, build_parts, embed_images, embed_tokens, tokens_of
-from pretrain.objectives.base import Contrastive, Features, LossOutput
-from pretrain.objectives.clip import clip_loss
-from pretrain.objectives.siglip import sigmoid_loss
-from pretrain.recipe_objective import Clip, Siglip
+from pretrain.objectives.clip.loss import clip_loss
+from pretrain.objectives.config import Clip, Siglip
+from pretrain.objectives.contract import Contrastive, Features, LossOutput
+from pretrain.objectives.siglip.loss import sigmoid_loss
 from pretrain.runtime.state import Progress
 
 

@@ -13,8 +13,8 @@ from data_pipeline.remote.cache import CacheSpec
 from pretrain.augment.config import Augment, Mixing
 from pretrain.models.config import Model as Model  # where recipes are made in code
 from pretrain.models.config import ModelConfig
+from pretrain.objectives.config import ObjectiveConfig
 from pretrain.recipe.base import Group, Positive, Probability, Share, ordered
-from pretrain.recipe_objective import ObjectiveConfig
 from pretrain.recipe_optim import Ema, OptimConfig, Schedule
 
 

@@ -18,10 +18,10 @@ import torch
 
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.engine import Engine
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.config import Mae
+from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import EngineConfig, Model
-from pretrain.recipe_objective import Mae
 from pretrain.recipe_optim import AdamW
 from pretrain.runtime.collectives import World, process_group
 from pretrain.runtime.state import Progress, RunState

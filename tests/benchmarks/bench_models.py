@@ -26,11 +26,11 @@ from torch import Tensor
 from data_pipeline.batch import Batch
 from pretrain.engine import Engine
 from pretrain.metrics import flops_per_sample, measure_peak_flops
-from pretrain.objectives.base import Objective
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.config import Supervised
+from pretrain.objectives.contract import Objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import EngineConfig, Recipe
-from pretrain.recipe_objective import Supervised
 from pretrain.recipe_optim import AdamW
 from pretrain.runtime.collectives import World, process_group
 from pretrain.runtime.state import Progress

@@ -20,8 +20,8 @@ from data_pipeline.batch import Batch
 from pretrain.engine import Engine
 from pretrain.metrics import blank_batch as flops_batch
 from pretrain.models.attention import choose_attention
-from pretrain.objectives.base import Objective
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.contract import Objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.optim import build_optimizer
 from pretrain.recipe import recipe
 from pretrain.recipe.files import load_recipe

@@ -11,11 +11,11 @@ import timm
 import torch
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain import recipe_objective
 from pretrain.augment.augment import augmentations
 from pretrain.models.encoders import build_encoder
-from pretrain.objectives.base import LossOutput, Objective
-from pretrain.objectives.build import build_objective
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.contract import LossOutput, Objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.optim import build_optimizer, param_groups
 from pretrain.recipe import recipe
 from pretrain.recipe.files import load_recipe

@@ -12,7 +12,7 @@ from torch import nn
 from data_pipeline.batch import Batch
 from pretrain import checkpoint
 from pretrain.engine import Engine
-from pretrain.objectives.base import LossOutput
+from pretrain.objectives.contract import LossOutput
 from pretrain.recipe_optim import AdamW, Ema, OptimConfig, Sgd
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState

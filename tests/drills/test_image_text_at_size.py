@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
 from pretrain.models.config import ImageTower, OpenClip, TextTower
-from pretrain.objectives.base import Objective
-from pretrain.objectives.build import build_objective
-from pretrain.recipe_objective import Clip, Siglip
+from pretrain.objectives.config import Clip, Siglip
+from pretrain.objectives.contract import Objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
 from tests.contracts.test_objectives import batch_for

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain import recipe_objective
 from pretrain.activation_checkpointing import checkpoint_activations
 from pretrain.models.blocks import repeated_blocks
-from pretrain.objectives.base import LossOutput, Objective
-from pretrain.objectives.build import build_objective
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.contract import LossOutput, Objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.plan import model_state_bytes
 from pretrain.recipe import recipe
 from pretrain.runtime.collectives import World

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pretrain.objectives.base import Features
-from pretrain.objectives.siglip import sigmoid_loss
+from pretrain.objectives.contract import Features
+from pretrain.objectives.siglip.loss import sigmoid_loss
 from pretrain.runtime.collectives import World
 from tests.ranks import run_ranks
 

@@ -21,7 +21,7 @@ from pretrain.evals.tower_sources import load_towers
 from pretrain.models.encoders import save_encoder
 from pretrain.models.open_clip_models import build_open_clip
 from pretrain.models.tower_folders import save_towers
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import dump
 from pretrain.recipe.recipe import Recipe, Views
 from pretrain.runtime.collectives import World

@@ -23,7 +23,7 @@ from pretrain.evals.sources import load_source
 from pretrain.evals.timm_sources import Architecture
 from pretrain.models.encoders import save_encoder
 from pretrain.models.weights_files import Part
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import dump
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime.collectives import World

@@ -10,7 +10,7 @@ import torch
 from data_pipeline.loader import TrainLoader
 from data_pipeline.samples.views import ViewSpec
 from pretrain.augment.augment import augmentations, mixing, prepare
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import load_recipe
 from pretrain.run import preflight
 from pretrain.runtime.state import Progress

@@ -13,7 +13,7 @@ from data_pipeline.errors import RecipeError
 from pretrain.evals.sources import load_source
 from pretrain.evals.tower_sources import load_towers
 from pretrain.models.encoders import build_encoder
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.preflight import preflight
 from pretrain.recipe.files import load_recipe
 from pretrain.runtime.collectives import World

@@ -16,7 +16,7 @@ from data_pipeline.ingest.tables import Columns
 from pretrain import preflight
 from pretrain import run as run_module
 from pretrain.models.encoders import build_encoder
-from pretrain.objectives.base import LossOutput, Objective
+from pretrain.objectives.contract import LossOutput, Objective
 from pretrain.recipe import recipe as recipes
 from pretrain.recipe.files import load_recipe
 from pretrain.runtime.collectives import World

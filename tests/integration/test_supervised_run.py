@@ -16,7 +16,7 @@ from data_pipeline.loader import evaluation_batches
 from data_pipeline.samples.views import ViewSpec
 from pretrain.augment.augment import prepare
 from pretrain.checkpoint import Tensors
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import load_recipe
 from pretrain.runtime.state import Progress
 from tests.runs import losses, train, write_recipe

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec, MaskSpec
 from data_pipeline.errors import InputError, RecipeError
-from pretrain import recipe_objective
-from pretrain.objectives.base import LossOutput, Objective
-from pretrain.objectives.build import build_objective
-from pretrain.objectives.combined import Combined, joint_needs
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.config import Byol, Mae, Single, Sum, Supervised, Term
+from pretrain.objectives.contract import LossOutput, Objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.masked import find_painter
-from pretrain.objectives.simmim import Simmim
+from pretrain.objectives.simmim.objective import Simmim
+from pretrain.objectives.sum.objective import Combined, joint_needs
 from pretrain.recipe import recipe
-from pretrain.recipe_objective import Byol, Mae, Single, Sum, Supervised, Term
 from pretrain.runtime.state import Progress
 from tests.objectives import naive
 from tests.pretrain.recipes import changed, load

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
-from pretrain.objectives.base import Features
-from pretrain.objectives.clip import clip_loss
+from pretrain.objectives.clip.loss import clip_loss
+from pretrain.objectives.contract import Features
 from pretrain.objectives.image_text import ImageText
-from pretrain.objectives.siglip import sigmoid_loss
+from pretrain.objectives.siglip.loss import sigmoid_loss
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.recipe_optim import AdamW, Sgd
 from pretrain.runtime.collectives import World

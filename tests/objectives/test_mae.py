@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
-from pretrain import recipe_objective
-from pretrain.objectives.build import build_objective
-from pretrain.objectives.mae import Mae, patchify, unpatchify
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.mae.objective import Mae, patchify, unpatchify
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
 from tests.objectives import naive

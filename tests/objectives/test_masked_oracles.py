@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from data_pipeline.batch import Batch
-from pretrain import recipe_objective
-from pretrain.objectives.base import Objective
-from pretrain.objectives.build import build_objective
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.contract import Objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
 

@@ -12,13 +12,13 @@ from lightly.models.modules import heads as lightly_heads
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
-from pretrain import recipe_objective
 from pretrain.models.heads import batch_norm_head
-from pretrain.objectives.base import Objective
-from pretrain.objectives.build import build_objective
-from pretrain.objectives.byol import Byol
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.byol.objective import Byol
+from pretrain.objectives.contract import Objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.siamese import embedding_std, negative_cosine
-from pretrain.objectives.simsiam import SimSiam
+from pretrain.objectives.simsiam.objective import SimSiam
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
 from tests.objectives import naive, naive_siamese

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
-from pretrain import recipe_objective
-from pretrain.objectives.build import build_objective
-from pretrain.objectives.simmim import Simmim
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.simmim.objective import Simmim
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
 from tests.objectives import naive, naive_swin

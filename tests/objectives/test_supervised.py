@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.batch import Batch
-from pretrain import recipe_objective
 from pretrain.models.encoders import build_encoder
-from pretrain.objectives.build import build_objective
-from pretrain.objectives.supervised import Supervised
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.supervised.objective import Supervised
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
 from tests.objectives import naive

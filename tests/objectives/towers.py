@@ -8,9 +8,9 @@ import torch
 
 from data_pipeline.batch import Batch
 from pretrain.models.config import ImageTower, Model, OpenClip, TextTower
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.config import Clip, Siglip
 from pretrain.objectives.image_text import ImageText
-from pretrain.recipe_objective import Clip, Siglip
+from pretrain.objectives.kinds import build_objective
 
 TEXT = TextTower(width=16, heads=2, layers=2, context_length=6)
 OPEN_CLIP = OpenClip(

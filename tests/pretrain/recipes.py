@@ -11,9 +11,9 @@ from typing import Any, get_args
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from pretrain.objectives.config import ObjectiveConfig
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
-from pretrain.recipe_objective import ObjectiveConfig
 
 SMALL: dict[str, Any] = {
     "name": "small",

@@ -14,7 +14,7 @@ from data_pipeline.batch import Batch
 from pretrain import checkpoint
 from pretrain.ema import decay_at, follow
 from pretrain.engine import Engine
-from pretrain.objectives.base import LossOutput
+from pretrain.objectives.contract import LossOutput
 from pretrain.optim import build_optimizer
 from pretrain.recipe_optim import Ema
 from pretrain.runtime.collectives import World

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from data_pipeline.batch import Batch
-from pretrain import recipe_objective
 from pretrain.engine import Engine
-from pretrain.objectives.base import Objective
-from pretrain.objectives.build import build_objective
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.contract import Objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.optim import build_optimizer
 from pretrain.recipe import recipe
 from pretrain.recipe.recipe import EngineConfig

@@ -11,11 +11,12 @@ from torch import nn
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
-from pretrain import checkpoint, recipe_objective
+from pretrain import checkpoint
 from pretrain.engine import Engine
 from pretrain.models.blocks import repeated_blocks
-from pretrain.objectives.base import Objective
-from pretrain.objectives.build import build_objective
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.contract import Objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.recipe import recipe
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.collectives import World

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from pretrain import checkpoint, recipe_objective
+from pretrain import checkpoint
 from pretrain.engine import Engine
-from pretrain.objectives.base import Objective
-from pretrain.objectives.build import build_objective
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.contract import Objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.recipe import recipe
 from pretrain.recipe_optim import Cosine, OptimConfig, Sgd
 from pretrain.runtime.collectives import World, barrier

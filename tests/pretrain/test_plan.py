@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.kinds import build_objective
 from pretrain.online_probe import OnlineProbe, Shape, state_bytes
 from pretrain.plan import footprint, model_state_bytes
 from pretrain.recipe.files import load_recipe

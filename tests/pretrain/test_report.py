@@ -37,8 +37,8 @@ from pretrain.evals.knn import Knn
 from pretrain.evals.sources import load_source
 from pretrain.goodput import Goodput
 from pretrain.looks import neighbours
-from pretrain.objectives.build import build_objective
-from pretrain.objectives.mae import Mae
+from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.mae.objective import Mae
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import InlineKnn
 from pretrain.report_figures import Neighbours, Picture, curve, picture, reconstructions

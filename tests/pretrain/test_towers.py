@@ -21,11 +21,11 @@ from pretrain.models.encoders import load_encoder
 from pretrain.models.open_clip_models import model_config
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.models.tower_folders import save_towers
-from pretrain.objectives.build import build_objective
+from pretrain.objectives.config import Clip
 from pretrain.objectives.image_text import ImageText
+from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import dump
 from pretrain.recipe.recipe import Recipe, Views
-from pretrain.recipe_objective import Clip
 from pretrain.runtime.state import Progress
 from tests.objectives import towers
 from tests.pretrain.test_tokenizers import save_tokenizer

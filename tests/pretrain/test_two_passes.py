@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain.objectives.base import Contrastive, Features, LossOutput
+from pretrain.objectives.contract import Contrastive, Features, LossOutput
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
 from tests.pretrain.test_engine import OPTIM, make_engine, whole_state

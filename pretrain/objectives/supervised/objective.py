@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain import recipe_objective
-from pretrain.objectives.base import LossOutput, Objective
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.contract import LossOutput, Objective
 from pretrain.runtime.state import Progress
 
 

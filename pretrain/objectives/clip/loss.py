@@ -9,7 +9,7 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.objectives.base import Features, LossOutput
+from pretrain.objectives.contract import Features, LossOutput
 from pretrain.runtime.collectives import rank_and_size
 
 # How open_clip gathers; it says so at every step.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain import recipe_objective
 from pretrain.models.heads import batch_norm_head
-from pretrain.objectives.base import LossOutput, Objective
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.contract import LossOutput, Objective
 from pretrain.objectives.siamese import embedding_std, negative_cosine
 from pretrain.runtime.state import Progress
 

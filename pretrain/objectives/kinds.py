@@ -7,16 +7,16 @@ from typing import assert_never
 from torch import nn
 
 from data_pipeline.errors import InputError
-from pretrain import recipe_objective
 from pretrain.models.config import Model, ModelConfig
 from pretrain.models.encoders import build_encoder
-from pretrain.objectives.base import Objective
-from pretrain.objectives.byol import Byol
-from pretrain.objectives.combined import Combined
-from pretrain.objectives.mae import Mae
-from pretrain.objectives.simmim import Simmim
-from pretrain.objectives.simsiam import SimSiam
-from pretrain.objectives.supervised import Supervised
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.byol.objective import Byol
+from pretrain.objectives.contract import Objective
+from pretrain.objectives.mae.objective import Mae
+from pretrain.objectives.simmim.objective import Simmim
+from pretrain.objectives.simsiam.objective import SimSiam
+from pretrain.objectives.sum.objective import Combined
+from pretrain.objectives.supervised.objective import Supervised
 
 
 def build_objective(model: ModelConfig, config: recipe_objective.ObjectiveConfig) -> Objective:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.objectives.base import Features, LossOutput
+from pretrain.objectives.contract import Features, LossOutput
 from pretrain.runtime.collectives import gather_rows, rank_and_size, sum_over_ranks
 
 BLOCK = 2048  # images, and texts, of a block: 17 MB in fp32

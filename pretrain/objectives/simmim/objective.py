@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from data_pipeline.batch import Batch, BatchSpec, MaskSpec
 from data_pipeline.errors import InputError
-from pretrain import recipe_objective
-from pretrain.objectives.base import LossOutput, Objective
+from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.contract import LossOutput, Objective
 from pretrain.objectives.masked import Reconstruction, checked_masks, checked_vit
 from pretrain.runtime.state import Progress
 

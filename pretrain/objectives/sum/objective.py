@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.errors import InputError
-from pretrain.objectives.base import LossOutput, Objective
+from pretrain.objectives.contract import LossOutput, Objective
 from pretrain.runtime.state import Progress
 
 

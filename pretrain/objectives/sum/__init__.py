@@ -1,0 +1,1 @@
+"""The weighted sum of several objectives over one encoder."""
