@@ -15,14 +15,14 @@ from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
 from pretrain.activation_checkpointing import checkpoint_activations
 from pretrain.deepspeed_config import deepspeed_config
-from pretrain.ema import follow
 from pretrain.models.batch_norm import synchronise_batch_norms
 from pretrain.models.blocks import repeated_blocks
 from pretrain.objectives.contract import Contrastive, Features, LossOutput, Objective
-from pretrain.optim import UNDECAYED, build_optimizer
+from pretrain.optim.averages import follow
+from pretrain.optim.config import Ema, OptimConfig
+from pretrain.optim.optimizers import UNDECAYED, build_optimizer
 from pretrain.partitions import Partitions
 from pretrain.recipe.recipe import EngineConfig
-from pretrain.recipe_optim import Ema, OptimConfig
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
 from pretrain.timing import Stopwatch

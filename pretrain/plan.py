@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
 from pretrain.online_probe import Shape, state_bytes
-from pretrain.optim import build_optimizer, empty_state
+from pretrain.optim.optimizers import build_optimizer, empty_state
 from pretrain.recipe.recipe import Recipe
 
 

@@ -34,6 +34,7 @@ from pretrain.models.attention import choose_attention
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
 from pretrain.online_probe import OnlineProbe
+from pretrain.optim.schedules import learning_rate, undecayed_rate
 from pretrain.pictures import Pictures
 from pretrain.plan import checkpoint_bytes
 from pretrain.preflight import Plan, preflight
@@ -44,7 +45,6 @@ from pretrain.runtime.environment import choose_device, describe, pin_threads
 from pretrain.runtime.signals import Demand
 from pretrain.runtime.state import Progress, RunState
 from pretrain.saving import TimedCheckpoints, check_time_to_save
-from pretrain.schedules import learning_rate, undecayed_rate
 from pretrain.sinks import open_sinks
 from pretrain.start import Start, find_start, not_longer
 from pretrain.timing import DataBrake, profiled

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from data_pipeline.progress import track
 from pretrain.evals.probes import Probes, statistics
-from pretrain.recipe_optim import Cosine
+from pretrain.optim.config import Cosine
+from pretrain.optim.schedules import learning_rate
 from pretrain.runtime.state import Progress
-from pretrain.schedules import learning_rate
 
 MOMENTUM = 0.9
 TRUST = 1e-3  # LARS's trust coefficient, as MAE's probe has it

@@ -14,8 +14,8 @@ from pretrain.augment.config import Augment, Mixing
 from pretrain.models.config import Model as Model  # where recipes are made in code
 from pretrain.models.config import ModelConfig
 from pretrain.objectives.config import ObjectiveConfig
+from pretrain.optim.config import Ema, OptimConfig, Schedule
 from pretrain.recipe.base import Group, Positive, Probability, Share, ordered
-from pretrain.recipe_optim import Ema, OptimConfig, Schedule
 
 
 class Views(Group):

@@ -20,9 +20,9 @@ from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.engine import Engine
 from pretrain.objectives.config import Mae
 from pretrain.objectives.kinds import build_objective
+from pretrain.optim.config import AdamW
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import EngineConfig, Model
-from pretrain.recipe_optim import AdamW
 from pretrain.runtime.collectives import World, process_group
 from pretrain.runtime.state import Progress, RunState
 from tests.benchmarks.bench_step import RECIPE, blank_batch, engine_of

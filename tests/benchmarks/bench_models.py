@@ -29,9 +29,9 @@ from pretrain.metrics import flops_per_sample, measure_peak_flops
 from pretrain.objectives.config import Supervised
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
+from pretrain.optim.config import AdamW
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import EngineConfig, Recipe
-from pretrain.recipe_optim import AdamW
 from pretrain.runtime.collectives import World, process_group
 from pretrain.runtime.state import Progress
 from tests.benchmarks.bench_step import blank_batch

@@ -22,7 +22,7 @@ from pretrain.metrics import blank_batch as flops_batch
 from pretrain.models.attention import choose_attention
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
-from pretrain.optim import build_optimizer
+from pretrain.optim.optimizers import build_optimizer
 from pretrain.recipe import recipe
 from pretrain.recipe.files import load_recipe
 from pretrain.runtime.collectives import World, process_group

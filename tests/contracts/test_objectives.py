@@ -16,10 +16,10 @@ from pretrain.models.encoders import build_encoder
 from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.contract import LossOutput, Objective
 from pretrain.objectives.kinds import build_objective
-from pretrain.optim import build_optimizer, param_groups
+from pretrain.optim.config import AdamW
+from pretrain.optim.optimizers import build_optimizer, param_groups
 from pretrain.recipe import recipe
 from pretrain.recipe.files import load_recipe
-from pretrain.recipe_optim import AdamW
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
 from tests.objectives import towers

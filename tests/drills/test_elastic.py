@@ -13,7 +13,7 @@ from data_pipeline.batch import Batch
 from pretrain import checkpoint
 from pretrain.engine import Engine
 from pretrain.objectives.contract import LossOutput
-from pretrain.recipe_optim import AdamW, Ema, OptimConfig, Sgd
+from pretrain.optim.config import AdamW, Ema, OptimConfig, Sgd
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState
 from tests.pretrain.test_checkpoint import save

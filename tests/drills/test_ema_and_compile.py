@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pretrain.recipe_optim import Ema
+from pretrain.optim.config import Ema
 from pretrain.runtime.collectives import World
 from tests.pretrain.test_ema import averaged
 from tests.pretrain.test_engine import STAGES

@@ -16,8 +16,8 @@ from data_pipeline.batch import Batch
 from pretrain import checkpoint
 from pretrain.engine import Engine
 from pretrain.metrics import flops_per_sample
+from pretrain.optim.config import AdamW, OptimConfig, Sgd
 from pretrain.preflight import cannot_accumulate
-from pretrain.recipe_optim import AdamW, OptimConfig, Sgd
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState
 from tests.contracts.test_objectives import CASES, batch_for

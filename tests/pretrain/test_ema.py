@@ -12,11 +12,11 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from pretrain import checkpoint
-from pretrain.ema import decay_at, follow
 from pretrain.engine import Engine
 from pretrain.objectives.contract import LossOutput
-from pretrain.optim import build_optimizer
-from pretrain.recipe_optim import Ema
+from pretrain.optim.averages import decay_at, follow
+from pretrain.optim.config import Ema
+from pretrain.optim.optimizers import build_optimizer
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress, RunState
 from tests.pretrain.test_checkpoint import save

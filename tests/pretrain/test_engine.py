@@ -13,10 +13,10 @@ from pretrain.engine import Engine
 from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
-from pretrain.optim import build_optimizer
+from pretrain.optim.config import AdamW, Ema, Lamb, Lars, OptimConfig, Sgd
+from pretrain.optim.optimizers import build_optimizer
 from pretrain.recipe import recipe
 from pretrain.recipe.recipe import EngineConfig
-from pretrain.recipe_optim import AdamW, Ema, Lamb, Lars, OptimConfig, Sgd
 from pretrain.runtime.collectives import World, gather_objects
 from pretrain.runtime.state import Progress
 from tests.ranks import run_ranks

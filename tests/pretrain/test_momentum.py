@@ -16,11 +16,11 @@ from pretrain.engine import Engine
 from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
+from pretrain.optim.config import Cosine, OptimConfig, Sgd
+from pretrain.optim.schedules import learning_rate, undecayed_rate
 from pretrain.recipe import recipe
-from pretrain.recipe_optim import Cosine, OptimConfig, Sgd
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState
-from pretrain.schedules import learning_rate, undecayed_rate
 from pretrain.start import _initialize
 from tests.pretrain.test_checkpoint import save
 from tests.pretrain.test_engine import OPTIM, STAGES, make_engine, whole_state

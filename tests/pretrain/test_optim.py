@@ -14,9 +14,9 @@ from data_pipeline.errors import InputError
 from pretrain.models.encoders import build_encoder, model_args
 from pretrain.objectives.config import Supervised as SupervisedConfig
 from pretrain.objectives.supervised.objective import Supervised
-from pretrain.optim import build_optimizer, empty_state, param_groups, step_counters
+from pretrain.optim.config import AdamW, Lamb, Lars, OptimConfig, Sgd
+from pretrain.optim.optimizers import build_optimizer, empty_state, param_groups, step_counters
 from pretrain.recipe.recipe import Model
-from pretrain.recipe_optim import AdamW, Lamb, Lars, OptimConfig, Sgd
 
 OPTIM = AdamW(base_lr=1e-3, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.3)
 SWIN = Model(

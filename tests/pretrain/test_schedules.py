@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.recipe_optim import Constant, Cosine, Schedule, Steps
+from pretrain.optim.config import Constant, Cosine, Schedule, Steps
+from pretrain.optim.schedules import learning_rate
 from pretrain.runtime.state import Progress
-from pretrain.schedules import learning_rate
 
 totals = st.integers(1, 400)
 finals = st.floats(0, 1)

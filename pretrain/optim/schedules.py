@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import assert_never
 
-from pretrain.recipe_optim import Constant, Cosine, Schedule, Steps
+from pretrain.optim.config import Constant, Cosine, Schedule, Steps
 from pretrain.runtime.state import Progress
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
 from pretrain.objectives.contract import Objective
-from pretrain.recipe_optim import AdamW, Lamb, Lars, OptimConfig, Sgd
+from pretrain.optim.config import AdamW, Lamb, Lars, OptimConfig, Sgd
 
 UNDECAYED = "undecayed_"  # what names of groups begin with whose learning rate does not decay
 _EXEMPT = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pretrain.recipe_optim import Ema
+from pretrain.optim.config import Ema
 
 _BINADE_BITS = 0x7F800000  # of an fp32 number: its sign and fraction cleared, what is left is the power of two below it
 _GOLDEN = (5**0.5 - 1) / 2
