@@ -36,7 +36,7 @@ from pretrain.runtime.run_folder import sha256_of
 from pretrain.runtime.state import Progress, RunState
 
 if TYPE_CHECKING:
-    from pretrain.training_state import Fragment, TrainingState
+    from pretrain.engine.training_state import Fragment, TrainingState
 
 FORMAT = 1
 STATE = "state.json"

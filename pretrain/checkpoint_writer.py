@@ -29,10 +29,10 @@ import torch
 from data_pipeline.durable import durable_file, sync_folder
 from data_pipeline.errors import RunError
 from pretrain.checkpoint import COMPLETE, FORMAT, STATE, all_folders, complete_checkpoints, folder_name
+from pretrain.engine.training_state import Fragment
 from pretrain.runtime.collectives import World, gather_objects, side_group
 from pretrain.runtime.run_folder import sha256_of
 from pretrain.runtime.state import RunState
-from pretrain.training_state import Fragment
 
 _CHUNK = 1 << 24  # bytes that are written and hashed at a time
 _DTYPES = {

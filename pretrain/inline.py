@@ -19,7 +19,7 @@ from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.samples.captions import Captions
 from data_pipeline.samples.views import ViewSpec
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import Knn
 from pretrain.loop import Periodic

@@ -16,7 +16,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.errors import RunError
 from data_pipeline.loader import BadSample, StepData
 from pretrain.advice import Advise
-from pretrain.engine import Engine, StepResult
+from pretrain.engine.engine import Engine, StepResult
 from pretrain.metrics import MetricLog
 from pretrain.runtime.collectives import gather_objects, mean_over_ranks
 from pretrain.runtime.state import Progress, RunState

@@ -23,11 +23,11 @@ from data_pipeline.datasets.read import Dataset
 from data_pipeline.datasets.selection import soft_classes
 from data_pipeline.errors import FieldError, InputError
 from pretrain.checkpoint import BESIDE
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
+from pretrain.engine.training_state import Fragment
 from pretrain.objectives.contract import Objective
 from pretrain.recipe import recipe
 from pretrain.runtime.collectives import sum_over_ranks
-from pretrain.training_state import Fragment
 
 MOMENTUM = 0.9
 STATISTICS_MOMENTUM = 0.1  # share of the latest batch in the running statistics, as batch norm has it

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.durable import durable_file
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
 from pretrain.metrics import MetricLog
 from pretrain.models.encoders import load_strictly
 from pretrain.objectives.kinds import build_objective

@@ -24,7 +24,7 @@ from pretrain.advice import Lasting, collapse
 from pretrain.augment.augment import augmentations, mixing, prepare
 from pretrain.checkpoint import BESIDE, load, load_beside
 from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
 from pretrain.export import export_encoder
 from pretrain.goodput import Timeline, read_goodput
 from pretrain.inline import Inline

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
 from pretrain.objectives.config import Mae
 from pretrain.objectives.kinds import build_objective
 from pretrain.optim.config import AdamW

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
 from pretrain.metrics import flops_per_sample, measure_peak_flops
 from pretrain.objectives.config import Supervised
 from pretrain.objectives.contract import Objective

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from data_pipeline.batch import Batch
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
 from pretrain.metrics import blank_batch as flops_batch
 from pretrain.models.attention import choose_attention
 from pretrain.objectives.contract import Objective

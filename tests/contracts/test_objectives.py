@@ -283,7 +283,7 @@ def teach(objective: Objective) -> None:
 
 
 def sharded_losses(world: World) -> dict[str, list[float]]:
-    from pretrain.engine import Engine  # imports DeepSpeed, which only the processes of this test need
+    from pretrain.engine.engine import Engine  # imports DeepSpeed, which only the processes of this test need
 
     losses: dict[str, list[float]] = {}
     for name, case in CASES.items():

@@ -11,7 +11,7 @@ from torch import nn
 
 from data_pipeline.batch import Batch
 from pretrain import checkpoint
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
 from pretrain.objectives.contract import LossOutput
 from pretrain.optim.config import AdamW, Ema, OptimConfig, Sgd
 from pretrain.runtime.collectives import World, barrier

@@ -57,7 +57,7 @@ class Board:
 def watched_run(world: World, recipe: Path, out: Path, board_path: Path, seed: int) -> None:
     """A run whose phases stand on the board, and whose samples are written down for each step."""
     from pretrain import checkpoint_writer, run
-    from pretrain.engine import Engine
+    from pretrain.engine.engine import Engine
     from pretrain.inline import Inline
     from pretrain.recipe.files import load_recipe
 

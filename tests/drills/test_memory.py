@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain.activation_checkpointing import checkpoint_activations
+from pretrain.engine.activation_checkpointing import checkpoint_activations
 from pretrain.models.blocks import repeated_blocks
 from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.contract import LossOutput, Objective

@@ -25,9 +25,9 @@ import torch
 from data_pipeline.errors import CheckpointError, PretrainError
 from pretrain import checkpoint, checkpoint_writer
 from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.engine.training_state import Fragment
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress, RunState
-from pretrain.training_state import Fragment
 
 LEAST = 500
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.engine.training_state import Fragment
 from pretrain.metrics import MetricLog
 from pretrain.recipe.files import dump, resolved_yaml
 from pretrain.recipe.resolve import resolve
 from pretrain.record import claim
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress, RunState
-from pretrain.training_state import Fragment
 from tests.pretrain.recipes import SMALL, load
 
 TOTAL_STEPS = 30

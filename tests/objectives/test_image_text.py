@@ -282,7 +282,7 @@ def part(batch: Batch, start: int, size: int) -> Batch:
 
 def trained(world: World, kind: str, options: dict[str, Any], accumulation: int) -> dict[int, Any]:
     """Losses, and all parameters after three steps, at each stage."""
-    from pretrain.engine import Engine
+    from pretrain.engine.engine import Engine
 
     found = {}
     for stage in (0, 1, 2, 3):
@@ -331,7 +331,7 @@ def test_ranks_stages_and_accumulation_change_nothing(kind: str) -> None:
 
 def pushed(world: World) -> list[float]:
     """The scale after steps from above its bound, and what the second of them computed with, by stage."""
-    from pretrain.engine import Engine
+    from pretrain.engine.engine import Engine
 
     found = []
     for stage in (0, 1, 2, 3):

@@ -12,9 +12,9 @@ import torch
 from data_pipeline.errors import CheckpointError, RunError
 from pretrain import checkpoint, checkpoint_writer
 from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.engine.training_state import Fragment
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState
-from pretrain.training_state import Fragment
 from tests.pretrain.test_engine import make_engine, whole_state
 from tests.ranks import run_ranks
 from tests.toy import split, toy_batch

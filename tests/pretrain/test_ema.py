@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from pretrain import checkpoint
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
 from pretrain.objectives.contract import LossOutput
 from pretrain.optim.averages import decay_at, follow
 from pretrain.optim.config import Ema

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_pipeline.batch import Batch
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
 from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from pretrain import checkpoint
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
 from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective

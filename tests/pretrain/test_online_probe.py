@@ -16,7 +16,7 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import FieldError
 from pretrain import checkpoint
 from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
 from pretrain.objectives.kinds import build_objective
 from pretrain.online_probe import OnlineProbe, Shape, find_shape
 from pretrain.recipe.recipe import OnlineProbe as Config

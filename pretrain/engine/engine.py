@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
-from pretrain.activation_checkpointing import checkpoint_activations
-from pretrain.deepspeed_config import deepspeed_config
+from pretrain.engine.activation_checkpointing import checkpoint_activations
+from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.engine.partitions import Partitions
+from pretrain.engine.training_state import TrainingState
+from pretrain.engine.two_passes import loss_and_gradients, poisoned
 from pretrain.models.batch_norm import synchronise_batch_norms
 from pretrain.models.blocks import repeated_blocks
 from pretrain.objectives.contract import Contrastive, Features, LossOutput, Objective
 from pretrain.optim.averages import follow
 from pretrain.optim.config import Ema, OptimConfig
 from pretrain.optim.optimizers import UNDECAYED, build_optimizer
-from pretrain.partitions import Partitions
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
 from pretrain.timing import Stopwatch
-from pretrain.training_state import TrainingState
-from pretrain.two_passes import loss_and_gradients, poisoned
 
 
 @dataclass(frozen=True)

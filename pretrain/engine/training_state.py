@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.engine.partitions import Partitions
 from pretrain.optim.averages import WeightEma
 from pretrain.optim.config import Ema
 from pretrain.optim.optimizers import empty_state, step_counters
-from pretrain.partitions import Partitions
 from pretrain.runtime.collectives import sum_over_ranks
 
 
