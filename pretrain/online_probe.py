@@ -22,7 +22,7 @@ from data_pipeline.datasets.mixture import Mixture
 from data_pipeline.datasets.read import Dataset
 from data_pipeline.datasets.selection import soft_classes
 from data_pipeline.errors import FieldError, InputError
-from pretrain.checkpoint import BESIDE
+from pretrain.checkpoints.checkpoint import BESIDE
 from pretrain.engine.engine import Engine
 from pretrain.engine.training_state import Fragment
 from pretrain.objectives.contract import Objective

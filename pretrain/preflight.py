@@ -16,6 +16,7 @@ from data_pipeline.errors import RecipeError
 from data_pipeline.remote.prefetch import check_room
 from data_pipeline.samples.captions import Captions
 from pretrain.augment.augment import augmentations, mixing
+from pretrain.checkpoints.start import refuse_locked_at_random, refuse_other_run
 from pretrain.inline import knn_evaluators
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.objectives.contract import Contrastive, Objective
@@ -24,7 +25,6 @@ from pretrain.online_probe import Shape, find_shape
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import Resolved, resolve
 from pretrain.sinks import refuse_missing_wandb
-from pretrain.start import refuse_locked_at_random, refuse_other_run
 
 
 @dataclass(frozen=True)

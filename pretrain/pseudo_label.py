@@ -35,7 +35,7 @@ from data_pipeline.progress import track
 from data_pipeline.samples.views import ViewSpec
 from data_pipeline.shards.manifest import PLAN_NAME
 from pretrain.augment.augment import normalize
-from pretrain.checkpoint import complete_checkpoints, module_state
+from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import full_precision, untouched
 from pretrain.models.encoders import load_strictly

@@ -14,7 +14,7 @@ from data_pipeline.datasets.mixture import open_training
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import CheckpointError, InputError
-from pretrain.checkpoint import complete_checkpoints, module_state, read_state
+from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state, read_state
 from pretrain.comparison import difference
 from pretrain.evals.base import EvalReport, Interval
 from pretrain.evals.encoder import Encoder

@@ -22,10 +22,12 @@ from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.samples.views import ViewSpec
 from pretrain.advice import Lasting, collapse
 from pretrain.augment.augment import augmentations, mixing, prepare
-from pretrain.checkpoint import BESIDE, load, load_beside
-from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.checkpoints.checkpoint import BESIDE, load, load_beside
+from pretrain.checkpoints.export import export_encoder
+from pretrain.checkpoints.schedule import TimedCheckpoints, check_time_to_save
+from pretrain.checkpoints.start import Start, find_start, not_longer
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.engine import Engine
-from pretrain.export import export_encoder
 from pretrain.goodput import Timeline, read_goodput
 from pretrain.inline import Inline
 from pretrain.loop import Limits, Parts, Periodic, train
@@ -44,9 +46,7 @@ from pretrain.runtime.collectives import World, gather_objects, process_group
 from pretrain.runtime.environment import choose_device, describe, pin_threads
 from pretrain.runtime.signals import Demand
 from pretrain.runtime.state import Progress, RunState
-from pretrain.saving import TimedCheckpoints, check_time_to_save
 from pretrain.sinks import open_sinks
-from pretrain.start import Start, find_start, not_longer
 from pretrain.timing import DataBrake, profiled
 from pretrain.watchdog import Watchdog
 

@@ -23,12 +23,17 @@ FORBIDDEN = {
     "pretrain/objectives": [
         "pretrain.engine.engine",
         "pretrain.evals",
-        "pretrain.checkpoint",
+        "pretrain.checkpoints.checkpoint",
         "pretrain.loop",
         "pretrain.run",
         "torch.distributed",
     ],
-    "pretrain/models": ["pretrain.objectives", "pretrain.engine.engine", "pretrain.evals", "pretrain.checkpoint"],
+    "pretrain/models": [
+        "pretrain.objectives",
+        "pretrain.engine.engine",
+        "pretrain.evals",
+        "pretrain.checkpoints.checkpoint",
+    ],
     "pretrain/evals": ["pretrain.engine.engine", "pretrain.loop", "pretrain.run"],
 }
 

@@ -13,7 +13,7 @@ from torch import nn
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.samples.views import ViewSpec
-from pretrain.checkpoint import complete_checkpoints, module_state, read_state
+from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state, read_state
 from pretrain.evals.base import EvalReport, Evaluator, outcomes_of, report_of
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import Extraction

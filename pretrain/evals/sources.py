@@ -11,7 +11,7 @@ import timm
 from torch import nn
 
 from data_pipeline.errors import CheckpointError, InputError
-from pretrain.checkpoint import module_state, read_state
+from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.hf_sources import hf_encoder
 from pretrain.evals.open_clip_sources import from_open_clip, is_open_clip

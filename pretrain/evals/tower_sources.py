@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import InputError
-from pretrain.checkpoint import module_state, read_state
+from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.hf_sources import hf_towers
 from pretrain.evals.open_clip_sources import from_open_clip

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.engine import Engine
 from pretrain.objectives.config import Mae
 from pretrain.objectives.kinds import build_objective

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from launch.chain import run_chain
-from pretrain.checkpoint import complete_checkpoints
+from pretrain.checkpoints.checkpoint import complete_checkpoints
 from tests.launch.test_chain import out, ran, shards, tree_of, write_chain
 from tests.launch.test_local import all_gone
 from tests.runs import losses

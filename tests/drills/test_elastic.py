@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from data_pipeline.batch import Batch
-from pretrain import checkpoint
+from pretrain.checkpoints import checkpoint
 from pretrain.engine.engine import Engine
 from pretrain.objectives.contract import LossOutput
 from pretrain.optim.config import AdamW, Ema, OptimConfig, Sgd

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from pretrain import checkpoint
+from pretrain.checkpoints import checkpoint
 from pretrain.engine.engine import Engine
 from pretrain.metrics import flops_per_sample
 from pretrain.optim.config import AdamW, OptimConfig, Sgd

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.checkpoint import complete_checkpoints, digests, module_state, read_state
+from pretrain.checkpoints.checkpoint import complete_checkpoints, digests, module_state, read_state
 from tests.drills.test_fuzz import FUZZ, Tries, bounded_memory, mutated
 from tests.pretrain.test_checkpoint import train_and_save
 from tests.ranks import run_ranks

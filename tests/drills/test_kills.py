@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.checkpoint import complete_checkpoints, module_state
+from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state
 from pretrain.runtime.collectives import World
 from tests.ranks import Ranks, started
 from tests.runs import losses, train, write_recipe
@@ -56,7 +56,8 @@ class Board:
 
 def watched_run(world: World, recipe: Path, out: Path, board_path: Path, seed: int) -> None:
     """A run whose phases stand on the board, and whose samples are written down for each step."""
-    from pretrain import checkpoint_writer, run
+    from pretrain import run
+    from pretrain.checkpoints import writer as checkpoint_writer
     from pretrain.engine.engine import Engine
     from pretrain.inline import Inline
     from pretrain.recipe.files import load_recipe

@@ -93,7 +93,7 @@ def recipe(kind: str) -> Recipe:
 
 def save_runs(world: World, root: Path, states: dict[str, dict[str, Tensor]]) -> None:
     """Of each kind a run as trainers leave it, and runs whose checkpoint has a fault."""
-    from pretrain.checkpoint_writer import CheckpointWriter
+    from pretrain.checkpoints.writer import CheckpointWriter
     from pretrain.engine.engine import Engine
 
     for kind, fault in [("supervised", ""), ("clip", ""), *(("supervised", fault) for fault in FAULTS)]:

@@ -54,7 +54,7 @@ def recipe(kind: str = "mae") -> Recipe:
 
 def save_runs(world: World, root: Path) -> None:
     """A run of each kind as trainers leave it: recipe, encoder, checkpoint; weights of no initialisation."""
-    from pretrain.checkpoint_writer import CheckpointWriter
+    from pretrain.checkpoints.writer import CheckpointWriter
     from pretrain.engine.engine import Engine
 
     for kind in ("mae", "supervised"):

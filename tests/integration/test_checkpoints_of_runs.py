@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.checkpoint import complete_checkpoints, digests, module_state
+from pretrain.checkpoints.checkpoint import complete_checkpoints, digests, module_state
 from tests.runs import MODEL, losses, running, train, write_recipe
 from tests.shards import write_shards
 

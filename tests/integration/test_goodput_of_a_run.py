@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.durable import read_lines
-from pretrain.checkpoint import complete_checkpoints
+from pretrain.checkpoints.checkpoint import complete_checkpoints
 from pretrain.goodput import FILE_NAME, read_goodput
 from tests.runs import losses, running, train, write_recipe
 from tests.shards import write_shards

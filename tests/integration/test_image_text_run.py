@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline.errors import RecipeError
+from pretrain.checkpoints.start import find_start
 from pretrain.evals.sources import load_source
 from pretrain.evals.tower_sources import load_towers
 from pretrain.models.encoders import build_encoder
@@ -17,7 +18,6 @@ from pretrain.objectives.kinds import build_objective
 from pretrain.preflight import preflight
 from pretrain.recipe.files import load_recipe
 from pretrain.runtime.collectives import World
-from pretrain.start import find_start
 from tests.integration.test_mixed_captions import captioned
 from tests.objectives import towers
 from tests.runs import losses, train, write_recipe

@@ -19,7 +19,7 @@ from data_pipeline.loader import evaluation_batches
 from data_pipeline.procedural.make import make
 from data_pipeline.samples.views import ViewSpec
 from pretrain.augment.augment import prepare
-from pretrain.checkpoint import Tensors, complete_checkpoints, digests, module_state
+from pretrain.checkpoints.checkpoint import Tensors, complete_checkpoints, digests, module_state
 from pretrain.models.encoders import build_encoder, load_strictly
 from pretrain.preflight import preflight
 from pretrain.recipe.files import load_recipe

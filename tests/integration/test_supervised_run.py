@@ -15,7 +15,7 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.samples.views import ViewSpec
 from pretrain.augment.augment import prepare
-from pretrain.checkpoint import Tensors
+from pretrain.checkpoints.checkpoint import Tensors
 from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import load_recipe
 from pretrain.runtime.state import Progress

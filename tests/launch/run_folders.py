@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.training_state import Fragment
 from pretrain.metrics import MetricLog
 from pretrain.recipe.files import dump, resolved_yaml

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from data_pipeline.errors import CheckpointError, RunError
-from pretrain import checkpoint, checkpoint_writer
-from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.checkpoints import checkpoint
+from pretrain.checkpoints import writer as checkpoint_writer
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.training_state import Fragment
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from pretrain import checkpoint
+from pretrain.checkpoints import checkpoint
 from pretrain.engine.engine import Engine
 from pretrain.objectives.contract import LossOutput
 from pretrain.optim.averages import decay_at, follow

@@ -11,7 +11,7 @@ from torch import nn
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
-from pretrain import checkpoint
+from pretrain.checkpoints import checkpoint
 from pretrain.engine.engine import Engine
 from pretrain.models.blocks import repeated_blocks
 from pretrain.objectives import config as recipe_objective

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from pretrain import checkpoint
+from pretrain.checkpoints import checkpoint
+from pretrain.checkpoints.start import _initialize
 from pretrain.engine.engine import Engine
 from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.contract import Objective
@@ -21,7 +22,6 @@ from pretrain.optim.schedules import learning_rate, undecayed_rate
 from pretrain.recipe import recipe
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState
-from pretrain.start import _initialize
 from tests.pretrain.test_checkpoint import save
 from tests.pretrain.test_engine import OPTIM, STAGES, make_engine, whole_state
 from tests.ranks import run_ranks

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from data_pipeline.batch import Batch
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import FieldError
-from pretrain import checkpoint
-from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.checkpoints import checkpoint
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.engine import Engine
 from pretrain.objectives.kinds import build_objective
 from pretrain.online_probe import OnlineProbe, Shape, find_shape

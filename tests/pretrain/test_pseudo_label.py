@@ -21,7 +21,7 @@ from data_pipeline.errors import CheckpointError, DataError, InputError, Pretrai
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.samples.views import ViewSpec, evaluation_view
 from launch import cli
-from pretrain.checkpoint import complete_checkpoints
+from pretrain.checkpoints.checkpoint import complete_checkpoints
 from pretrain.pseudo_label import Labelling, Teacher, label, load_teacher
 from tests.runs import train, write_recipe
 from tests.shards import write_shards

@@ -30,7 +30,7 @@ from data_pipeline.errors import CheckpointError, InputError, RecipeError
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.samples.views import ViewSpec
 from pretrain import report
-from pretrain.checkpoint import complete_checkpoints, module_state
+from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state
 from pretrain.evals.base import EvalReport, Outcomes, compare
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import Knn

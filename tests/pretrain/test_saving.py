@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import InputError
+from pretrain.checkpoints.schedule import check_time_to_save
 from pretrain.runtime.collectives import World
 from pretrain.runtime.signals import LEAD_SECONDS
-from pretrain.saving import check_time_to_save
 from tests.runs import write_recipe
 from tests.shards import write_shards
 

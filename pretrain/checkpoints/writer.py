@@ -28,7 +28,7 @@ import torch
 
 from data_pipeline.durable import durable_file, sync_folder
 from data_pipeline.errors import RunError
-from pretrain.checkpoint import COMPLETE, FORMAT, STATE, all_folders, complete_checkpoints, folder_name
+from pretrain.checkpoints.checkpoint import COMPLETE, FORMAT, STATE, all_folders, complete_checkpoints, folder_name
 from pretrain.engine.training_state import Fragment
 from pretrain.runtime.collectives import World, gather_objects, side_group
 from pretrain.runtime.run_folder import sha256_of

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from data_pipeline.errors import InputError
-from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.runtime.collectives import World, greatest_of_ranks, side_group
 from pretrain.runtime.signals import LEAD_SECONDS, Asked, Demand
 from pretrain.runtime.state import RunState

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, PretrainError, RecipeError
-from pretrain.checkpoint import (
+from pretrain.checkpoints.checkpoint import (
     COMPLETE,
     STATE,
     Checkpoint,

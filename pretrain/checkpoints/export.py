@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.checkpoint import module_state
+from pretrain.checkpoints.checkpoint import module_state
 from pretrain.models.config import Model
 from pretrain.models.encoders import save_encoder
 from pretrain.objectives.config import Clip, Siglip
