@@ -106,7 +106,7 @@ def status_of(run: Path, job: JobRecord | None, queue: dict[str, str] | None) ->
 
 def productive_share(run: Path, state: State) -> float | None:
     """Share of the run's wall time that trained, up to now unless it is over; None where nothing was booked."""
-    from pretrain.goodput import read_goodput
+    from pretrain.monitoring.goodput import read_goodput
 
     booked = read_goodput(run, now=None if state in OVER else time.time())
     return booked.share if booked is not None and booked.total else None

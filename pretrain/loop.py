@@ -15,12 +15,12 @@ import torch
 from data_pipeline.batch import Batch
 from data_pipeline.errors import RunError
 from data_pipeline.loader import BadSample, StepData
-from pretrain.advice import Advise
 from pretrain.engine.engine import Engine, StepResult
-from pretrain.metrics import MetricLog
+from pretrain.monitoring.advice import Advise
+from pretrain.monitoring.metrics import MetricLog
+from pretrain.monitoring.timing import PARTS, Stopwatch
 from pretrain.runtime.collectives import gather_objects, mean_over_ranks
 from pretrain.runtime.state import Progress, RunState
-from pretrain.timing import PARTS, Stopwatch
 
 
 @dataclass(frozen=True)

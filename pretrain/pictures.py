@@ -15,8 +15,8 @@ from torch import Tensor
 from data_pipeline.batch import Batch
 from data_pipeline.durable import durable_file
 from pretrain.engine.engine import Engine
-from pretrain.metrics import MetricLog
 from pretrain.models.encoders import load_strictly
+from pretrain.monitoring.metrics import MetricLog
 from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.masked import find_painter
 from pretrain.recipe.recipe import Recipe

@@ -19,12 +19,12 @@ from pretrain.augment.augment import augmentations, mixing
 from pretrain.checkpoints.start import refuse_locked_at_random, refuse_other_run
 from pretrain.inline import knn_evaluators
 from pretrain.models.tokenizers import build_tokenizer
+from pretrain.monitoring.sinks import refuse_missing_wandb
 from pretrain.objectives.contract import Contrastive, Objective
 from pretrain.objectives.kinds import build_objective
 from pretrain.online_probe import Shape, find_shape
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import Resolved, resolve
-from pretrain.sinks import refuse_missing_wandb
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from pretrain.comparison import difference
 from pretrain.evals.base import EvalReport, Interval
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources import load_source
-from pretrain.goodput import read_goodput
 from pretrain.looks import neighbours
 from pretrain.models.encoders import load_strictly
+from pretrain.monitoring.goodput import read_goodput
 from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.masked import Painter, find_painter
 from pretrain.page import render as page_of

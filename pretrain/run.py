@@ -20,7 +20,6 @@ from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.samples.views import ViewSpec
-from pretrain.advice import Lasting, collapse
 from pretrain.augment.augment import augmentations, mixing, prepare
 from pretrain.checkpoints.checkpoint import BESIDE, load, load_beside
 from pretrain.checkpoints.export import export_encoder
@@ -28,11 +27,15 @@ from pretrain.checkpoints.schedule import TimedCheckpoints, check_time_to_save
 from pretrain.checkpoints.start import Start, find_start, not_longer
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.engine import Engine
-from pretrain.goodput import Timeline, read_goodput
 from pretrain.inline import Inline
 from pretrain.loop import Limits, Parts, Periodic, train
-from pretrain.metrics import MetricLog, Rates, flops_per_sample
 from pretrain.models.attention import choose_attention
+from pretrain.monitoring.advice import Lasting, collapse
+from pretrain.monitoring.goodput import Timeline, read_goodput
+from pretrain.monitoring.metrics import MetricLog, Rates, flops_per_sample
+from pretrain.monitoring.sinks import open_sinks
+from pretrain.monitoring.timing import DataBrake, profiled
+from pretrain.monitoring.watchdog import Watchdog
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
 from pretrain.online_probe import OnlineProbe
@@ -46,9 +49,6 @@ from pretrain.runtime.collectives import World, gather_objects, process_group
 from pretrain.runtime.environment import choose_device, describe, pin_threads
 from pretrain.runtime.signals import Demand
 from pretrain.runtime.state import Progress, RunState
-from pretrain.sinks import open_sinks
-from pretrain.timing import DataBrake, profiled
-from pretrain.watchdog import Watchdog
 
 
 def folder_of(out: Path, overfit_batch: bool) -> Path:

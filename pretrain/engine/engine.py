@@ -20,6 +20,7 @@ from pretrain.engine.training_state import TrainingState
 from pretrain.engine.two_passes import loss_and_gradients, poisoned
 from pretrain.models.batch_norm import synchronise_batch_norms
 from pretrain.models.blocks import repeated_blocks
+from pretrain.monitoring.timing import Stopwatch
 from pretrain.objectives.contract import Contrastive, Features, LossOutput, Objective
 from pretrain.optim.averages import follow
 from pretrain.optim.config import Ema, OptimConfig
@@ -27,7 +28,6 @@ from pretrain.optim.optimizers import UNDECAYED, build_optimizer
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
-from pretrain.timing import Stopwatch
 
 
 @dataclass(frozen=True)

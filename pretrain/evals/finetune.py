@@ -20,11 +20,11 @@ from pretrain.evals.features import Extraction
 from pretrain.evals.finetune_recipe import FinetuneConfig, finetune_recipe, starting_encoder
 from pretrain.evals.probes import topk_share
 from pretrain.evals.task import Task
-from pretrain.goodput import read_goodput
 from pretrain.models.config import Model
 from pretrain.models.encoders import CONFIG, load_encoder, load_strictly, save_encoder
 from pretrain.models.folders import weights_sha256
 from pretrain.models.seeded import seeded
+from pretrain.monitoring.goodput import read_goodput
 from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.supervised.objective import Supervised
 from pretrain.preflight import preflight

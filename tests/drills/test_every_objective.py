@@ -15,7 +15,7 @@ from torch import Tensor
 from data_pipeline.batch import Batch
 from pretrain.checkpoints import checkpoint
 from pretrain.engine.engine import Engine
-from pretrain.metrics import flops_per_sample
+from pretrain.monitoring.metrics import flops_per_sample
 from pretrain.optim.config import AdamW, OptimConfig, Sgd
 from pretrain.preflight import cannot_accumulate
 from pretrain.runtime.collectives import World, barrier

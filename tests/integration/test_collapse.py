@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pretrain.advice import Lasting, collapse
 from pretrain.models.encoders import build_encoder
+from pretrain.monitoring.advice import Lasting, collapse
 from pretrain.recipe.recipe import Model
 from tests.runs import train, write_recipe
 from tests.shards import write_shards

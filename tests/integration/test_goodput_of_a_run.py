@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.durable import read_lines
 from pretrain.checkpoints.checkpoint import complete_checkpoints
-from pretrain.goodput import FILE_NAME, read_goodput
+from pretrain.monitoring.goodput import FILE_NAME, read_goodput
 from tests.runs import losses, running, train, write_recipe
 from tests.shards import write_shards
 

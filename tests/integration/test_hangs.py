@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from pretrain.monitoring.watchdog import HUNG, Word, blame
 from pretrain.runtime.collectives import World
-from pretrain.watchdog import HUNG, Word, blame
 from tests.ranks import Ranks, started
 from tests.runs import losses, train, write_recipe
 from tests.shards import write_shards

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.sinks import refuse_missing_wandb
+from pretrain.monitoring.sinks import refuse_missing_wandb
 from tests.runs import losses, train, write_recipe
 from tests.shards import write_shards
 

@@ -16,7 +16,7 @@ from launch.job_record import load_job
 from launch.run_state import state_of
 from launch.slurm import job_states
 from launch.status import find_runs, productive_share, show_status, status_of
-from pretrain.goodput import Timeline
+from pretrain.monitoring.goodput import Timeline
 from pretrain.runtime.run_folder import is_claimed
 from tests.launch.run_folders import TOTAL_STEPS, Commands, claimed, event, make_run, submit
 

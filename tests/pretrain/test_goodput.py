@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.durable import read_lines
-from pretrain.goodput import FILE_NAME, Goodput, Timeline, book, read_goodput
+from pretrain.monitoring.goodput import FILE_NAME, Goodput, Timeline, book, read_goodput
 
 SECONDS = st.floats(0.001, 1000)
 

@@ -35,8 +35,8 @@ from pretrain.evals.base import EvalReport, Outcomes, compare
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import Knn
 from pretrain.evals.sources import load_source
-from pretrain.goodput import Goodput
 from pretrain.looks import neighbours
+from pretrain.monitoring.goodput import Goodput
 from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.mae.objective import Mae
 from pretrain.recipe.files import load_recipe

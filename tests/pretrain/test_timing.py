@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from pretrain.timing import DataBrake, Stopwatch, data_brake
+from pretrain.monitoring.timing import DataBrake, Stopwatch, data_brake
 
 WAITING = {"data_wait": 0.4, "data_read": 0.1, "data_decode": 0.5, "data_transform": 0.2}
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from pretrain.goodput import read_goodput
+from pretrain.monitoring.goodput import read_goodput
 from tests.runs import losses, train
 from tests.slurm.cluster import NODES, slurm_cluster
 from tests.slurm.jobs import Place, Submitted, write_slurm_recipe

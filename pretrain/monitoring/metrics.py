@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import Batch, BatchSpec
+from pretrain.monitoring.sinks import Sink
 from pretrain.objectives.contract import Objective
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
-from pretrain.sinks import Sink
 
 
 class MetricLog:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain.advice import Lasting
+from pretrain.monitoring.advice import Lasting
 
 PARTS = ("copy", "forward", "backward", "reduce", "optimizer", "checkpoint", "evaluation")
 _BRAKE = 0.15  # share of the time waited for data from which on it is worth a word
