@@ -193,9 +193,9 @@ def _logged_step(out: Path) -> int:
 
 def _judge(out: Path, train: Path, test: Path) -> list[Comparison]:
     from data_pipeline.datasets.read import open_dataset
-    from pretrain.evals.knn import Knn
-    from pretrain.evals.linear import Linear, LinearConfig
-    from pretrain.evals.sources import load_source
+    from pretrain.evals.knn.protocol import Knn
+    from pretrain.evals.linear.protocol import Linear, LinearConfig
+    from pretrain.evals.sources.load import load_source
     from pretrain.recipe.recipe import InlineKnn
     from pretrain.report import find_comparisons
 

@@ -87,7 +87,7 @@ def compare(
     from rich.table import Table
 
     from pretrain.comparison import difference
-    from pretrain.evals.base import EvalReport
+    from pretrain.evals.result import EvalReport
 
     first, second = EvalReport.load(a), EvalReport.load(b)
     found = difference(first, second)

@@ -42,7 +42,7 @@ def fewshot(
 ) -> None:
     """A simple classifier on a few labels of each class, on frozen features, over several draws."""
     from data_pipeline.datasets.read import open_dataset
-    from pretrain.evals.fewshot import Fewshot, FewshotConfig
+    from pretrain.evals.fewshot.protocol import Fewshot, FewshotConfig
 
     if shots and fraction:
         raise InputError(where="--fraction", expected="it or --shots", found="both")

@@ -17,7 +17,7 @@ from launch.eval_run import keep
 from launch.option_groups import grouped
 
 if TYPE_CHECKING:
-    from pretrain.evals.finetune import Trainer
+    from pretrain.evals.finetune.protocol import Trainer
     from pretrain.recipe.recipe import Recipe
 
 
@@ -57,8 +57,8 @@ def finetune(
     source: EncoderOptions,
 ) -> None:
     """The whole encoder is trained with a classifier; the last step is tested. Started again, it goes on."""
-    from pretrain.evals.finetune import Finetune
-    from pretrain.evals.finetune_recipe import FinetuneConfig
+    from pretrain.evals.finetune.protocol import Finetune
+    from pretrain.evals.finetune.recipe import FinetuneConfig
 
     check_out(out)
     judged = source.load()

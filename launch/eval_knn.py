@@ -33,7 +33,7 @@ def knn(
 ) -> None:
     """Exact weighted k nearest neighbours on L2-normalised features (1805.01978)."""
     from data_pipeline.datasets.read import open_dataset
-    from pretrain.evals.knn import Knn
+    from pretrain.evals.knn.protocol import Knn
     from pretrain.recipe.recipe import InlineKnn
 
     if wrong := [t for t in temperature if not 0 < t < math.inf]:

@@ -14,8 +14,8 @@ from launch.eval_run import judge
 from launch.option_groups import grouped
 
 if TYPE_CHECKING:
-    from pretrain.evals.linear_config import LinearConfig
-    from pretrain.evals.readout import Readout
+    from pretrain.evals.features.readout import Readout
+    from pretrain.evals.linear.config import LinearConfig
 
 
 class Solver(StrEnum):
@@ -99,7 +99,7 @@ class ProbeOptions:
         Raises:
             InputError: an option that has no say in what was asked for, or a value out of range.
         """
-        from pretrain.evals.linear_config import MAE, LinearConfig
+        from pretrain.evals.linear.config import MAE, LinearConfig
 
         options = {
             "solver": self.solver and self.solver.value,
@@ -155,7 +155,7 @@ def linear(
 ) -> None:
     """Linear probe: a grid trained side by side, chosen on a split of the training set, tested once."""
     from data_pipeline.datasets.read import open_dataset
-    from pretrain.evals.linear import Linear
+    from pretrain.evals.linear.protocol import Linear
 
     how.begin(context)
     evaluator = Linear(

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import torch
 
     from pretrain.evals.encoder import Encoder
-    from pretrain.evals.features import Extraction
-    from pretrain.evals.readout import Readout
-    from pretrain.evals.timm_sources import Architecture
+    from pretrain.evals.features.extract import Extraction
+    from pretrain.evals.features.readout import Readout
+    from pretrain.evals.sources.timm_names import Architecture
 
 
 def examples(*lines: str) -> str:
@@ -124,7 +124,7 @@ class EncoderOptions:
 
     def load(self) -> Encoder:
         """The encoder on its device."""
-        from pretrain.evals.sources import load_source
+        from pretrain.evals.sources.load import load_source
         from pretrain.models.weights_files import Part
 
         place = device_of(self.device)
@@ -179,9 +179,9 @@ class How:
 
     def extraction(self, readouts: Sequence[Readout] | None = None) -> Extraction:
         """For this rank, of the readouts given; None: of the encoder's own."""
-        from pretrain.evals.features import Extraction
-        from pretrain.evals.readout import OWN
-        from pretrain.evals.store import FeatureStore
+        from pretrain.evals.features.extract import Extraction
+        from pretrain.evals.features.readout import OWN
+        from pretrain.evals.features.store import FeatureStore
         from pretrain.runtime.collectives import World
 
         world = World.from_environment()
@@ -204,7 +204,7 @@ def check_out(out: Path | None) -> None:
 
 
 def readout(pooling: Pooling, blocks: int) -> Readout:
-    from pretrain.evals.readout import Readout
+    from pretrain.evals.features.readout import Readout
 
     return Readout(pooling.value, blocks)
 
@@ -227,7 +227,7 @@ def _architecture(
     encoder: str, model: str | None, image_size: int | None, option: list[str] | None
 ) -> Architecture | None:
     """None where nothing about it was given."""
-    from pretrain.evals.timm_sources import Architecture
+    from pretrain.evals.sources.timm_names import Architecture
     from pretrain.recipe.strict_yaml import StrictYamlError, read_yaml
 
     if model is None and image_size is None and not option:

@@ -12,7 +12,7 @@ from launch.eval_options import check_out
 from launch.eval_run import words_of
 
 if TYPE_CHECKING:
-    from pretrain.evals.base import EvalReport
+    from pretrain.evals.result import EvalReport
 
 
 def rerun(
@@ -28,8 +28,8 @@ def rerun(
     """
     from rich.console import Console
 
-    from pretrain.evals.base import EvalReport
-    from pretrain.evals.finetune import RUN, is_finished
+    from pretrain.evals.finetune.protocol import RUN, is_finished
+    from pretrain.evals.result import EvalReport
 
     before = EvalReport.load(result)
     out = out or result.with_name(f"{result.stem}.rerun.json")

@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-    from pretrain.evals.base import EvalReport
+    from pretrain.evals.result import EvalReport
 
 
 class OnDevice(Protocol):

@@ -53,7 +53,7 @@ class TowerOptions:
 
     def load(self) -> Towers:
         """The towers on their device."""
-        from pretrain.evals.tower_sources import load_towers
+        from pretrain.evals.sources.towers import load_towers
 
         place = device_of(self.device)
         towers = load_towers(
@@ -101,7 +101,7 @@ def zeroshot(
 ) -> None:
     """Zero-shot classification: the class whose prompts are nearest to the image (2103.00020)."""
     from data_pipeline.datasets.read import open_dataset
-    from pretrain.evals.zeroshot import Prompts, ZeroShot, named_classes
+    from pretrain.evals.zeroshot.protocol import Prompts, ZeroShot, named_classes
 
     how.begin(context)
     evaluator = ZeroShot(
@@ -132,7 +132,7 @@ def retrieval(
 ) -> None:
     """Recall at 1, 5, 10 of images by captions and of captions by images, exact."""
     from data_pipeline.datasets.read import open_dataset
-    from pretrain.evals.retrieval import Retrieval
+    from pretrain.evals.retrieval.protocol import Retrieval
     from pretrain.recipe.recipe import Captions
 
     how.begin(context)
@@ -148,7 +148,7 @@ def retrieval(
 
 
 def _groups(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    from pretrain.evals.zeroshot import lines_of
+    from pretrain.evals.zeroshot.protocol import lines_of
 
     found: dict[str, tuple[str, ...]] = {}
     for pair in given:

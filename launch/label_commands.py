@@ -50,8 +50,8 @@ def label(
     from data_pipeline.datasets.read import open_dataset
     from data_pipeline.datasets.selection import shards_of
     from launch.eval_options import device_of
-    from pretrain.pseudo_label import Labelling, load_teacher
-    from pretrain.pseudo_label import label as write_labels
+    from pretrain.evals.pseudo_label import Labelling, load_teacher
+    from pretrain.evals.pseudo_label import label as write_labels
 
     dataset = shards_of(open_dataset(shards))
     how = Labelling(top_k, precision.value, batch_size, num_workers, device_of(device))

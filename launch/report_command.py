@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from data_pipeline.errors import InputError
 
 if TYPE_CHECKING:
-    from pretrain.evals.base import EvalReport
     from pretrain.evals.encoder import Encoder
+    from pretrain.evals.result import EvalReport
 
 
 def report(paths: Sequence[Path], out: Path | None, baseline: str | None) -> None:

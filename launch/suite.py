@@ -189,7 +189,7 @@ class Questions:
         """Whether the result is there."""
         if _asked(cell) != (question := self.of(cell)):
             return False
-        from pretrain.evals.base import EvalReport
+        from pretrain.evals.result import EvalReport
 
         try:
             report = EvalReport.load(cell.path)

@@ -121,7 +121,7 @@ def cuda_devices() -> list[str]:
 
 def _opened(path: Path, out: Path | None, whole: bool = False) -> tuple[Suite, Path, list[Cell], Questions]:
     """With every command read by its parser, and every encoder and data set looked for."""
-    from pretrain.evals.sources import check_source
+    from pretrain.evals.sources.load import check_source
 
     suite = load_suite(path)
     folder = out or Path("runs") / suite.name
@@ -206,7 +206,7 @@ def _say_results(cells: Sequence[Cell], failed: dict[str, str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pretrain.evals.base import EvalReport
+    from pretrain.evals.result import EvalReport
 
     table = Table("encoder", "data set", "protocol", "metric", "%", "±", "n")
     for cell in cells:

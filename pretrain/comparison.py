@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from data_pipeline.errors import InputError
-from pretrain.evals.base import EvalReport, Interval, compare
+from pretrain.evals.result import EvalReport, Interval, compare
 from pretrain.evals.suite import HOW, KEPT, load_suite, nearest, result_path
 
 # Arguments of a command that say which encoder it judges, on what and where, and not by which protocol.

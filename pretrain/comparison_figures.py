@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from pretrain.evals.base import Outcomes
+from pretrain.evals.result import Outcomes
 from pretrain.report_figures import INK, Picture, drawn, in_ink
 
 # Told apart on white and on black, and by shape where colours are not seen.

@@ -11,8 +11,8 @@ import torch
 from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.errors import CheckpointError, InputError, PretrainError
 from pretrain.comparison_figures import draw_principal_axes
-from pretrain.evals.base import EvalReport
 from pretrain.evals.encoder import Encoder
+from pretrain.evals.result import EvalReport
 from pretrain.looks import Looked, look_at, nearest_pictures, num_classes, shown
 from pretrain.report_figures import Neighbours, Picture, class_name
 

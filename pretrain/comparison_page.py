@@ -20,7 +20,7 @@ from pretrain.comparison import (
 )
 from pretrain.comparison_figures import MAX_PAIRED, draw_class_accuracy, draw_confusion
 from pretrain.comparison_looks import Load, Looks, look
-from pretrain.evals.base import EvalReport
+from pretrain.evals.result import EvalReport
 from pretrain.page import render
 from pretrain.runtime.run_folder import sha256_of
 

@@ -21,7 +21,7 @@ from data_pipeline.samples.captions import Captions
 from data_pipeline.samples.views import ViewSpec
 from pretrain.engine.engine import Engine
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.knn import Knn
+from pretrain.evals.knn.protocol import Knn
 from pretrain.loop import Periodic
 from pretrain.models.encoders import build_encoder, load_strictly
 from pretrain.objectives.contract import Contrastive

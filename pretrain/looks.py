@@ -16,8 +16,8 @@ from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
 from pretrain.augment.augment import normalize
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Features, full_precision, untouched
-from pretrain.evals.neighbours import search
+from pretrain.evals.features.extract import Features, full_precision, untouched
+from pretrain.evals.features.neighbors import search
 from pretrain.report_figures import Neighbours, Picture, class_name, picture, same_class
 
 _BATCH_SIZE, _THUMBNAIL = 100, 64

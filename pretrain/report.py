@@ -16,9 +16,9 @@ from data_pipeline.durable import durable_file
 from data_pipeline.errors import CheckpointError, InputError
 from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state, read_state
 from pretrain.comparison import difference
-from pretrain.evals.base import EvalReport, Interval
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.sources import load_source
+from pretrain.evals.result import EvalReport, Interval
+from pretrain.evals.sources.load import load_source
 from pretrain.looks import neighbours
 from pretrain.models.encoders import load_strictly
 from pretrain.monitoring.goodput import read_goodput

@@ -11,8 +11,8 @@ from torch import Tensor
 from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import FieldError, InputError
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction, Features
-from pretrain.evals.readout import OWN, Readout
+from pretrain.evals.features.extract import Extraction, Features
+from pretrain.evals.features.readout import OWN, Readout
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from pretrain.evals.knn import predict
-from pretrain.evals.neighbours import TILE, search
+from pretrain.evals.features.neighbors import TILE, search
+from pretrain.evals.knn.protocol import predict
 
 BANK, WIDTH, K, TEMPERATURE, CLASSES = 1_281_167, 768, 200, 0.07, 1000
 FAISS_QUERIES, SMALL_BANK, SMALL_QUERIES = 256, 50_000, 1000

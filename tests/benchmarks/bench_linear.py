@@ -35,11 +35,11 @@ from torch import Tensor
 
 from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.samples.views import ViewSpec
-from pretrain.evals.augmented import augmented_examples, augmented_views
+from pretrain.evals.classifiers.augmented import augmented_examples, augmented_views
+from pretrain.evals.classifiers.heads import Heads, Rates, Training, fit_each, train
+from pretrain.evals.classifiers.logistic import fit_logistic
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction
-from pretrain.evals.heads import Heads, Rates, Training, fit_each, train
-from pretrain.evals.logistic import fit_logistic
+from pretrain.evals.features.extract import Extraction
 
 CPU = torch.device("cpu")
 SETTINGS = [Rates(1e-3 * (i % 20 + 1), (0.0, 1e-4)[i // 20]) for i in range(40)]

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.sources import load_source
-from pretrain.evals.timm_sources import Architecture
-from pretrain.evals.tower_sources import load_towers
+from pretrain.evals.sources.load import load_source
+from pretrain.evals.sources.timm_names import Architecture
+from pretrain.evals.sources.towers import load_towers
 from pretrain.models.encoders import save_encoder
 from pretrain.models.open_clip_models import build_open_clip
 from pretrain.models.tower_folders import save_towers

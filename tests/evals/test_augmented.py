@@ -14,12 +14,12 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.samples.views import training_view
-from pretrain.evals.augmented import augmented_examples, augmented_views
+from pretrain.evals.classifiers.augmented import augmented_examples, augmented_views
+from pretrain.evals.classifiers.heads import Rates, Training, train
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction
-from pretrain.evals.heads import Rates, Training, train
-from pretrain.evals.linear import Linear
-from pretrain.evals.linear_config import MAE, LinearConfig
+from pretrain.evals.features.extract import Extraction
+from pretrain.evals.linear.config import MAE, LinearConfig
+from pretrain.evals.linear.protocol import Linear
 from pretrain.runtime.collectives import World
 from tests.evals.conftest import Folders, small_encoder
 from tests.ranks import run_ranks

@@ -11,11 +11,11 @@ import webdataset
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import DataError, InputError
 from data_pipeline.shards.scan import index_shards
-from pretrain.evals.base import EvalReport
-from pretrain.evals.features import Extraction
-from pretrain.evals.knn import Knn
-from pretrain.evals.linear import Linear, LinearConfig
-from pretrain.evals.store import FeatureStore
+from pretrain.evals.features.extract import Extraction
+from pretrain.evals.features.store import FeatureStore
+from pretrain.evals.knn.protocol import Knn
+from pretrain.evals.linear.protocol import Linear, LinearConfig
+from pretrain.evals.result import EvalReport
 from pretrain.recipe.recipe import InlineKnn
 from tests.evals.conftest import Folders, small_encoder
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
-from pretrain.evals.base import EvalReport, Outcomes, compare, paired_interval
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.knn import Knn
+from pretrain.evals.knn.protocol import Knn
+from pretrain.evals.result import EvalReport, Outcomes, compare, paired_interval
 from pretrain.recipe.recipe import InlineKnn
 from tests.evals.conftest import Folders, small_encoder
 

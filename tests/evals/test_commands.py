@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from data_pipeline.errors import InputError
 from launch.eval_commands import app
-from pretrain.evals.base import EvalReport, compare
+from pretrain.evals.result import EvalReport, compare
 from pretrain.models.encoders import build_encoder, save_encoder
 from pretrain.recipe.files import dump
 from pretrain.recipe.recipe import Recipe
@@ -90,7 +90,7 @@ def test_out_is_where_the_report_goes(run: Path, folders: Folders, tmp_path: Pat
 
 
 def test_a_weights_file_needs_its_architecture_and_then_is_judged(folders: Folders, tmp_path: Path) -> None:
-    from pretrain.evals.timm_sources import Architecture
+    from pretrain.evals.sources.timm_names import Architecture
 
     options = {"patch_size": 4, "depth": 1}
     module = Architecture("vit_tiny_patch16_224", 8, options).build(num_classes=0)

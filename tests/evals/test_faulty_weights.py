@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_pipeline.errors import CheckpointError
-from pretrain.evals.sources import load_source
-from pretrain.evals.tower_sources import load_towers
+from pretrain.evals.sources.load import load_source
+from pretrain.evals.sources.towers import load_towers
 from tests.evals.layouts import ARCHITECTURE, FAULTS
 
 # Of each layout: its weights file, and a tensor in it.

@@ -15,7 +15,7 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import CheckpointError, FieldError, InputError
 from data_pipeline.shards.scan import index_shards
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction, Features, full_precision
+from pretrain.evals.features.extract import Extraction, Features, full_precision
 from pretrain.evals.task import Task
 from tests.evals.conftest import Folders, small_encoder
 from tests.shards import write_shards

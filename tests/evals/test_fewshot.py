@@ -20,11 +20,19 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
-from pretrain.evals import fewshot
-from pretrain.evals.base import EvalReport
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Features
-from pretrain.evals.fewshot import Classifier, Fewshot, FewshotConfig, Shots, first_of, nearest_centroid, ranked
+from pretrain.evals.features.extract import Features
+from pretrain.evals.fewshot import protocol as fewshot
+from pretrain.evals.fewshot.protocol import (
+    Classifier,
+    Fewshot,
+    FewshotConfig,
+    Shots,
+    first_of,
+    nearest_centroid,
+    ranked,
+)
+from pretrain.evals.result import EvalReport
 from tests.evals.conftest import Digits, Folders
 from tests.evals.test_commands import evaluate
 

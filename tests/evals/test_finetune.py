@@ -18,18 +18,18 @@ from safetensors.torch import save_file
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import CheckpointError, InputError, RecipeError, RunError
 from launch import eval_finetune
-from pretrain.evals.base import EvalReport
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction
-from pretrain.evals.finetune import Finetune, Trainer, _unseen, _watched
-from pretrain.evals.finetune_recipe import FinetuneConfig, finetune_recipe, model_of, starting_encoder
-from pretrain.evals.sources import load_source
+from pretrain.evals.features.extract import Extraction
+from pretrain.evals.finetune.protocol import Finetune, Trainer, _unseen, _watched
+from pretrain.evals.finetune.recipe import FinetuneConfig, finetune_recipe, model_of, starting_encoder
+from pretrain.evals.pseudo_label import load_teacher
+from pretrain.evals.result import EvalReport
+from pretrain.evals.sources.load import load_source
+from pretrain.evals.sources.timm_names import Architecture
 from pretrain.evals.task import Task
-from pretrain.evals.timm_sources import Architecture
 from pretrain.models.config import Model
 from pretrain.models.encoders import build_encoder, save_encoder
 from pretrain.models.folders import weights_sha256
-from pretrain.pseudo_label import load_teacher
 from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.recipe import Recipe, Views
 from pretrain.runtime.signals import STOPPED

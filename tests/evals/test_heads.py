@@ -13,9 +13,9 @@ from sklearn.preprocessing import StandardScaler
 from timm import optim as timm_optim
 from torch import Tensor, nn
 
-from pretrain.evals import probes
-from pretrain.evals.heads import Rates, Training, batches, fit_each, train
-from pretrain.evals.probes import Probes, scores, statistics, topk_share
+from pretrain.evals.classifiers import probes
+from pretrain.evals.classifiers.heads import Rates, Training, batches, fit_each, train
+from pretrain.evals.classifiers.probes import Probes, scores, statistics, topk_share
 
 CPU = torch.device("cpu")
 

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from data_pipeline.errors import CheckpointError, InputError
 from data_pipeline.samples.views import evaluation_view
 from launch.eval_commands import app
-from pretrain.evals.base import EvalReport
-from pretrain.evals.sources import load_source
-from pretrain.evals.timm_sources import Architecture
-from pretrain.evals.tower_sources import load_towers
+from pretrain.evals.result import EvalReport
+from pretrain.evals.sources.load import load_source
+from pretrain.evals.sources.timm_names import Architecture
+from pretrain.evals.sources.towers import load_towers
 from pretrain.models.hf_folders import read_preprocessing
 from tests.evals.conftest import Folders
 

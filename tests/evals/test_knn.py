@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
 from launch.eval_commands import app
-from pretrain.evals import knn
-from pretrain.evals.base import EvalReport
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction
-from pretrain.evals.knn import Knn, predict
-from pretrain.evals.store import FeatureStore
+from pretrain.evals.features.extract import Extraction
+from pretrain.evals.features.store import FeatureStore
+from pretrain.evals.knn import protocol as knn
+from pretrain.evals.knn.protocol import Knn, predict
+from pretrain.evals.result import EvalReport
 from pretrain.recipe.recipe import InlineKnn
 from pretrain.runtime.collectives import World
 from tests.evals.conftest import Digits, Folders, small_encoder

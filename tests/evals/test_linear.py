@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError, RunError
-from pretrain.evals import linear_fits
+from pretrain.evals.classifiers.probes import scores
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction, Features
-from pretrain.evals.linear import Choice, Linear, choose
-from pretrain.evals.linear_config import LinearConfig
-from pretrain.evals.linear_fits import Job, fit_of
-from pretrain.evals.probes import scores
-from pretrain.evals.readout import Readout
+from pretrain.evals.features.extract import Extraction, Features
+from pretrain.evals.features.readout import Readout
+from pretrain.evals.linear import fits as linear_fits
+from pretrain.evals.linear.config import LinearConfig
+from pretrain.evals.linear.fits import Job, fit_of
+from pretrain.evals.linear.protocol import Choice, Linear, choose
 from pretrain.evals.task import Splits
 from tests.evals.conftest import Digits, Folders, small_encoder
 

@@ -15,11 +15,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from data_pipeline.datasets.read import open_dataset
-from pretrain.evals import logistic
-from pretrain.evals.features import Extraction
-from pretrain.evals.linear import Linear
-from pretrain.evals.linear_config import LinearConfig
-from pretrain.evals.logistic import Objective, fit_logistic
+from pretrain.evals.classifiers import logistic
+from pretrain.evals.classifiers.logistic import Objective, fit_logistic
+from pretrain.evals.features.extract import Extraction
+from pretrain.evals.linear.config import LinearConfig
+from pretrain.evals.linear.protocol import Linear
 from tests.evals.conftest import Digits, small_encoder
 
 CPU = torch.device("cpu")

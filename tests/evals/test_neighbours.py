@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.evals import neighbours
-from pretrain.evals.neighbours import GRID, Vectors, nearest, search
+from pretrain.evals.features import neighbors as neighbours
+from pretrain.evals.features.neighbors import GRID, Vectors, nearest, search
 from pretrain.runtime.collectives import World
 from tests.ranks import run_ranks
 

@@ -11,10 +11,10 @@ from open_clip import pretrained
 from safetensors.torch import save_file
 
 from data_pipeline.errors import InputError
-from pretrain.evals import open_clip_sources
-from pretrain.evals.sources import load_source
-from pretrain.evals.timm_sources import Architecture
-from pretrain.evals.tower_sources import load_towers
+from pretrain.evals.sources import open_clip_names as open_clip_sources
+from pretrain.evals.sources.load import load_source
+from pretrain.evals.sources.timm_names import Architecture
+from pretrain.evals.sources.towers import load_towers
 
 NAME = "ViT-S-32-alt"  # the smallest of its configurations
 TAG = f"{NAME}:small"

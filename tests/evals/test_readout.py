@@ -12,7 +12,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
-from pretrain.evals.readout import OWN, Reader, Readout
+from pretrain.evals.features.readout import OWN, Reader, Readout
 
 
 def vit(**options: object) -> nn.Module:

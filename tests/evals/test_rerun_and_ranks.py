@@ -20,11 +20,11 @@ from data_pipeline.errors import InputError
 from launch.eval_commands import app
 from launch.eval_rerun import differences
 from launch.eval_run import words_of
-from pretrain.evals.base import EvalReport
-from pretrain.evals.features import Extraction
-from pretrain.evals.knn import Knn
-from pretrain.evals.linear import Linear, LinearConfig
-from pretrain.evals.store import FeatureStore
+from pretrain.evals.features.extract import Extraction
+from pretrain.evals.features.store import FeatureStore
+from pretrain.evals.knn.protocol import Knn
+from pretrain.evals.linear.protocol import Linear, LinearConfig
+from pretrain.evals.result import EvalReport
 from pretrain.recipe.recipe import InlineKnn
 from pretrain.runtime.collectives import World
 from tests.evals.conftest import Folders, small_encoder

@@ -14,10 +14,10 @@ from torch import Tensor
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import FieldError, SampleError
 from data_pipeline.shards.scan import index_shards
-from pretrain.evals.features import Extraction
-from pretrain.evals.pairs import image_side
-from pretrain.evals.retrieval import Retrieval, ranks_of_own
-from pretrain.evals.tower_sources import load_towers
+from pretrain.evals.features.extract import Extraction
+from pretrain.evals.features.pairs import image_side
+from pretrain.evals.retrieval.protocol import Retrieval, ranks_of_own
+from pretrain.evals.sources.towers import load_towers
 from pretrain.models.towers import Towers
 from pretrain.recipe.recipe import Captions
 from tests.pretrain.test_towers import saved

@@ -11,9 +11,9 @@ import torch
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.procedural.make import make
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.sources import load_source
-from pretrain.evals.tower_sources import load_towers
-from pretrain.evals.zeroshot import Prompts, ZeroShot
+from pretrain.evals.sources.load import load_source
+from pretrain.evals.sources.towers import load_towers
+from pretrain.evals.zeroshot.protocol import Prompts, ZeroShot
 from pretrain.models.towers import Towers
 from tests.evals.layouts import CLIP_PREPROCESSOR, as_open_clip, features, hf_clip, save_hf, transformers
 

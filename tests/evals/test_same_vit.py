@@ -14,10 +14,10 @@ from torch import Tensor
 
 from data_pipeline.datasets.read import open_dataset
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction
-from pretrain.evals.knn import Knn
-from pretrain.evals.sources import load_source
-from pretrain.evals.timm_sources import Architecture
+from pretrain.evals.features.extract import Extraction
+from pretrain.evals.knn.protocol import Knn
+from pretrain.evals.sources.load import load_source
+from pretrain.evals.sources.timm_names import Architecture
 from pretrain.recipe.recipe import InlineKnn
 from tests.evals.conftest import Folders
 from tests.evals.layouts import ARCHITECTURE, VIT_PREPROCESSOR, features, hf_vit, loaded, save_hf, transformers

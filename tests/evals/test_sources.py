@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, InputError
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.sources import load_source
-from pretrain.evals.timm_sources import Architecture
+from pretrain.evals.sources.load import load_source
+from pretrain.evals.sources.timm_names import Architecture
 from pretrain.models.encoders import save_encoder
 from pretrain.models.weights_files import Part
 from pretrain.objectives.kinds import build_objective

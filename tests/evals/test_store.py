@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
-from pretrain.evals import store as store_module
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction, Features
-from pretrain.evals.readout import OWN, Readout
-from pretrain.evals.store import FeatureStore, Shelf, architecture_sha256
+from pretrain.evals.features import store as store_module
+from pretrain.evals.features.extract import Extraction, Features
+from pretrain.evals.features.readout import OWN, Readout
+from pretrain.evals.features.store import FeatureStore, Shelf, architecture_sha256
 from pretrain.runtime import versions
 from pretrain.runtime.collectives import World
 from tests.evals.conftest import Folders, small_encoder

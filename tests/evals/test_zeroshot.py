@@ -15,11 +15,11 @@ from data_pipeline.errors import FieldError, InputError
 from data_pipeline.procedural.make import make
 from data_pipeline.procedural.shapes import HELD_OUT
 from data_pipeline.shards.scan import index_shards
-from pretrain.evals.base import EvalReport
-from pretrain.evals.features import Extraction
-from pretrain.evals.pairs import image_side
-from pretrain.evals.tower_sources import load_towers
-from pretrain.evals.zeroshot import (
+from pretrain.evals.features.extract import Extraction
+from pretrain.evals.features.pairs import image_side
+from pretrain.evals.result import EvalReport
+from pretrain.evals.sources.towers import load_towers
+from pretrain.evals.zeroshot.protocol import (
     TEMPLATES,
     Prompts,
     ZeroShot,

@@ -34,7 +34,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hanging_run(world: World, recipe: Path, out: Path, hang: str | None, overrides: Sequence[str]) -> None:
     """A run whose last rank does as `hang` says at step 8; what goes to stderr lies beside the run."""
     from pretrain import run
-    from pretrain.evals.features import Extraction
+    from pretrain.evals.features.extract import Extraction
     from pretrain.recipe.files import load_recipe
 
     os.dup2(os.open(out.with_name(f"stderr-{world.rank}"), os.O_WRONLY | os.O_CREAT, 0o666), 2)

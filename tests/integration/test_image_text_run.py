@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from data_pipeline.errors import RecipeError
 from pretrain.checkpoints.start import find_start
-from pretrain.evals.sources import load_source
-from pretrain.evals.tower_sources import load_towers
+from pretrain.evals.sources.load import load_source
+from pretrain.evals.sources.towers import load_towers
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.kinds import build_objective
 from pretrain.preflight import preflight

@@ -31,7 +31,7 @@ from pretrain.comparison_figures import (
 )
 from pretrain.comparison_looks import look
 from pretrain.comparison_page import page_of, write_comparison
-from pretrain.evals.base import EvalReport, Outcomes, compare
+from pretrain.evals.result import EvalReport, Outcomes, compare
 from pretrain.evals.suite import KEPT
 from pretrain.looks import look_at
 from tests.launch.suites import in_this_process, make_run, tree_of, write_suite

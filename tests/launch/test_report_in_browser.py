@@ -15,7 +15,7 @@ from launch.report_command import load_judged
 from launch.suite_run import run_suite
 from pretrain.comparison import compare_results
 from pretrain.comparison_page import write_comparison
-from pretrain.evals.base import EvalReport
+from pretrain.evals.result import EvalReport
 from pretrain.page import render
 from tests.launch.suites import in_this_process, tree_of, write_suite
 

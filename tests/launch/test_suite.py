@@ -16,7 +16,7 @@ from data_pipeline.errors import DataError, InputError, RecipeError
 from launch import suite as suites
 from launch.suite import Cell, Questions
 from launch.suite_run import _in_a_process, cuda_devices, run_suite
-from pretrain.evals.base import EvalReport
+from pretrain.evals.result import EvalReport
 from tests.launch.suites import answered, cells, in_this_process, make_run, refused, with_option, write_suite
 
 # What is asked for.

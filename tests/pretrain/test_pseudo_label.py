@@ -22,7 +22,7 @@ from data_pipeline.samples.decode import decode_image
 from data_pipeline.samples.views import ViewSpec, evaluation_view
 from launch import cli
 from pretrain.checkpoints.checkpoint import complete_checkpoints
-from pretrain.pseudo_label import Labelling, Teacher, label, load_teacher
+from pretrain.evals.pseudo_label import Labelling, Teacher, label, load_teacher
 from tests.runs import train, write_recipe
 from tests.shards import write_shards
 
@@ -116,7 +116,7 @@ def test_going_on_makes_what_is_missing_and_the_same_bytes(
     (part / ".labels-000000.safetensors.77.tmp").write_bytes(b"left")
     kept = (part / file_name(1)).stat()
     seen: list[int] = []
-    monkeypatch.setattr("pretrain.pseudo_label._of_shard", _counting(seen))
+    monkeypatch.setattr("pretrain.evals.pseudo_label._of_shard", _counting(seen))
     label(dataset, teacher, part, replace(HOW, num_workers=1))
     assert seen == [30, 10], "the first and the third shard alone"
     assert contents(part) == contents(whole)
@@ -126,7 +126,7 @@ def test_going_on_makes_what_is_missing_and_the_same_bytes(
 
 
 def _counting(seen: list[int]):  # type: ignore[no-untyped-def]
-    from pretrain import pseudo_label
+    from pretrain.evals import pseudo_label
 
     made = pseudo_label._of_shard
 

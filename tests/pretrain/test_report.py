@@ -31,10 +31,10 @@ from data_pipeline.samples.decode import decode_image
 from data_pipeline.samples.views import ViewSpec
 from pretrain import report
 from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state
-from pretrain.evals.base import EvalReport, Outcomes, compare
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.knn import Knn
-from pretrain.evals.sources import load_source
+from pretrain.evals.knn.protocol import Knn
+from pretrain.evals.result import EvalReport, Outcomes, compare
+from pretrain.evals.sources.load import load_source
 from pretrain.looks import neighbours
 from pretrain.monitoring.goodput import Goodput
 from pretrain.objectives.kinds import build_objective

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import CheckpointError, InputError, RecipeError
-from pretrain.evals.sources import load_source
-from pretrain.evals.tower_sources import load_towers
+from pretrain.evals.sources.load import load_source
+from pretrain.evals.sources.towers import load_towers
 from pretrain.models.config import Model, OpenClip
 from pretrain.models.encoders import load_encoder
 from pretrain.models.open_clip_models import model_config

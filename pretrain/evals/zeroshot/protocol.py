@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import FieldError, InputError
-from pretrain.evals.base import EvalReport, outcomes_of, report_of
-from pretrain.evals.features import Extraction, full_precision
-from pretrain.evals.neighbours import nearest
-from pretrain.evals.pairs import TOWER_LIBRARIES, embed_texts, image_side
+from pretrain.evals.features.extract import Extraction, full_precision
+from pretrain.evals.features.neighbors import nearest
+from pretrain.evals.features.pairs import TOWER_LIBRARIES, embed_texts, image_side
+from pretrain.evals.result import EvalReport, outcomes_of, report_of
 from pretrain.evals.task import untested
 from pretrain.models.towers import Towers
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pretrain.evals.augmented import LANES, WINDOW, augmented_views
+from pretrain.evals.classifiers.augmented import LANES, WINDOW, augmented_views
+from pretrain.evals.classifiers.heads import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, LR_BATCH, MOMENTUM, TRUST
+from pretrain.evals.classifiers.logistic import MAX_ITERATIONS, TOLERANCE
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.heads import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, LR_BATCH, MOMENTUM, TRUST
-from pretrain.evals.linear_config import LinearConfig
-from pretrain.evals.logistic import MAX_ITERATIONS, TOLERANCE
+from pretrain.evals.linear.config import LinearConfig
 
 
 def describe(config: LinearConfig, num_train: int, encoder: Encoder) -> dict[str, object]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, InputError, RecipeError
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import full_precision, untouched
+from pretrain.evals.features.extract import full_precision, untouched
 from pretrain.models.config import Model
 from pretrain.models.encoders import build_encoder, load_encoder, load_strictly
 from pretrain.models.seeded import seeded

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import InputError
-from pretrain.evals.base import EvalReport, Evaluator, classification_report
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction
-from pretrain.evals.neighbours import search
+from pretrain.evals.features.extract import Extraction
+from pretrain.evals.features.neighbors import search
+from pretrain.evals.result import EvalReport, Evaluator, classification_report
 from pretrain.evals.task import Task
 from pretrain.recipe.recipe import InlineKnn
 

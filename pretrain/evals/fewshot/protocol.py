@@ -16,11 +16,11 @@ from torch.nn.functional import normalize
 from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import InputError
 from data_pipeline.progress import track
-from pretrain.evals import knn
-from pretrain.evals.base import EvalReport, Evaluator, classification_report
+from pretrain.evals.classifiers.logistic import fit_logistic
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction, Features, full_precision
-from pretrain.evals.logistic import fit_logistic
+from pretrain.evals.features.extract import Extraction, Features, full_precision
+from pretrain.evals.knn import protocol as knn
+from pretrain.evals.result import EvalReport, Evaluator, classification_report
 from pretrain.evals.task import Task
 
 Classifier = Literal["centroid", "knn", "linear"]

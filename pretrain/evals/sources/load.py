@@ -13,9 +13,9 @@ from torch import nn
 from data_pipeline.errors import CheckpointError, InputError
 from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.hf_sources import hf_encoder
-from pretrain.evals.open_clip_sources import from_open_clip, is_open_clip
-from pretrain.evals.timm_sources import Architecture, checked_views, from_file, from_timm, nearest
+from pretrain.evals.sources.hugging_face import hf_encoder
+from pretrain.evals.sources.open_clip_names import from_open_clip, is_open_clip
+from pretrain.evals.sources.timm_names import Architecture, checked_views, from_file, from_timm, nearest
 from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, EncoderConfig, load_encoder, load_strictly
 from pretrain.models.hf_folders import is_hf_folder
 from pretrain.models.input_size import set_image_size

@@ -12,9 +12,9 @@ from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import FieldError, InputError
 from data_pipeline.progress import track
 from data_pipeline.samples.captions import read_captions
-from pretrain.evals.base import EvalReport, outcomes_of, report_of
-from pretrain.evals.features import Extraction, full_precision
-from pretrain.evals.pairs import TOWER_LIBRARIES, embed_texts, image_side
+from pretrain.evals.features.extract import Extraction, full_precision
+from pretrain.evals.features.pairs import TOWER_LIBRARIES, embed_texts, image_side
+from pretrain.evals.result import EvalReport, outcomes_of, report_of
 from pretrain.models.towers import Towers
 from pretrain.recipe.recipe import Captions
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.progress import track
-from pretrain.evals.probes import Probes, statistics
+from pretrain.evals.classifiers.probes import Probes, statistics
 
 TOLERANCE = 1e-8
 MAX_ITERATIONS = 5000

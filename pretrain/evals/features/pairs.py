@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import CheckpointError
 from data_pipeline.progress import track
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction, full_precision, untouched
+from pretrain.evals.features.extract import Extraction, full_precision, untouched
 from pretrain.models.towers import Parts, Towers, embed_images
 from pretrain.runtime.versions import LIBRARIES
 

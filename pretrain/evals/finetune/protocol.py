@@ -14,11 +14,11 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.samples.views import ViewSpec
 from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state, read_state
-from pretrain.evals.base import EvalReport, Evaluator, outcomes_of, report_of
+from pretrain.evals.classifiers.probes import topk_share
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction
-from pretrain.evals.finetune_recipe import FinetuneConfig, finetune_recipe, starting_encoder
-from pretrain.evals.probes import topk_share
+from pretrain.evals.features.extract import Extraction
+from pretrain.evals.finetune.recipe import FinetuneConfig, finetune_recipe, starting_encoder
+from pretrain.evals.result import EvalReport, Evaluator, outcomes_of, report_of
 from pretrain.evals.task import Task
 from pretrain.models.config import Model
 from pretrain.models.encoders import CONFIG, load_encoder, load_strictly, save_encoder

@@ -16,10 +16,10 @@ from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import InputError, RunError
 from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.samples.views import ViewSpec
+from pretrain.evals.classifiers.heads import Examples
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction, full_precision, untouched
-from pretrain.evals.heads import Examples
-from pretrain.evals.readout import Reader
+from pretrain.evals.features.extract import Extraction, full_precision, untouched
+from pretrain.evals.features.readout import Reader
 from pretrain.runtime.collectives import gather_rows
 
 LANES, WINDOW = 16, 1024  # of the order of samples

@@ -11,7 +11,7 @@ from timm import optim as timm_optim
 from torch import Tensor, nn
 
 from data_pipeline.progress import track
-from pretrain.evals.probes import Probes, statistics
+from pretrain.evals.classifiers.probes import Probes, statistics
 from pretrain.optim.config import Cosine
 from pretrain.optim.schedules import learning_rate
 from pretrain.runtime.state import Progress

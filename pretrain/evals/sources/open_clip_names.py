@@ -11,7 +11,7 @@ from open_clip.pretrained import download_pretrained, list_pretrained_tags_by_mo
 
 from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import InputError
-from pretrain.evals.untagged import note_on_tags
+from pretrain.evals.sources.tags import note_on_tags
 from pretrain.models.encoders import EncoderConfig
 from pretrain.models.seeded import seeded
 from pretrain.models.tower_folders import open_clip_by_name

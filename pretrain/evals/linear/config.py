@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data_pipeline.errors import InputError
-from pretrain.evals.heads import Rates, Training
+from pretrain.evals.classifiers.heads import Rates, Training
 
 DINOV2_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 INVERSE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from data_pipeline.datasets.selection import Subset
-from pretrain.evals.augmented import augmented_examples, augmented_views
+from pretrain.evals.classifiers.augmented import augmented_examples, augmented_views
+from pretrain.evals.classifiers.heads import fit_each, train
+from pretrain.evals.classifiers.logistic import fit_logistic
+from pretrain.evals.classifiers.probes import Probes, statistics
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction
-from pretrain.evals.heads import fit_each, train
-from pretrain.evals.linear_config import LinearConfig
-from pretrain.evals.logistic import fit_logistic
-from pretrain.evals.probes import Probes, statistics
+from pretrain.evals.features.extract import Extraction
+from pretrain.evals.linear.config import LinearConfig
 from pretrain.evals.task import Splits, Task
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import InputError
 from data_pipeline.samples.views import ViewSpec
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.untagged import note_on_tags
+from pretrain.evals.sources.tags import note_on_tags
 from pretrain.models.encoders import load_strictly
 from pretrain.models.input_size import set_image_size
 from pretrain.models.seeded import seeded

@@ -10,9 +10,9 @@ from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import InputError
 from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.hf_sources import hf_towers
-from pretrain.evals.open_clip_sources import from_open_clip
-from pretrain.evals.sources import at_size, of_config, run_of_checkpoint
+from pretrain.evals.sources.hugging_face import hf_towers
+from pretrain.evals.sources.load import at_size, of_config, run_of_checkpoint
+from pretrain.evals.sources.open_clip_names import from_open_clip
 from pretrain.models.encoders import load_strictly
 from pretrain.models.hf_folders import is_hf_folder
 from pretrain.models.seeded import seeded

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.progress import track
-from pretrain.evals.features import full_precision
+from pretrain.evals.features.extract import full_precision
 from pretrain.runtime.collectives import gather_rows
 
 TILE = (1024, 16384)  # queries and rows of the bank compared at a time: 64 MiB in fp32

@@ -12,13 +12,13 @@ import torch
 
 from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import InputError, RunError
-from pretrain.evals.base import EvalReport, Evaluator, classification_report
+from pretrain.evals.classifiers.probes import Probes, scores, topk_share
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import Extraction, full_precision
-from pretrain.evals.linear_config import LinearConfig as LinearConfig
-from pretrain.evals.linear_fits import Fit, Job, fit_of
-from pretrain.evals.linear_protocol import describe
-from pretrain.evals.probes import Probes, scores, topk_share
+from pretrain.evals.features.extract import Extraction, full_precision
+from pretrain.evals.linear.config import LinearConfig as LinearConfig
+from pretrain.evals.linear.description import describe
+from pretrain.evals.linear.fits import Fit, Job, fit_of
+from pretrain.evals.result import EvalReport, Evaluator, classification_report
 from pretrain.evals.task import Splits, Task
 from pretrain.runtime.collectives import from_main
 

@@ -37,7 +37,7 @@ from data_pipeline.shards.manifest import PLAN_NAME
 from pretrain.augment.augment import normalize
 from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features import full_precision, untouched
+from pretrain.evals.features.extract import full_precision, untouched
 from pretrain.models.encoders import load_strictly
 from pretrain.models.seeded import seeded
 from pretrain.objectives.kinds import build_objective

@@ -17,9 +17,9 @@ from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
 from pretrain.augment.augment import normalize
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.readout import OWN, Reader, Readout
-from pretrain.evals.store import Features as Features
-from pretrain.evals.store import FeatureStore, Shelf, architecture_sha256, joined
+from pretrain.evals.features.readout import OWN, Reader, Readout
+from pretrain.evals.features.store import Features as Features
+from pretrain.evals.features.store import FeatureStore, Shelf, architecture_sha256, joined
 from pretrain.runtime.collectives import barrier, from_main
 from pretrain.runtime.versions import LIBRARIES, of
 

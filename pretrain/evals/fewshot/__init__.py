@@ -1,0 +1,1 @@
+"""Few-shot classification: a simple classifier on a few labels of each class."""

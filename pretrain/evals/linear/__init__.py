@@ -1,0 +1,1 @@
+"""The linear probe: logistic regression on frozen features, chosen on a split of the training set."""

@@ -1,0 +1,1 @@
+"""Retrieval: images by captions and captions by images."""

@@ -1,0 +1,1 @@
+"""Zero-shot classification: each class is a text."""
