@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pretrain.callbacks.online_probe import Shape, state_bytes
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
-from pretrain.online_probe import Shape, state_bytes
 from pretrain.optim.optimizers import build_optimizer, empty_state
 from pretrain.recipe.recipe import Recipe
 

@@ -16,13 +16,13 @@ from data_pipeline.errors import RecipeError
 from data_pipeline.remote.prefetch import check_room
 from data_pipeline.samples.captions import Captions
 from pretrain.augment.augment import augmentations, mixing
+from pretrain.callbacks.evaluations import knn_evaluators
+from pretrain.callbacks.online_probe import Shape, find_shape
 from pretrain.checkpoints.start import refuse_locked_at_random, refuse_other_run
-from pretrain.inline import knn_evaluators
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.monitoring.sinks import refuse_missing_wandb
 from pretrain.objectives.contract import Contrastive, Objective
 from pretrain.objectives.kinds import build_objective
-from pretrain.online_probe import Shape, find_shape
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import Resolved, resolve
 

@@ -21,13 +21,15 @@ from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.samples.views import ViewSpec
 from pretrain.augment.augment import augmentations, mixing, prepare
+from pretrain.callbacks.evaluations import Inline
+from pretrain.callbacks.online_probe import OnlineProbe
+from pretrain.callbacks.pictures import Pictures
 from pretrain.checkpoints.checkpoint import BESIDE, load, load_beside
 from pretrain.checkpoints.export import export_encoder
 from pretrain.checkpoints.schedule import TimedCheckpoints, check_time_to_save
 from pretrain.checkpoints.start import Start, find_start, not_longer
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.engine import Engine
-from pretrain.inline import Inline
 from pretrain.loop import Limits, Parts, Periodic, train
 from pretrain.models.attention import choose_attention
 from pretrain.monitoring.advice import Lasting, collapse
@@ -38,9 +40,7 @@ from pretrain.monitoring.timing import DataBrake, profiled
 from pretrain.monitoring.watchdog import Watchdog
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
-from pretrain.online_probe import OnlineProbe
 from pretrain.optim.schedules import learning_rate, undecayed_rate
-from pretrain.pictures import Pictures
 from pretrain.plan import checkpoint_bytes
 from pretrain.preflight import Plan, preflight
 from pretrain.recipe.recipe import Recipe

@@ -57,9 +57,9 @@ class Board:
 def watched_run(world: World, recipe: Path, out: Path, board_path: Path, seed: int) -> None:
     """A run whose phases stand on the board, and whose samples are written down for each step."""
     from pretrain import run
+    from pretrain.callbacks.evaluations import Inline
     from pretrain.checkpoints import writer as checkpoint_writer
     from pretrain.engine.engine import Engine
-    from pretrain.inline import Inline
     from pretrain.recipe.files import load_recipe
 
     board, rng = Board(board_path), random.Random(seed + world.rank)

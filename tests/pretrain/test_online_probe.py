@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from data_pipeline.batch import Batch
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import FieldError
+from pretrain.callbacks.online_probe import OnlineProbe, Shape, find_shape
 from pretrain.checkpoints import checkpoint
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.engine import Engine
 from pretrain.objectives.kinds import build_objective
-from pretrain.online_probe import OnlineProbe, Shape, find_shape
 from pretrain.recipe.recipe import OnlineProbe as Config
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress, RunState

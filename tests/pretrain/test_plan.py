@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from pretrain.callbacks.online_probe import OnlineProbe, Shape, state_bytes
 from pretrain.objectives.kinds import build_objective
-from pretrain.online_probe import OnlineProbe, Shape, state_bytes
 from pretrain.plan import footprint, model_state_bytes
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe

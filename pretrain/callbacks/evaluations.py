@@ -19,13 +19,13 @@ from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.samples.captions import Captions
 from data_pipeline.samples.views import ViewSpec
+from pretrain.callbacks.online_probe import OnlineProbe
 from pretrain.engine.engine import Engine
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn.protocol import Knn
 from pretrain.loop import Periodic
 from pretrain.models.encoders import build_encoder, load_strictly
 from pretrain.objectives.contract import Contrastive
-from pretrain.online_probe import OnlineProbe
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime.collectives import World, from_main, side_group, sum_over_ranks
 from pretrain.runtime.run_folder import eval_name, folder_name

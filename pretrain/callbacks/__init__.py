@@ -1,0 +1,1 @@
+"""What happens beside the training steps: evaluations, the online probe, and pictures."""
