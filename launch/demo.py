@@ -27,7 +27,7 @@ from pretrain.recipe.resolve import differences, resolve
 from pretrain.runtime.run_folder import is_claimed
 
 if TYPE_CHECKING:
-    from pretrain.report import Comparison
+    from pretrain.reports.report import Comparison
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "cpu" / "mae_fractals.yaml"
 NUM_RANKS = 2
@@ -76,7 +76,7 @@ def main(out: Path, *, num_train: int = 8000, num_test: int = 2000, overrides: S
     watch.lap("judging")
 
     print("\n[4/4] report", flush=True)
-    from pretrain.report import write_report
+    from pretrain.reports.report import write_report
 
     path = write_report(out, notes=_notes(command, recipe, interruption))
     watch.lap("report")
@@ -197,7 +197,7 @@ def _judge(out: Path, train: Path, test: Path) -> list[Comparison]:
     from pretrain.evals.linear.protocol import Linear, LinearConfig
     from pretrain.evals.sources.load import load_source
     from pretrain.recipe.recipe import InlineKnn
-    from pretrain.report import find_comparisons
+    from pretrain.reports.report import find_comparisons
 
     bank, queries = open_dataset(str(train)), open_dataset(str(test))
     knn = Knn(bank, queries, InlineKnn(kind="knn", train=str(train), test=str(test)))

@@ -86,8 +86,8 @@ def compare(
     from rich.console import Console
     from rich.table import Table
 
-    from pretrain.comparison import difference
     from pretrain.evals.result import EvalReport
+    from pretrain.reports.comparison import difference
 
     first, second = EvalReport.load(a), EvalReport.load(b)
     found = difference(first, second)

@@ -30,12 +30,12 @@ def report(paths: Sequence[Path], out: Path | None, baseline: str | None) -> Non
                 where="pretrain report", expected=f"a run alone, {runs[0]}, whose page goes into its folder",
                 found="more beside it", fix="To compare encoders, give reports (RUN/evals/*.json) or a suite's folder.",
             )  # fmt: skip
-        from pretrain.report import write_report
+        from pretrain.reports.report import write_report
 
         print(f"report: {write_report(runs[0])}")
         return
-    from pretrain.comparison import compare_results, is_suite, table_markdown
-    from pretrain.comparison_page import write_comparison
+    from pretrain.reports.comparison import compare_results, is_suite, table_markdown
+    from pretrain.reports.comparison_page import write_comparison
 
     if out is None and not (len(paths) == 1 and is_suite(paths[0])):
         compare_results(paths, baseline)  # what is wrong with them is told first

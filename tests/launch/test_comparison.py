@@ -20,8 +20,10 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
 from launch.report_command import load_judged, report
 from launch.suite_run import run_suite
-from pretrain.comparison import compare_results, difference, table_csv, table_markdown
-from pretrain.comparison_figures import (
+from pretrain.evals.result import EvalReport, Outcomes, compare
+from pretrain.evals.suite import KEPT
+from pretrain.reports.comparison import compare_results, difference, table_csv, table_markdown
+from pretrain.reports.comparison_figures import (
     class_accuracy,
     confusion,
     draw_class_accuracy,
@@ -29,11 +31,9 @@ from pretrain.comparison_figures import (
     draw_principal_axes,
     principal_axes,
 )
-from pretrain.comparison_looks import look
-from pretrain.comparison_page import page_of, write_comparison
-from pretrain.evals.result import EvalReport, Outcomes, compare
-from pretrain.evals.suite import KEPT
-from pretrain.looks import look_at
+from pretrain.reports.comparison_images import look
+from pretrain.reports.comparison_page import page_of, write_comparison
+from pretrain.reports.sample_images import look_at
 from tests.launch.suites import in_this_process, make_run, tree_of, write_suite
 
 
@@ -250,8 +250,8 @@ def test_neighbours_are_the_nearest_of_images_from_all_over_the_training_set(sui
 def test_images_are_taken_from_all_over_a_set_that_is_sorted_by_class(
     suite: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pretrain.comparison_looks.BANK_SIZE", 6)
-    monkeypatch.setattr("pretrain.comparison_looks.NUM_POINTS", 6)
+    monkeypatch.setattr("pretrain.reports.comparison_images.BANK_SIZE", 6)
+    monkeypatch.setattr("pretrain.reports.comparison_images.NUM_POINTS", 6)
     shown = look("colours", {"first": load(suite, "first")}, load_judged).neighbours
     assert {item.query.caption for item in shown} == {"class0", "class1", "class2"}
     assert {near.caption for item in shown for near in item.found["first"]} == {"class0", "class1", "class2"}
@@ -308,7 +308,7 @@ def test_outcomes_that_are_no_classes_have_no_figures_by_class(suite: Path, tmp_
 
 
 def test_of_too_many_classes_there_is_no_matrix(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.comparison_page.MAX_PAIRED", 2)
+    monkeypatch.setattr("pretrain.reports.comparison_page.MAX_PAIRED", 2)
     column, *_ = page_of(compare_results([suite]), load_judged)["columns"]
     assert column["matrices"] == []
     assert "more than 2 classes" in column["unpaired"]

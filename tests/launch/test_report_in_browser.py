@@ -13,10 +13,10 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from launch.report_command import load_judged
 from launch.suite_run import run_suite
-from pretrain.comparison import compare_results
-from pretrain.comparison_page import write_comparison
 from pretrain.evals.result import EvalReport
-from pretrain.page import render
+from pretrain.reports.comparison import compare_results
+from pretrain.reports.comparison_page import write_comparison
+from pretrain.reports.page import render
 from tests.launch.suites import in_this_process, tree_of, write_suite
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")

@@ -29,19 +29,19 @@ from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.errors import CheckpointError, InputError, RecipeError
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.samples.views import ViewSpec
-from pretrain import report
 from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn.protocol import Knn
 from pretrain.evals.result import EvalReport, Outcomes, compare
 from pretrain.evals.sources.load import load_source
-from pretrain.looks import neighbours
 from pretrain.monitoring.goodput import Goodput
 from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.mae.objective import Mae
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import InlineKnn
-from pretrain.report_figures import Neighbours, Picture, curve, picture, reconstructions
+from pretrain.reports import report
+from pretrain.reports.report_figures import Neighbours, Picture, curve, picture, reconstructions
+from pretrain.reports.sample_images import neighbours
 from tests.shards import write_shards
 
 SIZE = 16

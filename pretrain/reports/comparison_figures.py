@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from pretrain.evals.result import Outcomes
-from pretrain.report_figures import INK, Picture, drawn, in_ink
+from pretrain.reports.report_figures import INK, Picture, drawn, in_ink
 
 # Told apart on white and on black, and by shape where colours are not seen.
 COLORS = ("#3b82c4", "#e08214", "#2e9e5b", "#c94f7c", "#8a6fd1", "#a3872a", "#2aa3a3", "#d2543f", "#7a8b99", "#b07aa1")

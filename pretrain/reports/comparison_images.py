@@ -10,11 +10,11 @@ import torch
 
 from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.errors import CheckpointError, InputError, PretrainError
-from pretrain.comparison_figures import draw_principal_axes
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.result import EvalReport
-from pretrain.looks import Looked, look_at, nearest_pictures, num_classes, shown
-from pretrain.report_figures import Neighbours, Picture, class_name
+from pretrain.reports.comparison_figures import draw_principal_axes
+from pretrain.reports.report_figures import Neighbours, Picture, class_name
+from pretrain.reports.sample_images import Looked, look_at, nearest_pictures, num_classes, shown
 
 NUM_QUERIES, NUM_NEIGHBOURS, BANK_SIZE, NUM_POINTS = 6, 5, 1000, 400
 _MAX_PIXELS = 50_000_000

@@ -15,19 +15,19 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import CheckpointError, InputError
 from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state, read_state
-from pretrain.comparison import difference
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.result import EvalReport, Interval
 from pretrain.evals.sources.load import load_source
-from pretrain.looks import neighbours
 from pretrain.models.encoders import load_strictly
 from pretrain.monitoring.goodput import read_goodput
 from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.masked import Painter, find_painter
-from pretrain.page import render as page_of
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
-from pretrain.report_figures import Neighbours, Picture, Series, curve, reconstructions
+from pretrain.reports.comparison import difference
+from pretrain.reports.page import render as page_of
+from pretrain.reports.report_figures import Neighbours, Picture, Series, curve, reconstructions
+from pretrain.reports.sample_images import neighbours
 
 FILE_NAME = "report.html"
 TEMPLATE = "report.html.j2"

@@ -18,7 +18,7 @@ from pretrain.augment.augment import normalize
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Features, full_precision, untouched
 from pretrain.evals.features.neighbors import search
-from pretrain.report_figures import Neighbours, Picture, class_name, picture, same_class
+from pretrain.reports.report_figures import Neighbours, Picture, class_name, picture, same_class
 
 _BATCH_SIZE, _THUMBNAIL = 100, 64
 

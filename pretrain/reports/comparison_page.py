@@ -9,7 +9,8 @@ from typing import Any
 
 from data_pipeline.durable import write_text
 from data_pipeline.progress import track
-from pretrain.comparison import (
+from pretrain.evals.result import EvalReport
+from pretrain.reports.comparison import (
     Column,
     Comparison,
     Result,
@@ -18,10 +19,9 @@ from pretrain.comparison import (
     table_markdown,
     value_text,
 )
-from pretrain.comparison_figures import MAX_PAIRED, draw_class_accuracy, draw_confusion
-from pretrain.comparison_looks import Load, Looks, look
-from pretrain.evals.result import EvalReport
-from pretrain.page import render
+from pretrain.reports.comparison_figures import MAX_PAIRED, draw_class_accuracy, draw_confusion
+from pretrain.reports.comparison_images import Load, Looks, look
+from pretrain.reports.page import render
 from pretrain.runtime.run_folder import sha256_of
 
 
