@@ -20,7 +20,7 @@ from data_pipeline.errors import RunError
 from launch.chain_check import check_chain
 from launch.chain_folder import ChainFolder
 from launch.chain_recipe import words_of
-from launch.local import STOPPING, handled_by
+from launch.ranks.launcher import STOPPING, handled_by
 
 
 def run_chain(path: Path, out: Path | None, num_ranks: int) -> int:
@@ -61,7 +61,7 @@ def run_chain(path: Path, out: Path | None, num_ranks: int) -> int:
 def _run(words: list[str]) -> int:
     """`pretrain WORDS` in a process that ends with this one and gets its signals; 128 + N where signal N came."""
     # Of a group of its own, so that Ctrl-C reaches it once, through us.
-    command = [sys.executable, "-m", "launch.rank", str(os.getpid()), "launch.cli", *words]
+    command = [sys.executable, "-m", "launch.ranks.rank", str(os.getpid()), "launch.cli", *words]
     asked: list[int] = []
     process = subprocess.Popen(command, process_group=0)
 

@@ -126,7 +126,7 @@ def train(
     arguments += ["--profile", str(profile)] if profile else []
     if num_ranks == 1:
         raise typer.Exit(rank.main(arguments))
-    from launch.local import launch
+    from launch.ranks.launcher import launch
     from pretrain.preflight import preflight
     from pretrain.run import folder_of
 

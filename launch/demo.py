@@ -152,7 +152,7 @@ def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
         typer.Exit: it failed, and has said why.
     """
     print(f"$ pretrain {shlex.join(command)}", flush=True)
-    guarded = [sys.executable, "-m", "launch.rank", str(os.getpid()), "launch.cli", *command]
+    guarded = [sys.executable, "-m", "launch.ranks.rank", str(os.getpid()), "launch.cli", *command]
     process = subprocess.Popen(guarded)
     try:
         yield process

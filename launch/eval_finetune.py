@@ -96,7 +96,7 @@ def ranks(num_ranks: int) -> Trainer:
     """Trains in processes of their own, even one: DeepSpeed keeps what belongs to its first run in a process."""
 
     def train(recipe: Recipe, run: Path) -> None:
-        from launch.local import launch
+        from launch.ranks.launcher import launch
         from pretrain.recipe.files import dump
         from pretrain.runtime.signals import STOPPED, Asked, signals
 

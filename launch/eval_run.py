@@ -40,7 +40,7 @@ def over_ranks(context: typer.Context, num_ranks: int, cache: Path | None) -> No
         return
     from tempfile import TemporaryDirectory
 
-    from launch.local import launch
+    from launch.ranks.launcher import launch
 
     with TemporaryDirectory(prefix="pretrain-features-") as folder:
         shared = {**context.params, "cache": cache or folder}

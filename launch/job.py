@@ -24,7 +24,7 @@ from launch.chain_recipe import Stage
 from launch.cluster import Cluster, load_cluster
 from launch.eval_jobs import EvalJobs, apart
 from launch.job_folder import JobFolder
-from launch.local import Place, free_port, launch
+from launch.ranks.launcher import Place, free_port, launch
 from launch.slurm import fields_of, job_fields, kill_wait_seconds, slurm
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe

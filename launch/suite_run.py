@@ -20,7 +20,7 @@ from queue import SimpleQueue
 
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError
-from launch.local import threads_of
+from launch.ranks.launcher import threads_of
 from launch.suite import Cell, Questions, cells_of
 from pretrain.evals.suite import KEPT, Suite, dump_suite, load_suite
 
@@ -190,7 +190,7 @@ def _run_all(left: list[Cell], devices: Sequence[str | None], questions: Questio
 
 def _in_a_process(cell: Cell, device: str | None, say: Say, *, num_processes: int = 1) -> int:
     """`pretrain WORDS`, which ends with this process, heard line by line; one of so many that share the cores."""
-    command = [sys.executable, "-u", "-m", "launch.rank", str(os.getpid()), "launch.cli", *cell.words]
+    command = [sys.executable, "-u", "-m", "launch.ranks.rank", str(os.getpid()), "launch.cli", *cell.words]
     threads = {"OMP_NUM_THREADS": str(threads_of(num_processes))}
     environment = {**threads, **os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})}
     with subprocess.Popen(

@@ -172,7 +172,7 @@ def test_the_ranks_are_given_the_recipe(
         seen.extend([load_recipe(arguments[0]), *arguments[1:], num_ranks])
         return status
 
-    monkeypatch.setattr("launch.local.launch", launch)
+    monkeypatch.setattr("launch.ranks.launcher.launch", launch)
     if in_a_job:
         monkeypatch.setenv("PRETRAIN_ATTEMPT", "0")
     with pytest.raises(typer.Exit) if status else nullcontext() as error:

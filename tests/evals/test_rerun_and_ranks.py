@@ -201,7 +201,7 @@ def test_what_ranks_found_they_are_asked_again(result: Path, monkeypatch: pytest
             report.save(again)
         return status
 
-    monkeypatch.setattr("launch.local.launch", launch)
+    monkeypatch.setattr("launch.ranks.launcher.launch", launch)
     done = invoke("rerun", str(result))
     assert done.exit_code == status
     assert ("the same number" in done.stdout) == (status == 0)

@@ -60,7 +60,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 def ranks_of(launcher: int) -> list[psutil.Process]:
     def is_rank(child: psutil.Process) -> bool:
         with suppress(psutil.NoSuchProcess):  # its short ones may end while they are looked at
-            return "launch.rank" in child.cmdline()
+            return "launch.ranks.rank" in child.cmdline()
         return False
 
     return list(filter(is_rank, psutil.Process(launcher).children()))

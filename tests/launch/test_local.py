@@ -18,7 +18,7 @@ from pretrain.runtime.signals import STOPPED
 ROOT = Path(__file__).resolve().parents[2]
 
 LAUNCH = (
-    "import sys; from launch.local import launch; "
+    "import sys; from launch.ranks.launcher import launch; "
     "sys.exit(launch(sys.argv[2:], int(sys.argv[1]), module='part', grace_seconds=1.0))"
 )
 
@@ -133,7 +133,7 @@ def test_ranks_are_told_what_torchrun_tells(tmp_path: Path, environment: dict[st
 
 
 PLACED = (
-    "import sys; from launch.local import Place, launch; "
+    "import sys; from launch.ranks.launcher import Place, launch; "
     "place = Place(first_rank=4, world_size=6, master=('far', 77), environment={'OWN': 'x'}); "
     "sys.exit(launch(sys.argv[2:], int(sys.argv[1]), module='part', place=place, passed_on={15: 12}))"
 )
@@ -164,7 +164,7 @@ def test_ranks_that_are_asked_to_stop_are_waited_for(
 
 def test_ranks_of_a_command_in_a_job_save_too(tmp_path: Path, environment: dict[str, str]) -> None:
     (tmp_path / "job.py").write_text(
-        "import sys, launch.job as job; from launch.cluster import Cluster; from launch.local import launch\n"
+        "import sys, launch.job as job; from launch.cluster import Cluster; from launch.ranks.launcher import launch\n"
         "job.launch = lambda words, n, **more: launch(words, n, **{**more, 'module': 'part', 'grace_seconds': 1.0})\n"
         "sys.exit(job._run_command(sys.argv[2:], Cluster(time_minutes=20), {'attempt': 0}))\n"
     )

@@ -149,7 +149,7 @@ class Submitted:
                 except OSError:
                     continue
                 ranks = [v.removeprefix(b"RANK=") for v in variables if v.startswith(b"RANK=")]
-                if ranks and b"launch.rank" in words and str(self.run).encode() in words:
+                if ranks and b"launch.ranks.rank" in words and str(self.run).encode() in words:
                     found[int(ranks[0])] = int(entry.name)
         return [found[rank] for rank in sorted(found)]
 

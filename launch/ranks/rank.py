@@ -1,4 +1,4 @@
-"""`python -m launch.rank LAUNCHER_PID MODULE ARGS...`: one rank, which never outlives its launcher."""
+"""`python -m launch.ranks.rank LAUNCHER_PID MODULE ARGS...`: one rank, which never outlives its launcher."""
 
 from __future__ import annotations
 

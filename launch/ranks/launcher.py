@@ -205,7 +205,7 @@ def _start(
     local_rank: int, rank: int, environment: dict[str, str], module: str, arguments: Sequence[str]
 ) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.rank", str(os.getpid()), module, *arguments],
+        [sys.executable, "-m", "launch.ranks.rank", str(os.getpid()), module, *arguments],
         env={**environment, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE if local_rank else None,
