@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_pipeline.errors import PretrainError, RunError
-from launch.cluster import Cluster, load_cluster
 from launch.eval_jobs import let_go
 from launch.job import FRUITLESS, Node, attempt_folder, stage_of
 from launch.job_folder import JobFolder
-from launch.slurm import job_fields, slurm
+from launch.slurm.cluster import Cluster, load_cluster
+from launch.slurm.commands import job_fields, slurm
 from pretrain.runtime.signals import HUNG, STOPPED
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_pipeline.errors import InputError, PretrainError
 from launch.job_folder import JobFolder
-from launch.slurm import AT_WORK, WAITING, job_fields, slurm
+from launch.slurm.commands import AT_WORK, WAITING, job_fields, slurm
 
 _ALIVE = (*WAITING, *AT_WORK)
 

@@ -14,7 +14,7 @@ from launch.checks.slurm_cluster import slurm
 
 if TYPE_CHECKING:
     from launch.checks.of_recipe import Free
-    from launch.cluster import Cluster
+    from launch.slurm.cluster import Cluster
     from pretrain.recipe.recipe import Recipe
 
 
@@ -49,7 +49,7 @@ def findings(
 
             recipe = load_recipe(recipe_path, overrides)
         if cluster_path is not None:
-            from launch.cluster import load_cluster
+            from launch.slurm.cluster import load_cluster
 
             cluster = load_cluster(cluster_path)
     except PretrainError as raised:

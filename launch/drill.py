@@ -12,7 +12,7 @@ from data_pipeline.errors import InputError, RunError
 from launch.cancel import cancel
 from launch.job_folder import JobFolder
 from launch.job_record import ENDINGS
-from launch.slurm import AT_WORK, WAITING, hurry, job_fields, slurm
+from launch.slurm.commands import AT_WORK, WAITING, hurry, job_fields, slurm
 from launch.submit import submit
 from pretrain.recipe.files import load_recipe
 

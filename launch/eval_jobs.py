@@ -19,9 +19,9 @@ from pathlib import Path
 
 from data_pipeline.datasets.mixture import open_training
 from data_pipeline.errors import RunError
-from launch.cluster import Cluster
 from launch.job_folder import JobFolder
-from launch.slurm import AT_WORK, WAITING, job_states
+from launch.slurm.cluster import Cluster
+from launch.slurm.commands import AT_WORK, WAITING, job_states
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import resolve
 from pretrain.runtime.run_folder import COMPLETE, complete_checkpoints, eval_name, folder_name, step_of

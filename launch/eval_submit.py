@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from data_pipeline.errors import PretrainError
-from launch.cluster import load_cluster
 from launch.eval_jobs import hold, let_go
 from launch.job_folder import JobFolder
+from launch.slurm.cluster import load_cluster
 from launch.submit import queue
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import InlineKnn

@@ -21,11 +21,11 @@ from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError, PretrainError, RunError
 from launch.chain_folder import ChainFolder
 from launch.chain_recipe import Stage
-from launch.cluster import Cluster, load_cluster
 from launch.eval_jobs import EvalJobs, apart
 from launch.job_folder import JobFolder
 from launch.ranks.launcher import Place, free_port, launch
-from launch.slurm import fields_of, job_fields, kill_wait_seconds, slurm
+from launch.slurm.cluster import Cluster, load_cluster
+from launch.slurm.commands import fields_of, job_fields, kill_wait_seconds, slurm
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime.signals import LEAD_SECONDS

@@ -18,7 +18,7 @@ from typing import TextIO
 from data_pipeline.errors import InputError
 from launch.job_record import load_job
 from launch.run_state import OVER, state_of
-from launch.slurm import job_states
+from launch.slurm.commands import job_states
 from pretrain.runtime.run_folder import is_run
 
 _LONGEST_TAIL = 1 << 20  # bytes that are looked at for the last lines of a file

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from launch.job_record import ENDINGS, JobRecord
-from launch.slurm import AT_WORK, WAITING
+from launch.slurm.commands import AT_WORK, WAITING
 from pretrain.runtime.run_folder import complete_checkpoints, is_claimed, step_of
 
 State = Literal["pending", "running", "requeued", "done", "stopped", "cancelled", "failed", "unknown"]

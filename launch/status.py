@@ -13,7 +13,7 @@ from typing import Any
 from launch.job_record import JobRecord, load_job
 from launch.logs import last_lines, log_files, refuse_no_run
 from launch.run_state import OVER, State, planned, state_of
-from launch.slurm import job_states
+from launch.slurm.commands import job_states
 from pretrain.runtime.run_folder import COMPLETE, complete_checkpoints, is_run, step_of
 
 _TAIL = 1 << 16  # bytes

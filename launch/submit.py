@@ -22,10 +22,10 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import InputError, RecipeError, RunError
 from launch.checks.slurm_cluster import slurm, would_take
-from launch.cluster import Cluster, load_cluster
 from launch.job import Job
 from launch.job_folder import JobFolder
-from launch.slurm import AT_WORK, WAITING, from_outside, job_fields
+from launch.slurm.cluster import Cluster, load_cluster
+from launch.slurm.commands import AT_WORK, WAITING, from_outside, job_fields
 from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import resolve

@@ -79,8 +79,8 @@ def submit_suite(path: Path, cluster_path: Path, out: Path | None, *, dry_run: b
         InputError: of whatever is wrong; nothing was started.
         RunError: SLURM refused. Whatever stops it takes back those already queued.
     """
-    from launch.cluster import load_cluster
-    from launch.slurm import slurm
+    from launch.slurm.cluster import load_cluster
+    from launch.slurm.commands import slurm
     from launch.submit import check_folder, check_slurm, copy_code, digest_of_code, queue, refuse_running, script
 
     suite, out, cells, questions = _opened(path, out, whole=True)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.errors import PretrainError
 from launch.checks.finding import Finding, error, of_error, ok, warning
-from launch.slurm import minutes_of, partitions
-from launch.slurm import slurm as answer_of
+from launch.slurm.commands import minutes_of, partitions
+from launch.slurm.commands import slurm as answer_of
 
 if TYPE_CHECKING:
-    from launch.cluster import Cluster
+    from launch.slurm.cluster import Cluster
 
 _NEEDED = ("sbatch", "squeue", "scontrol")
 _WORDS = {

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from launch.checks.finding import Finding
-from launch.cluster import Cluster
+from launch.slurm.cluster import Cluster
 
 
 def levels(findings: Iterable[Finding]) -> list[tuple[str, str]]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import RunError
-from launch.cluster import Cluster
 from launch.eval_jobs import EvalJobs, apart, hold, let_go
 from launch.eval_submit import queue_evaluation
 from launch.job_folder import JobFolder
+from launch.slurm.cluster import Cluster
 from pretrain.recipe.files import load_recipe
 from pretrain.runtime.run_folder import COMPLETE, eval_name, folder_name
 from tests.runs import write_recipe

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from launch import slurm
+from launch.slurm import commands as slurm
 
 
 def test_only_a_job_that_waits_for_long_is_hurried_and_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from launch import job
-from launch.cluster import Cluster
 from launch.job import Node
 from launch.job_folder import JobFolder
+from launch.slurm.cluster import Cluster
 from pretrain.recipe.files import load_recipe
 from tests.runs import write_recipe
 

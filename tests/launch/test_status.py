@@ -14,7 +14,7 @@ import pytest
 from data_pipeline.errors import InputError
 from launch.job_record import load_job
 from launch.run_state import state_of
-from launch.slurm import job_states
+from launch.slurm.commands import job_states
 from launch.status import find_runs, productive_share, show_status, status_of
 from pretrain.monitoring.goodput import Timeline
 from pretrain.runtime.run_folder import is_claimed

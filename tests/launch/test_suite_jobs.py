@@ -75,7 +75,7 @@ def test_all_of_a_suite_is_queued_or_nothing(
     said: list[tuple[str, ...]] = []
     monkeypatch.setattr("launch.submit.queue", queue)
     monkeypatch.setattr("launch.submit.check_slurm", lambda *_: None)
-    monkeypatch.setattr("launch.slurm.slurm", lambda *words, **_: said.append(words))
+    monkeypatch.setattr("launch.slurm.commands.slurm", lambda *words, **_: said.append(words))
     with pytest.raises(type(error)):
         submit_suite(write_suite(tmp_path, tree), tmp_path / "cluster.yaml", tmp_path / "out")
     assert said == [("scancel", "11", "12")]

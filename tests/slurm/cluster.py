@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm import fields_of
+from launch.slurm.commands import fields_of
 from tests.ports import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")

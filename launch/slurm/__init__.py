@@ -1,0 +1,1 @@
+"""SLURM's commands, and the typed description of a cluster."""
