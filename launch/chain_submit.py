@@ -10,10 +10,10 @@ from data_pipeline.errors import RunError
 from launch.chain_check import check_chain
 from launch.chain_folder import ChainFolder
 from launch.chain_recipe import Stage, words_of
-from launch.job_folder import JobFolder
+from launch.jobs.folder import JobFolder
+from launch.jobs.submit import check_folder, check_slurm, copy_code, digest_of_code, queue, refuse_running, script
 from launch.slurm.cluster import Cluster, load_cluster
 from launch.slurm.commands import slurm
-from launch.submit import check_folder, check_slurm, copy_code, digest_of_code, queue, refuse_running, script
 from pretrain.recipe.files import dump
 
 

@@ -159,7 +159,7 @@ def submit(
     Recipe, data and cluster are checked first. The job runs a copy of the code; it saves before its time is over
     or when it is preempted, is queued again, and goes on at any number of nodes.
     """
-    from launch.submit import submit as queue
+    from launch.jobs.submit import submit as queue
 
     queue(recipe_path, cluster_path, out=out, nodes=nodes, overrides=overrides, dry_run=dry_run, local=local)
 
@@ -184,7 +184,7 @@ def drill(
     Two short jobs: one is left alone; the other is warned of its time limit, then killed, and is queued again each
     time. Their losses are compared step by step. Exit status 1 where they differ.
     """
-    from launch.drill import drill as run_drill
+    from launch.jobs.drill import drill as run_drill
 
     run_drill(recipe_path, cluster_path, nodes=nodes, steps=steps, out=out, overrides=overrides)
 
@@ -201,7 +201,7 @@ def cancel(
     now: Annotated[bool, typer.Option("--now", help="Does not save first.")] = False,
 ) -> None:
     """Stops what was submitted; a run saves first, so that submitting it again goes on from there."""
-    from launch.cancel import cancel as stop
+    from launch.jobs.cancel import cancel as stop
 
     stop(run, now)
 
@@ -254,7 +254,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list, for machines.")] = False,
 ) -> None:
     """Shows a table of runs: state, progress, speed, time left, last checkpoint, requeues, last error."""
-    from launch.status import show_status
+    from launch.jobs.status import show_status
 
     show_status(runs or [Path("runs")], as_json=as_json)
 
@@ -273,7 +273,7 @@ def logs(
     lines: Annotated[int, typer.Option(min=1, help="Of each file, from its end.")] = 50,
 ) -> None:
     """Prints what a run's newest job wrote."""
-    from launch.logs import show_logs
+    from launch.jobs.logs import show_logs
 
     show_logs(run, follow=follow, rank=rank, lines=lines)
 

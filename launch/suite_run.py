@@ -48,7 +48,7 @@ def run_suite(
     Raises:
         InputError: of whatever is wrong with the suite or its data, or a job is to answer it; nothing was started.
     """
-    from launch.submit import refuse_running
+    from launch.jobs.submit import refuse_running
 
     suite, out, cells, questions = _opened(path, out)
     left = [cell for cell in cells if not questions.answered(cell)]
@@ -79,9 +79,9 @@ def submit_suite(path: Path, cluster_path: Path, out: Path | None, *, dry_run: b
         InputError: of whatever is wrong; nothing was started.
         RunError: SLURM refused. Whatever stops it takes back those already queued.
     """
+    from launch.jobs.submit import check_folder, check_slurm, copy_code, digest_of_code, queue, refuse_running, script
     from launch.slurm.cluster import load_cluster
     from launch.slurm.commands import slurm
-    from launch.submit import check_folder, check_slurm, copy_code, digest_of_code, queue, refuse_running, script
 
     suite, out, cells, questions = _opened(path, out, whole=True)
     cluster = load_cluster(cluster_path).one_rank()

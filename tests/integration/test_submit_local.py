@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.job_folder import JobFolder
+from launch.jobs.folder import JobFolder
 from tests.runs import losses, train, write_recipe
 from tests.shards import write_shards
 

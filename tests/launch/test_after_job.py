@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import InputError, RunError
-from launch import after_job
-from launch.after_job import Ending, decide, ending, is_cancelled, is_queued
-from launch.job import FRUITLESS, Node, _refuse_more, attempt_folder
-from launch.job_folder import JobFolder
+from launch.jobs import after_job
+from launch.jobs.after_job import Ending, decide, ending, is_cancelled, is_queued
+from launch.jobs.folder import JobFolder
+from launch.jobs.job import FRUITLESS, Node, _refuse_more, attempt_folder
 from pretrain.runtime.run_folder import COMPLETE, folder_name
 from pretrain.runtime.signals import HUNG, STOPPED
 from tests.launch.run_folders import Commands, submit

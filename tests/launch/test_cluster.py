@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import RecipeError
-from launch.job_folder import JobFolder
+from launch.jobs.folder import JobFolder
+from launch.jobs.submit import script
 from launch.slurm.cluster import Cluster, load_cluster
 from launch.slurm.commands import fields_of, from_outside, minutes_of
-from launch.submit import script
 
 CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "cluster"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import RunError
-from launch.eval_jobs import EvalJobs, apart, hold, let_go
-from launch.eval_submit import queue_evaluation
-from launch.job_folder import JobFolder
+from launch.jobs.eval_jobs import EvalJobs, apart, hold, let_go
+from launch.jobs.eval_submit import queue_evaluation
+from launch.jobs.folder import JobFolder
 from launch.slurm.cluster import Cluster
 from pretrain.recipe.files import load_recipe
 from pretrain.runtime.run_folder import COMPLETE, eval_name, folder_name
@@ -93,7 +93,7 @@ def test_where_slurm_does_not_take_a_job_it_is_asked_again(
     asked: list[list[str]] = []
 
     def submit(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        if "launch.eval_submit" not in command:  # what SLURM knows of earlier ones
+        if "launch.jobs.eval_submit" not in command:  # what SLURM knows of earlier ones
             return subprocess.CompletedProcess(command, 1, "", "")
         asked.append(command)
         if len(asked) > fails:
@@ -101,7 +101,7 @@ def test_where_slurm_does_not_take_a_job_it_is_asked_again(
         return subprocess.CompletedProcess(command, len(asked) <= fails, "", "Socket timed out")
 
     monkeypatch.setattr("subprocess.run", submit)
-    monkeypatch.setattr("launch.eval_jobs._PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("launch.jobs.eval_jobs._PAUSE_SECONDS", 0.01)
     save(tmp_path / "run", 24)
     jobs.finish()
     assert len(asked) == tries
@@ -115,14 +115,14 @@ def test_one_entry_that_slurm_does_not_take_leaves_the_others_their_turn(
     asked: list[str] = []
 
     def submit(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        if "launch.eval_submit" in command:
+        if "launch.jobs.eval_submit" in command:
             asked.append(command[-2])
             if command[-2] == "1":
                 queue(tmp_path / "run", [(1, 32)])
         return subprocess.CompletedProcess(command, command[-2] != "1", "", "")
 
     monkeypatch.setattr("subprocess.run", submit)
-    monkeypatch.setattr("launch.eval_jobs._PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("launch.jobs.eval_jobs._PAUSE_SECONDS", 0.01)
     save(tmp_path / "run", 32)
     jobs.finish()
     assert asked == ["0", "1", "0", "0"]
@@ -132,7 +132,7 @@ def test_a_submission_that_fails_holds_nothing(tmp_path: Path, monkeypatch: pyte
     def refuse(*_: object, **__: object) -> str:
         raise RunError("sbatch", "SLURM to take the job", "QOSMaxSubmitJobPerUserLimit")
 
-    monkeypatch.setattr("launch.eval_submit.queue", refuse)
+    monkeypatch.setattr("launch.jobs.eval_submit.queue", refuse)
     recipe = write_recipe(tmp_path / "r.yaml", write_shards(tmp_path / "shards", 80), evals=EVALS)
     run = tmp_path / "run"
     JobFolder(run).write("recipe.yaml", recipe.read_text())

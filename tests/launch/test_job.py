@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from launch import job
-from launch.job import Node
-from launch.job_folder import JobFolder
+from launch.jobs import job
+from launch.jobs.folder import JobFolder
+from launch.jobs.job import Node
 from launch.slurm.cluster import Cluster
 from pretrain.recipe.files import load_recipe
 from tests.runs import write_recipe

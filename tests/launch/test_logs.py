@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import InputError
-from launch import logs
-from launch.logs import show_logs
+from launch.jobs import logs
+from launch.jobs.logs import show_logs
 from tests.launch.run_folders import Commands, claimed, event, make_run, submit
 
 

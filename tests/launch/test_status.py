@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import InputError
-from launch.job_record import load_job
-from launch.run_state import state_of
+from launch.jobs.record import load_job
+from launch.jobs.run_state import state_of
+from launch.jobs.status import find_runs, productive_share, show_status, status_of
 from launch.slurm.commands import job_states
-from launch.status import find_runs, productive_share, show_status, status_of
 from pretrain.monitoring.goodput import Timeline
 from pretrain.runtime.run_folder import is_claimed
 from tests.launch.run_folders import TOTAL_STEPS, Commands, claimed, event, make_run, submit
@@ -229,7 +229,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_it_answers_without_torch(tmp_path: Path) -> None:
     run = submit(make_run(tmp_path / "run", logged=20, saved=15), executor="local", job_id="1")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom launch.status import show_status\n"
+        "import sys\nfrom pathlib import Path\nfrom launch.jobs.status import show_status\n"
         f"show_status([Path({str(run)!r})])\nprint('loaded:', *sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

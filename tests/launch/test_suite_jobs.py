@@ -40,7 +40,7 @@ def test_a_job_is_queued_for_each_result_that_is_missing(
         queued.append({"where": where, "name": name, **what})
         return "17"
 
-    monkeypatch.setattr("launch.submit.queue", queue)
+    monkeypatch.setattr("launch.jobs.submit.queue", queue)
     submit_suite(path, folder / "cluster.yaml", folder / "out")
     (job,) = queued
     assert job["name"] == "small-own-colours-linear"
@@ -73,8 +73,8 @@ def test_all_of_a_suite_is_queued_or_nothing(
         return f"1{len(folders)}"
 
     said: list[tuple[str, ...]] = []
-    monkeypatch.setattr("launch.submit.queue", queue)
-    monkeypatch.setattr("launch.submit.check_slurm", lambda *_: None)
+    monkeypatch.setattr("launch.jobs.submit.queue", queue)
+    monkeypatch.setattr("launch.jobs.submit.check_slurm", lambda *_: None)
     monkeypatch.setattr("launch.slurm.commands.slurm", lambda *words, **_: said.append(words))
     with pytest.raises(type(error)):
         submit_suite(write_suite(tmp_path, tree), tmp_path / "cluster.yaml", tmp_path / "out")

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from launch.job_folder import JobFolder
+from launch.jobs.folder import JobFolder
 from launch.slurm.commands import hurry
 from pretrain.runtime.signals import STOPPED
 from tests.runs import losses, write_recipe

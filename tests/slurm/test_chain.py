@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.cancel import cancel
-from launch.job_folder import JobFolder
+from launch.jobs.cancel import cancel
+from launch.jobs.folder import JobFolder
 from tests.runs import losses
 from tests.slurm.jobs import Place, Submitted
 

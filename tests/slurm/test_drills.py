@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.cancel import cancel
-from launch.job_folder import JobFolder
+from launch.jobs.cancel import cancel
+from launch.jobs.folder import JobFolder
 from pretrain.runtime.signals import HUNG
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.jobs import SAVED_EVERY, Place

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from data_pipeline.errors import RunError
-from launch.drill import _compare
-from launch.job import attempt_folder
-from launch.job_folder import JobFolder
+from launch.jobs.drill import _compare
+from launch.jobs.folder import JobFolder
+from launch.jobs.job import attempt_folder
 from tests.slurm.cluster import NODES
 from tests.slurm.jobs import CANARY, STEPS, Place
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TextIO
 
 from data_pipeline.errors import InputError
-from launch.job_record import load_job
-from launch.run_state import OVER, state_of
+from launch.jobs.record import load_job
+from launch.jobs.run_state import OVER, state_of
 from launch.slurm.commands import job_states
 from pretrain.runtime.run_folder import is_run
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.job_folder import JobFolder
+from launch.jobs.folder import JobFolder
 
 # Events after which nobody starts it again, and the state that it is in then.
 ENDINGS: Mapping[str, Literal["done", "stopped", "cancelled"]] = {

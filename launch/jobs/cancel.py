@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from data_pipeline.errors import InputError, PretrainError
-from launch.job_folder import JobFolder
+from launch.jobs.folder import JobFolder
 from launch.slurm.commands import AT_WORK, WAITING, job_fields, slurm
 
 _ALIVE = (*WAITING, *AT_WORK)

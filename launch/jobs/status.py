@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.job_record import JobRecord, load_job
-from launch.logs import last_lines, log_files, refuse_no_run
-from launch.run_state import OVER, State, planned, state_of
+from launch.jobs.logs import last_lines, log_files, refuse_no_run
+from launch.jobs.record import JobRecord, load_job
+from launch.jobs.run_state import OVER, State, planned, state_of
 from launch.slurm.commands import job_states
 from pretrain.runtime.run_folder import COMPLETE, complete_checkpoints, is_run, step_of
 

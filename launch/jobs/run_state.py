@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from launch.job_record import ENDINGS, JobRecord
+from launch.jobs.record import ENDINGS, JobRecord
 from launch.slurm.commands import AT_WORK, WAITING
 from pretrain.runtime.run_folder import complete_checkpoints, is_claimed, step_of
 

@@ -1,4 +1,4 @@
-"""`python -m launch.after_job RUN STATUS`: what becomes of a job whose ranks have ended; on its first node.
+"""`python -m launch.jobs.after_job RUN STATUS`: what becomes of a job whose ranks have ended; on its first node.
 
 The batch script calls it after srun, however that ended. A run, or a command, is done, or is queued again, or stops
 with a reason; then the exit status is not 0, so that jobs which wait for this one are not started.
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_pipeline.errors import PretrainError, RunError
-from launch.eval_jobs import let_go
-from launch.job import FRUITLESS, Node, attempt_folder, stage_of
-from launch.job_folder import JobFolder
+from launch.jobs.eval_jobs import let_go
+from launch.jobs.folder import JobFolder
+from launch.jobs.job import FRUITLESS, Node, attempt_folder, stage_of
 from launch.slurm.cluster import Cluster, load_cluster
 from launch.slurm.commands import job_fields, slurm
 from pretrain.runtime.signals import HUNG, STOPPED

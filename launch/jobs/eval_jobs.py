@@ -19,7 +19,7 @@ from pathlib import Path
 
 from data_pipeline.datasets.mixture import open_training
 from data_pipeline.errors import RunError
-from launch.job_folder import JobFolder
+from launch.jobs.folder import JobFolder
 from launch.slurm.cluster import Cluster
 from launch.slurm.commands import AT_WORK, WAITING, job_states
 from pretrain.recipe.recipe import Recipe
@@ -121,7 +121,7 @@ class EvalJobs:
 
     def _queue(self, index: int, step: int) -> None:
         """Raises RunError where it was not queued."""
-        command = [sys.executable, "-m", "launch.eval_submit", str(self._run), str(index), str(step)]
+        command = [sys.executable, "-m", "launch.jobs.eval_submit", str(self._run), str(index), str(step)]
         # Of a session of its own: a signal to all processes of this job is not for it.
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SUBMIT_SECONDS, start_new_session=True)
         print((done.stdout + done.stderr).strip(), flush=True)

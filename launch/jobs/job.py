@@ -21,8 +21,8 @@ from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError, PretrainError, RunError
 from launch.chain_folder import ChainFolder
 from launch.chain_recipe import Stage
-from launch.eval_jobs import EvalJobs, apart
-from launch.job_folder import JobFolder
+from launch.jobs.eval_jobs import EvalJobs, apart
+from launch.jobs.folder import JobFolder
 from launch.ranks.launcher import Place, free_port, launch
 from launch.slurm.cluster import Cluster, load_cluster
 from launch.slurm.commands import fields_of, job_fields, kill_wait_seconds, slurm
@@ -51,7 +51,7 @@ class Job:
     def __call__(self) -> None:
         status = run_node(Path(self.run), self.token)
         if "SLURM_JOB_ID" not in os.environ:  # there a batch script does it
-            from launch.after_job import main
+            from launch.jobs.after_job import main
 
             main(Path(self.run), status)
         sys.exit(status)  # past what submitit would pickle

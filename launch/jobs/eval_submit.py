@@ -1,4 +1,4 @@
-"""`python -m launch.eval_submit RUN INDEX STEP`: queues the job that judges a checkpoint, by an entry of `evals`."""
+"""`python -m launch.jobs.eval_submit RUN INDEX STEP`: queues the job that judges a checkpoint, by an entry of `evals`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 from data_pipeline.errors import PretrainError
-from launch.eval_jobs import hold, let_go
-from launch.job_folder import JobFolder
+from launch.jobs.eval_jobs import hold, let_go
+from launch.jobs.folder import JobFolder
+from launch.jobs.submit import queue
 from launch.slurm.cluster import load_cluster
-from launch.submit import queue
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import InlineKnn
 from pretrain.runtime.run_folder import eval_name, folder_name

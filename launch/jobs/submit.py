@@ -22,8 +22,8 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import InputError, RecipeError, RunError
 from launch.checks.slurm_cluster import slurm, would_take
-from launch.job import Job
-from launch.job_folder import JobFolder
+from launch.jobs.folder import JobFolder
+from launch.jobs.job import Job
 from launch.slurm.cluster import Cluster, load_cluster
 from launch.slurm.commands import AT_WORK, WAITING, from_outside, job_fields
 from pretrain.recipe.files import dump, load_recipe
@@ -292,7 +292,7 @@ def _slurm(folder: Path, cluster: Cluster, code: Path, name: str, after: Sequenc
         setup=[*_setup(code, cluster), "set +e", "trap : TERM  # so that what comes after srun is still done"],
         # From SLURM 22.05 on srun takes no number of CPUs from sbatch, and binds a task to one.
         srun_args=["--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={cpus}"],
-        teardown=[f"{python} -u -m launch.after_job {shlex.quote(str(folder))} $?"],
+        teardown=[f"{python} -u -m launch.jobs.after_job {shlex.quote(str(folder))} $?"],
         additional_parameters={"requeue": True, **own, **waits},
         **{key: value for key, value in given.items() if value is not None},
     )

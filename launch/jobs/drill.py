@@ -9,11 +9,11 @@ from pathlib import Path
 
 from data_pipeline.durable import read_lines
 from data_pipeline.errors import InputError, RunError
-from launch.cancel import cancel
-from launch.job_folder import JobFolder
-from launch.job_record import ENDINGS
+from launch.jobs.cancel import cancel
+from launch.jobs.folder import JobFolder
+from launch.jobs.record import ENDINGS
+from launch.jobs.submit import submit
 from launch.slurm.commands import AT_WORK, WAITING, hurry, job_fields, slurm
-from launch.submit import submit
 from pretrain.recipe.files import load_recipe
 
 _POLL_SECONDS = 0.5
