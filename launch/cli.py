@@ -232,12 +232,12 @@ def chain(
     on, and a stage whose settings or inputs changed is refused.
     """
     if cluster is None:
-        from launch.chain import run_chain
+        from launch.chains.run import run_chain
 
         if dry_run:
             raise InputError("--dry-run", "--cluster beside it", "none", "Name the cluster file, or leave it out.")
         raise typer.Exit(run_chain(chain_path, out, num_ranks or 1))
-    from launch.chain_submit import submit_chain
+    from launch.chains.submit import submit_chain
 
     if num_ranks is not None:
         raise InputError("--nproc", "no --cluster beside it", str(cluster), "Set nodes and ranks_per_node there.")

@@ -19,8 +19,8 @@ from typing import Any
 
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError, PretrainError, RunError
-from launch.chain_folder import ChainFolder
-from launch.chain_recipe import Stage
+from launch.chains.config import Stage
+from launch.chains.folder import ChainFolder
 from launch.jobs.eval_jobs import EvalJobs, apart
 from launch.jobs.folder import JobFolder
 from launch.ranks.launcher import Place, free_port, launch

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch.chain_folder import ChainFolder
+from launch.chains.folder import ChainFolder
 from pretrain.evals.finetune.recipe import PRESETS
 from pretrain.recipe.files import load_recipe, recipe_of
 from pretrain.recipe.recipe import Recipe

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.chain import run_chain
+from launch.chains.run import run_chain
 from pretrain.checkpoints.checkpoint import complete_checkpoints
 from tests.launch.test_chain import out, ran, shards, tree_of, write_chain
 from tests.launch.test_local import all_gone

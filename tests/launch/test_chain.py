@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import InputError, RecipeError
-from launch import chain as chain_module
-from launch import chain_check, cli
-from launch.chain import run_chain
-from launch.chain_folder import ChainFolder
-from launch.chain_recipe import load_chain
+from launch import cli
+from launch.chains import check as chain_check
+from launch.chains import run as chain_module
+from launch.chains.config import load_chain
+from launch.chains.folder import ChainFolder
+from launch.chains.run import run_chain
 from tests.runs import losses, train, write_recipe
 from tests.shards import write_shards
 

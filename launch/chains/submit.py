@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import RunError
-from launch.chain_check import check_chain
-from launch.chain_folder import ChainFolder
-from launch.chain_recipe import Stage, words_of
+from launch.chains.check import check_chain
+from launch.chains.config import Stage, words_of
+from launch.chains.folder import ChainFolder
 from launch.jobs.folder import JobFolder
 from launch.jobs.submit import check_folder, check_slurm, copy_code, digest_of_code, queue, refuse_running, script
 from launch.slurm.cluster import Cluster, load_cluster

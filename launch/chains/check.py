@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError, PretrainError, RecipeError
-from launch.chain_folder import ChainFolder, fingerprint
-from launch.chain_recipe import Stage, words_of
+from launch.chains.config import Stage, words_of
+from launch.chains.folder import ChainFolder, fingerprint
 from pretrain.recipe.resolve import split_batch
 
 

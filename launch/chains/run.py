@@ -17,9 +17,9 @@ from pathlib import Path
 from types import FrameType
 
 from data_pipeline.errors import RunError
-from launch.chain_check import check_chain
-from launch.chain_folder import ChainFolder
-from launch.chain_recipe import words_of
+from launch.chains.check import check_chain
+from launch.chains.config import words_of
+from launch.chains.folder import ChainFolder
 from launch.ranks.launcher import STOPPING, handled_by
 
 

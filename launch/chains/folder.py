@@ -16,7 +16,7 @@ from data_pipeline.datasets.mixture import open_training
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError
-from launch.chain_recipe import Chain, Stage, load_chain, overrides_of
+from launch.chains.config import Chain, Stage, load_chain, overrides_of
 from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import result_settings
