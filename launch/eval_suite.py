@@ -24,7 +24,7 @@ def suite(
     All of it is checked before the first is started. What is there is passed over. What fails is told at the end, and
     the exit status is then 1; the same command goes on from there.
     """
-    from launch.suite_run import run_suite, submit_suite
+    from launch.suites.run import run_suite, submit_suite
 
     if cluster is not None:
         submit_suite(suite_path, cluster, out, dry_run=dry_run)

@@ -102,7 +102,7 @@ class Suite(Group):
 
 
 def load_suite(path: Path) -> Suite:
-    """Reads a suite; options are checked where their commands are known (launch/suite.py).
+    """Reads a suite; options are checked where their commands are known (launch/suites/jobs.py).
 
     Raises:
         RecipeError: with every problem found, each naming its path.

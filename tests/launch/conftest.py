@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launch.suite_run import run_suite
+from launch.suites.run import run_suite
 from tests.launch.run_folders import Commands
 from tests.launch.suites import in_this_process, make_run, tree_of, write_suite
 

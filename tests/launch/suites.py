@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from launch.eval_commands import app
-from launch.suite import Cell, Questions, cells_of
+from launch.suites.jobs import Cell, Questions, cells_of
 from pretrain.evals.suite import load_suite
 from pretrain.models.encoders import build_encoder, save_encoder
 from pretrain.recipe.files import dump

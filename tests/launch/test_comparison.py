@@ -19,7 +19,7 @@ import pytest
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
 from launch.report_command import load_judged, report
-from launch.suite_run import run_suite
+from launch.suites.run import run_suite
 from pretrain.evals.result import EvalReport, Outcomes, compare
 from pretrain.evals.suite import KEPT
 from pretrain.reports.comparison import compare_results, difference, table_csv, table_markdown

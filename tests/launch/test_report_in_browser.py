@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from launch.report_command import load_judged
-from launch.suite_run import run_suite
+from launch.suites.run import run_suite
 from pretrain.evals.result import EvalReport
 from pretrain.reports.comparison import compare_results
 from pretrain.reports.comparison_page import write_comparison

@@ -13,9 +13,9 @@ import pytest
 import typer
 
 from data_pipeline.errors import DataError, InputError, RecipeError
-from launch import suite as suites
-from launch.suite import Cell, Questions
-from launch.suite_run import _in_a_process, cuda_devices, run_suite
+from launch.suites import jobs as suites
+from launch.suites.jobs import Cell, Questions
+from launch.suites.run import _in_a_process, cuda_devices, run_suite
 from pretrain.evals.result import EvalReport
 from tests.launch.suites import answered, cells, in_this_process, make_run, refused, with_option, write_suite
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import InputError, RunError
-from launch.suite_run import _job, run_suite, submit_suite
+from launch.suites.run import _job, run_suite, submit_suite
 from tests.launch.run_folders import Commands, submit
 from tests.launch.suites import cells, refused, write_suite
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from launch.suite import Questions, digest
-from launch.suite_run import run_suite
+from launch.suites.jobs import Questions, digest
+from launch.suites.run import run_suite
 from tests.launch.suites import answered, cells, in_this_process, make_run, with_option, write_suite
 from tests.shards import write_images
 

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError
 from launch.ranks.launcher import threads_of
-from launch.suite import Cell, Questions, cells_of
+from launch.suites.jobs import Cell, Questions, cells_of
 from pretrain.evals.suite import KEPT, Suite, dump_suite, load_suite
 
 Say = Callable[[str], None]

@@ -1,0 +1,1 @@
+"""Suites: encoders x data sets x protocols, answered on this machine or as jobs."""
