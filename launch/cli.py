@@ -302,7 +302,7 @@ def doctor(
 
     Starts nothing and leaves nothing behind. The exit status is 1 where there is an error.
     """
-    from launch.doctor import examine
+    from launch.doctor.doctor import examine
 
     raise typer.Exit(examine(recipe_path, overrides or [], cluster, num_ranks, out))
 

@@ -21,7 +21,7 @@ from data_pipeline.datasets.mixture import open_training
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import InputError, RecipeError, RunError
-from launch.checks.slurm_cluster import slurm, would_take
+from launch.doctor.cluster import slurm, would_take
 from launch.jobs.folder import JobFolder
 from launch.jobs.job import Job
 from launch.slurm.cluster import Cluster, load_cluster

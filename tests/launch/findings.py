@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from launch.checks.finding import Finding
+from launch.doctor.finding import Finding
 from launch.slurm.cluster import Cluster
 
 

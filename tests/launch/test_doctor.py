@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from launch import doctor
-from launch.checks import machine, of_recipe, storage
-from launch.checks.finding import Finding
-from launch.checks.of_recipe import Free, Ranks
+from launch.doctor import doctor, machine, storage
+from launch.doctor import recipe as of_recipe
+from launch.doctor.finding import Finding
+from launch.doctor.recipe import Free, Ranks
 from pretrain.plan import Footprint, footprint
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe

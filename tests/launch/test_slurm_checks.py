@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.checks.slurm_cluster import slurm, would_take
+from launch.doctor.cluster import slurm, would_take
 from launch.slurm.cluster import Cluster
 from tests.launch.findings import asked, levels, problems
 from tests.launch.run_folders import Commands

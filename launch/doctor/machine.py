@@ -13,7 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from launch.checks.finding import Finding, error, ok, warning
+from launch.doctor.finding import Finding, error, ok, warning
 
 _NAMED = ("deepspeed", "webdataset", "open_clip_torch", "timm", "submitit")  # in the line that says all is well
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.durable import durable_file
-from launch.checks.finding import Finding, error, gigabytes, ok, warning
+from launch.doctor.finding import Finding, error, gigabytes, ok, warning
 from pretrain.runtime.run_folder import LOCK, is_claimed
 
 _OF_ONE_MACHINE = ("tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs")

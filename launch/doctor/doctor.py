@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import PretrainError
-from launch.checks import machine, storage
-from launch.checks.finding import Finding, of_error
-from launch.checks.slurm_cluster import slurm
+from launch.doctor import machine, storage
+from launch.doctor.cluster import slurm
+from launch.doctor.finding import Finding, of_error
 
 if TYPE_CHECKING:
-    from launch.checks.of_recipe import Free
+    from launch.doctor.recipe import Free
     from launch.slurm.cluster import Cluster
     from pretrain.recipe.recipe import Recipe
 
@@ -71,7 +71,7 @@ def findings(
 
 def of_recipe(recipe: Recipe, cluster: Cluster | None, num_ranks: int, out: Path) -> Iterator[Finding]:
     """Data, memory and disk that a recipe takes."""
-    from launch.checks import of_recipe as checks
+    from launch.doctor import recipe as checks
     from pretrain.plan import footprint
 
     local = num_ranks if cluster is None else cluster.ranks_per_node
@@ -100,7 +100,7 @@ def _free(recipe: Recipe, cluster: Cluster | None) -> Free:
     """Of this machine, or of a node as the cluster file asks for it; a GPU is seen here alone, the fullest counts."""
     import torch
 
-    from launch.checks.of_recipe import Free
+    from launch.doctor.recipe import Free
 
     if cluster is not None:
         on_gpu = recipe.runtime.device != "cpu" and bool(cluster.gpus_per_node)

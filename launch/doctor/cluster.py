@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import PretrainError
-from launch.checks.finding import Finding, error, of_error, ok, warning
+from launch.doctor.finding import Finding, error, of_error, ok, warning
 from launch.slurm.commands import minutes_of, partitions
 from launch.slurm.commands import slurm as answer_of
 

@@ -15,8 +15,8 @@ from data_pipeline.datasets.selection import beneath
 from data_pipeline.errors import PretrainError
 from data_pipeline.remote.fetch import remote_url
 from data_pipeline.shards.manifest import Manifest, load_manifest
-from launch.checks import machine
-from launch.checks.finding import Finding, error, gigabytes, of_error, ok, warning
+from launch.doctor import machine
+from launch.doctor.finding import Finding, error, gigabytes, of_error, ok, warning
 from pretrain.plan import Footprint
 from pretrain.preflight import Plan, preflight
 from pretrain.recipe.recipe import Recipe
