@@ -336,7 +336,7 @@ def report(
     ] = None,
 ) -> None:
     """Writes report.html: a page about a run, or tables, figures and differences of several encoders."""
-    from launch.report_command import report as write
+    from launch.commands.report import report as write
 
     write(paths, out, baseline)
 
@@ -360,8 +360,8 @@ def _mount(name: str, module: str, text: str, example: str) -> None:
         import_module(module).app(context.args or ["--help"], prog_name=f"pretrain {name}")
 
 
-_mount("data", "launch.data_commands", "Makes, converts, checks, describes and labels shards.", "pretrain data --help")
-_mount("eval", "launch.eval_commands", "Judges encoders: kNN, probe, zero-shot, retrieval.", "pretrain eval knn --help")
+_mount("data", "launch.commands.data", "Makes, converts, checks, describes and labels shards.", "pretrain data --help")
+_mount("eval", "launch.commands.eval", "Judges encoders: kNN, probe, zero-shot, retrieval.", "pretrain eval knn --help")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ settings.load_profile("same")
 
 def pytest_collection_finish() -> None:
     """Hypothesis draws constants out of the modules that are imported: also of those that only some tests import."""
-    for name in ("launch.chains.submit", "launch.data_commands", "launch.label_commands", "launch.ranks.rank"):
+    for name in ("launch.chains.submit", "launch.commands.data", "launch.commands.label", "launch.ranks.rank"):
         importlib.import_module(name)
 
 

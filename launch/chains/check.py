@@ -39,7 +39,7 @@ def _check_stage(chain: ChainFolder, stage: Stage, num_ranks: int) -> None:
         _check_input(chain, stage.label.shards)
         _check_teacher(chain, stage.label.teacher)
     elif stage.select is not None:
-        from launch.label_commands import check_choice
+        from launch.commands.label import check_choice
 
         _check_input(chain, stage.select.source)
         chosen = stage.select
@@ -84,7 +84,7 @@ def _check_words(words: list[str]) -> None:
     """The command and its options, as its own parser sees them."""
     import typer
 
-    from launch import eval_commands
+    from launch.commands import eval as eval_commands
 
     group: Any = typer.main.get_command(eval_commands.app)
     command = group.commands.get(words[1])

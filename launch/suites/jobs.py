@@ -20,7 +20,7 @@ from typing import Any
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError, RecipeError
-from launch.eval_run import words_of
+from launch.commands.eval_run import words_of
 from pretrain.evals.suite import FEATURES, HOW, KEPT, Option, Suite, nearest, result_path
 from pretrain.runtime.run_folder import COMPLETE, sha256_of
 
@@ -111,7 +111,7 @@ def _cell(suite: Suite, encoder: str, dataset: str, protocol: str, out: Path) ->
 def _command(kind: str, where: str) -> Any:
     import typer
 
-    from launch import eval_commands
+    from launch.commands import eval as eval_commands
 
     group: Any = typer.main.get_command(eval_commands.app)
     judging = {

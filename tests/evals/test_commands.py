@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from data_pipeline.errors import InputError
-from launch.eval_commands import app
+from launch.commands.eval import app
 from pretrain.evals.result import EvalReport, compare
 from pretrain.models.encoders import build_encoder, save_encoder
 from pretrain.recipe.files import dump
@@ -167,7 +167,7 @@ def test_a_user_sees_one_message_and_status_2(folders: Folders) -> None:
 
 
 def test_help_loads_no_torch() -> None:
-    code = "import sys, launch.eval_commands; assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
+    code = "import sys, launch.commands.eval; assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import CheckpointError, InputError, RecipeError, RunError
-from launch import eval_finetune
+from launch.commands import eval_finetune
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.finetune.protocol import Finetune, Trainer, _unseen, _watched

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from data_pipeline.errors import CheckpointError, InputError
 from data_pipeline.samples.views import evaluation_view
-from launch.eval_commands import app
+from launch.commands.eval import app
 from pretrain.evals.result import EvalReport
 from pretrain.evals.sources.load import load_source
 from pretrain.evals.sources.timm_names import Architecture

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
-from launch.eval_commands import app
+from launch.commands.eval import app
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.features.store import FeatureStore

@@ -17,9 +17,9 @@ from typer.testing import CliRunner, Result
 
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
-from launch.eval_commands import app
-from launch.eval_rerun import differences
-from launch.eval_run import words_of
+from launch.commands.eval import app
+from launch.commands.eval_rerun import differences
+from launch.commands.eval_run import words_of
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.features.store import FeatureStore
 from pretrain.evals.knn.protocol import Knn

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from data_pipeline.errors import CheckpointError, InputError
 from data_pipeline.procedural.make import make
-from launch.eval_commands import app
+from launch.commands.eval import app
 from pretrain.evals.result import EvalReport
 from pretrain.recipe.files import dump
 from pretrain.recipe.recipe import Recipe

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from typer.testing import CliRunner
 
-from launch.eval_commands import app
+from launch.commands.eval import app
 from launch.suites.jobs import Cell, Questions, cells_of
 from pretrain.evals.suite import load_suite
 from pretrain.models.encoders import build_encoder, save_encoder

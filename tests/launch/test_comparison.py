@@ -18,7 +18,7 @@ import pytest
 
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
-from launch.report_command import load_judged, report
+from launch.commands.report import load_judged, report
 from launch.suites.run import run_suite
 from pretrain.evals.result import EvalReport, Outcomes, compare
 from pretrain.evals.suite import KEPT

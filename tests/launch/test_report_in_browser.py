@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from launch.report_command import load_judged
+from launch.commands.report import load_judged
 from launch.suites.run import run_suite
 from pretrain.evals.result import EvalReport
 from pretrain.reports.comparison import compare_results

@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from launch.eval_fewshot import fewshot
-from launch.eval_finetune import finetune
-from launch.eval_knn import knn
-from launch.eval_linear import linear
-from launch.eval_options import examples
-from launch.eval_rerun import rerun
-from launch.eval_run import called
-from launch.eval_suite import suite
-from launch.eval_towers import retrieval, zeroshot
+from launch.commands.eval_fewshot import fewshot
+from launch.commands.eval_finetune import finetune
+from launch.commands.eval_knn import knn
+from launch.commands.eval_linear import linear
+from launch.commands.eval_options import examples
+from launch.commands.eval_rerun import rerun
+from launch.commands.eval_run import called
+from launch.commands.eval_suite import suite
+from launch.commands.eval_towers import retrieval, zeroshot
 
 app = typer.Typer(
     help="Judge a frozen encoder; every number comes with its whole protocol.",

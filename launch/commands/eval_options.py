@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.errors import InputError
-from launch.eval_run import over_ranks
+from launch.commands.eval_run import over_ranks
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.errors import InputError
-from launch.eval_options import ClassData, EncoderOptions, How, Pooling, readout
-from launch.eval_run import judge
-from launch.option_groups import grouped
+from launch.commands.eval_options import ClassData, EncoderOptions, How, Pooling, readout
+from launch.commands.eval_run import judge
+from launch.commands.option_groups import grouped
 
 if TYPE_CHECKING:
     from pretrain.evals.features.readout import Readout

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch import label_commands
+from launch.commands import label as label_commands
 
 if TYPE_CHECKING:
     from data_pipeline.inspect.stats import Stats

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import InputError
-from launch.eval_options import Device, DeviceOption, How, ImageSize, LimitTest, RandomInit, device_of
-from launch.eval_run import judge
-from launch.option_groups import grouped
+from launch.commands.eval_options import Device, DeviceOption, How, ImageSize, LimitTest, RandomInit, device_of
+from launch.commands.eval_run import judge
+from launch.commands.option_groups import grouped
 
 if TYPE_CHECKING:
     from pretrain.models.towers import Towers

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import InputError
-from launch.eval_options import BatchSize, Device, DeviceOption, Precision, PrecisionOption, Workers
+from launch.commands.eval_options import BatchSize, Device, DeviceOption, Precision, PrecisionOption, Workers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +49,7 @@ def label(
     """
     from data_pipeline.datasets.read import open_dataset
     from data_pipeline.datasets.selection import shards_of
-    from launch.eval_options import device_of
+    from launch.commands.eval_options import device_of
     from pretrain.evals.pseudo_label import Labelling, load_teacher
     from pretrain.evals.pseudo_label import label as write_labels
 

@@ -47,7 +47,7 @@ def report(paths: Sequence[Path], out: Path | None, baseline: str | None) -> Non
 
 def load_judged(report: EvalReport) -> Encoder:
     """The encoder of a report, by the arguments of its command."""
-    from launch.eval_options import EncoderOptions
+    from launch.commands.eval_options import EncoderOptions
 
     given = report.arguments
     source = given.get("encoder", given.get("towers"))

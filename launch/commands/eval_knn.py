@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import InputError
-from launch.eval_options import ClassData, EncoderOptions, How, ReadoutOptions
-from launch.eval_run import judge
-from launch.option_groups import grouped
+from launch.commands.eval_options import ClassData, EncoderOptions, How, ReadoutOptions
+from launch.commands.eval_run import judge
+from launch.commands.option_groups import grouped
 
 
 @grouped

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import InputError
-from launch.eval_options import EncoderOptions, How, Precision, Test, Train, Workers, check_out
-from launch.eval_run import keep
-from launch.option_groups import grouped
+from launch.commands.eval_options import EncoderOptions, How, Precision, Test, Train, Workers, check_out
+from launch.commands.eval_run import keep
+from launch.commands.option_groups import grouped
 
 if TYPE_CHECKING:
     from pretrain.evals.finetune.protocol import Trainer

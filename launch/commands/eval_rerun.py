@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import InputError
-from launch.eval_options import check_out
-from launch.eval_run import words_of
+from launch.commands.eval_options import check_out
+from launch.commands.eval_run import words_of
 
 if TYPE_CHECKING:
     from pretrain.evals.result import EvalReport
