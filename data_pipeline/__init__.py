@@ -1,0 +1,1 @@
+"""From images to batches: shards, their order, reading, views and the loader. Nothing here knows of models."""

@@ -1,0 +1,1 @@
+"""From a recipe to an encoder, and its evaluation. Start reading at run.py."""

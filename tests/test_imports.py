@@ -21,20 +21,20 @@ FORBIDDEN = {
     "data_pipeline": ["pretrain", "launch", "torch.distributed", "deepspeed", "timm", "open_clip"],
     "pretrain": ["launch"],
     "pretrain/objectives": [
-        "pretrain.engine.engine",
+        "pretrain.engine",
         "pretrain.evals",
-        "pretrain.checkpoints.checkpoint",
+        "pretrain.checkpoints",
         "pretrain.loop",
         "pretrain.run",
         "torch.distributed",
     ],
     "pretrain/models": [
         "pretrain.objectives",
-        "pretrain.engine.engine",
+        "pretrain.engine",
         "pretrain.evals",
-        "pretrain.checkpoints.checkpoint",
+        "pretrain.checkpoints",
     ],
-    "pretrain/evals": ["pretrain.engine.engine", "pretrain.loop", "pretrain.run"],
+    "pretrain/evals": ["pretrain.engine", "pretrain.loop", "pretrain.run"],
 }
 
 
@@ -76,7 +76,7 @@ def test_the_check_sees_every_way_to_import(tmp_path: Path, monkeypatch: pytest.
     assert list(imports(Path("pretrain/evals/x.py"))) == [
         "a.b",
         "d.e",
-        "pretrain.engine.engine.f",
+        "pretrain.engine.f",
         "pretrain.evals.g",
         "pretrain.loop",
     ]

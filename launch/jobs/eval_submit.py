@@ -1,4 +1,4 @@
-"""`python -m launch.jobs.eval_submit RUN INDEX STEP`: queues the job that judges a checkpoint, by an entry of `evals`."""
+"""`python -m launch.jobs.eval_submit RUN INDEX STEP` queues the job that judges a checkpoint by an entry of `evals`."""
 
 from __future__ import annotations
 

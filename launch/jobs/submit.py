@@ -201,7 +201,7 @@ def check_folder(run: Path) -> None:
 
 def _roots() -> Path:
     """Where the code that runs now lies."""
-    return Path(__file__).resolve().parent.parent
+    return Path(__file__).resolve().parents[2]
 
 
 def _files() -> Iterator[Path]:

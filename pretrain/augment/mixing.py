@@ -18,7 +18,7 @@ def mix(batch: Batch, drawn: Mapping[str, Tensor], num_classes: int) -> Batch:
 
     Args:
         batch: normalised views [B, 3, H, W], B even, written to; labels [B] int64, or [B, K] soft.
-        drawn: on the host, `mix/lam` [B] and `mix/box` [B, 4] of `data_pipeline.samples.draws.draw_mix`, equal in a pair.
+        drawn: on the host, `mix/lam` [B] and `mix/box` [B, 4] (data_pipeline/samples/draws.py), equal in a pair.
         num_classes: K.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A teacher's soft labels for shards: what it says of every image, in a folder beside them (data_pipeline/datasets/soft_labels.py).
+"""A teacher's soft labels for shards: its probabilities for every image, in a folder beside them.
 
 The teacher sees evaluation views and no noise, with the averages of its weights where its run keeps them.
 """

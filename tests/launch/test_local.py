@@ -164,7 +164,8 @@ def test_ranks_that_are_asked_to_stop_are_waited_for(
 
 def test_ranks_of_a_command_in_a_job_save_too(tmp_path: Path, environment: dict[str, str]) -> None:
     (tmp_path / "job.py").write_text(
-        "import sys, launch.jobs.job as job; from launch.slurm.cluster import Cluster; from launch.ranks.launcher import launch\n"
+        "import sys, launch.jobs.job as job\n"
+        "from launch.slurm.cluster import Cluster; from launch.ranks.launcher import launch\n"
         "job.launch = lambda words, n, **more: launch(words, n, **{**more, 'module': 'part', 'grace_seconds': 1.0})\n"
         "sys.exit(job._run_command(sys.argv[2:], Cluster(time_minutes=20), {'attempt': 0}))\n"
     )
