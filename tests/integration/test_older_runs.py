@@ -21,7 +21,10 @@ from tests.runs import losses, train
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "older_run"
 RUN = Path("runs/tiny")
-DATA = ("--train", "data/train", "--test", "data/test", "--device", "cpu")
+KNN = (
+    "--train", "data/train", "--test", "data/test", "--k", "3", "--k", "5", "--temperature", "0.1", "--pooling", "mean",
+    "--limit-train", "22", "--limit-test", "15", "--batch-size", "7", "--device", "cpu",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -86,7 +89,7 @@ def test_features_that_are_kept_are_not_computed_again(older: Path, capsys: pyte
     kept = files(Path("cache"))
     for tar in Path("data").rglob("*.tar"):
         tar.write_bytes(bytes(tar.stat().st_size))
-    knn = ("eval", "knn", str(RUN), *DATA, "--k", "3", "--k", "5")
+    knn = ("eval", "knn", str(RUN), *KNN)
     assert pretrain(*knn) == 2
     assert "shard-000000.tar" in capsys.readouterr().err
     path.unlink()
@@ -113,6 +116,9 @@ def test_an_evaluation_is_asked_again_compared_and_reported(older: Path, capsys:
     assert "weights_sha256" not in said
     assert not re.search(r"not as it was: (?!versions)", said)
     rerun = path.with_name(f"{path.stem}.rerun.json")
+    arguments = json.loads(rerun.read_text())["arguments"]
+    for name, value in before["arguments"].items():
+        assert name in ("out", "cache") or arguments.get(name) == value, name
     assert pretrain("eval", "compare", str(path), str(rerun)) == 0
     assert pretrain("report", str(path), "--out", "compared") == 0
     assert list(Path("compared").glob("*.html"))
@@ -122,5 +128,5 @@ def test_the_folder_and_its_encoder_are_still_understood(older: Path, capsys: py
     assert pretrain("status", str(RUN), "--json") == 0
     (state,) = json.loads(capsys.readouterr().out)
     assert (state["step"], state["total_steps"]) == (10, 20)
-    assert pretrain("eval", "knn", str(RUN / "encoder"), *DATA, "--k", "3", "--out", "encoder.json") == 0
+    assert pretrain("eval", "knn", str(RUN / "encoder"), *KNN, "--out", "encoder.json") == 0
     assert json.loads(Path("encoder.json").read_text())["weights_sha256"] == report_of(older)[1]["weights_sha256"]
