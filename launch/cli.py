@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import InputError, PretrainError
+from pretrain.runtime import lean_imports
 
 
 def _examples(*lines: str) -> str:
@@ -40,6 +41,7 @@ NumRanks = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this
 
 def main() -> int:
     """The entry point, and the one place where an error becomes a message and an exit status."""
+    lean_imports.install()
     try:
         app(prog_name="pretrain")
     except PretrainError as error:

@@ -15,6 +15,7 @@ from typing import NoReturn
 from data_pipeline.errors import InputError, PretrainError
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
+from pretrain.runtime import lean_imports
 from pretrain.runtime.signals import STOPPED, Asked, signals
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 the run failed, 2 the input was wrong, STOPPED where a signal asked it to stop.
     """
+    lean_imports.install()
     given = _parse(arguments)
     for signum, asked in signals().items():  # until there is a run, there is nothing to save
         signal.signal(signum, signal.SIG_IGN if asked == Asked.SAVE else lambda *_: os._exit(STOPPED))
