@@ -16,10 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, cast
-
-import pyarrow as pa
-from pyarrow import parquet as pq
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from data_pipeline.datasets.folders import MAX_IMAGE_BYTES
 from data_pipeline.errors import SampleError, SourceError
@@ -30,6 +27,9 @@ from data_pipeline.shards.row_store import Rows, Spool, SpoolReader
 from data_pipeline.shards.scan import MAX_LABEL
 from data_pipeline.shards.strict_tar import is_utf8
 from data_pipeline.shards.write import Record
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 DELIMITERS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 IMAGE_NAMES = ("image", "path", "filepath", "file_path", "image_path", "file_name", "filename")
@@ -78,6 +78,8 @@ def open_table(path: Path, columns: Columns, intake: Intake, spool_folder: Path)
         SourceError: no table, or a damaged one; a column that is missing; a URL; a path that leaves the root;
             labels that are numbers but not whole, or too large.
     """
+    import pyarrow as pa  # only where a table is read
+
     if not path.is_file():
         raise SourceError(where=str(path), expected="a table", found="nothing there", fix="Correct the path.")
     try:
@@ -141,6 +143,8 @@ def _suffix(path: Path) -> str:
 
 def _column_names(path: Path) -> list[str]:
     if _suffix(path) == ".parquet":
+        from pyarrow import parquet as pq
+
         names: list[str] = pq.read_schema(path).names
         return names
     with _opened(path) as file:
@@ -207,6 +211,8 @@ def _values(path: Path, names: list[str]) -> Iterator[tuple[str, tuple[str | Non
     Bytes that are not UTF-8 come as lone surrogates, so that one wrong letter does not end it all.
     """
     if _suffix(path) == ".parquet":
+        from pyarrow import parquet as pq
+
         number = itertools.count(1)
         with pq.ParquetFile(path) as parquet:
             for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(dict.fromkeys(names))):
@@ -237,6 +243,8 @@ def _csv_reader(path: Path, file: TextIO) -> Iterator[list[str]]:
 
 
 def _texts(path: Path, name: str, column: pa.Array) -> list[str | None]:
+    import pyarrow as pa
+
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):

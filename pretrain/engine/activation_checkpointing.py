@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from fairscale.nn.checkpoint.checkpoint_activations import _checkpointed_forward
-from fairscale.nn.checkpoint.checkpoint_utils import patch_batchnorm
 from torch import nn
 
 
@@ -29,6 +27,9 @@ def checkpoint_activations(
         dtype: of autocast; None: no autocast.
         offload: keep the inputs in CPU memory.
     """
+    from fairscale.nn.checkpoint.checkpoint_activations import _checkpointed_forward
+    from fairscale.nn.checkpoint.checkpoint_utils import patch_batchnorm
+
     # Its own autocast, which ours overrides, is spelt the old way.
     warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp\.autocast.*", category=FutureWarning)
     for block in blocks:

@@ -10,19 +10,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
-from torch import Tensor
 
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import InputError
-from pretrain.evals.encoder import Encoder
-from pretrain.evals.task import Splits, Task
 from pretrain.runtime.versions import LIBRARIES, of
+
+if TYPE_CHECKING:  # who reads and compares reports needs no torch
+    from torch import Tensor
+
+    from pretrain.evals.encoder import Encoder
+    from pretrain.evals.task import Splits, Task
 
 FORMAT = 1
 NORMAL_95 = 1.959964  # two-sided 95 % quantile of the standard normal distribution

@@ -5,8 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from open_clip.model import resize_pos_embed
-from open_clip.transformer import VisionTransformer as OpenClipTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -37,6 +35,8 @@ def set_image_size(module: nn.Module, old: int, new: int) -> dict[str, object] |
         _check_multiple(new, max(module.patch_embed.patch_size))
         module.set_input_size(img_size=(new, new))
         return _told(grid, module.patch_embed.grid_size, TIMM_HOW) if module.pos_embed is not None else None
+    from open_clip.transformer import VisionTransformer as OpenClipTransformer  # half a second, which few need
+
     if isinstance(module, OpenClipTransformer):
         return _set_open_clip(module, new)
     config: Any = getattr(module, "pretrained_cfg", {"fixed_input_size": True})
@@ -51,6 +51,8 @@ def set_image_size(module: nn.Module, old: int, new: int) -> dict[str, object] |
 
 
 def _set_open_clip(visual: Any, new: int) -> dict[str, object]:
+    from open_clip.model import resize_pos_embed
+
     patch = max(visual.patch_size)
     _check_multiple(new, patch)
     old, visual.image_size, visual.grid_size = visual.grid_size, (new, new), (new // patch, new // patch)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit  # quantiles of t; scipy.stats, which calls it, takes a second to import
 
 from data_pipeline.errors import InputError
 from pretrain.evals.result import EvalReport, Interval, compare
@@ -120,7 +120,7 @@ def difference(a: EvalReport, b: EvalReport) -> Difference:
         return Difference(paired, f"{a.n:,} test samples{seeds}")
     pairs = np.subtract(a.by_seed, b.by_seed)
     mean = float(pairs.mean())
-    half = float(student.ppf(0.975, n - 1)) * float(pairs.std(ddof=1)) / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.975)) * float(pairs.std(ddof=1)) / math.sqrt(n)
     return Difference(Interval(mean, mean - half, mean + half), f"{n} seeds")
 
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.errors import CheckpointError, InputError, PretrainError
-from pretrain.evals.encoder import Encoder
 from pretrain.evals.result import EvalReport
 from pretrain.reports.comparison_figures import draw_principal_axes
-from pretrain.reports.report_figures import Neighbours, Picture, class_name
-from pretrain.reports.sample_images import Looked, look_at, nearest_pictures, num_classes, shown
+from pretrain.reports.report_figures import Neighbours, Picture, class_name, num_classes
+
+if TYPE_CHECKING:
+    from pretrain.evals.encoder import Encoder
+    from pretrain.reports.sample_images import Looked
 
 NUM_QUERIES, NUM_NEIGHBOURS, BANK_SIZE, NUM_POINTS = 6, 5, 1000, 400
 _MAX_PIXELS = 50_000_000
 
-Load = Callable[[EvalReport], Encoder]  # the encoder that a report is of, on the device where it is to run
+Load = Callable[[EvalReport], "Encoder"]  # the encoder that a report is of, on the device where it is to run
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ def look(dataset: str, by_encoder: Mapping[str, EvalReport], load: Load) -> Look
         return Looks(dataset, "", skipped=[f"neighbours and features: {error}"])
     if test is None:
         return Looks(dataset, "", skipped=["neighbours and features: the reports do not say where their images are"])
+    import torch  # only where there are images: a comparison of numbers alone needs no model
+
+    from pretrain.reports.sample_images import look_at, nearest_pictures, shown
+
     about = [f"Features of {min(NUM_POINTS, test.num_samples):,} of {test.num_samples:,} test images"]
     if train is not None:
         pool_size = min(BANK_SIZE, train.num_samples)

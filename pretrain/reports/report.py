@@ -24,9 +24,10 @@ from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.masked import Painter, find_painter
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
+from pretrain.reconstructions import reconstructions
 from pretrain.reports.comparison import difference
 from pretrain.reports.page import render as page_of
-from pretrain.reports.report_figures import Neighbours, Picture, Series, curve, reconstructions
+from pretrain.reports.report_figures import Neighbours, Picture, Series, curve
 from pretrain.reports.sample_images import neighbours
 
 FILE_NAME = "report.html"

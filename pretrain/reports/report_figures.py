@@ -1,4 +1,4 @@
-"""What a report shows, as data: URIs: curves of a run, what the objective paints, and what an encoder finds alike."""
+"""What a report shows, as data: URIs: curves of a run, and pictures with what is said of them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from data_pipeline.datasets.read import Dataset
-from data_pipeline.loader import evaluation_batches
-from data_pipeline.samples.views import ViewSpec
-from pretrain.augment.augment import normalize
-from pretrain.objectives.masked import Painter
-from pretrain.recipe.recipe import Recipe
 
 # Legible on white and on black alike, since an image does not know on which of them it is shown.
 INK, _COLORS = "#808080", ("#3b82c4", "#e08214")
@@ -88,30 +81,9 @@ def drawn(figure: Figure, caption: str) -> Picture:
     return Picture(_uri("image/svg+xml", file.getvalue()), width, height, caption)
 
 
-def reconstructions(painter: Painter, dataset: Dataset, recipe: Recipe, num_images: int) -> list[list[Picture]]:
-    """Rows of an original, what is left of it, and what the model makes of that.
-
-    Args:
-        painter: with the weights of the run, on the CPU.
-        dataset: whose first images are taken; their masks depend on their keys alone.
-        recipe: of the run.
-        num_images: rows.
-    """
-    batches = evaluation_batches(
-        dataset,
-        painter.needs,
-        ViewSpec(**recipe.data.views.model_dump()),
-        batch_size=num_images,
-        max_pixels=recipe.data.max_pixels,
-        limit=num_images,
-    )
-    batch = normalize(next(batches), recipe.data.mean, recipe.data.std)
-    shown = painter.eval().reconstruct(batch)
-    columns = [
-        [picture(_pixels(image, recipe.data.mean, recipe.data.std)) for image in images]
-        for images in (shown.original, shown.masked, shown.filled)
-    ]
-    return [list(row) for row in zip(*columns, strict=True)]
+def num_classes(dataset: Dataset) -> int:
+    """0: it has no labels."""
+    return 0 if dataset.label_counts is None or not dataset.label_counts.any() else len(dataset.label_counts)
 
 
 def class_name(dataset: Dataset, label: int) -> str:
@@ -122,13 +94,6 @@ def class_name(dataset: Dataset, label: int) -> str:
 
 def same_class(a: int, b: int) -> bool | None:
     return None if a < 0 or b < 0 else bool(a == b)
-
-
-def _pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
-    """A normalised image [3, H, W] as uint8 [H, W, 3]."""
-    scaled = image * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
-    pixels: NDArray[np.uint8] = (scaled * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    return pixels
 
 
 def picture(pixels: NDArray[np.uint8], caption: str = "", good: bool | None = None) -> Picture:

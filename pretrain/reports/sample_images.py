@@ -18,7 +18,7 @@ from pretrain.augment.augment import normalize
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Features, full_precision, untouched
 from pretrain.evals.features.neighbors import search
-from pretrain.reports.report_figures import Neighbours, Picture, class_name, picture, same_class
+from pretrain.reports.report_figures import Neighbours, Picture, class_name, num_classes, picture, same_class
 
 _BATCH_SIZE, _THUMBNAIL = 100, 64
 
@@ -97,11 +97,6 @@ def neighbours(
         for row, near in zip(rows, nearest_pictures(seen, every, pool, bank, k), strict=True):
             row[name] = near
     return [Neighbours(query, row) for query, row in zip(asked, rows, strict=True)]
-
-
-def num_classes(dataset: Dataset) -> int:
-    """0: it has no labels."""
-    return 0 if dataset.label_counts is None or not dataset.label_counts.any() else len(dataset.label_counts)
 
 
 def _thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -1,9 +1,9 @@
 """Keeps libraries from loading, at import or at the first step, what an eager run never uses.
 
-`torch._dynamo` (torch.compile's front end), inductor, sympy and wandb take seconds to import, in every process. Each door
-below is one place where a library loads one of them for nothing, and says how it is closed. What is closed opens by
-itself: as soon as something is compiled, `torch._dynamo` is loaded for real, and from then on the libraries' own code
-runs. Nothing is computed differently: where nothing is compiled, what is passed over does nothing.
+`torch._dynamo` (the front end of torch.compile), inductor, sympy and wandb take seconds to import, in every process.
+Each door below is one place where a library loads one of them for nothing, and says how it is closed. What is closed
+opens by itself: as soon as something is compiled, `torch._dynamo` is loaded for real, and from then on the own code of
+the libraries runs. Nothing is computed differently: where nothing is compiled, what is passed over does nothing.
 
 A door whose module or function is not there, as in another version of a library, is passed over. A test names every
 door that is no longer needed; when the last one is gone, so is this file.

@@ -39,8 +39,9 @@ from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.mae.objective import Mae
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import InlineKnn
+from pretrain.reconstructions import reconstructions
 from pretrain.reports import report
-from pretrain.reports.report_figures import Neighbours, Picture, curve, picture, reconstructions
+from pretrain.reports.report_figures import Neighbours, Picture, curve, picture
 from pretrain.reports.sample_images import neighbours
 from tests.shards import write_shards
 

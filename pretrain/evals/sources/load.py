@@ -13,8 +13,6 @@ from torch import nn
 from data_pipeline.errors import CheckpointError, InputError
 from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.sources.hugging_face import hf_encoder
-from pretrain.evals.sources.open_clip_names import from_open_clip, is_open_clip
 from pretrain.evals.sources.timm_names import Architecture, checked_views, from_file, from_timm, nearest
 from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, EncoderConfig, load_encoder, load_strictly
 from pretrain.models.hf_folders import is_hf_folder
@@ -69,7 +67,7 @@ def load_source(
                 fix="Name it with --model, and --image-size and --option where it differs from timm's.",
             )
         return from_file(path, architecture, random_init=random_init, seed=seed or 0, part=part)
-    if is_open_clip(spec) and (weights is not None or not timm.is_model(spec)):
+    if (weights is not None or not timm.is_model(spec)) and is_open_clip(spec):
         size = _size_alone(spec, architecture)
         return at_size(_from_open_clip(spec, random_init, seed or 0, weights), size)
     if not timm.is_model(spec):
@@ -78,6 +76,13 @@ def load_source(
     if architecture.name != spec:
         raise InputError(where="--model", expected=f"nothing, as the source is {spec}", found=architecture.name)
     return from_timm(architecture, random_init=random_init, seed=seed or 0)
+
+
+def is_open_clip(spec: str) -> bool:
+    """One of open_clip's names, perhaps with the tag of published weights."""
+    from open_clip import list_models  # half a second, which other sources need not wait
+
+    return spec.partition(":")[0] in list_models()
 
 
 def check_source(spec: str, *, random_init: bool = False) -> None:
@@ -134,6 +139,8 @@ def _from_folder(path: Path, random_init: bool, seed: int | None, size: int | No
         case "checkpoint":
             return _from_checkpoint(path, random_init, seed)
         case "transformers":
+            from pretrain.evals.sources.hugging_face import hf_encoder  # open_clip's modules compute its CLIP
+
             return hf_encoder(path, random_init=random_init, seed=seed or 0, image_size=size)
         case "encoder":
             return _from_encoder_folder(path, random_init, seed or 0)
@@ -218,6 +225,8 @@ def _from_encoder_folder(folder: Path, random_init: bool, seed: int) -> Encoder:
 
 
 def _from_open_clip(spec: str, random_init: bool, seed: int, weights: Path | None) -> Encoder:
+    from pretrain.evals.sources.open_clip_names import from_open_clip
+
     towers, config, _, description, notes = from_open_clip(spec, random_init=random_init, seed=seed, weights=weights)
     return replace(of_config(towers.encoder, config, description, random_init), notes=notes)
 

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from open_clip import get_pretrained_cfg, list_models
+from open_clip import get_pretrained_cfg
 from open_clip.pretrained import download_pretrained, list_pretrained_tags_by_model
 
 from data_pipeline.batch import TokenSpec
@@ -25,11 +25,6 @@ class OpenClipSource(NamedTuple):
     tokens: TokenSpec
     description: dict[str, object]
     notes: tuple[str, ...]
-
-
-def is_open_clip(spec: str) -> bool:
-    """One of open_clip's names, perhaps with the tag of published weights."""
-    return spec.partition(":")[0] in list_models()
 
 
 def from_open_clip(spec: str, *, random_init: bool, seed: int, weights: Path | None) -> OpenClipSource:
