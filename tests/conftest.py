@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from pretrain.runtime import lean_imports
+
+lean_imports.install()  # as commands do, before any test imports torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The same examples in every run, and as many of them on a slow machine: what passes does not depend on the day.
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
