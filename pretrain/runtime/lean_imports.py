@@ -82,7 +82,7 @@ def _in_place(*modules: _StandIn) -> Iterator[None]:
 
 
 @contextmanager
-def torch_disable(module: ModuleType) -> Iterator[None]:
+def torch_disable(module: Any) -> Iterator[None]:
     """`torch._compile._disable_dynamo` loads torch._dynamo when what it wraps is called: `zero_grad`, `checkpoint`."""
     yield
     if hasattr(module, "_disable_dynamo"):
@@ -107,7 +107,7 @@ def _lazy_disable(disable: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def optimizer_step(module: ModuleType) -> Iterator[None]:
+def optimizer_step(module: Any) -> Iterator[None]:
     """`torch.optim` loads torch._dynamo at the first step, to break a graph there, were there one."""
     yield
     if not hasattr(module, "_use_grad_for_differentiable"):
@@ -142,7 +142,7 @@ def torchvision_roi_align(_: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
-def timm_disable(module: ModuleType) -> Iterator[None]:
+def timm_disable(module: Any) -> Iterator[None]:
     """timm wraps functions of its NaFlexVit in `torch.compiler.disable`, which loads torch._dynamo at once."""
     yield
     lazy = getattr(sys.modules["torch"], "_disable_dynamo", None)  # the same, made to wait
@@ -161,7 +161,7 @@ def timm_kron(_: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
-def dynamo(module: ModuleType) -> Iterator[None]:
+def dynamo(module: Any) -> Iterator[None]:
     """No door: when torch._dynamo is loaded for real, it gets the limit that `timm.optim.kron` was to raise."""
     yield
     for name, value in vars(_of_kron).items():
@@ -192,7 +192,7 @@ def timm_wandb(_: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
-def deepspeed_compile(module: ModuleType) -> Iterator[None]:
+def deepspeed_compile(module: Any) -> Iterator[None]:
     """`deepspeed.runtime.compiler.compile` decorates DeepSpeed's Muon, and loads torch._dynamo and inductor at once."""
     yield
     if not hasattr(module, "compile"):
