@@ -16,6 +16,13 @@ from pretrain.runtime.collectives import World, process_group
 from tests.ports import free_port
 
 
+def warm_context() -> Any:
+    """Processes of it are forked from one that has imported what is slow to import: tests/warm.py."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.warm"])
+    return context
+
+
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`function(world, *args)` on every rank, joined by gloo; the results in the order of ranks.
 
@@ -27,7 +34,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
 
 @contextmanager
 def started(function: Callable[..., Any], world_size: int, *args: Any, joined: bool) -> Iterator[Ranks]:
-    """The processes at work, forked from one that has imported what is slow to import; killed at the end.
+    """The processes at work; killed at the end.
 
     Args:
         joined: into a process group; else the function does that itself.
@@ -42,8 +49,7 @@ def started(function: Callable[..., Any], world_size: int, *args: Any, joined: b
 class Ranks:
     def __init__(self, function: Callable[..., Any], world_size: int, args: tuple[Any, ...], joined: bool) -> None:
         port = free_port()
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["deepspeed", "timm", "pretrain.run", "tests.ranks"])
+        context = warm_context()
         self._queue = context.Queue()
         self.processes = [
             context.Process(target=_rank, args=(self._queue, function, rank, world_size, port, joined, args))
