@@ -11,6 +11,7 @@ import yaml
 
 from data_pipeline.durable import read_lines
 from pretrain.runtime.collectives import World
+from tests.gate import Gate, until
 from tests.ranks import Ranks, started
 
 MODEL: dict[str, Any] = {
@@ -41,10 +42,20 @@ def write_recipe(path: Path, shards: Path | str, **groups: object) -> Path:
 
 
 @contextmanager
-def running(recipe: Path, out: Path, nproc: int = 1, *overrides: str, **arguments: Any) -> Iterator[Ranks]:
-    """The ranks of a run at work; started in a second, where `pretrain train` imports for ten."""
-    with started(_run, nproc, recipe, out, overrides, arguments, joined=False) as ranks:
+def running(
+    recipe: Path, out: Path, nproc: int = 1, *overrides: str, gate: Gate | None = None, **arguments: Any
+) -> Iterator[Ranks]:
+    """The ranks of a run at work; killed at the end."""
+    with started(_run, nproc, recipe, out, overrides, arguments, gate, joined=False) as ranks:
         yield ranks
+
+
+def wait_for_step(ranks: Ranks, out: Path, step: int) -> None:
+    """Until the run has logged it; an AssertionError where a rank ends before."""
+    until(
+        lambda: max(losses(out), default=0) >= step,
+        meanwhile=lambda: all(process.is_alive() for process in ranks.processes),
+    )
 
 
 def train(recipe: Path, out: Path, nproc: int = 1, *overrides: str, **arguments: Any) -> str:
@@ -54,10 +65,14 @@ def train(recipe: Path, out: Path, nproc: int = 1, *overrides: str, **arguments:
     return (out / "log-rank0.txt").read_text()
 
 
-def _run(_: World, recipe: Path, out: Path, overrides: Sequence[str], arguments: dict[str, Any]) -> bool:
+def _run(
+    _: World, recipe: Path, out: Path, overrides: Sequence[str], arguments: dict[str, Any], gate: Gate | None
+) -> bool:
     from pretrain.recipe.files import load_recipe
     from pretrain.run import run
 
+    if gate is not None:
+        gate.hold()
     return run(load_recipe(recipe, list(overrides)), out, **arguments)
 
 

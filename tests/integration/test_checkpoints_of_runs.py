@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.checkpoints.checkpoint import complete_checkpoints, digests, module_state
-from tests.runs import MODEL, losses, running, train, write_recipe
+from tests.gate import Gate, until
+from tests.ranks import Ranks
+from tests.runs import MODEL, losses, running, train, wait_for_step, write_recipe
 from tests.shards import write_shards
 
 pytestmark = pytest.mark.slow
@@ -47,40 +48,43 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+SELDOM = "checkpoint={every_steps: null, every_minutes: 60}"
+
+
+def ask(ranks: Ranks, signum: int) -> None:
+    """The second rank: what one is asked for, all do."""
+    pid = ranks.processes[1].pid
+    assert pid is not None
+    os.kill(pid, signum)
+
+
 def test_a_signal_to_any_rank_saves_at_the_next_step(recipe: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with running(recipe, out, 2, "schedule.steps=100000", "checkpoint={every_steps: null, every_minutes: 60}") as ranks:
-        while max(losses(out), default=0) < 3:
-            time.sleep(0.01)
-        pid = ranks.processes[1].pid
-        assert pid is not None
-        os.kill(pid, signal.SIGUSR1)
-        while not complete_checkpoints(out / "checkpoints"):
-            assert ranks.processes[0].is_alive()
-            time.sleep(0.01)
-        saved = complete_checkpoints(out / "checkpoints")
-        at = max(losses(out))
-        while max(losses(out)) < at + 3:  # and the run goes on
-            time.sleep(0.01)
-        assert complete_checkpoints(out / "checkpoints") == saved
+    out, gate = tmp_path / "run", Gate(tmp_path / "gate")
+    gate.open(3)
+    with running(recipe, out, 2, SELDOM, gate=gate) as ranks:
+        wait_for_step(ranks, out, 3)
+        assert not (out / "checkpoints").exists() or not complete_checkpoints(out / "checkpoints")
+        ask(ranks, signal.SIGUSR1)
+        gate.open(7)
+        wait_for_step(ranks, out, 7)  # and the run goes on
+        until(lambda: complete_checkpoints(out / "checkpoints"), meanwhile=ranks.processes[0].is_alive)
+        assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["step_00000004"]
         with pytest.raises(AssertionError, match=r"(?s)RunError.*one job at a time"):
-            train(recipe, out, 1, "schedule.steps=100000", "checkpoint={every_steps: null, every_minutes: 60}")
+            train(recipe, out, 1, SELDOM)
 
 
 def test_a_signal_to_one_rank_saves_and_stops_all_and_they_go_on_to_the_bit(recipe: Path, tmp_path: Path) -> None:
-    out, seldom = tmp_path / "run", ("schedule.steps=150", "checkpoint={every_steps: null, every_minutes: 60}")
-    train(recipe, tmp_path / "whole", 2, *seldom)
-    with running(recipe, out, 2, *seldom) as ranks:
-        while max(losses(out), default=0) < 3:
-            time.sleep(0.001)
-        pid = ranks.processes[1].pid
-        assert pid is not None
-        os.kill(pid, signal.SIGUSR2)
+    out, gate = tmp_path / "run", Gate(tmp_path / "gate")
+    train(recipe, tmp_path / "whole", 2, SELDOM)
+    gate.open(3)
+    with running(recipe, out, 2, SELDOM, gate=gate) as ranks:
+        wait_for_step(ranks, out, 3)
+        ask(ranks, signal.SIGUSR2)
+        gate.open(12)
         assert ranks.results() == [False, False], "neither got as far as it was to"
-    at = max(losses(out))
-    assert 3 <= at < max(losses(tmp_path / "whole"))
-    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == [f"step_{at:08d}"]
-    train(recipe, out, 2, *seldom)
+    assert max(losses(out)) == 4
+    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["step_00000004"]
+    train(recipe, out, 2, SELDOM)
     assert losses(out) == losses(tmp_path / "whole")
 
 

@@ -1,0 +1,55 @@
+"""Waiting in tests: for a condition, with a deadline; and runs that wait in turn until a test has done its part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.loader import StepData, TrainLoader
+
+
+def until(
+    condition: Callable[[], object],
+    *,
+    meanwhile: Callable[[], object] = lambda: True,
+    said: Callable[[], object] = lambda: "",
+    seconds: float = 300.0,
+) -> None:
+    """Returns once `condition()` is true.
+
+    Raises:
+        AssertionError: with `said()`, where so many seconds have passed, or `meanwhile()` is false no less than that.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert meanwhile() or condition(), f"it ended before: {said()}"
+        assert time.monotonic() < deadline, f"not within {seconds} s: {said()}"
+        time.sleep(0.005)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A file with the number of the last step that a run may take; the run waits before the one after it."""
+
+    path: Path
+
+    def open(self, last_step: int) -> None:
+        part = self.path.with_suffix(".part")
+        part.write_text(str(last_step))
+        part.replace(self.path)
+
+    def hold(self) -> None:
+        """From now on every loader of this process gives a batch only when the gate is open for its step."""
+        steps = TrainLoader.steps
+
+        def held(loader: TrainLoader, cursor: int) -> Iterator[StepData]:
+            size = None
+            for data in steps(loader, cursor):
+                size = size or data.cursor - cursor
+                step = data.cursor // size
+                until(lambda step=step: step <= int(self.path.read_text()), seconds=900)  # type: ignore[misc]
+                yield data
+
+        TrainLoader.steps = held  # type: ignore[method-assign]
