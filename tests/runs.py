@@ -82,3 +82,9 @@ def losses(out: Path) -> dict[int, float]:
     steps = [line["step"] for line in lines if "loss" in line]
     assert len(steps) == len(set(steps)), "a step was logged twice"
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def logged(out: Path, *names: str) -> dict[int, dict[str, float]]:
+    """Values by step, of the lines that have the first of the names."""
+    lines = read_lines(out / "metrics.jsonl")
+    return {line["step"]: {name: line[name] for name in names} for line in lines if names[0] in line}
