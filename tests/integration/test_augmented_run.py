@@ -14,7 +14,7 @@ from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import load_recipe
 from pretrain.run import preflight
 from pretrain.runtime.state import Progress
-from tests.integration.test_run import MODEL, losses, pretrain, write_recipe
+from tests.runs import MODEL, losses, train, write_recipe
 from tests.shards import write_shards
 
 EVERYTHING = {
@@ -40,7 +40,7 @@ def test_the_first_loss_is_that_of_the_augmented_batch(tmp_path: Path) -> None:
             "augment": [EVERYTHING], "mixing": {"mixup": 0.8, "cutmix": 1.0},
         },
     )  # fmt: skip
-    pretrain("train", path, "--out", tmp_path / "run", "--max-steps", 1)
+    train(path, tmp_path / "run", max_steps=1)
     recipe = load_recipe(path)
     plan = preflight(recipe, 1, tmp_path / "none")
     loader = TrainLoader(
