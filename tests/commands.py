@@ -97,9 +97,11 @@ def program(module: str, *words: object) -> Callable[[], None]:
     return partial(_run_module, module, [str(word) for word in words])
 
 
-def pretrain(*words: object, status: int = 0, folder: Path | None = None) -> Done:
+def pretrain(
+    *words: object, status: int = 0, folder: Path | None = None, environment: Mapping[str, str] | None = None
+) -> Done:
     """`pretrain WORDS` to its end; an AssertionError with what it said where it ends with another status."""
-    with begun(program("launch.cli", *words), folder) as command:
+    with begun(program("launch.cli", *words), folder, environment) as command:
         done = command.wait()
     assert done.status == status, f"pretrain {words}: {done.status}\n{done.stdout}{done.stderr}"
     return done

@@ -9,6 +9,21 @@ from pathlib import Path
 
 from data_pipeline.loader import StepData, TrainLoader
 
+AT_THE_START = """\
+import os, pathlib, sys
+
+class BeforeTheRun:
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name == "pretrain.run":
+            sys.meta_path.remove(cls)
+            from tests.gate import Gate
+
+            Gate(pathlib.Path(os.environ["GATE"])).hold()
+
+sys.meta_path.insert(0, BeforeTheRun)
+"""
+
 
 def until(
     condition: Callable[[], object],
@@ -39,6 +54,14 @@ class Gate:
         part = self.path.with_suffix(".part")
         part.write_text(str(last_step))
         part.replace(self.path)
+
+    def in_front_of(self, folder: Path) -> dict[str, str]:
+        """Variables of the environment in which any Python process, however it is started, trains behind this gate.
+
+        A file goes into the folder, which Python runs as it begins.
+        """
+        (folder / "sitecustomize.py").write_text(AT_THE_START)
+        return {"PYTHONPATH": f"{folder}:{Path(__file__).parents[1]}", "GATE": str(self.path)}
 
     def hold(self) -> None:
         """From now on every loader of this process gives a batch only when the gate is open for its step."""
