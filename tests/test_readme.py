@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
-import sys
 import tarfile
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
+from tests.commands import begun, program
 from tests.shards import write_images, write_shards
 
 ROOT = Path(__file__).parents[1]
+PROGRAMS = {"pretrain": "launch.cli", "torchrun": "torch.distributed.run"}
 TARGETS = {"make demo", "make test"}  # run by whoever runs this, and by a person
 SMALLER = {"--samples 8000": "--samples 208", "--samples 2000": "--samples 48", "--max-steps 20": "--max-steps 1"}
 # A batch that few samples fill, and bounds for what would train or probe for minutes.
@@ -53,14 +54,19 @@ def test_every_command_runs(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "cifar10.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "cifar10", "cifar10")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     for command in commands:
-        done = subprocess.run(
-            shlex.split(cut_down(command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        name, *words = shlex.split(cut_down(command))
+        with begun(program(PROGRAMS[name], *words), tmp_path, environment) as started:
+            done = started.wait()
+        assert done.status == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "runs" / "mae_fractals" / "encoder" / "model.safetensors").is_file()
     assert len(list((tmp_path / "runs" / "mae_fractals" / "evals").glob("*.json"))) == 3
+
+
+def test_the_programs_that_they_name_are_installed_and_are_these_modules() -> None:
+    found = {point.name: point.value for point in entry_points(group="console_scripts")}
+    for name, module in PROGRAMS.items():
+        assert found[name] == f"{module}:main"
 
 
 def test_make_targets_exist() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,10 @@ from data_pipeline.errors import DataError, InputError, RecipeError
 from launch import demo
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.strict_yaml import read_yaml
+from tests.commands import begun
+from tests.gate import Gate, until
 
-TOTAL, EVERY = 24, 4
+TOTAL, EVERY = 16, 4
 pytestmark = pytest.mark.slow
 
 SMALL = [
@@ -25,15 +27,14 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(demo, "PROBE_STEPS", 50)
-    return
-
-
 def run_demo(out: Path, overrides: list[str]) -> None:
-    demo.main(out, num_train=200, num_test=50, overrides=overrides)
+    demo.main(out, num_train=104, num_test=50, overrides=overrides)
+
+
+def gated_demo(out: Path, gate: Gate) -> None:
+    demo.PROBE_STEPS = 50
+    gate.hold()
+    run_demo(out, SMALL)
 
 
 def logged_steps(out: Path) -> list[int]:
@@ -41,20 +42,21 @@ def logged_steps(out: Path) -> list[int]:
     return [line["step"] for line in lines if "loss" in line]
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
-def test_it_is_killed_and_goes_on_to_a_judged_encoder_and_a_report(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_killed_and_goes_on_to_a_judged_encoder_and_a_report(tmp_path: Path) -> None:
     out = tmp_path / "a demo: 1"  # a name that means something else to YAML and to a shell
-    run_demo(out, SMALL)
-    said = capfd.readouterr().out
+    gate, resumed_from, killed_after = Gate(tmp_path / "gate"), TOTAL // 2, TOTAL // 2 + 2
+    gate.open(killed_after)
+    with begun(partial(gated_demo, out, gate)) as command:
+        until((out / "interruption.json").is_file, meanwhile=command.running, said=command.said)
+        gate.open(TOTAL)
+        done = command.wait()
+    assert done.status == 0, done
+    said = done.stdout
 
     told = json.loads((out / "interruption.json").read_text())
-    assert told["resumed_from"] >= TOTAL // 2
-    assert told["resumed_from"] % EVERY == 0
-    assert told["killed_after"] >= told["resumed_from"]
-    assert told["killed_after"] < TOTAL
+    assert told["resumed_from"] == resumed_from
+    assert told["killed_after"] > resumed_from
+    assert told["killed_after"] <= killed_after
     starts = [line for line in (out / "log-rank0.txt").read_text().splitlines() if line.startswith("mae_fractals: ")]
     assert [line.rsplit(", ", 1)[1].split("/")[-1] for line in starts] == [
         "from scratch",
@@ -75,8 +77,8 @@ def test_it_is_killed_and_goes_on_to_a_judged_encoder_and_a_report(
 
     made = {path: path.stat().st_mtime_ns for path in [*out.glob("data/*/*"), *out.glob("checkpoints/*/*")]}
     (out / "report.html").unlink()
-    run_demo(out, SMALL)
-    again = capfd.readouterr().out
+    with begun(partial(gated_demo, out, gate)) as command:
+        again = command.wait().stdout
     assert {path: path.stat().st_mtime_ns for path in made} == made, "what is complete is kept"
     assert "is there already" in again
     assert (out / "report.html").read_text() == page
