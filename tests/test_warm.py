@@ -13,6 +13,7 @@ from pathlib import Path
 from pretrain.recipe.files import load_recipe
 from pretrain.runtime.collectives import World
 from tests.commands import begun, pretrain, program
+from tests.gate import until
 from tests.ranks import run_ranks, started
 from tests.runs import write_recipe
 from tests.shards import write_shards
@@ -74,11 +75,7 @@ def starts_another(folder: Path) -> None:
 
 def test_a_module_that_a_command_starts_is_its_child_and_can_be_signalled(tmp_path: Path) -> None:
     with begun(partial(starts_another, tmp_path)) as command:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "group").is_file():
-            assert command.running(), command.said()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until((tmp_path / "group").is_file, meanwhile=command.running, said=command.said)
         os.killpg(int((tmp_path / "group").read_text()), signal.SIGTERM)
         done = command.wait()
     assert done.status == 100 - signal.SIGTERM

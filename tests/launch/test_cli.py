@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,24 +20,10 @@ from data_pipeline.shards.scan import index_shards
 from launch import cli
 from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.strict_yaml import read_yaml
+from tests.commands import begun, program
 from tests.pretrain.recipes import SMALL, changed
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
 Outcome = tuple[int, str, str]  # exit status, stdout, stderr
-
-
-def process(folder: Path, *arguments: str, module: str = "launch.cli") -> Outcome:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 def write_shards(folder: Path, fields: tuple[str, ...] = ("jpg", "cls"), num_classes: int = 3) -> Path:
@@ -123,37 +107,39 @@ def recipe_with(folder: Path, path: str, value: Any) -> str:
     return "recipe.yaml"
 
 
-# A recipe is wrong: a process of its own each, as these load no torch.
+# A recipe is wrong.
 
 
-def test_an_unknown_key_is_answered_with_the_nearest(workplace: Path) -> None:
-    said = refused(workplace, partial(process, workplace), "show", recipe_with(workplace, "objective.num_clases", 3))
+def test_an_unknown_key_is_answered_with_the_nearest(workplace: Path, pretrain: Callable[..., Outcome]) -> None:
+    said = refused(workplace, pretrain, "show", recipe_with(workplace, "objective.num_clases", 3))
     assert "objective.num_clases: unknown key. Did you mean objective.num_classes?" in said
 
 
-def test_a_wrong_type_is_answered_with_what_was_expected(workplace: Path) -> None:
+def test_a_wrong_type_is_answered_with_what_was_expected(workplace: Path, pretrain: Callable[..., Outcome]) -> None:
     recipe = recipe_with(workplace, "batch.global_size", "many")
-    said = refused(workplace, partial(process, workplace), "train", recipe)
+    said = refused(workplace, pretrain, "train", recipe)
     assert "batch.global_size: expected a whole number, found 'many'." in said
 
 
-def test_two_errors_are_told_at_once(workplace: Path) -> None:
+def test_two_errors_are_told_at_once(workplace: Path, pretrain: Callable[..., Outcome]) -> None:
     recipe = recipe_with(workplace, "seed", 0.5)
-    said = refused(workplace, partial(process, workplace), "train", recipe, "--set", "optim.lr=1", "--nproc", "2")
+    said = refused(workplace, pretrain, "train", recipe, "--set", "optim.lr=1", "--nproc", "2")
     assert "recipe.yaml: 2 problems" in said
     assert "seed: expected a whole number, found 0.5." in said
     assert "optim.lr: unknown key. Did you mean optim.base_lr?" in said
 
 
-def test_a_key_that_stands_twice_is_named_with_its_lines(workplace: Path) -> None:
+def test_a_key_that_stands_twice_is_named_with_its_lines(workplace: Path, pretrain: Callable[..., Outcome]) -> None:
     text = (workplace / "recipe.yaml").read_text()
     (workplace / "recipe.yaml").write_text(f"{text[:-1]},\nseed: 1,\nseed: 2}}")
-    said = refused(workplace, partial(process, workplace), "train", "recipe.yaml")
+    said = refused(workplace, pretrain, "train", "recipe.yaml")
     assert "line 3: expected each key once, found 'seed' again (first on line 2)" in said
 
 
-def test_a_batch_that_the_ranks_do_not_divide_is_answered_with_sizes_that_work(workplace: Path) -> None:
-    said = refused(workplace, partial(process, workplace), "show", "recipe.yaml", "--nproc", "3")
+def test_a_batch_that_the_ranks_do_not_divide_is_answered_with_sizes_that_work(
+    workplace: Path, pretrain: Callable[..., Outcome]
+) -> None:
+    said = refused(workplace, pretrain, "show", "recipe.yaml", "--nproc", "3")
     assert "batch.global_size: expected a multiple of the number of processes, 3, found 8." in said
     assert "Nearest: batch.global_size 6 or 9, or 2 or 4 processes." in said
 
@@ -163,8 +149,8 @@ def test_a_batch_that_the_ranks_do_not_divide_is_answered_with_sizes_that_work(w
     [["bogus"], ["train"], ["train", "r.yaml", "--nproc", "0"], ["show", "r.yaml", "--seed", "1"]],
     ids=" ".join,
 )
-def test_wrong_arguments_are_refused(tmp_path: Path, arguments: list[str]) -> None:
-    status, out, err = process(tmp_path, *arguments)
+def test_wrong_arguments_are_refused(pretrain: Callable[..., Outcome], arguments: list[str]) -> None:
+    status, out, err = pretrain(*arguments)
     assert (status, out) == (2, "")
     assert "Usage:" in err
     assert "Traceback" not in err
@@ -175,10 +161,24 @@ def test_two_ranks_of_torchrun_tell_wrong_input_once(workplace: Path) -> None:
     recipe = recipe_with(workplace, "seed", "x")
     before = snapshot(workplace)
     ranks = ["--nproc-per-node=2", "--master-port=0", "-m", "pretrain", recipe]
-    status, _, err = process(workplace, *ranks, module="torch.distributed.run")
-    assert status == 1
-    assert err.count("seed: expected a whole number, found 'x'.") == 1
+    with begun(program("torch.distributed.run", *ranks), workplace) as command:
+        done = command.wait()
+    assert done.status == 1
+    assert done.stderr.count("seed: expected a whole number, found 'x'.") == 1
     assert snapshot(workplace) == before
+
+
+def test_the_console_script_answers_likewise(workplace: Path) -> None:
+    """In a process of its own, from another folder than the checkout."""
+    recipe = recipe_with(workplace, "objective.num_clases", 3)
+
+    def script(*arguments: str) -> Outcome:
+        command = [str(Path(sys.executable).with_name("pretrain")), *arguments]
+        done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout, done.stderr
+
+    assert "Did you mean objective.num_classes?" in refused(workplace, script, "show", recipe)
+    assert script("--version") == (0, f"{version('pretrain')}\n", "")
 
 
 # The data, the batch or the folder of the run is wrong.

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from pretrain.runtime.signals import STOPPED
+from tests.gate import until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,10 +100,7 @@ def start(
 
 def family(folder: Path, ranks: tuple[int, ...]) -> list[psutil.Process]:
     """The ranks and what they started, once all are up."""
-    give_up = time.monotonic() + 60
-    while not all((folder / f"{rank}.json").exists() for rank in ranks):
-        assert time.monotonic() < give_up, "the ranks did not start"
-        time.sleep(0.01)
+    until(lambda: all((folder / f"{rank}.json").exists() for rank in ranks), seconds=60)
     return [psutil.Process(pid) for rank in ranks for pid in json.loads((folder / f"{rank}.json").read_text())]
 
 
@@ -246,8 +244,8 @@ def test_ctrl_c_stops_all_and_a_second_one_does_not_wait(tmp_path: Path, environ
     launcher = start("deaf", tmp_path, environment, program=PATIENT)
     processes = family(tmp_path, (0, 1))
     launcher.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert launcher.poll() is None, "ranks that save may take their time"
+    with pytest.raises(subprocess.TimeoutExpired):  # ranks that save may take their time
+        launcher.wait(timeout=0.3)
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(timeout=60) == 130
     assert all_gone(processes)
@@ -265,8 +263,8 @@ def test_ranks_that_do_not_stop_are_killed_while_there_is_time(tmp_path: Path, e
             process.suspend()
         launcher.send_signal(signum)
         if signum == signal.SIGUSR2:
-            time.sleep(2)
-            assert launcher.poll() is None, "a warning leaves as much time as it takes"
+            with pytest.raises(subprocess.TimeoutExpired):  # a warning leaves as much time as it takes
+                launcher.wait(timeout=2)
             launcher.send_signal(signal.SIGTERM)
         assert launcher.wait(timeout=60) == STOPPED
         assert all_gone(processes)

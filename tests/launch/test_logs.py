@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from data_pipeline.errors import InputError
 from launch.jobs import logs
 from launch.jobs.logs import show_logs
+from tests.gate import until
 from tests.launch.run_folders import Commands, claimed, event, make_run, submit
 
 
@@ -29,11 +29,8 @@ def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return io.StringIO()
 
 
-def wait_for(text: str, out: io.StringIO, since: float = 20) -> None:
-    end = time.monotonic() + since
-    while text not in out.getvalue():
-        assert time.monotonic() < end, f"{text!r} was never printed:\n{out.getvalue()}"
-        time.sleep(0.01)
+def wait_for(text: str, out: io.StringIO) -> None:
+    until(lambda: text in out.getvalue(), said=out.getvalue, seconds=20)
 
 
 def in_the_background(work: Callable[[], None]) -> threading.Thread:
@@ -94,8 +91,8 @@ def test_it_follows_through_requeues_until_the_run_is_done(
     with (run / "job" / "slurm" / "7_0_log.out").open("a") as file:
         file.write("half a li")
         file.flush()
-        time.sleep(0.2)
-        assert "half" not in printed.getvalue()
+        with pytest.raises(AssertionError, match="not within"):  # it is asked for every 0.02 s meanwhile
+            until(lambda: "half" in printed.getvalue(), seconds=0.2)
         file.write("ne\n")
     wait_for("half a line\n", printed)
     event(run, "end", status=75)
