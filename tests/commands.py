@@ -124,7 +124,10 @@ def _begin(function: Callable[[], object], folder: Path, environment: dict[str, 
 
 
 def _become(function: Callable[[], object], folder: Path | str | None, environment: Mapping[str, str]) -> NoReturn:
-    """Ends this forked process as Python would end after `function()`; streams 0 to 2 are its own already."""
+    """`function()`, and the end of this forked process with the exit status that Python would give it.
+
+    Streams 0 to 2 are its own already. Nothing is done at exit but to flush them.
+    """
     status: object = 1
     try:
         os.environ.clear()
