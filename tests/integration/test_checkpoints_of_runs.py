@@ -67,7 +67,7 @@ def test_a_signal_to_any_rank_saves_at_the_next_step(recipe: Path, tmp_path: Pat
         ask(ranks, signal.SIGUSR1)
         gate.open(7)
         wait_for_step(ranks, out, 7)  # and the run goes on
-        until(lambda: complete_checkpoints(out / "checkpoints"), meanwhile=ranks.processes[0].is_alive)
+        until(lambda: complete_checkpoints(out / "checkpoints"), meanwhile=ranks.processes[0].is_alive, seconds=60)
         assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["step_00000004"]
         with pytest.raises(AssertionError, match=r"(?s)RunError.*one job at a time"):
             train(recipe, out, 1, SELDOM)
