@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +52,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
         grey = (images[i].reshape(8, 8) / 16 * 255).astype(np.uint8)
         Image.fromarray(grey).convert("RGB").save(folder / f"{i:04d}.jpg", quality=95)
     return Folders(str(root / "train"), str(root / "test"))
+
+
+@pytest.fixture(scope="session")
+def cifar10(shared_data: Path) -> dict[str, list[bytes]]:
+    """By class, the first 250 JPEG files of CIFAR-10's test set, which comes first in the archive."""
+    found: dict[str, list[bytes]] = {}
+    with tarfile.open(shared_data / "cifar10.tar.gz", "r|gz") as tar:
+        for member in tar:
+            parts = Path(member.name).parts
+            if not member.isfile() or len(parts) != 4 or len(found.setdefault(parts[2], [])) == 250:
+                continue
+            file = tar.extractfile(member)
+            assert file is not None
+            found[parts[2]].append(file.read())
+            if len(found) == 10 and min(map(len, found.values())) == 250:
+                break
+    return found
 
 
 def small_encoder(module: nn.Module | None = None, seed: int = 0) -> Encoder:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from data_pipeline.errors import InputError
+from launch.cli import main
 from launch.commands.eval import app
 from pretrain.evals.result import EvalReport, compare
 from pretrain.models.encoders import build_encoder, save_encoder
@@ -158,12 +159,17 @@ def test_a_device_that_is_not_there_is_refused(run: Path, folders: Folders) -> N
         evaluate("knn", str(run), "--train", folders.train, "--test", folders.test, "--k", "5", "--device", "cuda")
 
 
-def test_a_user_sees_one_message_and_status_2(folders: Folders) -> None:
-    command = [sys.executable, "-m", "launch.cli", "eval", "knn", "resnet10", "--random-init"]
-    done = subprocess.run([*command, "--train", folders.train, "--test", folders.train], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "Nearest timm models: " in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_user_sees_one_message_and_status_2(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--train", folders.train, "--test", folders.train]
+    monkeypatch.setattr(sys, "argv", ["pretrain", "eval", "knn", "resnet10", "--random-init", *data])
+    assert main() == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert "Nearest timm models: " in said.err
+    assert "Traceback" not in said.err
 
 
 def test_help_loads_no_torch() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tarfile
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -23,15 +22,11 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
 from launch.commands.eval import app
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features.extract import Extraction
-from pretrain.evals.features.store import FeatureStore
 from pretrain.evals.knn import protocol as knn
 from pretrain.evals.knn.protocol import Knn, predict
 from pretrain.evals.result import EvalReport
 from pretrain.recipe.recipe import InlineKnn
-from pretrain.runtime.collectives import World
 from tests.evals.conftest import Digits, Folders, small_encoder
-from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -50,35 +45,21 @@ def scikit_learn(bank: Tensor, labels: Tensor, k: int, temperature: float) -> KN
     return model.fit(bank.double().numpy(), labels.numpy())
 
 
-def cifar10_features(archive: Path, every: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each `every`-th image, by split: random filters, rectified, averaged over quarters, [N, 512]; and labels."""
+def features_of(images: list[bytes]) -> Tensor:
+    """Random filters, rectified, averaged over quarters: [N, 512]."""
     generator = torch.Generator().manual_seed(0)
     filters = torch.randn(128, 3, 6, 6, generator=generator)
     filters -= filters.mean(dim=(1, 2, 3), keepdim=True)
-    images: dict[str, list[Tensor]] = {"train": [], "test": []}
-    classes: dict[str, list[str]] = {"train": [], "test": []}
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            _, split, name, *number = (*member.name.split("/"), "", "")
-            if member.isfile() and int(number[0].removesuffix(".jpg")) % every == 0:
-                file = tar.extractfile(member)
-                assert file is not None
-                images[split].append(torch.from_numpy(decode_jpeg(file.read())))
-                classes[split].append(name)
-    numbers = {name: i for i, name in enumerate(sorted(set(classes["train"])))}
-    found = {}
-    for split, pixels in images.items():
-        scaled = torch.stack(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5
-        maps = [F.conv2d(part, filters, stride=2).relu() for part in scaled.split(250)]
-        features = torch.cat([F.adaptive_avg_pool2d(part, 2).flatten(1) for part in maps])
-        found[split] = features, torch.tensor([numbers[name] for name in classes[split]])
-    return found
+    pixels = torch.stack([torch.from_numpy(decode_jpeg(image)) for image in images])
+    scaled = pixels.permute(0, 3, 1, 2).float() / 255 - 0.5
+    maps = [F.conv2d(part, filters, stride=2).relu() for part in scaled.split(250)]
+    return torch.cat([F.adaptive_avg_pool2d(part, 2).flatten(1) for part in maps])
 
 
-def test_predictions_on_cifar10_are_those_of_scikit_learn(shared_data: Path) -> None:
-    splits = cifar10_features(shared_data / "cifar10.tar.gz", every=10)
-    (bank, labels), (queries, right) = splits["train"], splits["test"]
-    assert (len(bank), len(queries)) == (5000, 1000)
+def test_predictions_on_cifar10_are_those_of_scikit_learn(cifar10: dict[str, list[bytes]]) -> None:
+    bank = features_of([image for images in cifar10.values() for image in images[:200]])
+    queries = features_of([image for images in cifar10.values() for image in images[200:]])
+    labels, right = (torch.arange(10).repeat_interleave(each) for each in (200, 50))
     ks, temperatures = (1, 10, 20, 200), (0.07, 0.5)
     found = predict(bank, labels, queries, ks=ks, temperatures=temperatures, num_classes=10)
     for k, temperature in product(ks, temperatures):
@@ -181,22 +162,6 @@ def test_judging_in_mid_training_changes_no_loss(folders: Folders) -> None:
         return found
 
     assert losses(judged=True) == losses(judged=False)
-
-
-def judged(world: World, folders: Folders, store: Path) -> EvalReport:
-    config = InlineKnn(kind="knn", train="", test="", k=5)
-    train, test = open_dataset(folders.train), open_dataset(folders.test)
-    extraction = Extraction(rank=world.rank, world_size=world.size, store=FeatureStore(store))
-    return Knn(train, test, config, sweep=(150,), temperatures=(0.5,), extraction=extraction).run(small_encoder())
-
-
-@pytest.mark.slow
-def test_ranks_report_what_one_reports(folders: Folders, tmp_path: Path) -> None:
-    alone = judged(World(), folders, tmp_path / "one")
-    for report in run_ranks(judged, 2, folders, tmp_path / "two"):
-        assert report.metrics == alone.metrics
-        assert (report.outcomes.predicted == alone.outcomes.predicted).all()
-        assert report.file_name == alone.file_name
 
 
 def test_the_command_sweeps_k_and_temperature(folders: Folders, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def choice_of(config: LinearConfig, *splits: Splits, num_classes: int) -> Choice
 
 @pytest.mark.parametrize("solver", ["sgd", "lbfgs"])
 def test_accuracy_on_real_digits_is_that_of_scikit_learn(digits: Digits, solver: Any) -> None:
-    config = LinearConfig(solver=solver, min_steps=1500)
+    config = LinearConfig(solver=solver, learning_rates=(1e-3, 1e-2, 1e-1), min_steps=300)
     splits = (splits_of(digits.train, digits.train_labels),)
     task: Any = SimpleNamespace(num_classes=10)
     fit = fit_of(config, small_encoder(), task, Extraction(), splits)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-from open_clip import pretrained
+from open_clip import factory, pretrained
 from safetensors.torch import save_file
 
 from data_pipeline.errors import InputError
@@ -16,12 +17,25 @@ from pretrain.evals.sources.load import load_source
 from pretrain.evals.sources.timm_names import Architecture
 from pretrain.evals.sources.towers import load_towers
 
-NAME = "ViT-S-32-alt"  # the smallest of its configurations
+NAME = "ViT-S-32-alt"
 TAG = f"{NAME}:small"
+SMALLER = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "patch_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
+    """Under that name stands a model with a twentieth of the weights, as open_clip's own are large."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(factory._MODEL_CONFIGS, NAME, SMALLER)
+        yield
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(small: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
     save_file(open_clip.create_model(NAME).state_dict(), path)
@@ -88,7 +102,7 @@ def test_fresh_weights_and_another_size() -> None:
         "from": [7, 7], "to": [3, 3], "how": "bicubic, antialiased, as open_clip's resize_pos_embed"
     }  # fmt: skip
     assert encoder.description["init_seed"] == 3
-    assert encoder.module(torch.zeros(1, 3, 96, 96)).shape == (1, 256)
+    assert encoder.module(torch.zeros(1, 3, 96, 96)).shape == (1, 32)
 
 
 @pytest.mark.parametrize(
