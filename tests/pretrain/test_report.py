@@ -5,11 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +40,7 @@ from pretrain.reconstructions import reconstructions
 from pretrain.reports import report
 from pretrain.reports.report_figures import Neighbours, Picture, curve, picture
 from pretrain.reports.sample_images import neighbours
+from tests import runs
 from tests.shards import write_shards
 
 SIZE = 16
@@ -75,12 +73,7 @@ def train(folder: Path, data: Path, kind: str, **groups: Any) -> Path:
         "logging": {"every_steps": 1, "tensorboard": False},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    arguments = ["train", str(folder / "recipe.yaml"), "--out", str(folder / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    runs.train(folder / "recipe.yaml", folder / "run")
     return folder / "run"
 
 

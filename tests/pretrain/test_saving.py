@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.errors import InputError
+from pretrain.__main__ import main
 from pretrain.checkpoints.schedule import check_time_to_save
 from pretrain.runtime.collectives import World
 from pretrain.runtime.signals import LEAD_SECONDS
+from tests.ranks import started
 from tests.runs import write_recipe
 from tests.shards import write_shards
 
@@ -28,11 +30,18 @@ def test_time_for_a_large_checkpoint_is_told_from_a_part_of_it(tmp_path: Path, m
     check_time_to_save(10**14, tmp_path, World(0, 1, 0))  # no scheduler, no limit
 
 
-@pytest.mark.slow
+def refused(_: World, recipe: Path, out: Path) -> tuple[int, str]:
+    """The exit status of a rank that has no time to save, and what it says."""
+    os.environ[LEAD_SECONDS] = "-1"
+    with redirect_stderr(StringIO()) as said:
+        status = main([str(recipe), "--out", str(out)])
+    return status, said.getvalue()
+
+
 def test_a_run_that_could_not_save_in_time_is_not_started(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", write_shards(tmp_path / "shards", 30), schedule={"steps": 2})
-    command = [sys.executable, "-m", "pretrain", str(recipe), "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, env={**os.environ, LEAD_SECONDS: "-1"}, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert "signal_lead_seconds" in done.stderr
+    with started(refused, 1, recipe, tmp_path / "run", joined=False) as ranks:
+        ((status, said),) = ranks.results()
+    assert status == 2, said
+    assert "signal_lead_seconds" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -131,11 +131,11 @@ class Kept:
 
 
 def peak_of(world: World, accumulation: int) -> int:
-    objective = ToyPair(width=512, depth=64)  # so that its activations outweigh the matrix of similarities
-    engine = make_engine(world, 0, accumulation, objective=objective, global_size=512)
+    objective = ToyPair(width=256, depth=32)  # so that its activations outweigh the matrix of similarities
+    engine = make_engine(world, 0, accumulation, objective=objective, global_size=256)
     kept = Kept(objective)
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
-        engine.step(cut(pairs(512), accumulation), Progress(0, 10, 0), 1e-2)
+        engine.step(cut(pairs(256), accumulation), Progress(0, 10, 0), 1e-2)
     return kept.peak
 
 
