@@ -138,7 +138,7 @@ LASTING = ["404", "403", "redirect file:///etc/passwd", "redirect ftp://127.0.0.
 def test_what_fails_once_is_tried_again(local: ShardDataset, server: FolderServer, spec: CacheSpec, fault: str) -> None:
     """The first request for each file fails; every second one for the same file does not."""
     server.choose = lambda number, name: None if name in server.requests else fault
-    dataset = opened(server.url, quick(spec, fault, seconds=5))
+    dataset = opened(server.url, quick(spec, fault, seconds=2))
     assert dataset.read(4) == local.read(4)
     assert server.requests == ["manifest.json"] * 2 + ["part-002.idx"] * 2 + ["part-002.tar"] * 2
 
@@ -150,11 +150,11 @@ def test_making_a_connection_ready_is_not_counted_as_waiting_for_the_server(
     ready = remote._backend
 
     def slow(*args: Any) -> Any:
-        time.sleep(5.5)
+        time.sleep(2.2)
         return ready(*args)
 
     monkeypatch.setattr(remote, "_backend", slow)
-    opened(server.url, replace(spec, timeout_seconds=5))
+    opened(server.url, replace(spec, timeout_seconds=2))
     assert server.requests == ["manifest.json"]
 
 
