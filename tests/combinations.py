@@ -17,17 +17,20 @@ def drawn(cases: Iterable[str], *axes: Sequence[Any]) -> dict[str, tuple[Any, ..
     """One value of each axis for each case, the same in every run.
 
     Every value is drawn about as often as every other of its axis, so that as many cases as the longest axis has values
-    cover all of them.
+    cover all of them; of combinations that are alike in this, one that was not drawn yet is preferred.
     """
-    used: Counter[tuple[int, Any]] = Counter()
+    values: Counter[tuple[int, Any]] = Counter()
+    combinations: Counter[tuple[Any, ...]] = Counter()
     found = {}
     for case in sorted(cases, key=_digest):
 
-        def rank(combination: tuple[Any, ...], case: str = case) -> tuple[int, str]:
-            return sum(used[pair] for pair in enumerate(combination)), _digest(case, *combination)
+        def rank(combination: tuple[Any, ...], case: str = case) -> tuple[int, int, str]:
+            taken = sum(values[pair] for pair in enumerate(combination))
+            return taken, combinations[combination], _digest(case, *combination)
 
         found[case] = min(itertools.product(*axes), key=rank)
-        used.update(enumerate(found[case]))
+        values.update(enumerate(found[case]))
+        combinations[found[case]] += 1
     return found
 
 

@@ -16,8 +16,9 @@ from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
+from tests.contracts.test_cut_batches import SGD, rows
 from tests.contracts.test_objectives import batch_for
-from tests.drills.test_every_objective import SGD, rows
+from tests.objectives.test_image_text import CUTS, STAGES, check_cuts
 from tests.pretrain.test_engine import make_engine, whole_state
 from tests.pretrain.test_two_passes import Kept
 from tests.ranks import run_ranks
@@ -106,3 +107,9 @@ def test_attention_of_torch_is_among_what_is_in_pieces() -> None:
     attention = [m for m in towers("clip", width=320).modules() if isinstance(m, nn.MultiheadAttention)]
     assert attention
     assert all(m.out_proj.weight.numel() > 100_000 for m in attention)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_ranks_stages_and_accumulation_change_nothing(kind: str) -> None:
+    """Small towers, at every stage in every cut."""
+    check_cuts(kind, [(1, 1), *CUTS], STAGES)

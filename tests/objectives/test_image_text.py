@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from pretrain.optim.config import AdamW, Sgd
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
+from tests.combinations import drawn
 from tests.objectives import towers
 from tests.ranks import run_ranks
 
@@ -280,12 +282,14 @@ def part(batch: Batch, start: int, size: int) -> Batch:
     return Batch(batch.keys[rows], (batch.views[0][rows],), tokens=batch.tokens[rows])
 
 
-def trained(world: World, kind: str, options: dict[str, Any], accumulation: int) -> dict[int, Any]:
-    """Losses, and all parameters after three steps, at each stage."""
+def trained(
+    world: World, kind: str, options: dict[str, Any], accumulation: int, stages: Sequence[Any]
+) -> dict[int, Any]:
+    """Losses, and all parameters after three steps, by stage."""
     from pretrain.engine.engine import Engine
 
     found = {}
-    for stage in (0, 1, 2, 3):
+    for stage in stages:
         objective: ImageText = towers.make(kind, **options)
         engine = Engine(
             objective,
@@ -307,26 +311,35 @@ def trained(world: World, kind: str, options: dict[str, Any], accumulation: int)
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_ranks_stages_and_accumulation_change_nothing(kind: str) -> None:
+STAGES = (0, 1, 2, 3)
+CUTS = [(1, 2), (2, 1), (2, 2)]  # (ranks, micro-batches of a rank)
+
+
+def check_cuts(kind: str, cuts: Sequence[tuple[int, int]], stages: Sequence[int]) -> None:
     """With the image tower locked; the scale of CLIP's logits starts just below its bound, and is driven against it."""
     options: dict[str, Any] = {"timm": True, "lock_image": True}
     if kind == "clip":
         options["max_scale"] = options["initial_scale"] = 20.0
-    ((losses, weights),) = [rank[0] for rank in run_ranks(trained, 1, kind, options, 1)]
+    losses, weights = run_ranks(trained, 1, kind, options, 1, (0,))[0][0]
     start = towers.make(kind, **options).state_dict()
     assert all(torch.equal(weights[name], start[name]) for name in weights if name.startswith("encoder."))
     assert not torch.equal(weights["text.text_projection"], start["text.text_projection"])
     if kind == "clip":
         assert weights["logit_scale"].item() <= math.log(20.0) + 1e-6
-    for world_size, accumulation in ((1, 2), (2, 1), (2, 2)):
-        ranks = run_ranks(trained, world_size, kind, options, accumulation)
-        for stage in (0, 1, 2, 3):
+    for world_size, accumulation in cuts:
+        ranks = run_ranks(trained, world_size, kind, options, accumulation, stages)
+        for stage in stages:
             mean = torch.tensor([rank[stage][0] for rank in ranks]).mean(0)
             torch.testing.assert_close(mean, torch.tensor(losses), rtol=1e-5, atol=1e-6)
             for name, tensor in ranks[0][stage][1].items():
                 torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4, msg=f"{stage} {name}")
+
+
+@pytest.mark.parametrize(("kind", "combination"), drawn(KINDS, STAGES, CUTS).items())
+def test_ranks_stages_and_accumulation_change_nothing(kind: str, combination: tuple[int, tuple[int, int]]) -> None:
+    """Each kind once; tests/drills/test_image_text_at_size.py has every stage in every cut."""
+    stage, cut = combination
+    check_cuts(kind, [cut], [stage])
 
 
 def pushed(world: World) -> list[float]:
@@ -334,7 +347,7 @@ def pushed(world: World) -> list[float]:
     from pretrain.engine.engine import Engine
 
     found = []
-    for stage in (0, 1, 2, 3):
+    for stage in STAGES:
         objective = towers.make("clip", initial_scale=20.0, max_scale=20.0)
         nn.init.constant_(objective.logit_scale, math.log(30.0))
         engine = Engine(
