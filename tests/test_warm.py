@@ -44,7 +44,7 @@ def test_a_run_imports_next_to_nothing_more(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", write_shards(tmp_path / "shards", 16))
     with started(imported_by_a_run, 1, recipe, tmp_path / "run", joined=False) as ranks:
         (found,) = ranks.results()
-    assert len(found) < 20, sorted(found)
+    assert len(found) < 20, " ".join(sorted(found))
 
 
 def speaks(status: object) -> None:

@@ -10,8 +10,12 @@ import gc
 import importlib
 import os
 
-import torch
-from PIL import Image
+from pretrain.runtime import lean_imports
+
+lean_imports.install()  # before torch, as commands do
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 NEEDED = (
     # the tests' own side
@@ -22,10 +26,12 @@ NEEDED = (
     "deepspeed.runtime.zero.muon.original_muon", "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.module_inject.auto_ep_layer", "deepspeed.module_inject.auto_ep_presets.registry",
     "deepspeed.comm.mori", "deepspeed.ops.op_builder.all_ops", "distutils.unixccompiler",
+    "distutils.sysconfig", "torch.fx.experimental.symbolic_shapes",
     "pretrain.evals.knn.protocol", "pretrain.evals.sources.load",
     # the other commands
-    "launch.cli", "launch.ranks.rank", "launch.ranks.launcher", "launch.demo", "launch.doctor.doctor", "launch.chains.run", "launch.jobs.submit",
-    "launch.jobs.status", "launch.commands.data", "launch.commands.eval", "launch.suites.run", "launch.commands.report",
+    "launch.cli", "launch.ranks.rank", "launch.ranks.launcher", "launch.demo", "launch.doctor.doctor",
+    "launch.chains.run", "launch.jobs.submit", "launch.jobs.status", "launch.commands.data", "launch.commands.eval",
+    "launch.suites.run", "launch.commands.report",
     "pretrain.evals.linear.protocol", "pretrain.reports.report", "matplotlib.backends.backend_agg",
 )  # fmt: skip
 

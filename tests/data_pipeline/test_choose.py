@@ -197,8 +197,8 @@ def test_two_million_samples_take_little_memory(tmp_path: Path) -> None:
     code = r"""if True:
         import sys, tracemalloc
         from pathlib import Path
-        from data_pipeline.choose import confident, ranked
-        from data_pipeline.labels import SoftLabels
+        from data_pipeline.datasets.choose import confident, ranked
+        from data_pipeline.datasets.soft_labels import SoftLabels
 
         tracemalloc.start()  # numpy tells it of its arrays; what is mapped from files does not count
         labels = SoftLabels(Path(sys.argv[1]))

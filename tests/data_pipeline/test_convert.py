@@ -256,7 +256,7 @@ def test_damaged_shard_is_made_again(tmp_path: Path, name: str, damage: Callable
 CONVERT = """
 import sys
 from pathlib import Path
-from data_pipeline.convert import ConvertOptions, convert
+from data_pipeline.ingest.convert import ConvertOptions, convert
 if __name__ == "__main__":
     convert(Path(sys.argv[1]), Path(sys.argv[2]), ConvertOptions(shard_size=5), workers=2)
 """

@@ -71,9 +71,9 @@ def test_a_manifest_and_an_order_take_less_than_50_mb(tmp_path: Path) -> None:
         import ctypes, re, sys
         ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no transparent huge pages, which count what nobody asked for
         import numpy as np
-        from data_pipeline.manifest import load_manifest
-        from data_pipeline.order import Order
-        from data_pipeline.read import ShardDataset
+        from data_pipeline.shards.manifest import load_manifest
+        from data_pipeline.order.order import Order
+        from data_pipeline.datasets.read import ShardDataset
 
         def highest():  # of this program, unlike getrusage, which begins with what forked it
             return int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) * 1024

@@ -51,7 +51,7 @@ elif what == "place":
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OWN".split()
     (folder / f"{rank}.json").write_text(json.dumps({n: os.environ[n] for n in names}))
 elif what == "nested":
-    from launch.local import launch
+    from launch.ranks.launcher import launch
 
     sys.exit(launch(["asked", str(folder)], 2, module="part", grace_seconds=1.0))
 elif what == "asked":

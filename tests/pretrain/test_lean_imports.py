@@ -21,7 +21,7 @@ from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from types import SimpleNamespace
 
-from pretrain import lean_imports
+from pretrain.runtime import lean_imports
 
 lean_imports.install()
 import torch, torchvision, timm, timm.optim, timm.utils
@@ -64,7 +64,7 @@ for name in lean_imports.DOORS:
 # The same steps before and after something was compiled, and a step that is itself compiled.
 _COMPILE = """
 import sys
-from pretrain import lean_imports
+from pretrain.runtime import lean_imports
 
 lean_imports.install()
 import torch, timm.optim
