@@ -8,6 +8,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from pretrain.runtime import lean_imports
+from tests.time_limit import limit, pytest_timeout_set_timer
+
+__all__ = ["pytest_timeout_set_timer"]  # a hook
 
 lean_imports.install()  # as commands do, before any test imports torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,6 +37,7 @@ def shared_data() -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: two processes share the files, and one would be left alone with the last."""
+    limit(items)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
+import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +17,7 @@ import torch.multiprocessing as mp
 
 from pretrain.runtime.collectives import World, process_group
 from tests.ports import free_port
+from tests.time_limit import TimeIsUpError
 
 
 def warm_context() -> Any:
@@ -42,6 +46,9 @@ def started(function: Callable[..., Any], world_size: int, *args: Any, joined: b
     ranks = Ranks(function, world_size, args, joined)
     try:
         yield ranks
+    except TimeIsUpError:
+        ranks.print_stacks()
+        raise
     finally:
         ranks.end()
 
@@ -69,6 +76,13 @@ class Ranks:
         self._whole = True
         return [results[rank] for rank in range(len(self.processes))]
 
+    def print_stacks(self) -> None:
+        """Where each that is still at work stands, to stderr."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGQUIT)
+                time.sleep(0.5)  # one after the other, and before they are killed
+
     def end(self) -> None:
         for process in self.processes:
             process.join(timeout=20 if self._whole else 0.1)
@@ -89,6 +103,7 @@ def _rank(
         "LOCAL_WORLD_SIZE": str(size),
     }
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGQUIT)
     try:
         world = World.from_environment()
         if joined:

@@ -44,9 +44,14 @@ def permute(x: NDArray[np.int64], size: NDArray[np.int64], key: Words) -> NDArra
         x: [n], each in [0, size).
         size: [n] or [1], each below 2^53.
         key: [n] or [1].
+
+    Raises:
+        ValueError: an x outside of [0, size), whose cycle may never come back inside.
     """
     size = np.broadcast_to(size, x.shape)
     key = np.broadcast_to(key, x.shape)
+    if ((x < 0) | (x >= size)).any():
+        raise ValueError("a permutation of [0, size) takes numbers of it alone")
     bits = np.frexp((size - 1).astype(np.float64))[1].astype(np.uint64)  # bit length, exact below 2^53
     image = _feistel(x.astype(np.uint64), bits, key).astype(np.int64)
     outside = np.flatnonzero(image >= size)

@@ -92,6 +92,12 @@ def test_a_permutation_hits_each_number_once(size: int, key: int) -> None:
     assert np.array_equal(np.sort(image), np.arange(size))
 
 
+@pytest.mark.parametrize(("x", "size"), [(5, 5), (-1, 5), (0, 0), (9, 1)])
+def test_a_number_outside_is_refused_rather_than_walked_for_ever(x: int, size: int) -> None:
+    with pytest.raises(ValueError, match="of it alone"):
+        keyed.permute(np.array([0, x]), np.array([7, size]), np.array([1], np.uint64))
+
+
 @many
 @given(
     sizes=sizes_of_shards,

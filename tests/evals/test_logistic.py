@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,26 @@ def test_a_search_that_ends_too_early_is_told(digits: Digits) -> None:
     (note,) = found.notes()
     assert "C = 1e+06" in note
     assert found.iterations == (1,)
+
+
+def test_a_gradient_is_small_enough_where_the_loss_tells_no_point_from_another(digits: Digits) -> None:
+    """At a strong penalty that is above the tolerance, at a weak one far below it, where it excuses nothing."""
+    penalties = [1e-5, 30.0]
+    found = fit_logistic(digits.train, digits.train_labels, penalties, num_classes=10, device=CPU, label="")
+    assert not found.notes()
+    strong, weak = found.floor
+    assert weak < found.tolerance < strong
+    objective = Objective(digits.train, digits.train_labels, rows=None, num_classes=10, device=CPU)
+    theta = torch.cat([found.probes.weight[0], found.probes.bias[0][:, None]], dim=1).double()
+    theta[3, 20] += strong * 1e-5 * objective.num  # so that this gradient is that of the floor
+    loss, gradient = objective.loss_and_gradient(theta, 1e-5)
+    assert gradient[3, 20].item() == pytest.approx(strong, rel=0.5)
+    assert abs(loss.item() - found.loss[0]) < 8 * np.spacing(found.loss[0])
+    for place, limit in enumerate((strong, found.tolerance)):
+        for factor, notes in ((0.9, 0), (1.1, 1)):
+            gradients = [0.0, 0.0]
+            gradients[place] = factor * limit
+            assert len(replace(found, gradient=tuple(gradients)).notes()) == notes
 
 
 def test_a_search_is_held_to_the_tolerance_that_it_was_given(digits: Digits) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,6 +83,53 @@ def test_what_every_rank_has_is_written_once_however_many_pieces_each_has_beside
         snapshot.gather([*own, *shared], World(rank=rank, size=3))
         written += [name for name in snapshot.shapes if name.startswith("buffer/")]
     assert sorted(written) == [fragment.name for fragment in shared]
+
+
+def share_of_a_rank() -> tuple[checkpoint_writer._Share, checkpoint_writer._Snapshot]:
+    snapshot = checkpoint_writer._Snapshot()
+    snapshot.gather([Fragment("param/a", (9,), 0, torch.arange(9.0), False)], World())
+    return checkpoint_writer._Share("tensors", snapshot.shapes), snapshot
+
+
+def test_tensors_are_on_disk_before_they_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And before COMPLETE says that they are: what is read back may come out of memory."""
+    share, snapshot = share_of_a_rank()
+    path, done = tmp_path / "tensors", list[str]()
+    fsync, compare = os.fsync, checkpoint_writer._compare
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        assert os.fstat(descriptor).st_ino == path.stat().st_ino
+        done.append(f"synced {os.fstat(descriptor).st_size}")
+
+    def compared(*args: Any) -> None:
+        compare(*args)
+        done.append("compared")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(checkpoint_writer, "_compare", compared)
+    share.write(path, snapshot)
+    assert done == [f"synced {sum(map(len, snapshot.pieces()))}", "compared"]
+
+
+def test_a_disk_that_gives_back_other_tensors_than_it_took_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the writer, so that nothing claims to be complete."""
+    write_all = checkpoint_writer._write_all
+
+    def lying(descriptor: int, piece: memoryview) -> None:
+        write_all(descriptor, memoryview(bytes(piece[:-1]) + bytes([piece[-1] ^ 1])))
+
+    monkeypatch.setattr(checkpoint_writer, "_write_all", lying)
+    trained = SimpleNamespace(
+        stage=0, fragments=lambda: [Fragment("param/a", (9,), 0, torch.arange(9.0), False)], group_values=list
+    )
+    writer = CheckpointWriter(tmp_path, trained, world=World(), keep_last=2, say=lambda _: None)
+    writer.save(RunState(Progress(3, 9, 0)))
+    with pytest.raises(RunError, match="does not give back what was written"):
+        writer.finish()
+    assert checkpoint.all_folders(tmp_path) == []
 
 
 @pytest.mark.parametrize("stage", [0, 3])

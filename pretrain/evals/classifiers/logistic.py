@@ -31,6 +31,7 @@ class Optimum:
         gradient: largest absolute entry of its gradient, by C.
         iterations: by C.
         tolerance: the gradient that was asked for.
+        floor: the gradient below which the loss in fp64 tells no point from another, by C.
     """
 
     inverse_penalties: tuple[float, ...]
@@ -39,14 +40,15 @@ class Optimum:
     gradient: tuple[float, ...]
     iterations: tuple[int, ...]
     tolerance: float
+    floor: tuple[float, ...]
 
     def notes(self) -> tuple[str, ...]:
-        """Where the search ended before the gradient was as small as was asked for."""
-        ended = zip(self.inverse_penalties, self.gradient, self.iterations, strict=True)
+        """Where the search ended before the gradient was as small as was asked for, or as rounding lets it become."""
+        ended = zip(self.inverse_penalties, self.gradient, self.floor, self.iterations, strict=True)
         return tuple(
             f"for C = {c:g} the search ended after {iterations} iterations at a gradient of {gradient:.1e}"
-            for c, gradient, iterations in ended
-            if not gradient <= self.tolerance
+            for c, gradient, floor, iterations in ended
+            if not gradient <= max(self.tolerance, floor)
         )
 
 
@@ -148,7 +150,18 @@ def fit_logistic(
     stacked = torch.stack(thetas).to(values.dtype)
     moments = (objective.mean.to(device), objective.std.to(device))
     probes = Probes(*moments, stacked[:, :, :-1].contiguous(), stacked[:, :, -1].contiguous())
-    return Optimum(tuple(inverse_penalties), probes, losses, gradients, iterations, tolerance)
+    floor = tuple(_floor(loss, c, objective.num) for loss, c in zip(losses, inverse_penalties, strict=True))
+    return Optimum(tuple(inverse_penalties), probes, losses, gradients, iterations, tolerance, floor)
+
+
+def _floor(loss: float, inverse_penalty: float, num: int) -> float:
+    """The gradient g of a weight at which moving it can lower the loss by no more than its last digit.
+
+    The penalty curves the loss along each weight by at least h = 1 / (C N), so that moving it lowers the loss by at
+    most g^2 / (2 h). Where that is under the loss's rounding, the line search, which compares losses, finds no step
+    that improves; the order in which a CPU adds decides how far below this it ends.
+    """
+    return math.sqrt(2 * torch.finfo(torch.float64).eps * loss / (inverse_penalty * num))
 
 
 def _minimise(
