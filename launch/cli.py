@@ -130,9 +130,9 @@ def train(
         raise typer.Exit(rank.main(arguments))
     from launch.ranks.launcher import launch
     from pretrain.preflight import preflight
-    from pretrain.run import folder_of
+    from pretrain.run import output_folder
 
-    preflight(recipe, num_ranks, folder_of(out, overfit_batch))  # one message, before anything is started
+    preflight(recipe, num_ranks, output_folder(out, overfit_batch))  # one message, before anything is started
     raise typer.Exit(launch(arguments, num_ranks, threads=recipe.runtime.threads))
 
 

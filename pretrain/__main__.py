@@ -16,7 +16,7 @@ from data_pipeline.errors import InputError, PretrainError
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime import lean_imports
-from pretrain.runtime.signals import STOPPED, Asked, signals
+from pretrain.runtime.signals import STOPPED, Request, signals
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     lean_imports.install()
     given = _parse(arguments)
-    for signum, asked in signals().items():  # until there is a run, there is nothing to save
-        signal.signal(signum, signal.SIG_IGN if asked == Asked.SAVE else lambda *_: os._exit(STOPPED))
+    for signum, request in signals().items():  # until there is a run, there is nothing to save
+        signal.signal(signum, signal.SIG_IGN if request == Request.SAVE else lambda *_: os._exit(STOPPED))
     try:
         recipe = load_recipe(given.recipe, given.set)
         from pretrain import run  # after the recipe: loading torch takes seconds
@@ -54,19 +54,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return _end(error.exit_status)
     except PretrainError as error:
-        _tell(f"error: {error}")
+        _print_error(f"error: {error}")
         return _end(error.exit_status)
     except KeyboardInterrupt:
         return _end(130)
     except Exception:
-        _tell(traceback.format_exc())
+        _print_error(traceback.format_exc())
         return _end(1)
     return 0 if whole else _end(STOPPED)  # at once: Python, tidying up, would die of a second SIGTERM
 
 
 def _end(status: int) -> int:
-    """Of several ranks, ends this one at once: to tear the process group down is to wait for the others, and they wait
-    for this one.
+    """Ends this rank at once where there are several.
+
+    To tear the process group down is to wait for the others, and they wait for this one.
     """
     if WORLD_SIZE > 1:
         sys.stdout.flush()
@@ -79,8 +80,8 @@ def default_out(recipe: Recipe) -> Path:
     return Path("runs") / recipe.name
 
 
-def _tell(text: str) -> None:
-    """To stderr, each line with the number of the rank where there are several."""
+def _print_error(text: str) -> None:
+    """Prints to stderr, each line with the number of the rank where there are several."""
     prefix = f"[rank {os.environ.get('RANK', 0)}] " if WORLD_SIZE > 1 else ""
     for line in text.splitlines():
         print(prefix + line, file=sys.stderr)

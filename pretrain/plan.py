@@ -1,4 +1,4 @@
-"""What a run will take: memory of a rank, bytes of a checkpoint. From the recipe alone, on the meta device.
+"""What a run will take: memory of a rank, bytes of a checkpoint. It is counted, on the meta device.
 
 Activations are not in it: they depend on the device's kernels, and are measured rather than counted.
 """
@@ -10,16 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.callbacks.online_probe import Shape, state_bytes
+from pretrain.models.config import ModelConfig
+from pretrain.objectives.config import ObjectiveConfig
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
+from pretrain.optim.config import Ema, OptimConfig
 from pretrain.optim.optimizers import build_optimizer, empty_state
-from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.recipe import EngineConfig
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes, but for the counts of parameters.
+    """What a run takes, in bytes but for the counts of parameters.
 
     Attributes:
         num_trained: parameters that the optimizer steps.
@@ -36,38 +38,56 @@ class Footprint:
     checkpoint: int
 
 
-def footprint(recipe: Recipe, world_size: int, probe: Shape | None = None) -> Footprint:
-    """What a recipe takes on so many ranks.
-
-    Args:
-        probe: of the online probe, which only the data tell; None: left out.
+def build_on_meta(model: ModelConfig, objective: ObjectiveConfig) -> Objective:
+    """Builds an objective's shapes alone, without memory for its weights.
 
     Raises:
-        InputError: its model or objective cannot be built.
+        InputError: the model or the objective cannot be built.
     """
     with torch.device("meta"):
-        objective = build_objective(recipe.model, recipe.objective)
+        return build_objective(model, objective)
+
+
+def footprint(
+    objective: Objective,
+    optim: OptimConfig,
+    engine: EngineConfig,
+    ema: Ema | None,
+    *,
+    world_size: int,
+    probe_bytes: int = 0,
+) -> Footprint:
+    """Counts what training an objective takes on so many ranks.
+
+    Args:
+        objective: may be on the meta device.
+        optim: steps it.
+        engine: says what is sharded and offloaded.
+        ema: moving average of the weights; None: there is none.
+        world_size: ranks.
+        probe_bytes: of the online probe's state.
+    """
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in objective.parameters()) - trained
-    moments = _moments(objective, recipe) / max(1, trained)
-    stage, share = recipe.engine.zero_stage, 1 / world_size
+    moments = _moments(objective, optim) / max(1, trained)
+    stage, share = engine.zero_stage, 1 / world_size
     states = model_state_bytes(trained, stage, world_size, moments)
-    offloaded = 4 * trained * share * (1 + moments) if recipe.engine.offload_optimizer else 0.0
+    offloaded = 4 * trained * share * (1 + moments) if engine.offload_optimizer else 0.0
     kept = 4 * frozen * (share if stage == 3 else 1)
-    if recipe.ema is not None:
+    if ema is not None:
         kept += 4 * trained * (share if stage else 1) + sum(buffer.nbytes for buffer in _statistics(objective))
-    checkpoint = checkpoint_bytes(objective, recipe, probe)
+    checkpoint = checkpoint_bytes(objective, optim, ema, probe_bytes)
     return Footprint(
         num_trained=trained,
         num_frozen=frozen,
-        device=states - offloaded + kept + sum(b.nbytes for b in objective.buffers()) + _probe_bytes(recipe, probe),
+        device=states - offloaded + kept + sum(b.nbytes for b in objective.buffers()) + probe_bytes,
         host=offloaded + checkpoint * share,
         checkpoint=checkpoint,
     )
 
 
 def model_state_bytes(num_parameters: int, stage: int, world_size: int, moments: float = 2) -> float:
-    """Bytes of parameters, gradients and the optimizer's state on one rank while it steps, in fp32.
+    """Counts the bytes of parameters, gradients and the optimizer's state on one rank while it steps, in fp32.
 
     Rajbhandari et al. 2019 (arXiv:1910.02054), section 3.1, counts (2 + 2 + 12) bytes per parameter of mixed precision:
     working weights and gradients in 16 bits; master, momentum and variance in 32. Here everything is 32 bits, and
@@ -88,23 +108,14 @@ def model_state_bytes(num_parameters: int, stage: int, world_size: int, moments:
     return 4 * num_parameters * copies
 
 
-def checkpoint_bytes(objective: Objective, recipe: Recipe, probe: Shape | None) -> int:
-    """Of the tensors of a checkpoint (checkpoint.py), which does not depend on the number of ranks.
-
-    Args:
-        objective: of the recipe; may be on the meta device.
-        probe: as in `footprint`.
-    """
+def checkpoint_bytes(objective: Objective, optim: OptimConfig, ema: Ema | None, probe_bytes: int = 0) -> int:
+    """Counts the bytes of a checkpoint's tensors, which do not depend on the number of ranks; as for `footprint`."""
     parameters, buffers = list(objective.parameters()), _persistent_buffers(objective)
-    total = sum(int(tensor.nbytes) for tensor in (*parameters, *buffers)) + 4 * _moments(objective, recipe)
-    if recipe.ema is not None:
+    total = sum(int(tensor.nbytes) for tensor in (*parameters, *buffers)) + 4 * _moments(objective, optim)
+    if ema is not None:
         averaged = [p for p in parameters if p.requires_grad]
         total += sum(int(tensor.nbytes) for tensor in (*averaged, *_statistics(objective)))
-    return total + _probe_bytes(recipe, probe)
-
-
-def _probe_bytes(recipe: Recipe, probe: Shape | None) -> int:
-    return 0 if recipe.online_probe is None or probe is None else state_bytes(recipe.online_probe, probe)
+    return total + probe_bytes
 
 
 def _persistent_buffers(objective: Objective) -> list[Tensor]:
@@ -113,13 +124,13 @@ def _persistent_buffers(objective: Objective) -> list[Tensor]:
 
 
 def _statistics(objective: Objective) -> list[Tensor]:
-    """What is averaged with the weights: running statistics."""
+    """The running statistics, which are averaged with the weights."""
     return [buffer for buffer in _persistent_buffers(objective) if buffer.is_floating_point()]
 
 
-def _moments(objective: Objective, recipe: Recipe) -> int:
-    """Elements of all the tensors that the optimizer keeps of parameters; its step counts are none."""
-    optimizer = build_optimizer(objective, recipe.optim)
+def _moments(objective: Objective, optim: OptimConfig) -> int:
+    """Counts the elements of all tensors that the optimizer keeps of parameters; its step counts are none."""
+    optimizer = build_optimizer(objective, optim)
     return sum(
         value.numel()
         for group in optimizer.param_groups

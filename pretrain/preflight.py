@@ -1,4 +1,4 @@
-"""What is found out before anything starts: whether recipe, data, ranks and the run's folder go together."""
+"""What is checked before anything starts: whether recipe, data, ranks and the run's folder go together."""
 
 from __future__ import annotations
 
@@ -17,26 +17,41 @@ from data_pipeline.remote.prefetch import check_room
 from data_pipeline.samples.captions import Captions
 from pretrain.augment.augment import augmentations, mixing
 from pretrain.callbacks.evaluations import knn_evaluators
-from pretrain.callbacks.online_probe import Shape, find_shape
-from pretrain.checkpoints.start import refuse_locked_at_random, refuse_other_run
+from pretrain.callbacks.online_probe import ProbeShape, find_probe_shape, probe_bytes
+from pretrain.checkpoints.start import refuse_locked_at_random
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.monitoring.sinks import refuse_missing_wandb
 from pretrain.objectives.contract import Contrastive, Objective
-from pretrain.objectives.kinds import build_objective
+from pretrain.plan import build_on_meta
+from pretrain.recipe.recipe import Captions as CaptionsConfig
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import Resolved, resolve
+from pretrain.record import refuse_other_run
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was found to be right before anything started; `needs` are the objective's, and the online probe's."""
+    """What was found to be right before anything started.
+
+    Attributes:
+        train: what is trained on.
+        val: what is validated on; None: nothing.
+        needs: what a training batch must hold, for the objective and the online probe.
+        captions: how captions are read; None: the objective reads none.
+        resolved: what follows from the recipe.
+        objective: its shapes, on the meta device.
+        probe: sizes of the online probe; None: there is none.
+        probe_bytes: of its state; 0: there is none.
+    """
 
     train: Dataset
     val: Dataset | None
     needs: BatchSpec
     captions: Captions | None
     resolved: Resolved
-    probe: Shape | None  # of the online probe
+    objective: Objective
+    probe: ProbeShape | None
+    probe_bytes: int
 
 
 def preflight(recipe: Recipe, world_size: int, out: Path, local_size: int | None = None) -> Plan:
@@ -46,20 +61,19 @@ def preflight(recipe: Recipe, world_size: int, out: Path, local_size: int | None
         local_size: ranks of one machine; None: as the launcher of this process says, or all.
 
     Raises:
-        InputError: of whichever is wrong.
+        InputError: one of them is wrong.
     """
     data, cache = recipe.data, recipe.data.cache.spec()
     train_data = open_training(data.train, cache)
     resolved = resolve(recipe, world_size, train_data.num_samples)
-    with torch.device("meta"):  # the shapes alone
-        objective = build_objective(recipe.model, recipe.objective)
+    objective = build_on_meta(recipe.model, recipe.objective)
     needs = objective.needs
     _refuse_inexact_accumulation(recipe, objective, resolved)
     if recipe.init_from is None and recipe.resume_from is None:
         refuse_locked_at_random(objective, ())
     augmentations(recipe, needs)
     mixing(recipe, needs, resolved.micro_size)
-    captions = _captions(recipe, needs)
+    captions = _captions(data.captions, needs)
     check(train_data, needs, captions)
     check_room(
         train_data,
@@ -75,23 +89,25 @@ def preflight(recipe: Recipe, world_size: int, out: Path, local_size: int | None
         if val.num_samples < world_size:
             problem = f"data.val: expected a sample for each of {world_size} processes, found {val.num_samples}."
             raise RecipeError(recipe.name, [problem])
-    probe = find_shape(objective, train_data, val) if recipe.online_probe is not None else None
-    if probe is not None:
+    probe, num_bytes = None, 0
+    if recipe.online_probe is not None:
+        probe = find_probe_shape(objective, train_data, val)
+        num_bytes = probe_bytes(recipe.online_probe, probe)
         needs = replace(needs, num_classes=probe.num_classes)
-    knn_evaluators(recipe)
-    refuse_missing_wandb(recipe)
+    knn_evaluators(recipe.evals, cache)
+    refuse_missing_wandb(recipe.logging, recipe.name)
     refuse_other_run(recipe, train_data.fingerprint, resolved.total_steps, out)
-    return Plan(train_data, val, needs, captions, resolved, probe)
+    return Plan(train_data, val, needs, captions, resolved, objective, probe, num_bytes)
 
 
-def _captions(recipe: Recipe, needs: BatchSpec) -> Captions | None:
+def _captions(config: CaptionsConfig, needs: BatchSpec) -> Captions | None:
     if needs.tokens is None:
         return None
-    return Captions(build_tokenizer(needs.tokens), **recipe.data.captions.model_dump())
+    return Captions(build_tokenizer(needs.tokens), **config.model_dump())
 
 
 def _refuse_inexact_accumulation(recipe: Recipe, objective: Objective, resolved: Resolved) -> None:
-    """Accumulating would silently train by another algorithm."""
+    """Refuses an accumulation that would silently train by another algorithm."""
     if resolved.accumulation > 1 and (reason := cannot_accumulate(objective)):
         problem = (
             f"batch.micro_size: expected {resolved.local_size} or nothing, as {recipe.model.name} with "
@@ -101,7 +117,7 @@ def _refuse_inexact_accumulation(recipe: Recipe, objective: Objective, resolved:
 
 
 def cannot_accumulate(objective: Objective) -> str:
-    """What in an objective does not add up over micro-batches; empty: all of it does, or the engine sees to it."""
+    """Says what in an objective does not add up over micro-batches; empty: all of it does, or the engine sees to it."""
     objective.train()  # where a frozen part may keep its batch norm in evaluation mode
     if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training for m in objective.modules()):
         return "batch norm, whose statistics do not add up over micro-batches"

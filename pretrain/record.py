@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and what a run writes of itself before its first step."""
+"""A run's folder: whose it is, and what a run writes about itself before its first step."""
 
 from __future__ import annotations
 
@@ -7,54 +7,110 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_pipeline.durable import durable_file
-from data_pipeline.errors import RunError
-from pretrain.preflight import Plan
+from data_pipeline.errors import RecipeError, RunError
+from pretrain.checkpoints.checkpoint import read_state
+from pretrain.checkpoints.start import length_problems
 from pretrain.recipe.files import dump, load_recipe, resolved_yaml
 from pretrain.recipe.recipe import Recipe
-from pretrain.recipe.resolve import is_longer
+from pretrain.recipe.resolve import Resolved, differences, is_longer
 from pretrain.recipe.strict_yaml import read_yaml
-from pretrain.runtime.collectives import World, from_main
-from pretrain.runtime.run_folder import LOCK
+from pretrain.runtime.agreement import agree
+from pretrain.runtime.collectives import World
+from pretrain.runtime.run_folder import LOCK, newest_checkpoint
+
+
+def refuse_other_run(recipe: Recipe, fingerprint: str, total_steps: int, out: Path) -> None:
+    """A folder goes on with its own run only: what changes results must be what it was, the data included.
+
+    One that has finished may go on for longer.
+
+    Args:
+        recipe: that is to be run in the folder.
+        fingerprint: of its training data.
+        total_steps: of its run.
+        out: the folder.
+
+    Raises:
+        RecipeError: with everything that differs.
+    """
+    given, resolved = out / "recipe.yaml", out / "resolved.yaml"
+    if not given.is_file():
+        return
+    kept_recipe = load_recipe(given)
+    kept = read_yaml(resolved.read_text())[0] if resolved.is_file() else {}
+    problems = differences(recipe, kept_recipe)
+    if is_longer(recipe, kept_recipe):
+        newest = newest_checkpoint(out)
+        problems = length_problems(total_steps, read_state(newest).progress) if newest is not None else []
+    if not problems and kept.get("data_fingerprint", fingerprint) != fingerprint:
+        problems = [
+            f"data.train: expected the data (and weights, of a mixture) with fingerprint {kept['data_fingerprint']}, "
+            f"found {fingerprint}."
+        ]
+    if problems:
+        problems.append("Choose another folder with --out, or take this run's own recipe.")
+        raise RecipeError(f"{out} holds another run", problems)
+
+
+def changed_settings(recipe: Recipe, checkpoint: Path) -> tuple[str, ...]:
+    """Notes on what differs from the run that wrote a checkpoint, where that run's recipe lies beside it."""
+    kept = checkpoint.resolve().parent.parent / "recipe.yaml"
+    if not kept.is_file():
+        return ()
+    return tuple(f"changed: {change}" for change in differences(recipe, load_recipe(kept)))
 
 
 def claim(out: Path, world: World) -> BinaryIO | None:
-    """The run's folder for this job alone, until what is returned is closed or rank 0 ends. Every rank calls it.
+    """Takes the run's folder for this job alone. Every rank calls it.
+
+    Returns:
+        On rank 0, the lock: it holds until it is closed or the process ends.
 
     Raises:
-        RunError: another job has it; told alike on every rank.
+        RunError: another job has it; the same on every rank.
     """
-    lock: BinaryIO | None = None
-    problem: RunError | None = None
-    if world.is_main:
+
+    def lock() -> BinaryIO:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK).open("ab")
+        file = (out / LOCK).open("ab")
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's own: forked workers do not keep it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's own: forked workers do not keep it
         except OSError as error:
-            problem = RunError(
+            raise RunError(
                 where=str(out), expected="one job at a time in a run's folder",
                 found=f"another at work in it, or no locks there ({error.strerror})",
                 fix="Wait for it or stop it, or choose another folder with --out.",
-            )  # fmt: skip
-    if (found := from_main(problem)) is not None:
-        raise found
-    return lock
+            ) from None  # fmt: skip
+        return file
+
+    return agree(lambda: lock() if world.is_main else None)
 
 
-def record_run(out: Path, recipe: Recipe, plan: Plan, environment: str) -> None:
-    """Writes `environment.json`, `resolved.yaml` and `recipe.yaml`; rank 0 only."""
+def record_run(out: Path, recipe: Recipe, resolved: Resolved, fingerprint: str, environment: str) -> None:
+    """Writes `environment.json`, `resolved.yaml` and `recipe.yaml`; rank 0 only.
+
+    Args:
+        out: the run's folder.
+        recipe: of the run.
+        resolved: what follows from it.
+        fingerprint: of the training data.
+        environment: JSON that describes the hardware and software.
+    """
     out.mkdir(parents=True, exist_ok=True)
     _keep_the_shorter(out, recipe)
-    resolved = f"{resolved_yaml(recipe, plan.resolved)}data_fingerprint: {plan.train.fingerprint}\n"
     # The recipe last: it is what makes the folder this run's.
-    texts = {"environment.json": environment, "resolved.yaml": resolved, "recipe.yaml": dump(recipe)}
+    texts = {
+        "environment.json": environment,
+        "resolved.yaml": f"{resolved_yaml(recipe, resolved)}data_fingerprint: {fingerprint}\n",
+        "recipe.yaml": dump(recipe),
+    }
     for name, text in texts.items():
         with durable_file(out / name) as file:
             file.write(text.encode())
 
 
 def _keep_the_shorter(out: Path, recipe: Recipe) -> None:
-    """The recipe of a run that now goes on for longer, under another name."""
+    """Keeps the recipe of a run that now goes on for longer, under another name."""
     given, resolved = out / "recipe.yaml", out / "resolved.yaml"
     if given.is_file() and resolved.is_file() and is_longer(recipe, load_recipe(given)):
         total_steps = read_yaml(resolved.read_text())[0]["resolved"]["total_steps"]

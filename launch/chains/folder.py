@@ -21,7 +21,7 @@ from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import result_settings
 from pretrain.recipe.strict_yaml import write_yaml
-from pretrain.runtime.run_folder import COMPLETE, complete_checkpoints, sha256_of
+from pretrain.runtime.run_folder import COMPLETE, newest_checkpoint, sha256_of
 
 _TAKEN = ("shards", "teacher", "source", "without", "encoder", "train", "test")  # keys that name what a stage reads
 
@@ -179,8 +179,7 @@ class ChainFolder:
         """SHA-256 of what stands for all that a stage left: hashes of hashes; None: there is nothing."""
         path = stage.output(self.out)
         if stage.train is not None:
-            complete = complete_checkpoints(path / "checkpoints")
-            path = complete[-1] / COMPLETE if complete else path / COMPLETE
+            path = (newest_checkpoint(path) or path) / COMPLETE
         elif stage.label is not None:
             path = path / "labels.json"
         return sha256_of(path) if path.is_file() else None
@@ -189,8 +188,8 @@ class ChainFolder:
 def fingerprint(path: str) -> str:
     """Identity of what a chain takes from elsewhere: labels, a run, a checkpoint, a file, or a data set."""
     folder = Path(path)
-    runs = [checkpoint / COMPLETE for checkpoint in complete_checkpoints(folder / "checkpoints")[-1:]]
-    for file in (*runs, folder / COMPLETE, folder / "labels.json", folder / "model.safetensors", folder):
+    newest = newest_checkpoint(folder) or folder
+    for file in (newest / COMPLETE, folder / COMPLETE, folder / "labels.json", folder / "model.safetensors", folder):
         if file.is_file() and file.suffix != ".tar":
             return sha256_of(file)
     return open_dataset(path).fingerprint

@@ -98,14 +98,14 @@ def ranks(num_ranks: int) -> Trainer:
     def train(recipe: Recipe, run: Path) -> None:
         from launch.ranks.launcher import launch
         from pretrain.recipe.files import dump
-        from pretrain.runtime.signals import STOPPED, Asked, signals
+        from pretrain.runtime.signals import STOPPED, Request, signals
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "recipe.yaml"
             path.write_text(dump(recipe), "utf-8")
             # Where SIGTERM asks the ranks to save, they are to have the time for it.
             saving: dict[int, int] = {
-                signum: signal.SIGUSR2 for signum, asked in signals().items() if asked == Asked.STOP
+                signum: signal.SIGUSR2 for signum, request in signals().items() if request == Request.STOP
             }
             arguments = [str(path), "--out", str(run)]
             status = launch(arguments, num_ranks, threads=recipe.runtime.threads, passed_on=saving)

@@ -72,7 +72,7 @@ def findings(
 def of_recipe(recipe: Recipe, cluster: Cluster | None, num_ranks: int, out: Path) -> Iterator[Finding]:
     """Data, memory and disk that a recipe takes."""
     from launch.doctor import recipe as checks
-    from pretrain.plan import footprint
+    from pretrain.plan import build_on_meta, footprint
 
     local = num_ranks if cluster is None else cluster.ranks_per_node
     ranks = checks.Ranks(num_ranks if cluster is None else cluster.nodes * local, local)
@@ -88,7 +88,14 @@ def of_recipe(recipe: Recipe, cluster: Cluster | None, num_ranks: int, out: Path
             if plan is not None and cluster is None:
                 yield from checks.workers(recipe, plan, ranks)
     try:
-        needs = footprint(recipe, ranks.total, None if plan is None else plan.probe)
+        needs = footprint(
+            build_on_meta(recipe.model, recipe.objective) if plan is None else plan.objective,
+            recipe.optim,
+            recipe.engine,
+            recipe.ema,
+            world_size=ranks.total,
+            probe_bytes=0 if plan is None else plan.probe_bytes,
+        )
     except PretrainError as raised:
         yield of_error("model", raised)
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.durable import append_line, read_lines, write_text
 from data_pipeline.errors import InputError
-from pretrain.runtime.run_folder import complete_checkpoints, step_of
+from pretrain.runtime.run_folder import newest_checkpoint, step_of
 
 
 @dataclass(frozen=True)
@@ -81,5 +81,5 @@ class JobFolder:
 
     def newest_step(self) -> int:
         """Of the newest complete checkpoint; 0: there is none."""
-        complete = complete_checkpoints(self.run / "checkpoints")
-        return step_of(complete[-1]) if complete else 0
+        newest = newest_checkpoint(self.run)
+        return step_of(newest) if newest is not None else 0

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from launch.jobs.record import ENDINGS, JobRecord
 from launch.slurm.commands import AT_WORK, WAITING
-from pretrain.runtime.run_folder import complete_checkpoints, is_claimed, step_of
+from pretrain.runtime.run_folder import is_claimed, newest_checkpoint, step_of
 
 State = Literal["pending", "running", "requeued", "done", "stopped", "cancelled", "failed", "unknown"]
 OVER: frozenset[State] = frozenset({"done", "stopped", "cancelled", "failed"})  # nothing more comes by itself
@@ -84,6 +84,6 @@ def _vanished(run: Path, job: JobRecord) -> State:
 
 def _left_at(run: Path) -> State:
     """Of a run that nobody is at work in."""
-    checkpoints, total_steps = complete_checkpoints(run / "checkpoints"), planned(run).total_steps
-    reached = step_of(checkpoints[-1]) if checkpoints else 0
+    newest, total_steps = newest_checkpoint(run), planned(run).total_steps
+    reached = step_of(newest) if newest is not None else 0
     return "done" if total_steps is not None and reached >= total_steps else "stopped"

@@ -14,7 +14,7 @@ from launch.jobs.logs import last_lines, log_files, refuse_no_run
 from launch.jobs.record import JobRecord, load_job
 from launch.jobs.run_state import OVER, State, planned, state_of
 from launch.slurm.commands import job_states
-from pretrain.runtime.run_folder import COMPLETE, complete_checkpoints, is_run, step_of
+from pretrain.runtime.run_folder import COMPLETE, is_run, newest_checkpoint, step_of
 
 _TAIL = 1 << 16  # bytes
 _LEFT_TO_DO: frozenset[State] = frozenset({"pending", "running", "requeued"})
@@ -84,8 +84,7 @@ def _runs_in(folder: Path, depth: int) -> list[Path]:
 def status_of(run: Path, job: JobRecord | None, queue: dict[str, str] | None) -> Status:
     """Of one run; `queue` as `job_states` gives it."""
     state, plan, (step, rate) = state_of(run, job, queue), planned(run), _last_logged(run)
-    checkpoints = complete_checkpoints(run / "checkpoints")
-    newest = checkpoints[-1] if checkpoints else None
+    newest = newest_checkpoint(run)
     eta = None
     if state in _LEFT_TO_DO and rate and plan.total_steps and plan.global_size:
         eta = max(0, plan.total_steps - (step or 0)) * plan.global_size / rate

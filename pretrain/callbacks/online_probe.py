@@ -8,8 +8,8 @@ it, whatever the ZeRO stage: ranks sum two small tensors a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,12 +22,14 @@ from data_pipeline.datasets.mixture import Mixture
 from data_pipeline.datasets.read import Dataset
 from data_pipeline.datasets.selection import soft_classes
 from data_pipeline.errors import FieldError, InputError
-from pretrain.checkpoints.checkpoint import BESIDE
+from pretrain.callbacks.callback import Callback
+from pretrain.checkpoints.files import AUXILIARY_PREFIX
 from pretrain.engine.engine import Engine
 from pretrain.engine.training_state import Fragment
 from pretrain.objectives.contract import Objective
 from pretrain.recipe import recipe
 from pretrain.runtime.collectives import sum_over_ranks
+from pretrain.runtime.state import RunState
 
 MOMENTUM = 0.9
 STATISTICS_MOMENTUM = 0.1  # share of the latest batch in the running statistics, as batch norm has it
@@ -35,15 +37,15 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of a linear classifier: features [B, width] -> logits [B, num_classes]."""
+class ProbeShape:
+    """The sizes of a linear classifier: features [B, width] -> logits [B, num_classes]."""
 
     width: int
     num_classes: int
 
 
-def find_shape(objective: Objective, train: Dataset, val: Dataset | None) -> Shape:
-    """Classes are the objective's, or all that the training data have; before anything starts.
+def find_probe_shape(objective: Objective, train: Dataset, val: Dataset | None) -> ProbeShape:
+    """Finds the sizes of the classifier: its classes are the objective's, or all that the training data have.
 
     Args:
         objective: on the meta device; its encoder is left in evaluation mode.
@@ -72,11 +74,11 @@ def find_shape(objective: Objective, train: Dataset, val: Dataset | None) -> Sha
             where="online_probe", expected="an encoder that pools: features [B, D]",
             found=f"features of {features.ndim} dimensions", fix="Set model.options.global_pool, or leave it out.",
         )  # fmt: skip
-    return Shape(features.shape[1], num_classes)
+    return ProbeShape(features.shape[1], num_classes)
 
 
-def state_bytes(config: recipe.OnlineProbe, shape: Shape) -> int:
-    """Of its whole state, which each rank has and a checkpoint holds once: `OnlineProbe.fragments`."""
+def probe_bytes(config: recipe.OnlineProbe, shape: ProbeShape) -> int:
+    """Bytes of the whole state of `OnlineProbe`, which each rank has and a checkpoint holds once."""
     weights_and_momenta = 4 * 2 * shape.num_classes * (shape.width + 1)
     statistics_and_steps = 4 * 2 * shape.width + 8
     return weights_and_momenta + (statistics_and_steps if config.batch_norm else 0)
@@ -95,7 +97,7 @@ def _num_classes(dataset: Dataset) -> int:
 class OnlineProbe:
     """Multinomial logistic regression by SGD (momentum 0.9, constant rate), from zero.
 
-    Features are standardised before by the mean and variance of the global batch, gradients are of the mean over the
+    Features are standardized before by the mean and variance of the global batch, gradients are of the mean over the
     global batch: how many ranks share it does not matter. Where labels are soft, as of mixed images, the cross entropy
     is against them, and what counts as right is the largest.
 
@@ -105,7 +107,7 @@ class OnlineProbe:
         engine: whose encoder is probed; its weights are the latest, not their moving average.
     """
 
-    def __init__(self, config: recipe.OnlineProbe, shape: Shape, engine: Engine) -> None:
+    def __init__(self, config: recipe.OnlineProbe, shape: ProbeShape, engine: Engine) -> None:
         self.num_classes = shape.num_classes
         self._config, self._engine = config, engine
         device = engine.device
@@ -137,7 +139,7 @@ class OnlineProbe:
             found = [(self._engine.represent(batch), _labels(batch)) for batch in batches]
             features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
             moments = _moments(features) if self._config.batch_norm else None
-            x = features if moments is None else _standardised(features, *moments)
+            x = features if moments is None else _standardized(features, *moments)
             means = self._gradient(x, labels)  # of the weight, the bias, then loss and top1
             if torch.isfinite(means).all():
                 self._step(means, moments)
@@ -151,12 +153,12 @@ class OnlineProbe:
         At ZeRO 3 every rank must call it.
         """
         features = self._engine.represent(batch)
-        x = _standardised(features, self._mean, self._var) if self._config.batch_norm else features
+        x = _standardized(features, self._mean, self._var) if self._config.batch_norm else features
         loss, right = _loss_and_right(F.linear(x, self._weight, self._bias), _labels(batch))
         return {"probe_loss": loss / len(batch), "probe_top1": right / len(batch)}
 
     def fragments(self) -> list[Fragment]:
-        """Its whole state for a checkpoint, as live views; every rank has all of it."""
+        """The whole state for a checkpoint, as live views; every rank has all of it."""
         tensors = {
             "weight": self._weight,
             "bias": self._bias,
@@ -166,12 +168,12 @@ class OnlineProbe:
         if self._config.batch_norm:  # without it they are never written, and must not be taken for statistics
             tensors |= {"mean": self._mean, "var": self._var, "steps": self._steps}
         return [
-            Fragment(f"{BESIDE}{name}", tuple(tensor.shape), 0, tensor.detach().view(-1), replicated=True)
+            Fragment(f"{AUXILIARY_PREFIX}{name}", tuple(tensor.shape), 0, tensor.detach().view(-1), replicated=True)
             for name, tensor in tensors.items()
         ]
 
     def _gradient(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Of the mean loss over all ranks with respect to weight and bias, then that loss and top-1, in one row."""
+        """The gradient of the mean loss over all ranks by weight and bias, then that loss and top-1, in one row."""
         loss, right = _loss_and_right(F.linear(x, self._weight, self._bias), labels)
         gradients = torch.autograd.grad(loss, (self._weight, self._bias))
         count = torch.full_like(right, len(x))
@@ -194,6 +196,23 @@ class OnlineProbe:
                 running.lerp_(latest, share)
 
 
+class ProbeTraining(Callback):
+    """Trains the probe on the batches of every applied step.
+
+    Args:
+        probe: of the engine's encoder.
+        prepare: makes the normalized batch on the device out of a host batch.
+    """
+
+    def __init__(self, probe: OnlineProbe, prepare: Callable[[Batch], Batch]) -> None:
+        self._probe, self._prepare = probe, prepare
+
+    def after_step(self, state: RunState, micro_batches: tuple[Batch, ...]) -> dict[str, Tensor]:
+        """Brings no more to the device than the probe looks at."""
+        looked_at = (replace(batch, views=batch.views[:1], masks=None, tokens=None) for batch in micro_batches)
+        return self._probe.train(map(self._prepare, looked_at), state.progress.step)
+
+
 def _labels(batch: Batch) -> Tensor:
     assert batch.labels is not None  # preflight saw to them
     return batch.labels.float() if batch.labels.ndim == 2 else batch.labels
@@ -214,6 +233,6 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), (squares / count - mean.square()).clamp(min=0).float()
 
 
-def _standardised(features: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+def _standardized(features: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """Batch norm without weights of its own, as He et al. 2021 (arXiv:2111.06377, app. A.1) put it before a probe."""
     return (features - mean) * (var + EPS).rsqrt()

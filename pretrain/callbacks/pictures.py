@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,36 +14,46 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.durable import durable_file
+from pretrain.callbacks.callback import Periodic
 from pretrain.engine.engine import Engine
-from pretrain.models.encoders import load_strictly
 from pretrain.monitoring.metrics import MetricLog
-from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.contract import Objective
 from pretrain.objectives.masked import find_painter
-from pretrain.recipe.recipe import Recipe
-from pretrain.runtime.collectives import World
 from pretrain.runtime.state import RunState
 
 NUM_SAMPLES = 8
 
 
-class Pictures:
-    """Keeps the first samples of the latest batch, as the objective gets them, and paints them when asked.
+class Pictures(Periodic):
+    """Keeps the first samples of the latest batch, as the objective gets them, and paints them when due.
 
     Args:
-        recipe: of the run.
+        every_steps: steps between pictures.
         engine: holds the objective that paints.
+        build: makes an objective with the same tensors.
+        mean: per channel, by which the batch was normalized.
+        std: likewise.
         log: takes the picture; it goes to `images/step_XXXXXXXX.png` in `out` as well.
-        world: this process among the ranks.
         out: the run's folder.
     """
 
-    def __init__(self, recipe: Recipe, engine: Engine, log: MetricLog, world: World, out: Path) -> None:
-        self._recipe, self._engine, self._log, self._world, self._out = recipe, engine, log, world, out
+    def __init__(
+        self,
+        every_steps: int,
+        engine: Engine,
+        build: Callable[[], Objective],
+        mean: Sequence[float],
+        std: Sequence[float],
+        log: MetricLog,
+        out: Path,
+    ) -> None:
+        super().__init__(every_steps)
+        self._engine, self._build, self._mean, self._std, self._log, self._out = engine, build, mean, std, log, out
         self._seen: Batch | None = None
 
-    def see(self, batch: Batch) -> Batch:
-        """The same batch, its first samples remembered."""
-        if self._world.is_main:
+    def on_batch(self, batch: Batch) -> None:
+        """Remembers the first samples."""
+        if self._engine.world.is_main:
             self._seen = replace(
                 batch,
                 keys=batch.keys[:NUM_SAMPLES],
@@ -54,18 +64,16 @@ class Pictures:
                 masks=None if batch.masks is None else batch.masks[:NUM_SAMPLES].clone(),
                 augment={},
             )
-        return batch
 
-    def paint(self, state: RunState) -> dict[str, float]:
+    def evaluate(self, state: RunState) -> dict[str, float]:
         """Writes the picture; every rank calls it. Nothing of the training is touched, its random state least."""
         columns: Sequence[Tensor] = ()
         if find_painter(self._engine.objective) is not None:
             columns = self._reconstruction()
         elif self._seen is not None:
             columns = self._seen.views
-        if self._world.is_main:
-            data = self._recipe.data
-            pixels = grid(columns, data.mean, data.std)
+        if self._engine.world.is_main:
+            pixels = grid(columns, self._mean, self._std)
             path = self._out / "images" / f"step_{state.progress.step:08d}.png"
             try:
                 path.parent.mkdir(exist_ok=True)
@@ -77,21 +85,18 @@ class Pictures:
         return {}
 
     def _reconstruction(self) -> Sequence[Tensor]:
-        """By a copy with the whole weights, on rank 0: at ZeRO 3 no rank has them."""
-        weights = self._engine.materialize(self._engine.objective)
-        if not self._world.is_main or self._seen is None:
+        """The seen samples by a copy with the whole weights, on rank 0: at ZeRO 3 no rank has them."""
+        objective = self._engine.whole_copy(self._engine.objective, self._build, where="the objective")
+        if objective is None or self._seen is None:
             return ()
-        with torch.random.fork_rng(devices=[]):
-            objective = build_objective(self._recipe.model, self._recipe.objective)
-        load_strictly(objective, weights, where="the objective")
-        painter = find_painter(objective.to(self._engine.device).eval())
+        painter = find_painter(objective.eval())
         assert painter is not None
         shown = painter.reconstruct(self._seen)
         return shown.original, shown.masked, shown.filled
 
 
 def grid(columns: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
-    """[H, W, 3]: a row for each sample, a column for each of the normalised [B, 3, S, S]."""
+    """Lays images out: [H, W, 3], a row for each sample, a column for each of the normalized [B, 3, S, S]."""
     rows = torch.cat([torch.cat(tuple(column), dim=1) for column in columns], dim=2).float().cpu()  # [3, B*S, V*S]
     pixels = rows * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     found: NDArray[np.uint8] = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

@@ -1,4 +1,4 @@
-"""When to save: by steps, by minutes, and on demand; and when to stop on demand, which saves first.
+"""When to save: by steps, by minutes, and on request; and when to stop on request, which saves first.
 
 Under a scheduler there is so long for that last save; whether it is enough is tried before the first step.
 """
@@ -12,15 +12,16 @@ from pathlib import Path
 from data_pipeline.errors import InputError
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.runtime.collectives import World, greatest_of_ranks, side_group
-from pretrain.runtime.signals import LEAD_SECONDS, Asked, Demand
+from pretrain.runtime.signals import LEAD_SECONDS, Request, SignalRequests
 from pretrain.runtime.state import RunState
 
 _TRIAL_BYTES = 1 << 26
 
 
 def check_time_to_save(checkpoint_bytes: int, out: Path, world: World) -> None:
-    """That a save is done between the warning and the time limit of a job. Every rank calls it, and writes its share
-    of a checkpoint, or 64 MiB of it, at the same time as the others.
+    """Checks that a save is done between the warning and the time limit of a job.
+
+    Every rank calls it, and writes its share of a checkpoint, or 64 MiB of it, at the same time as the others.
 
     Raises:
         InputError: by this trial, it would not be.
@@ -43,7 +44,7 @@ def check_time_to_save(checkpoint_bytes: int, out: Path, world: World) -> None:
 
 
 def _seconds_to_write(path: Path, num_bytes: int) -> float:
-    """Of so many bytes, from the time that a part of them takes to be on disk; the file is removed."""
+    """Estimates the time to write so many bytes from that of a part of them; the file is removed."""
     part = os.urandom(1 << 20)  # nothing that storage could shorten
     count = max(1, min(num_bytes, _TRIAL_BYTES) >> 20)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,13 +60,16 @@ def _seconds_to_write(path: Path, num_bytes: int) -> float:
         path.unlink(missing_ok=True)
 
 
-class TimedCheckpoints:
-    """Saves every so many steps and minutes, and where it is demanded of any rank.
+class CheckpointSchedule:
+    """Saves every so many steps and minutes, and where it is requested of any rank.
+
+    Attributes:
+        stopping: whether a stop is requested; known from `due` on.
 
     Args:
         writer: saves a state; None: nothing is ever saved.
         world: this process among the ranks.
-        demand: of this rank. A stop that any rank is asked for, all are.
+        requests: signals to this rank. A stop that is requested of any rank is requested of all.
         every_steps: None: not by steps.
         every_minutes: None: not by time, which is rank 0's.
     """
@@ -75,11 +79,11 @@ class TimedCheckpoints:
         writer: CheckpointWriter | None,
         *,
         world: World,
-        demand: Demand,
+        requests: SignalRequests,
         every_steps: int | None,
         every_minutes: float | None,
     ) -> None:
-        self._writer, self._world, self._demand = writer, world, demand
+        self._writer, self._world, self._requests = writer, world, requests
         self._every_steps, self._every_minutes = every_steps, every_minutes
         self._last = time.monotonic()
         self._group = side_group()  # a flag between hosts: over NCCL every step would wait for the GPU
@@ -92,12 +96,15 @@ class TimedCheckpoints:
         """
         minutes = (time.monotonic() - self._last) / 60
         by_time = self._world.is_main and self._every_minutes is not None and minutes >= self._every_minutes
-        asked = greatest_of_ranks(max(self._demand.asked, Asked.SAVE if by_time else Asked.NOTHING), self._group)
-        self.stopping = asked == Asked.STOP
-        return asked > Asked.NOTHING or (self._every_steps is not None and step % self._every_steps == 0)
+        request = greatest_of_ranks(
+            max(self._requests.pending, Request.SAVE if by_time else Request.NOTHING), self._group
+        )
+        self.stopping = request == Request.STOP
+        return request > Request.NOTHING or (self._every_steps is not None and step % self._every_steps == 0)
 
     def save(self, state: RunState) -> None:
-        self._demand.asked = Asked.NOTHING
+        """Saves the state; what was requested is answered by it."""
+        self._requests.pending = Request.NOTHING
         if self._writer is not None:
             self._writer.save(state)
         self._last = time.monotonic()

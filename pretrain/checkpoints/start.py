@@ -1,78 +1,32 @@
-"""Whether a folder is this run's, and where the run starts: its own newest sound checkpoint, else `resume_from`,
-else `init_from`, else scratch.
-"""
+"""Where a run starts: its own newest sound checkpoint, else `resume_from`, else `init_from`, else scratch."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data_pipeline.errors import CheckpointError, PretrainError, RecipeError
+from data_pipeline.errors import CheckpointError, RecipeError
 from pretrain.checkpoints.checkpoint import (
-    COMPLETE,
-    STATE,
     Checkpoint,
-    complete_checkpoints,
+    load,
+    load_auxiliary,
     module_state,
     newest_sound,
     open_checkpoint,
-    read_state,
-    some,
 )
+from pretrain.checkpoints.files import AUXILIARY_PREFIX, STATE, some
+from pretrain.engine.training_state import Fragment, TrainingState
 from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, TOWERS, WEIGHTS
 from pretrain.objectives.contract import Objective
-from pretrain.recipe.files import load_recipe
-from pretrain.recipe.recipe import Recipe
-from pretrain.recipe.resolve import differences, is_longer
-from pretrain.recipe.strict_yaml import read_yaml
-from pretrain.runtime.collectives import World, gather_objects
-from pretrain.runtime.state import Progress
-
-
-def refuse_other_run(recipe: Recipe, fingerprint: str, total_steps: int, out: Path) -> None:
-    """A folder goes on with its own run only: what changes results must be what it was, the data included.
-
-    One that has finished may go on for longer.
-
-    Raises:
-        RecipeError: with everything that differs.
-    """
-    given, resolved = out / "recipe.yaml", out / "resolved.yaml"
-    if not given.is_file():
-        return
-    kept_recipe = load_recipe(given)
-    kept = read_yaml(resolved.read_text())[0] if resolved.is_file() else {}
-    problems = differences(recipe, kept_recipe)
-    if is_longer(recipe, kept_recipe):
-        problems = _not_longer(total_steps, out)
-    if not problems and kept.get("data_fingerprint", fingerprint) != fingerprint:
-        problems = [
-            f"data.train: expected the data (and weights, of a mixture) with fingerprint {kept['data_fingerprint']}, "
-            f"found {fingerprint}."
-        ]
-    if problems:
-        problems.append("Choose another folder with --out, or take this run's own recipe.")
-        raise RecipeError(f"{out} holds another run", problems)
-
-
-def _not_longer(given: int, out: Path) -> list[str]:
-    complete = complete_checkpoints(out / "checkpoints")
-    return not_longer(given, read_state(complete[-1]).progress) if complete else []
-
-
-def not_longer(given: int, kept: Progress) -> list[str]:
-    """Only at its end is a run independent of how long it was to be: the learning rate depends on that."""
-    step, total_steps = kept.step, kept.total_steps
-    if given != total_steps and step < total_steps:
-        return [f"schedule: expected the {total_steps} steps of this run, which is at step {step}, found {given}."]
-    if given < total_steps:
-        return [f"schedule: expected more than the {total_steps} steps that this run has done, found {given}."]
-    return []
+from pretrain.runtime.agreement import agree
+from pretrain.runtime.collectives import World
+from pretrain.runtime.run_folder import COMPLETE
+from pretrain.runtime.state import Progress, RunState
 
 
 @dataclass(frozen=True)
@@ -82,23 +36,29 @@ class Start:
     Attributes:
         checkpoint: whole training state; None: the weights as they are now.
         source: in a few words.
+        own: whether the checkpoint is the run's own.
         notes: for the run's log, a line each.
         unsound: complete checkpoints of the run that were passed over as damaged.
     """
 
     checkpoint: Checkpoint | None
     source: str
+    own: bool = False
     notes: tuple[str, ...] = ()
     unsound: tuple[Path, ...] = ()
 
 
-def find_start(recipe: Recipe, objective: Objective, checkpoints: Path | None, world: World) -> Start:
+def find_start(
+    objective: Objective, checkpoints: Path | None, world: World, *, resume_from: str | None, init_from: str | None
+) -> Start:
     """Looks in the order of precedence; weights of `init_from` are loaded at once. Every rank calls it.
 
     Args:
-        recipe: of the run.
         objective: still whole, on the CPU.
         checkpoints: the run's own; None: it has none and will have none.
+        world: this process among the ranks.
+        resume_from: a checkpoint or run whose whole state is taken, as in a recipe.
+        init_from: a run, checkpoint, folder or file whose weights are taken, as in a recipe.
 
     Raises:
         CheckpointError: something that was asked for is damaged or does not fit; never is another one taken in
@@ -108,18 +68,62 @@ def find_start(recipe: Recipe, objective: Objective, checkpoints: Path | None, w
         own, passed_over = newest_sound(checkpoints, world)
         if own is not None:
             notes = tuple(f"passed over, damaged: {error.where}: {error.found}" for error in passed_over)
-            unsound = tuple(_checkpoint_of(Path(error.where)) for error in passed_over)
-            return Start(own, f"from {own.path}", notes, unsound)
-    if recipe.resume_from is not None:
-        checkpoint = _checkpoint_at(Path(recipe.resume_from), world)
-        return Start(checkpoint, f"from {checkpoint.path}", _changes(recipe, checkpoint.path))
-    if recipe.init_from is not None:
-        return Start(None, f"with weights of {recipe.init_from}", _initialize(objective, Path(recipe.init_from), world))
+            unsound = tuple(_checkpoint_folder(Path(error.where)) for error in passed_over)
+            return Start(own, f"from {own.path}", True, notes, unsound)
+    if resume_from is not None:
+        checkpoint = _checkpoint_at(Path(resume_from), world)
+        return Start(checkpoint, f"from {checkpoint.path}")
+    if init_from is not None:
+        return Start(None, f"with weights of {init_from}", notes=_initialize(objective, Path(init_from), world))
     return Start(None, "from scratch")
 
 
+def resume(
+    start: Start, trained: TrainingState, auxiliary: Sequence[Fragment], total_steps: int
+) -> tuple[RunState, Start]:
+    """Loads the tensors that a run goes on from. Every rank calls it.
+
+    Args:
+        start: of the run; its checkpoint is closed.
+        trained: takes the training state.
+        auxiliary: state of the online probe, which takes the stored one if there is a fitting one.
+        total_steps: of the run, which is the recipe's to say.
+
+    Returns:
+        The state to go on from, and the start with notes on the online probe.
+    """
+    if start.checkpoint is None:
+        return RunState(Progress(0, total_steps, 0)), start
+    state = load(start.checkpoint, trained)
+    notes: tuple[str, ...] = ()
+    had_probe = any(name.startswith(AUXILIARY_PREFIX) for name in start.checkpoint.tensors.shapes)
+    if auxiliary and not load_auxiliary(start.checkpoint, auxiliary):
+        notes = (f"the online probe starts anew: the checkpoint has {'another' if had_probe else 'none'}",)
+    if not auxiliary and had_probe:
+        notes = ("the checkpoint's online probe is left behind",)
+    start.checkpoint.close()  # or its files would be held, removed or not, for as long as the run goes on
+    if start.own and (problems := length_problems(total_steps, state.progress)):
+        run = start.checkpoint.path.parent.parent
+        raise RecipeError(f"{run} holds another run", problems)  # its last checkpoint was passed over
+    state = replace(state, progress=replace(state.progress, total_steps=total_steps))
+    return state, replace(start, notes=(*start.notes, *notes))
+
+
+def length_problems(given: int, kept: Progress) -> list[str]:
+    """Says why a run of `kept` progress cannot be `given` steps long; empty: it can.
+
+    Only at its end is a run independent of how long it was to be: before, the learning rate depends on that.
+    """
+    step, total_steps = kept.step, kept.total_steps
+    if given != total_steps and step < total_steps:
+        return [f"schedule: expected the {total_steps} steps of this run, which is at step {step}, found {given}."]
+    if given < total_steps:
+        return [f"schedule: expected more than the {total_steps} steps that this run has done, found {given}."]
+    return []
+
+
 def _checkpoint_at(path: Path, world: World) -> Checkpoint:
-    """A checkpoint, or the newest of a run: then it must be that one, as nobody asked for an older."""
+    """Opens a checkpoint, or the newest of a run: then it must be that one, as nobody asked for an older."""
     if (path / "checkpoints").is_dir():
         found, passed_over = newest_sound(path / "checkpoints", world)
         if passed_over:
@@ -129,16 +133,8 @@ def _checkpoint_at(path: Path, world: World) -> Checkpoint:
     return open_checkpoint(path, world)
 
 
-def _changes(recipe: Recipe, checkpoint: Path) -> tuple[str, ...]:
-    """What is another than in the run that wrote the checkpoint, where its recipe lies beside."""
-    kept = checkpoint.resolve().parent.parent / "recipe.yaml"
-    if not kept.is_file():
-        return ()
-    return tuple(f"changed: {change}" for change in differences(recipe, load_recipe(kept)))
-
-
-def _checkpoint_of(damaged: Path) -> Path:
-    """An error names the file; the folder above is the checkpoint."""
+def _checkpoint_folder(damaged: Path) -> Path:
+    """The checkpoint that an error is about: it names the folder, or a file in it."""
     return damaged if damaged.is_dir() else damaged.parent
 
 
@@ -147,16 +143,14 @@ def _initialize(objective: Objective, path: Path, world: World) -> tuple[str, ..
 
     Momentum teachers are not taken: they start as the weights that they follow, as they do from scratch.
     """
-    problem: PretrainError | None = None
-    try:
+
+    def read() -> Mapping[str, Tensor]:
         stored = _weights(path, world)
         _refuse_other_encoder(objective, stored, path)
-    except PretrainError as error:
-        problem = error
-    for found in gather_objects(problem):
-        if found is not None:
-            raise found
-    followers = followers_of(objective)
+        return stored
+
+    stored = agree(read)
+    followers = momentum_teachers(objective)
     whole = objective.state_dict()
     own = {name: tensor for name, tensor in whole.items() if not name.startswith(tuple(followers))}
     taken = {name for name in own.keys() & stored.keys() if own[name].shape == stored[name].shape}
@@ -183,7 +177,7 @@ def refuse_locked_at_random(objective: Objective, taken: Collection[str]) -> Non
     Raises:
         RecipeError: a parameter would stay at its random start for good.
     """
-    follow = tuple(followers_of(objective))
+    follow = tuple(momentum_teachers(objective))
     locked = {name for name, p in objective.named_parameters() if not p.requires_grad and not name.startswith(follow)}
     if random := locked - set(taken):
         problem = (
@@ -193,15 +187,15 @@ def refuse_locked_at_random(objective: Objective, taken: Collection[str]) -> Non
         raise RecipeError("the start", [problem])
 
 
-def followers_of(objective: Objective) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Momentum teachers and what they follow, by what the names of a teacher's tensors begin with."""
+def momentum_teachers(objective: Objective) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Finds momentum teachers and the modules that they follow, by the beginning of a teacher's tensor names."""
     names = {module: name for name, module in objective.named_modules()}
     _, pairs = objective.ema(Progress(0, 1, 0))
     return {f"{names[target]}.": (target, online) for target, online in pairs}
 
 
 def _weights(path: Path, world: World) -> Mapping[str, Tensor]:
-    """Parameters and buffers under the objective's names, of a run, a checkpoint, an encoder folder or a file."""
+    """Reads parameters and buffers, by the objective's names, of a run, a checkpoint, an encoder folder or a file."""
     if (path / "checkpoints").is_dir():
         newest, passed_over = newest_sound(path / "checkpoints", world)
         if passed_over:
@@ -239,7 +233,7 @@ def _refuse_other_encoder(objective: nn.Module, stored: Mapping[str, Tensor], pa
 
 
 def _listed(names: set[str]) -> str:
-    """Counted by their first part: "150 of encoder, 2 of head"."""
+    """Counts names by their first part: "150 of encoder, 2 of head"."""
     parts: dict[str, int] = {}
     for name in names:
         part = name.split(".")[0]

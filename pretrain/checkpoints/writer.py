@@ -15,36 +15,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
-from data_pipeline.durable import durable_file, sync_folder
-from data_pipeline.errors import RunError
-from pretrain.checkpoints.checkpoint import COMPLETE, FORMAT, STATE, all_folders, complete_checkpoints, folder_name
+from data_pipeline.durable import sync_folder
+from data_pipeline.errors import PretrainError, RunError
+from pretrain.checkpoints.files import FORMAT, STATE
+from pretrain.checkpoints.shares import Share, Snapshot, put_verified
 from pretrain.engine.training_state import Fragment
+from pretrain.runtime.agreement import RanksFailedError, agree
 from pretrain.runtime.collectives import World, gather_objects, side_group
-from pretrain.runtime.run_folder import sha256_of
+from pretrain.runtime.run_folder import COMPLETE, all_folders, complete_checkpoints, folder_name
 from pretrain.runtime.state import RunState
-
-_CHUNK = 1 << 24  # bytes that are written and hashed at a time
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # as safetensors calls them
 
 
 class HoldsState(Protocol):
@@ -74,11 +60,11 @@ class CheckpointWriter:
         trained: what is saved.
         world: this process among the ranks.
         keep_last: complete checkpoints that are kept.
-        say: told what came of a save; on rank 0.
+        say: receives a sentence on how a save went, on rank 0.
         unsound: complete checkpoints that were found damaged: they count as torn, and go with the next that is
             saved.
         exported: called on rank 0, in the thread, with each complete checkpoint.
-        beside: live views of what is saved with it.
+        auxiliary: live views of what is saved with it, trained beside the objective.
         max_failures: saves that may fail one after the other before the run stops.
     """
 
@@ -92,17 +78,23 @@ class CheckpointWriter:
         say: Callable[[str], None],
         unsound: Collection[Path] = (),
         exported: Callable[[Path], None] = lambda _: None,
-        beside: Sequence[Fragment] = (),
+        auxiliary: Sequence[Fragment] = (),
         max_failures: int = 3,
     ) -> None:
         self._folder, self._trained, self._world, self._keep_last = folder, trained, world, keep_last
         self._say, self._unsound, self._exported = say, set(unsound), exported
-        self._beside = tuple(beside)
+        self._auxiliary = tuple(auxiliary)
         self._failures, self._max_failures = 0, max_failures
         self._group = side_group()
-        self._snapshot = _Snapshot()
+        self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._outcome: _Outcome | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abandon()
 
     def save(self, state: RunState) -> None:
         """Takes a copy of the state and writes `step_XXXXXXXX` behind the caller's back.
@@ -110,10 +102,10 @@ class CheckpointWriter:
         Waits for the save before, if that is still being written.
 
         Raises:
-            RunError: too many saves have failed in a row; told alike on every rank.
+            RunError: too many saves have failed in a row; the same on every rank.
         """
         self._settle()
-        self._snapshot.gather([*self._trained.fragments(), *self._beside], self._world)
+        self._snapshot.gather([*self._trained.fragments(), *self._auxiliary], self._world)
         described = {
             "format": FORMAT,
             "run": state.to_json(),
@@ -176,7 +168,7 @@ class CheckpointWriter:
         if problems:
             return _Outcome(target, problems)
         path = target / f"tensors-{self._world.rank:05d}-of-{self._world.size:05d}.safetensors"
-        share = _Share(path.name, self._snapshot.shapes)
+        share = Share(path.name, self._snapshot.shapes)
         problems = self._agree(lambda: share.write(path, self._snapshot))
         shares = gather_objects(share, self._group)
         if not problems:
@@ -188,126 +180,34 @@ class CheckpointWriter:
         return _Outcome(target, problems, complete=True)
 
     def _agree(self, work: Callable[[], None]) -> str:
-        """Every rank does its part; what went wrong on any of them, on all of them."""
-        problem = ""
+        """Every rank does its part; returns what went wrong on any of them, the same on all ranks."""
         try:
-            work()
-        except Exception as error:  # told to every rank, so that none waits for this one
-            problem = f"{type(error).__name__}: {error}"
-        problems = gather_objects(problem, self._group)
-        return "; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)
+            agree(work, self._group)
+        except RanksFailedError as error:
+            return str(error)
+        except PretrainError as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
 
     def _make_folder(self, target: Path) -> None:
         if self._world.is_main:
             _remove(target)
             target.mkdir(parents=True)
 
-    def _mark_complete(self, target: Path, described: dict[str, Any], shares: Sequence[_Share]) -> None:
+    def _mark_complete(self, target: Path, described: dict[str, Any], shares: Sequence[Share]) -> None:
         if not self._world.is_main:
             return
         shapes = {name: shape for share in shares for name, shape in share.shapes.items()}
         text = json.dumps({**described, "shapes": shapes}, indent=1).encode()
-        _put(target / STATE, text)
+        put_verified(target / STATE, text)
         digests = {share.name: share.sha256 for share in shares} | {STATE: hashlib.sha256(text).hexdigest()}
-        _put(target / COMPLETE, json.dumps(digests, indent=1).encode())
+        put_verified(target / COMPLETE, json.dumps(digests, indent=1).encode())
         sync_folder(target.parent)
 
     def _after(self, target: Path) -> None:
         if self._world.is_main:
             _retain(self._folder, target, self._keep_last, self._unsound)
             self._exported(target)
-
-
-class _Snapshot:
-    """This rank's share of a state in one piece of memory, as safetensors lays it out; kept for the next save."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._header = b""
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._num_bytes = 0
-
-    def gather(self, fragments: Sequence[Fragment], world: World) -> None:
-        """Copies the stretches that this rank alone keeps, and its part of those that every rank has."""
-        shared = [f for f in fragments if f.replicated]  # alike on every rank, and in one order; the others are not
-        own = [f for f in fragments if not f.replicated] + shared[world.rank :: world.size]
-        own.sort(key=lambda fragment: -fragment.data.itemsize)  # each type is then aligned to its own size
-        self.shapes = {fragment.name: fragment.shape for fragment in own}
-        offsets = list(accumulate((fragment.data.nbytes for fragment in own), initial=0))
-        places = {
-            f"{fragment.name}@{fragment.start}": {
-                "dtype": _DTYPES[fragment.data.dtype],
-                "shape": [fragment.data.numel()],
-                "data_offsets": [start, stop],
-            }
-            for fragment, (start, stop) in zip(own, pairwise(offsets), strict=True)
-        }
-        header = json.dumps(places).encode()
-        header += b" " * (-len(header) % 8)
-        self._header = len(header).to_bytes(8, "little") + header
-        self._num_bytes = offsets[-1]
-        on_gpu = any(fragment.data.is_cuda for fragment in own)
-        if self._buffer.numel() < self._num_bytes:
-            self._buffer = torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
-        for fragment, (start, stop) in zip(own, pairwise(offsets), strict=True):
-            view = self._buffer[start:stop].view(fragment.data.dtype)
-            view.copy_(fragment.data.detach(), non_blocking=on_gpu)
-        if on_gpu:
-            torch.cuda.synchronize()
-
-    def pieces(self) -> list[memoryview]:
-        """The bytes of the file, in order."""
-        body = memoryview(self._buffer.numpy().data)[: self._num_bytes]
-        return [memoryview(self._header), *(body[at : at + _CHUNK] for at in range(0, len(body), _CHUNK))]
-
-
-@dataclass
-class _Share:
-    """What one rank wrote."""
-
-    name: str
-    shapes: dict[str, tuple[int, ...]]
-    sha256: str = ""
-
-    def write(self, path: Path, snapshot: _Snapshot) -> None:
-        """Raises OSError where the disk does not take it, or does not give back what it took."""
-        digest = hashlib.sha256()
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            for piece in snapshot.pieces():
-                digest.update(piece)
-                _write_all(descriptor, piece)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache
-        finally:
-            os.close(descriptor)
-        self.sha256 = digest.hexdigest()
-        _compare(path, self.sha256)
-
-
-def _write_all(descriptor: int, piece: memoryview) -> None:
-    while piece:
-        piece = piece[os.write(descriptor, piece) :]
-
-
-def _compare(path: Path, sha256: str) -> None:
-    if sha256_of(path) != sha256:
-        raise OSError(f"{path.name} does not give back what was written")
-
-
-def _put(path: Path, data: bytes) -> None:
-    """Read back before it appears under its name, and once it has: a rename can be lost as well as a byte."""
-    with durable_file(path) as file:
-        file.write(data)
-        file.flush()
-        file.seek(0)
-        _refuse_other(path, file.read(), data)
-    _refuse_other(path, path.read_bytes() if path.exists() else b"", data)
-
-
-def _refuse_other(path: Path, found: bytes, written: bytes) -> None:
-    if found != written:
-        raise OSError(f"{path.name} does not give back what was written")
 
 
 def _retain(folder: Path, newest: Path, keep_last: int, unsound: Collection[Path]) -> None:

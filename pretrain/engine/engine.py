@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
-from data_pipeline.errors import InputError
-from pretrain.engine.activation_checkpointing import checkpoint_activations
+from pretrain.engine import deepspeed_library
+from pretrain.engine.computation import channels_last, choose_computation
 from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.engine.partitions import Partitions
 from pretrain.engine.training_state import TrainingState
 from pretrain.engine.two_passes import loss_and_gradients, poisoned
 from pretrain.models.batch_norm import synchronise_batch_norms
-from pretrain.models.blocks import repeated_blocks
-from pretrain.monitoring.timing import Stopwatch
+from pretrain.models.encoders import load_strictly
 from pretrain.objectives.contract import Contrastive, Features, LossOutput, Objective
 from pretrain.optim.averages import follow
 from pretrain.optim.config import Ema, OptimConfig
@@ -28,6 +25,9 @@ from pretrain.optim.optimizers import UNDECAYED, build_optimizer
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
+from pretrain.runtime.stopwatch import Stopwatch
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class StepResult:
         metrics: `loss` and the objective's own, local means over this rank's micro-batches, fp32 scalars.
         grad_norm: L2 norm of the averaged gradient before clipping, over all parameters and ranks.
         applied: False where a loss or gradient was not finite; then no rank changed anything.
-        rates: learning rates of the groups, before any layer decay: `lr`, and `undecayed_lr` where modules have it.
+        rates: learning rates of the groups, before any layer decay: `lr`, and `undecayed_lr` where modules keep the
+            peak after the warmup.
     """
 
     metrics: dict[str, Tensor]
@@ -81,17 +82,17 @@ class Engine:
         seed: int,
         ema: Ema | None = None,
     ) -> None:
-        deepspeed = _import_deepspeed(device)
+        deepspeed = deepspeed_library.import_deepspeed(device)
         self.objective, self.stage, self.world, self.device, self.seed = (
             objective, config.zero_stage, world, device, seed,
         )  # fmt: skip
         self.clip_norm, self._channels_last = optim.clip_norm, config.channels_last
         self.clock = Stopwatch(device)
-        _time_collectives(deepspeed, self.clock)
+        deepspeed_library.time_collectives(deepspeed, self.clock)
         objective.to(device)
         if world.size > 1:
             synchronise_batch_norms(objective, device)
-        _choose_computation(objective, config, device)
+        choose_computation(objective, config, device)
         self._names = {p: name for name, p in objective.named_parameters()}
         shapes = {name: tuple(p.shape) for p, name in self._names.items()}  # at ZeRO 3 they will be empty
         self.optimizer = build_optimizer(objective, optim, fused=config.fused_adamw)
@@ -100,20 +101,17 @@ class Engine:
             optimizer=self.optimizer,
             dist_init_required=False,
             config=deepspeed_config(
-                config,
-                clip_norm=optim.clip_norm,
-                world_size=world.size,
-                micro_size=micro_size,
+                config, clip_norm=optim.clip_norm, world_size=world.size, micro_size=micro_size,
                 accumulation=accumulation,
             ),
-        )
+        )  # fmt: skip
         if self.stage == 3:
-            self._register_shared_parameters(deepspeed)
+            deepspeed_library.register_shared_parameters(deepspeed, objective)
         self._partitions = Partitions(self._deepspeed, self.optimizer, self.stage)
         self.state = TrainingState(objective, shapes, self.optimizer, self._partitions, ema)
 
     def step(
-        self, micro_batches: Sequence[Batch], progress: Progress, lr: float, undecayed_lr: float | None = None
+        self, micro_batches: Sequence[Batch], progress: Progress, lr: float, constant_lr: float | None = None
     ) -> StepResult:
         """Forward and backward of every micro-batch, then one optimizer step.
 
@@ -121,10 +119,10 @@ class Engine:
             micro_batches: this rank's share.
             progress: before the step.
             lr: learning rate.
-            undecayed_lr: that of modules whose learning rate does not decay; None: `lr` as well.
+            constant_lr: that of modules which keep the peak after the warmup; None: `lr` as well.
         """
         self.objective.train()
-        rates = self._set_lr(lr, lr if undecayed_lr is None else undecayed_lr)
+        rates = self._set_lr(lr, lr if constant_lr is None else constant_lr)
         buffers = [(buffer, buffer.clone()) for buffer in self.state.buffers]
         if isinstance(self.objective, Contrastive) and len(micro_batches) > 1:
             metrics = self._in_two_passes(self.objective, micro_batches, progress)
@@ -170,7 +168,7 @@ class Engine:
             return features.float()
 
     def materialize(self, module: nn.Module, *, averaged: bool = True) -> dict[str, Tensor]:
-        """Whole fp32 weights and buffers of a submodule, on the CPU, on every rank; every rank must call it.
+        """Gathers whole fp32 weights and buffers of a submodule on the CPU of every rank; every rank must call it.
 
         Args:
             module: of the objective.
@@ -180,12 +178,29 @@ class Engine:
         for name, value in module.state_dict(keep_vars=True).items():
             found = self._average(value) if averaged else None
             if found is None and isinstance(value, nn.Parameter) and self.stage == 3:
-                import deepspeed
-
-                with deepspeed.zero.GatheredParameters([value]):
+                with deepspeed_library.gathered(value):
                     found = value.detach().to("cpu", copy=True)
             state[name] = value.detach().to("cpu", copy=True) if found is None else found
         return state
+
+    def whole_copy(self, module: M, build: Callable[[], M], *, where: str) -> M | None:
+        """An independent copy of a submodule with whole weights, on the device of rank 0; None on the others.
+
+        Hooks, training flags, sharded weights and the random state of the training stay as they are. Every rank must
+        call it.
+
+        Args:
+            module: of the objective.
+            build: makes a module with the same tensors.
+            where: what an error calls the module.
+        """
+        weights = self.materialize(module)
+        if not self.world.is_main:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            copy = build()
+        load_strictly(copy, weights, where=where)
+        return copy.to(self.device)
 
     def _average(self, value: Tensor) -> Tensor | None:
         """On the CPU: that of a trained weight, whole, or of a running statistic; None where there is none."""
@@ -244,23 +259,6 @@ class Engine:
         applied = not self._deepspeed.optimizer.overflow
         return (float(self._deepspeed.get_global_grad_norm()) if applied else float("nan")), applied
 
-    def _register_shared_parameters(self, deepspeed: Any) -> None:
-        """Parameters of a module that has children may be used while its own forward is not running.
-
-        MAE reads a ViT's position embedding so. DeepSpeed notices such a use only when the parameter happens to be
-        sharded at that moment, and fails when that comes late; as the objective's own they are gathered always.
-        """
-        module: Any
-        for module in self.objective.modules():
-            if isinstance(module, nn.MultiheadAttention):  # never calls its last layer, but uses its weights
-                for p in module.out_proj.parameters():
-                    deepspeed.zero.register_external_parameter(module, p)
-            elif module is not self.objective and next(module.children(), None) is not None:
-                for p in module.parameters(recurse=False):
-                    deepspeed.zero.register_external_parameter(self.objective, p)
-            if hasattr(module, "get_cast_dtype"):  # open_clip's towers ask one weight for its type
-                deepspeed.zero.register_external_parameter(self.objective, module.resblocks[0].mlp.c_fc.weight)
-
     @torch.no_grad()
     def _clamp_parameters(self) -> None:
         """Elementwise, so that every rank clamps what it keeps, and what it computes with, without a collective."""
@@ -283,84 +281,19 @@ class Engine:
                 follow(targets, online, decay, progress.step + 1)
 
     def _laid_out(self, batch: Batch) -> Batch:
-        """Convolutions take their memory format from the images; weights keep one layout, which checkpoints rely on."""
-        if not self._channels_last:
-            return batch
-        return replace(batch, views=tuple(view.contiguous(memory_format=torch.channels_last) for view in batch.views))
+        return channels_last(batch) if self._channels_last else batch
 
     def _seed(self, step: int, micro_batch: int) -> None:
         """A micro-batch draws the same in each of two passes."""
         key = ((self.seed * 1_000_003 + step) * 65_537 + self.world.rank) * 8_191 + micro_batch
         torch.manual_seed(key % 2**63)
 
-    def _set_lr(self, lr: float, undecayed_lr: float) -> dict[str, float]:
-        """Returns those that some group takes, by the names of metrics."""
+    def _set_lr(self, lr: float, constant_lr: float) -> dict[str, float]:
+        """Gives every group its learning rate; returns those that some group takes, by the names of metrics."""
         rates = {"lr": lr}
         for group in self.optimizer.param_groups:
-            undecayed = group["name"].startswith(UNDECAYED)
-            if undecayed:
-                rates["undecayed_lr"] = undecayed_lr
-            group["lr"] = (undecayed_lr if undecayed else lr) * group["lr_scale"]
+            is_constant = group["name"].startswith(UNDECAYED)
+            if is_constant:
+                rates["undecayed_lr"] = constant_lr  # the name that it has in all logs
+            group["lr"] = (constant_lr if is_constant else lr) * group["lr_scale"]
         return rates
-
-
-def _choose_computation(objective: Objective, config: EngineConfig, device: torch.device) -> None:
-    """How the same mathematics is computed: TF32, recomputed blocks, compiled blocks."""
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = config.tf32
-        torch.backends.cudnn.allow_tf32 = config.tf32
-    if config.activation_checkpointing == "none" and not config.compile:
-        return
-    # Of a teacher nothing is kept for a backward pass anyway.
-    blocks = [b for b in repeated_blocks(objective).values() if any(p.requires_grad for p in b.parameters())]
-    if not blocks:
-        raise InputError(
-            where="engine.compile" if config.compile else "engine.activation_checkpointing",
-            expected="a model with repeated blocks, which are taken one by one",
-            found=f"{type(objective.encoder).__name__} without any",
-            fix="Leave the option out.",
-        )
-    if config.activation_checkpointing == "blocks":
-        dtype = torch.bfloat16 if config.precision == "bf16" else None
-        checkpoint_activations(blocks, device=device, dtype=dtype, offload=config.offload_activations)
-    if config.compile:
-        for block in blocks:
-            block.compile()
-
-
-_COLLECTIVES = (
-    "all_reduce", "all_reduce_coalesced", "all_gather", "all_gather_into_tensor", "all_gather_coalesced",
-    "broadcast", "reduce", "reduce_scatter", "reduce_scatter_tensor",
-)  # fmt: skip
-
-
-def _time_collectives(deepspeed: Any, clock: Stopwatch) -> None:
-    """Books what DeepSpeed spends in collectives as "reduce"; the last engine of a process is the one that is timed."""
-    backend = deepspeed.comm.comm.cdb
-
-    def timed(name: str) -> Callable[..., Any]:
-        real = getattr(type(backend), name)
-
-        def collective(*args: Any, **kwargs: Any) -> Any:
-            with clock.part("reduce"):
-                return real(backend, *args, **kwargs)
-
-        return collective
-
-    for name in _COLLECTIVES:
-        setattr(backend, name, timed(name))
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    """Its accelerator is chosen at import; its logger would write over the progress line."""
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.setdefault("LOCAL_RANK", "0")  # it refuses a process that no launcher started
-    import deepspeed
-
-    # Its shared-memory kernel serves inference only, and a process killed while compiling it leaves a lock behind
-    # on which every later run would wait for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", auto_mpi_discovery=False)
-    return deepspeed

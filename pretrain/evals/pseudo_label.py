@@ -35,7 +35,7 @@ from data_pipeline.progress import track
 from data_pipeline.samples.views import ViewSpec
 from data_pipeline.shards.manifest import PLAN_NAME
 from pretrain.augment.augment import normalize
-from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state
+from pretrain.checkpoints.checkpoint import module_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import full_precision, untouched
 from pretrain.models.encoders import load_strictly
@@ -44,6 +44,7 @@ from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.supervised.objective import Supervised
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
+from pretrain.runtime.run_folder import newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,11 @@ def load_teacher(source: str) -> Teacher:
 def _checkpoint_of(path: Path) -> Path:
     if not (path / "recipe.yaml").is_file():
         return path  # a checkpoint, or nothing: what reads it says so
-    if not (complete := complete_checkpoints(path / "checkpoints")):
+    if (newest := newest_checkpoint(path)) is None:
         raise CheckpointError(
             where=str(path), expected="a run with a complete checkpoint", found="none", fix="Train it first."
         )
-    return complete[-1]
+    return newest
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -63,7 +63,7 @@ class Goodput:
 
 
 def unix_time() -> float:
-    """Seconds, as the clock stood when this was imported and counted on from there: it never jumps."""
+    """Unix seconds as the clock stood when this was imported, counted on from there: it never jumps."""
     return _UNIX + time.monotonic()
 
 
@@ -101,8 +101,14 @@ class Timeline:
         self._book(now)
         self._write("start", start)
 
+    def __enter__(self) -> Timeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end(finished=False)
+
     def mark(self, step: int, where: str) -> None:
-        """Steps applied, and what begins now: data, step, evaluation or checkpoint."""
+        """Marks the steps applied, and the phase that begins now: data, step, evaluation or checkpoint."""
         if not self._active:
             return
         self._book(self._clock())
@@ -115,7 +121,7 @@ class Timeline:
             self._write("first step" if first else "save" if saves else "step")
 
     def end(self, *, finished: bool) -> None:
-        """The attempt ends now; what it was at counts if it was finished."""
+        """Marks the end of the attempt; the phase that it is in counts if it was finished. Later calls do nothing."""
         if not self._active:
             return
         now = self._clock()
@@ -239,7 +245,7 @@ def _spent(attempt: _Attempt, keep: int | None, now: float | None, skipped: floa
 
 
 def read_goodput(run: Path, now: float | None = None) -> Goodput | None:
-    """Of a run's folder; None where nothing was written down. `now` as for `book`."""
+    """Adds up the wall time of a run's folder; None where nothing was written down. `now` as for `book`."""
     timeline = [line for line in read_lines(run / FILE_NAME) if {"event", "at", "step"} <= line.keys()]
     attempts = read_lines(run / "job" / "attempts.jsonl")
     return book(timeline, attempts, now) if timeline or attempts else None

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 import numpy as np
 import torch
@@ -19,13 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_pipeline.batch import Batch, BatchSpec
 from pretrain.monitoring.sinks import Sink
 from pretrain.objectives.contract import Objective
-from pretrain.recipe.recipe import Recipe
-from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
 
 
 class MetricLog:
-    """Appends to `metrics.jsonl` and to its sinks, and tells a person; on every rank but 0 it does nothing.
+    """Appends to `metrics.jsonl` and to its sinks, and shows progress; on every rank but 0 it does nothing.
 
     Args:
         folder: of the run. Lines of steps after `step`, which a resumed run takes again, are dropped.
@@ -52,7 +50,7 @@ class MetricLog:
         self._text = (folder / "log-rank0.txt").open("a")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line of `metrics.jsonl`; `values` by name, in the units their names say."""
+        """Writes one line of `metrics.jsonl`; `values` by name, in the units their names say."""
         if not self._active:
             return
         self._append(self._file, json.dumps({"step": step, **values}))
@@ -60,12 +58,12 @@ class MetricLog:
             sink.write(step, values)
 
     def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
-        """An image [H, W, 3]."""
+        """Gives an image [H, W, 3] to the sinks."""
         for sink in self._sinks:
             sink.picture(step, name, pixels)
 
     def progress(self, step: int, values: dict[str, float]) -> None:
-        """The live line on a terminal; a plain line elsewhere."""
+        """Shows a logged step: on the live line of a terminal, as a plain line elsewhere."""
         done = step - self._first_step
         left = (time.monotonic() - self._started_at) / max(1, done) * (self._total_steps - step)
         shown = "  ".join(f"{name} {_shown(name, value)}" for name, value in values.items() if name in _SHOWN)
@@ -79,7 +77,7 @@ class MetricLog:
             self.say(line)
 
     def say(self, text: str) -> None:
-        """A line of its own, for what happens once: a checkpoint, an evaluation, a warning."""
+        """Logs a line about what happens once: a checkpoint, an evaluation, a warning."""
         if not self._active:
             return
         print(("\r\x1b[2K" if self._live else "") + text, flush=True)
@@ -169,7 +167,7 @@ def flops_per_sample(objective: Objective) -> float:
 
 
 def blank_batch(spec: BatchSpec, size: int) -> Batch:
-    """What a spec asks for, all zeros; the first patches are the hidden ones."""
+    """Makes a batch as a spec asks for it, all zeros; the first patches are the hidden ones."""
     masks, tokens = None, None
     if spec.tokens is not None:
         tokens = torch.zeros(size, spec.tokens.context_length, dtype=torch.int64)
@@ -208,17 +206,34 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Rates:
-    """Samples per second -> MFU and memory; `flops` are those of a sample, the peak is stated or measured here once."""
+class Throughput:
+    """What a number of samples per second means: MFU and memory.
 
-    def __init__(self, recipe: Recipe, flops: float, device: torch.device, world: World) -> None:
-        self._flops, self._device, self._world = flops, device, world
-        stated = recipe.runtime.peak_tflops
-        dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
-        self.peak = stated * 1e12 if stated else measure_peak_flops(device, dtype)
+    Attributes:
+        peak: FLOP/s of the device that count as all that it can do.
+
+    Args:
+        flops: of a sample, forward and backward.
+        device: of this rank.
+        world_size: ranks, all on such devices.
+        precision: in which matrix products are computed.
+        peak_tflops: of the device, as its maker states it; None: it is measured here once.
+    """
+
+    def __init__(
+        self,
+        flops: float,
+        device: torch.device,
+        world_size: int,
+        precision: Literal["fp32", "bf16"],
+        peak_tflops: float | None,
+    ) -> None:
+        self._flops, self._device, self._world_size = flops, device, world_size
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.peak = peak_tflops * 1e12 if peak_tflops else measure_peak_flops(device, dtype)
 
     def __call__(self, images_per_second: float) -> dict[str, float]:
         return {
-            "mfu": images_per_second * self._flops / (self.peak * self._world.size),
+            "mfu": images_per_second * self._flops / (self.peak * self._world_size),
             "memory_bytes": float(peak_memory_bytes(self._device)),
         }

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import RecipeError
-from pretrain.recipe.recipe import Logging, Recipe
+from pretrain.recipe.recipe import Logging
 
 
 class Sink(Protocol):
@@ -27,7 +27,7 @@ class Sink(Protocol):
 
 
 def open_sinks(config: Logging, folder: Path, name: str, step: int) -> list[Sink]:
-    """Those that the recipe asks for; what they hold of steps after `step` is of no account."""
+    """Opens the sinks that the recipe asks for; what they hold about steps after `step` no longer counts."""
     sinks: list[Sink] = []
     if config.tensorboard:
         sinks.append(TensorBoard(folder, step))
@@ -36,9 +36,13 @@ def open_sinks(config: Logging, folder: Path, name: str, step: int) -> list[Sink
     return sinks
 
 
-def refuse_missing_wandb(recipe: Recipe) -> None:
-    """Raises RecipeError where the recipe asks for Weights & Biases and it is not installed."""
-    if recipe.logging.wandb is None:
+def refuse_missing_wandb(config: Logging, name: str) -> None:
+    """Checks that Weights & Biases is installed where the recipe called `name` asks for it.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    if config.wandb is None:
         return
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:  # a folder `wandb`, as its runs leave behind, is no package
@@ -46,10 +50,12 @@ def refuse_missing_wandb(recipe: Recipe) -> None:
             "logging.wandb: expected the package wandb, found none. Install it with `pip install pretrain[wandb]`, "
             "or set logging.wandb=null."
         )
-        raise RecipeError(recipe.name, [problem])
+        raise RecipeError(name, [problem])
 
 
 class TensorBoard:
+    """Event files in the run's folder."""
+
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 

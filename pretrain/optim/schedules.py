@@ -46,3 +46,9 @@ def learning_rate(progress: Progress, schedule: Schedule, *, peak_lr: float, war
 def undecayed_rate(progress: Progress, *, peak_lr: float, warmup_steps: int) -> float:
     """The same warmup, and the peak from there on."""
     return peak_lr * min(1.0, (progress.step + 1) / (warmup_steps + 1))
+
+
+def learning_rates(progress: Progress, schedule: Schedule, *, peak_lr: float, warmup_steps: int) -> tuple[float, float]:
+    """Learning rates of the step to come: that of the schedule, and that of modules which keep the peak."""
+    scheduled = learning_rate(progress, schedule, peak_lr=peak_lr, warmup_steps=warmup_steps)
+    return scheduled, undecayed_rate(progress, peak_lr=peak_lr, warmup_steps=warmup_steps)

@@ -14,7 +14,7 @@ from data_pipeline.datasets.mixture import open_training
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import CheckpointError, InputError
-from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state, read_state
+from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.result import EvalReport, Interval
 from pretrain.evals.sources.load import load_source
@@ -29,6 +29,7 @@ from pretrain.reports.comparison import difference
 from pretrain.reports.page import render as page_of
 from pretrain.reports.report_figures import Neighbours, Picture, Series, curve
 from pretrain.reports.sample_images import neighbours
+from pretrain.runtime.run_folder import newest_checkpoint
 
 FILE_NAME = "report.html"
 TEMPLATE = "report.html.j2"
@@ -59,7 +60,7 @@ def write_report(run: Path, *, notes: Sequence[str] = ()) -> Path:
         InputError: no run, or a part of it or of its data is missing or damaged.
     """
     recipe = load_recipe(run / "recipe.yaml")
-    checkpoint = next(reversed(complete_checkpoints(run / "checkpoints")), None)
+    checkpoint = newest_checkpoint(run)
     if checkpoint is None:
         raise CheckpointError(
             where=str(run / "checkpoints"),

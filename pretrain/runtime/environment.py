@@ -1,4 +1,4 @@
-"""What a run runs on: chosen, pinned, and written down."""
+"""The hardware and software that a run uses: chosen, pinned, and written down."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from data_pipeline.errors import InputError
-from pretrain.recipe.recipe import Runtime
 from pretrain.runtime.collectives import World
 from pretrain.runtime.versions import commit, installed
 
 
-def choose_device(runtime: Runtime, world: World) -> torch.device:
-    """This rank's device: CUDA where it is present unless the recipe says otherwise.
+def choose_device(wanted: Literal["auto", "cpu", "cuda"], world: World) -> torch.device:
+    """Chooses this rank's device; `auto` is CUDA where it is present.
 
     Raises:
         InputError: the recipe asks for CUDA and there is none, or fewer GPUs than ranks on this machine.
     """
     present = torch.cuda.is_available()
-    if runtime.device == "cpu" or (runtime.device == "auto" and not present):
+    if wanted == "cpu" or (wanted == "auto" and not present):
         return torch.device("cpu")
     if not present or torch.cuda.device_count() < world.local_size:
         raise InputError(
@@ -35,15 +35,18 @@ def choose_device(runtime: Runtime, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def pin_threads(runtime: Runtime, world: World) -> int:
-    """Sets and returns the threads of this rank: bit-equality on CPU holds for one number of them."""
-    threads = runtime.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+def pin_threads(wanted: int | None, world: World) -> int:
+    """Sets and returns the number of threads of this rank; None: its share of the cores.
+
+    Results on a CPU are equal to the bit for one and the same number of threads.
+    """
+    threads = wanted or max(1, len(os.sched_getaffinity(0)) // world.local_size)
     torch.set_num_threads(threads)
     return threads
 
 
 def describe(world: World, device: torch.device, threads: int, hosts: Sequence[str]) -> str:
-    """Versions, commit, hardware and arguments as JSON; no environment variables, which may hold secrets.
+    """Describes versions, commit, hardware and arguments as JSON; no environment variables, which may hold secrets.
 
     Args:
         hosts: the name of each rank's machine.

@@ -1,4 +1,4 @@
-"""What can be told of a run's folder without torch: whether it is one, who is at work in it, its checkpoints."""
+"""What is known about a run's folder without torch: whether it is one, who is at work in it, its checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder_name(step: int) -> str:
 
 
 def eval_name(index: int) -> str:
-    """What the reports of an entry of `evals` begin with."""
+    """The beginning of the file names of results of an entry of a recipe's `evals`."""
     return f"knn{index + 1}" if index else "knn"
 
 
@@ -41,8 +41,14 @@ def all_folders(folder: Path) -> list[Path]:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Those that claim to be complete, oldest first; whether they are sound is only known once they are opened."""
+    """Checkpoints that claim to be complete, oldest first; whether they are sound is known once they are opened."""
     return [p for p in all_folders(folder) if (p / COMPLETE).is_file()]
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or of any folder that has `checkpoints`; None: there is none."""
+    complete = complete_checkpoints(run / "checkpoints")
+    return complete[-1] if complete else None
 
 
 def sha256_of(path: Path) -> str:

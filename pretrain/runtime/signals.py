@@ -1,4 +1,7 @@
-"""What a signal asks of a run: to save, or to save and stop. Imports no torch: a rank listens before that is loaded."""
+"""What a signal requests of a run: to save, or to save and stop.
+
+This file imports no torch, as a rank listens before that is loaded.
+"""
 
 from __future__ import annotations
 
@@ -15,38 +18,42 @@ HUNG = 76  # exit status: the watchdog found no progress
 LEAD_SECONDS = "PRETRAIN_LEAD_SECONDS"  # set by a job: between the warning of its time limit and that limit
 
 
-class Asked(IntEnum):
-    """What a run is asked for; of several, the greatest counts."""
+class Request(IntEnum):
+    """What a run is asked for; of several requests, the greatest counts."""
 
     NOTHING = 0
     SAVE = 1
     STOP = 2
 
 
-def signals() -> dict[signal.Signals, Asked]:
-    """What each signal asks for. In a job SIGTERM, a scheduler's word to every process of it, asks too."""
-    asked = {signal.SIGUSR1: Asked.SAVE, signal.SIGUSR2: Asked.STOP}
-    return {**asked, signal.SIGTERM: Asked.STOP} if "PRETRAIN_ATTEMPT" in os.environ else asked
+def signals() -> dict[signal.Signals, Request]:
+    """What each signal requests. In a job SIGTERM, which a scheduler sends to every process, is a request too."""
+    requests = {signal.SIGUSR1: Request.SAVE, signal.SIGUSR2: Request.STOP}
+    return {**requests, signal.SIGTERM: Request.STOP} if "PRETRAIN_ATTEMPT" in os.environ else requests
 
 
-class Demand:
-    """Raised by a signal to any rank, at any time; answered at the next step."""
+class SignalRequests:
+    """What signals have requested of this rank so far; they may come at any time, and the next step answers them.
+
+    Attributes:
+        pending: the greatest request that was not answered yet.
+    """
 
     def __init__(self) -> None:
-        self.asked = Asked.NOTHING
+        self.pending = Request.NOTHING
 
     @contextmanager
-    def by_signal(self) -> Iterator[None]:
-        """Listens for the duration of a run. Only the main thread can; elsewhere nobody could send one."""
+    def listening(self) -> Iterator[None]:
+        """Takes signals for the duration of a run. Only the main thread can; elsewhere nobody could send one."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {signum: signal.signal(signum, self._raise) for signum in signals()}
+        before = {signum: signal.signal(signum, self._receive) for signum in signals()}
         try:
             yield
         finally:
             for signum, previous in before.items():
                 signal.signal(signum, previous)
 
-    def _raise(self, signum: int, frame: FrameType | None) -> None:
-        self.asked = max(self.asked, signals()[signal.Signals(signum)])
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        self.pending = max(self.pending, signals()[signal.Signals(signum)])

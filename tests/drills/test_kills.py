@@ -57,8 +57,9 @@ class Board:
 def watched_run(world: World, recipe: Path, out: Path, board_path: Path, seed: int) -> None:
     """A run whose phases stand on the board, and whose samples are written down for each step."""
     from pretrain import run
-    from pretrain.callbacks.evaluations import Inline
-    from pretrain.checkpoints import writer as checkpoint_writer
+    from pretrain.callbacks.evaluations import Validation
+    from pretrain.checkpoints import shares
+    from pretrain.checkpoints.writer import CheckpointWriter
     from pretrain.engine.engine import Engine
     from pretrain.recipe.files import load_recipe
 
@@ -86,11 +87,11 @@ def watched_run(world: World, recipe: Path, out: Path, board_path: Path, seed: i
 
     Engine.step = step  # type: ignore[method-assign, assignment]
     watch(Engine, "step", 0, "step", "start")
-    watch(Inline, "_validate", 0, "evaluation", "start")
-    watch(checkpoint_writer._Snapshot, "gather", 0, "gathering", "start")
-    watch(checkpoint_writer._Share, "write", 1, "writing", "start")
-    watch(checkpoint_writer, "_compare", 1, "hashing", "writing")
-    watch(checkpoint_writer.CheckpointWriter, "_mark_complete", 1, "marking complete", "start")
+    watch(Validation, "evaluate", 0, "evaluation", "start")
+    watch(shares.Snapshot, "gather", 0, "gathering", "start")
+    watch(shares.Share, "write", 1, "writing", "start")
+    watch(shares, "_compare", 1, "hashing", "writing")
+    watch(CheckpointWriter, "_mark_complete", 1, "marking complete", "start")
     run.run(load_recipe(recipe), out)
 
 

@@ -23,8 +23,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import CheckpointError, PretrainError
-from pretrain.checkpoints import checkpoint
-from pretrain.checkpoints import writer as checkpoint_writer
+from pretrain.checkpoints import checkpoint, shares
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.training_state import Fragment
 from pretrain.runtime.collectives import World
@@ -204,7 +203,7 @@ def cases(counts: Counter[str]) -> Iterator[tuple[str, int, str]]:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_writer, "_CHUNK", 256)  # many writes, though the state is small
+    monkeypatch.setattr(shares, "_CHUNK", 256)  # many writes, though the state is small
 
 
 def test_no_fault_makes_a_checkpoint_that_claims_what_it_does_not_hold(

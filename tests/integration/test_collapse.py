@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pretrain.callbacks.health import Debounced, collapse
 from pretrain.models.encoders import build_encoder
-from pretrain.monitoring.advice import Lasting, collapse
 from pretrain.recipe.recipe import Model
 from tests.runs import train, write_recipe
 from tests.shards import write_shards
@@ -36,7 +36,7 @@ def test_a_collapsed_run_says_so(tmp_path: Path) -> None:
 
 
 def test_it_is_said_when_it_lasts_and_of_a_term_too() -> None:
-    watch = Lasting(collapse, lasting=3, again=5)
+    watch = Debounced(collapse, lasting=3, again=5)
     low = {"byol/embedding_std": 0.05, "loss": 0.1}
     said = [watch(low) is not None for _ in range(12)]
     assert said == [False, False, True, False, False, False, False, True, False, False, False, False]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.monitoring.watchdog import HUNG, Word, blame
+from pretrain.monitoring.watchdog import HUNG, RankStatus, stalled_ranks
 from pretrain.runtime.collectives import World
 from tests.gate import until
 from tests.ranks import started
@@ -204,10 +204,10 @@ def test_what_moves_on_one_rank_is_waited_for(shards: Path, tmp_path: Path) -> N
 
 
 def test_who_is_blamed() -> None:
-    waits, works, ahead = Word(marks=5, waits=True), Word(marks=5), Word(marks=6, waits=True)
-    assert blame({0: waits, 1: works, 2: waits}, unheard={2}) == [2]
-    assert blame({0: replace(waits, blames=(1,)), 1: works, 2: waits}, unheard={0}) == [1]
-    assert blame({0: ahead, 1: waits, 2: ahead}, unheard=set()) == [1]
-    assert blame({0: waits, 1: works, 2: waits}, unheard=set()) == [1]
-    assert blame({0: works, 1: works}, unheard=set()) == [0, 1]
-    assert blame({0: waits, 1: waits}, unheard=set()) == [0, 1]
+    waits, works, ahead = RankStatus(marks=5, waits=True), RankStatus(marks=5), RankStatus(marks=6, waits=True)
+    assert stalled_ranks({0: waits, 1: works, 2: waits}, unheard={2}) == [2]
+    assert stalled_ranks({0: replace(waits, blames=(1,)), 1: works, 2: waits}, unheard={0}) == [1]
+    assert stalled_ranks({0: ahead, 1: waits, 2: ahead}, unheard=set()) == [1]
+    assert stalled_ranks({0: waits, 1: works, 2: waits}, unheard=set()) == [1]
+    assert stalled_ranks({0: works, 1: works}, unheard=set()) == [0, 1]
+    assert stalled_ranks({0: waits, 1: waits}, unheard=set()) == [0, 1]

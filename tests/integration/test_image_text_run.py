@@ -81,10 +81,12 @@ def test_a_tower_is_not_locked_at_random(tmp_path: Path, shards: Path) -> None:
     objective = build_objective(given.model, given.objective)
     before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     with pytest.raises(RecipeError, match=r"locks, found none for \d+ of text"):
-        find_start(given, objective, None, World())
+        find_start(objective, None, World(), resume_from=None, init_from=given.init_from)
     assert all(torch.equal(tensor, before[name]) for name, tensor in objective.state_dict().items())
     given = load_recipe(path, ["objective.lock_image=true"])
-    assert find_start(given, build_objective(given.model, given.objective), None, World()).notes
+    assert find_start(
+        build_objective(given.model, given.objective), None, World(), resume_from=None, init_from=given.init_from
+    ).notes
 
 
 def test_a_locked_tower_needs_weights_and_a_tokenizer_a_tower_that_knows_it(tmp_path: Path, shards: Path) -> None:

@@ -13,7 +13,7 @@ from data_pipeline.batch import Batch, BatchSpec, TokenSpec
 from data_pipeline.errors import FieldError, InputError, RecipeError
 from data_pipeline.ingest.convert import ConvertOptions, convert
 from data_pipeline.ingest.tables import Columns
-from pretrain import preflight
+from pretrain import plan, preflight
 from pretrain import run as run_module
 from pretrain.models.encoders import build_encoder
 from pretrain.objectives.contract import LossOutput, Objective
@@ -46,7 +46,7 @@ class Captioned(Objective):
 
 
 def _run(_: World, path: Path, out: Path, arguments: dict[str, Any]) -> None:
-    preflight.build_objective = run_module.build_objective = Captioned  # type: ignore[attr-defined,assignment]
+    plan.build_objective = run_module.build_objective = Captioned  # type: ignore[attr-defined,assignment]
     run_module.run(load_recipe(path), out, **arguments)
 
 
@@ -90,7 +90,7 @@ def with_data(path: Path, train: object, **more: object) -> Path:
 def test_other_weights_make_another_run_and_moved_data_the_same(
     sources: list[dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "build_objective", Captioned)
+    monkeypatch.setattr(plan, "build_objective", Captioned)
     out = tmp_path / "run"
     run(with_data(tmp_path / "r.yaml", sources), out, 1, max_steps=1)
     moved = Path(str(sources[0]["path"])).rename(tmp_path / "moved")
@@ -107,7 +107,7 @@ def test_other_weights_make_another_run_and_moved_data_the_same(
 def test_captions_that_are_not_there_are_told_before_anything_starts(
     sources: list[dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "build_objective", Captioned)
+    monkeypatch.setattr(plan, "build_objective", Captioned)
 
     def refused(error: type[InputError], train: object, **data: object) -> str:
         with pytest.raises(error) as caught:

@@ -110,8 +110,8 @@ def test_weights_and_biases_must_be_there(recipe: Path, monkeypatch: pytest.Monk
     from data_pipeline.errors import RecipeError
     from pretrain.recipe.files import load_recipe
 
-    refuse_missing_wandb(load_recipe(recipe, [WATCHED]))
+    refuse_missing_wandb(load_recipe(recipe, [WATCHED]).logging, "run")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refuse_missing_wandb(load_recipe(recipe))
+    refuse_missing_wandb(load_recipe(recipe).logging, "run")
     with pytest.raises(RecipeError, match=r"logging\.wandb"):
-        refuse_missing_wandb(load_recipe(recipe, [WATCHED]))
+        refuse_missing_wandb(load_recipe(recipe, [WATCHED]).logging, "run")

@@ -21,7 +21,7 @@ from launch.doctor import doctor, machine, storage
 from launch.doctor import recipe as of_recipe
 from launch.doctor.finding import Finding
 from launch.doctor.recipe import Free, Ranks
-from pretrain.plan import Footprint, footprint
+from pretrain.plan import Footprint, build_on_meta, footprint
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from tests.data_pipeline.servers import served
@@ -290,7 +290,8 @@ def test_a_recipe_that_would_run(
 def test_too_little_memory_is_an_error_and_the_exit_status_says_so(
     recipe: Recipe, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    needs = footprint(recipe, 2)
+    objective = build_on_meta(recipe.model, recipe.objective)
+    needs = footprint(objective, recipe.optim, recipe.engine, recipe.ema, world_size=2)
     monkeypatch.setattr(machine, "available_memory", lambda: int(2 * (needs.device + needs.host)) - 1)
     assert doctor.examine(tmp_path / "recipe.yaml", ["runtime.device=cpu"], None, 2, tmp_path / "run") == 1
     assert "error    memory" in capsys.readouterr().out

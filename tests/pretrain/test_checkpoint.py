@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import CheckpointError, RunError
-from pretrain.checkpoints import checkpoint
-from pretrain.checkpoints import writer as checkpoint_writer
+from pretrain.checkpoints import checkpoint, shares
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.training_state import Fragment
 from pretrain.runtime.collectives import World, barrier
@@ -79,7 +78,7 @@ def test_what_every_rank_has_is_written_once_however_many_pieces_each_has_beside
     written: list[str] = []
     for rank in range(3):
         own = [Fragment(f"param/{i}", (9,), 3 * rank, torch.zeros(3), False) for i in range(rank)]
-        snapshot = checkpoint_writer._Snapshot()
+        snapshot = shares.Snapshot()
         snapshot.gather([*own, *shared], World(rank=rank, size=3))
         written += [name for name in snapshot.shapes if name.startswith("buffer/")]
     assert sorted(written) == [fragment.name for fragment in shared]
@@ -164,7 +163,7 @@ def refuse_to_write(world: World, folder: Path) -> tuple[list[str], str]:
     writer.finish()
     full = OSError(28, "No space left on device")
     if world.rank == 1:
-        checkpoint_writer._write_all = lambda *_: (_ for _ in ()).throw(full)
+        shares._write_all = lambda *_: (_ for _ in ()).throw(full)
     for step in (5, 6, 7):
         writer.save(RunState(Progress(step, 9, 0)))
     with pytest.raises(RunError) as caught:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import Batch
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import FieldError
-from pretrain.callbacks.online_probe import OnlineProbe, Shape, find_shape
+from pretrain.callbacks.online_probe import OnlineProbe, ProbeShape, find_probe_shape
 from pretrain.checkpoints import checkpoint
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.engine import Engine
@@ -36,16 +36,16 @@ AT_STAGE = {
     2: ("simmim, swin",),
     3: ("mae", "byol", "sum, with a teacher", "siglip, timm"),
 }
-TOY = Shape(width=11, num_classes=3)
+TOY = ProbeShape(width=11, num_classes=3)
 
 
-def shape_of(name: str) -> Shape:
+def shape_of(name: str) -> ProbeShape:
     with torch.device("meta"):
         objective = build_objective(CASES[name].model, CASES[name].config)
     size = objective.needs.image_size
     with torch.no_grad():
         width = objective.encoder.eval()(torch.empty(2, 3, size, size, device="meta")).shape[1]
-    return Shape(width, NUM_CLASSES)
+    return ProbeShape(width, NUM_CLASSES)
 
 
 def share_of(name: str, world: World, at: int) -> Batch:
@@ -241,8 +241,8 @@ def steps(engine: Engine, probe: OnlineProbe, world: World, first: int, last: in
 
 
 def save(folder: Path, engine: Engine, probe: OnlineProbe | None, world: World) -> None:
-    beside = () if probe is None else probe.fragments()
-    writer = CheckpointWriter(folder, engine.state, world=world, keep_last=5, say=lambda _: None, beside=beside)
+    auxiliary = () if probe is None else probe.fragments()
+    writer = CheckpointWriter(folder, engine.state, world=world, keep_last=5, say=lambda _: None, auxiliary=auxiliary)
     writer.save(RunState(Progress(3, 99, 24), cursor=24))
     writer.finish()
 
@@ -256,7 +256,7 @@ def hand_on(world: World, source: Path | None, target: Path, stage: int) -> list
         steps(engine, probe, world, 50, 51)  # another state, to be replaced entirely
         opened = checkpoint.open_checkpoint(source, world)
         checkpoint.load(opened, engine.state)
-        assert checkpoint.load_beside(opened, probe.fragments())
+        assert checkpoint.load_auxiliary(opened, probe.fragments())
     save(target, engine, probe, world)
     return steps(engine, probe, world, 3, 8)
 
@@ -279,7 +279,7 @@ def test_a_checkpoint_brings_it_back_at_any_world_size_and_stage(tmp_path: Path)
 def take_or_leave(world: World, folder: Path) -> list[bool]:
     engine = make_engine(world, 1)
     probe = OnlineProbe(Config(), TOY, engine)
-    other = OnlineProbe(Config(), Shape(11, 4), engine)
+    other = OnlineProbe(Config(), ProbeShape(11, 4), engine)
     bare = OnlineProbe(Config(batch_norm=False), TOY, engine)
     save(folder / "with", engine, probe, world)
     save(folder / "without", engine, None, world)
@@ -289,9 +289,9 @@ def take_or_leave(world: World, folder: Path) -> list[bool]:
         ("with", probe), ("bare", bare), ("with", other), ("without", probe), ("with", bare), ("bare", probe),
     ):  # fmt: skip
         opened = checkpoint.open_checkpoint(folder / name / "step_00000003", world)
-        checkpoint.load(opened, engine.state)  # the training's state fits, whatever there is beside
+        checkpoint.load(opened, engine.state)  # the training's state fits, whatever there is beside it
         before = state_of(wanted)
-        found.append(checkpoint.load_beside(opened, wanted.fragments()))
+        found.append(checkpoint.load_auxiliary(opened, wanted.fragments()))
         assert all(torch.equal(value, before[key]) for key, value in state_of(wanted).items())
     return found
 
@@ -306,8 +306,8 @@ class TestShape:
         data = open_dataset(str(tmp_path / "data"))
         with torch.device("meta"):
             mae, supervised = (build_objective(CASES[n].model, CASES[n].config) for n in ("mae", "supervised"))
-        assert find_shape(mae, data, None) == Shape(16, 4)
-        assert find_shape(supervised, data, data) == Shape(16, 6)
+        assert find_probe_shape(mae, data, None) == ProbeShape(16, 4)
+        assert find_probe_shape(supervised, data, data) == ProbeShape(16, 6)
 
     def test_data_without_labels_or_with_more_of_them_are_refused(self, tmp_path: Path) -> None:
         write_images(tmp_path / "four", 20, num_classes=4)
@@ -319,8 +319,8 @@ class TestShape:
         with torch.device("meta"):
             mae = build_objective(CASES["mae"].model, CASES["mae"].config)
         with pytest.raises(FieldError, match=r"online_probe, data\.train, label field(?s:.)*Leave online_probe out"):
-            find_shape(mae, bare, None)
+            find_probe_shape(mae, bare, None)
         with pytest.raises(FieldError, match=r"online_probe, data\.val, label field(?s:.)*found label 4"):
-            find_shape(mae, four, five)
+            find_probe_shape(mae, four, five)
         with pytest.raises(FieldError, match=r"online_probe, data\.val, label field"):
-            find_shape(mae, four, bare)
+            find_probe_shape(mae, four, bare)

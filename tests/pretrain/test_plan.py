@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.callbacks.online_probe import OnlineProbe, Shape, state_bytes
+from pretrain.callbacks.online_probe import OnlineProbe, ProbeShape, probe_bytes
 from pretrain.objectives.kinds import build_objective
-from pretrain.plan import footprint, model_state_bytes
+from pretrain.plan import Footprint, build_on_meta, footprint, model_state_bytes
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime.collectives import World
@@ -38,11 +38,18 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-PROBE = Shape(width=32, num_classes=3)
+PROBE = ProbeShape(width=32, num_classes=3)
 
 
 def recipe_of(case: str, folder: Path) -> Recipe:
     return load_recipe(write_recipe(folder / "recipe.yaml", "shards", **{"model": MODEL, **CASES[case]}))
+
+
+def planned(recipe: Recipe, world_size: int, probe: ProbeShape | None = None) -> Footprint:
+    num_bytes = 0 if probe is None or recipe.online_probe is None else probe_bytes(recipe.online_probe, probe)
+    objective = build_on_meta(recipe.model, recipe.objective)
+    groups = (recipe.optim, recipe.engine, recipe.ema)
+    return footprint(objective, *groups, world_size=world_size, probe_bytes=num_bytes)
 
 
 def saved_bytes(world: World, recipes: dict[str, Recipe]) -> dict[str, int]:
@@ -60,16 +67,16 @@ def saved_bytes(world: World, recipes: dict[str, Recipe]) -> dict[str, int]:
 def test_a_checkpoint_is_as_large_as_planned(tmp_path: Path) -> None:
     recipes = {case: recipe_of(case, tmp_path) for case in CASES}
     (found,) = run_ranks(saved_bytes, 1, recipes)
-    assert {case: footprint(recipe, 4, PROBE).checkpoint for case, recipe in recipes.items()} == found
+    assert {case: planned(recipe, 4, PROBE).checkpoint for case, recipe in recipes.items()} == found
 
 
 def test_what_a_rank_keeps(tmp_path: Path) -> None:
-    plain = footprint(recipe_of("adamw", tmp_path), 2)
+    plain = planned(recipe_of("adamw", tmp_path), 2)
     assert plain.device == pytest.approx(model_state_bytes(plain.num_trained, 2, 2) + 4 * plain.num_frozen, rel=0.01)
     assert plain.host == plain.checkpoint / 2
-    averaged = footprint(recipe_of("adamw, average", tmp_path), 2)
+    averaged = planned(recipe_of("adamw, average", tmp_path), 2)
     assert averaged.device - plain.device == pytest.approx(4 * plain.num_trained / 2, rel=0.01)
-    taught = footprint(recipe_of("momentum, teacher", tmp_path), 2)
+    taught = planned(recipe_of("momentum, teacher", tmp_path), 2)
     states = model_state_bytes(taught.num_trained, 2, 2, moments=1)
     assert taught.num_frozen > 0
     assert taught.device == pytest.approx(states + 4 * taught.num_frozen, rel=0.01)
@@ -78,14 +85,14 @@ def test_what_a_rank_keeps(tmp_path: Path) -> None:
 def test_a_probe_is_kept_by_every_rank(tmp_path: Path) -> None:
     recipe = recipe_of("momentum, probe", tmp_path)
     assert recipe.online_probe is not None
-    probe = state_bytes(recipe.online_probe, PROBE)
-    assert footprint(recipe, 2, PROBE).device - footprint(recipe, 2).device == probe
+    probe = probe_bytes(recipe.online_probe, PROBE)
+    assert planned(recipe, 2, PROBE).device - planned(recipe, 2).device == probe
 
 
 def test_what_is_offloaded_moves_to_the_host(tmp_path: Path) -> None:
     recipe = recipe_of("adamw", tmp_path)
-    before = footprint(recipe, 2)
+    before = planned(recipe, 2)
     engine = recipe.engine.model_copy(update={"offload_optimizer": True})
-    after = footprint(recipe.model_copy(update={"engine": engine}), 2)
+    after = planned(recipe.model_copy(update={"engine": engine}), 2)
     moved = 4 * before.num_trained * 3 / 2  # master and two moments, of half the parameters
     assert (before.device - after.device, after.host - before.host) == (moved, moved)

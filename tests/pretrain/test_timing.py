@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import pytest
 import torch
 
-from pretrain.monitoring.timing import DataBrake, Stopwatch, data_brake
+from pretrain.callbacks.health import Debounced, data_brake
+from pretrain.runtime.stopwatch import Stopwatch
 
 WAITING = {"data_wait": 0.4, "data_read": 0.1, "data_decode": 0.5, "data_transform": 0.2}
 
@@ -60,8 +62,9 @@ def test_it_says_nothing_of_data_that_keeps_up() -> None:
 
 
 def test_it_is_said_once_it_lasts_and_then_not_again_for_long() -> None:
-    brake = DataBrake(0, 2, lasting=3, again=10)
+    check = partial(data_brake, num_workers=0, idle_cores=2)
+    brake = Debounced(check, lasting=3, again=10)
     assert [brake(WAITING) is not None for _ in range(8)] == [False, False, True] + [False] * 5
-    brake = DataBrake(0, 2, lasting=2, again=10)
+    brake = Debounced(check, lasting=2, again=10)
     fine = WAITING | {"data_wait": 0.0}
     assert [brake(v) is not None for v in (WAITING, fine, WAITING, WAITING)] == [False, False, False, True]

@@ -13,7 +13,7 @@ from torch import nn
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.samples.views import ViewSpec
-from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state, read_state
+from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.classifiers.probes import topk_share
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction
@@ -32,6 +32,7 @@ from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import differences, result_settings
 from pretrain.recipe.strict_yaml import read_yaml
+from pretrain.runtime.run_folder import newest_checkpoint
 from pretrain.runtime.state import Progress
 from pretrain.runtime.versions import LIBRARIES
 
@@ -161,8 +162,8 @@ def is_finished(run: Path) -> bool:
 
 def _progress(run: Path) -> Progress | None:
     """None: it has no complete checkpoint."""
-    complete = complete_checkpoints(run / "checkpoints")
-    return read_state(complete[-1]).progress if complete else None
+    newest = newest_checkpoint(run)
+    return read_state(newest).progress if newest is not None else None
 
 
 def _keep_start(folder: Path, module: nn.Module, recipe: Recipe) -> None:
@@ -186,7 +187,8 @@ def _classifier(recipe: Recipe, run: Path) -> nn.Module:
             where=str(run), expected="a fine-tuning that got to its end", fix="Ask again: it goes on.",
             found=f"step {progress.step} of {progress.total_steps}" if progress else "no complete checkpoint",
         )  # fmt: skip
-    checkpoint = complete_checkpoints(run / "checkpoints")[-1]
+    checkpoint = newest_checkpoint(run)
+    assert checkpoint is not None  # it is finished
     model = seeded(0, lambda: build_objective(recipe.model, recipe.objective))
     assert isinstance(model, Supervised)
     load_strictly(model, module_state(checkpoint), where=str(checkpoint))

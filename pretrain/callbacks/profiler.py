@@ -1,0 +1,37 @@
+"""A trace of some steps, for chrome://tracing or Perfetto."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import Batch
+from pretrain.callbacks.callback import Callback
+from pretrain.runtime.state import RunState
+
+
+class Profiler(Callback):
+    """Tells torch's profiler where a step ends."""
+
+    def __init__(self, profiler: torch.profiler.profile) -> None:
+        self._profiler = profiler
+
+    def after_step(self, state: RunState, micro_batches: tuple[Batch, ...]) -> Mapping[str, Tensor]:
+        self._profiler.step()
+        return {}
+
+
+@contextmanager
+def profiled(steps: int | None, path: Path) -> Iterator[tuple[Callback, ...]]:
+    """Gives the callback that traces `steps` applied steps, after two that warm up, to `path`; None: no callback."""
+    if steps is None:
+        yield ()
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plan = torch.profiler.schedule(wait=0, warmup=2, active=steps, repeat=1)
+    with torch.profiler.profile(schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(str(path))) as profiler:
+        yield (Profiler(profiler),)
