@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import CheckpointError, RunError
-from pretrain.checkpoints.files import AUXILIARY_PREFIX, State, Tensors, read_state_file, some, verify_files
+from pretrain.checkpoints.files import AUXILIARY_PREFIX, State, Tensors, read_state_file, some, unreadable, verify_files
 from pretrain.runtime.agreement import agree
 from pretrain.runtime.collectives import World, from_main, gather_objects
 from pretrain.runtime.run_folder import COMPLETE as COMPLETE
@@ -50,7 +50,10 @@ def open_checkpoint(path: Path, world: World) -> Checkpoint:
 
     def open_here() -> tuple[Checkpoint, str]:
         verify_files(path, world)
-        return Checkpoint(path, read_state_file(path), Tensors(path)), sha256_of(path / COMPLETE)
+        try:
+            return Checkpoint(path, read_state_file(path), Tensors(path)), sha256_of(path / COMPLETE)
+        except OSError as error:
+            raise unreadable(path / COMPLETE, error) from None
 
     opened, seen = agree(open_here)
     if len(set(gather_objects(seen))) > 1:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import CheckpointError, RunError
-from pretrain.checkpoints import checkpoint, shares
+from pretrain.checkpoints import checkpoint, files, shares
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.training_state import Fragment
 from pretrain.runtime.collectives import World, barrier
@@ -229,7 +229,7 @@ def test_none_sound_is_an_error_not_a_fresh_start(saved: Path, tmp_path: Path) -
 
 def unreadable_at_rank_1(world: World, source: Path) -> str:
     if world.rank == 1:
-        checkpoint.sha256_of = lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+        files.sha256_of = lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error"))
     with pytest.raises(RunError) as caught:
         checkpoint.newest_sound(source.parent, world)
     return str(caught.value)
