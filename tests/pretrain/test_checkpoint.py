@@ -84,17 +84,17 @@ def test_what_every_rank_has_is_written_once_however_many_pieces_each_has_beside
     assert sorted(written) == [fragment.name for fragment in shared]
 
 
-def share_of_a_rank() -> tuple[checkpoint_writer._Share, checkpoint_writer._Snapshot]:
-    snapshot = checkpoint_writer._Snapshot()
+def share_of_a_rank() -> tuple[shares.Share, shares.Snapshot]:
+    snapshot = shares.Snapshot()
     snapshot.gather([Fragment("param/a", (9,), 0, torch.arange(9.0), False)], World())
-    return checkpoint_writer._Share("tensors", snapshot.shapes), snapshot
+    return shares.Share("tensors", snapshot.shapes), snapshot
 
 
 def test_tensors_are_on_disk_before_they_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And before COMPLETE says that they are: what is read back may come out of memory."""
     share, snapshot = share_of_a_rank()
     path, done = tmp_path / "tensors", list[str]()
-    fsync, compare = os.fsync, checkpoint_writer._compare
+    fsync, compare = os.fsync, shares._compare
 
     def synced(descriptor: int) -> None:
         fsync(descriptor)
@@ -106,7 +106,7 @@ def test_tensors_are_on_disk_before_they_are_read_back(tmp_path: Path, monkeypat
         done.append("compared")
 
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(checkpoint_writer, "_compare", compared)
+    monkeypatch.setattr(shares, "_compare", compared)
     share.write(path, snapshot)
     assert done == [f"synced {sum(map(len, snapshot.pieces()))}", "compared"]
 
@@ -115,12 +115,12 @@ def test_a_disk_that_gives_back_other_tensors_than_it_took_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the writer, so that nothing claims to be complete."""
-    write_all = checkpoint_writer._write_all
+    write_all = shares._write_all
 
     def lying(descriptor: int, piece: memoryview) -> None:
         write_all(descriptor, memoryview(bytes(piece[:-1]) + bytes([piece[-1] ^ 1])))
 
-    monkeypatch.setattr(checkpoint_writer, "_write_all", lying)
+    monkeypatch.setattr(shares, "_write_all", lying)
     trained = SimpleNamespace(
         stage=0, fragments=lambda: [Fragment("param/a", (9,), 0, torch.arange(9.0), False)], group_values=list
     )
