@@ -135,6 +135,6 @@ def _moments(objective: Objective, optim: OptimConfig) -> int:
         value.numel()
         for group in optimizer.param_groups
         for p in group["params"]
-        for value in empty_state(optimizer, group, p).values()
+        for value in empty_state(group, p).values()
         if value.shape == p.shape
     )

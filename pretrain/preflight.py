@@ -121,7 +121,4 @@ def cannot_accumulate(objective: Objective) -> str:
     objective.train()  # where a frozen part may keep its batch norm in evaluation mode
     if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training for m in objective.modules()):
         return "batch norm, whose statistics do not add up over micro-batches"
-    parts = [m for m in objective.modules() if m is not objective]
-    if any(isinstance(m, Contrastive) for m in parts):
-        return "a term that relates all samples of a batch to each other"
-    return ""
+    return "" if isinstance(objective, Contrastive) else objective.coupling  # the engine accumulates it in two passes

@@ -71,7 +71,7 @@ def _check_teacher(chain: ChainFolder, path: str) -> None:
     maker = chain.maker(path)
     if maker is None:
         fingerprint(path)
-    elif maker.train is None or chain.recipe(maker).objective.kind != "supervised":
+    elif maker.train is None or chain.recipe(maker).objective.labeling_problem() is not None:
         raise InputError(where="label.teacher", expected="a supervised run, which has a head", found=maker.name)
 
 

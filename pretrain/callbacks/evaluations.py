@@ -24,7 +24,6 @@ from pretrain.callbacks.online_probe import OnlineProbe
 from pretrain.engine.engine import Engine
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn.protocol import Knn
-from pretrain.objectives.contract import Contrastive
 from pretrain.recipe.recipe import InlineKnn
 from pretrain.runtime.collectives import from_main, side_group, sum_over_ranks
 from pretrain.runtime.run_folder import eval_name, folder_name
@@ -90,7 +89,7 @@ class Validation(Periodic):
         super().__init__(every_steps)
         self._data, self._engine, self._prepare, self._probe = data, engine, prepare, probe
         self._batch_size = max(1, min(data.micro_size or BATCH_SIZE, BATCH_SIZE))
-        if isinstance(engine.objective, Contrastive):  # whose loss depends on the size
+        if engine.objective.coupling:  # whose loss depends on the size
             self._batch_size = BATCH_SIZE
 
     def evaluate(self, state: RunState) -> dict[str, float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from pretrain.checkpoints.checkpoint import module_state
 from pretrain.models.config import Model, ModelConfig
 from pretrain.models.encoders import save_encoder
-from pretrain.objectives.config import Clip, ObjectiveConfig, Siglip
+from pretrain.objectives.config import ImageTextConfig, ObjectiveConfig
 from pretrain.recipe.recipe import Data
 
 
@@ -24,7 +24,7 @@ def export_encoder(model: ModelConfig, objective: ObjectiveConfig, data: Data, c
     Raises:
         CheckpointError: it holds no such encoder.
     """
-    if isinstance(objective, Clip | Siglip):
+    if isinstance(objective, ImageTextConfig):
         from pretrain.models.tower_folders import save_towers  # open_clip takes seconds
 
         state = module_state(checkpoint, verified=True)

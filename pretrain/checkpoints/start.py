@@ -190,8 +190,8 @@ def refuse_locked_at_random(objective: Objective, taken: Collection[str]) -> Non
 def momentum_teachers(objective: Objective) -> dict[str, tuple[nn.Module, nn.Module]]:
     """Finds momentum teachers and the modules that they follow, by the beginning of a teacher's tensor names."""
     names = {module: name for name, module in objective.named_modules()}
-    _, pairs = objective.ema(Progress(0, 1, 0))
-    return {f"{names[target]}.": (target, online) for target, online in pairs}
+    teachers = objective.teachers(Progress(0, 1, 0))
+    return {f"{names[target]}.": (target, online) for target, online, _ in teachers}
 
 
 def _weights(path: Path, world: World) -> Mapping[str, Tensor]:

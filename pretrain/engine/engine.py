@@ -21,7 +21,7 @@ from pretrain.models.encoders import load_strictly
 from pretrain.objectives.contract import Contrastive, Features, LossOutput, Objective
 from pretrain.optim.averages import follow
 from pretrain.optim.config import Ema, OptimConfig
-from pretrain.optim.optimizers import UNDECAYED, build_optimizer
+from pretrain.optim.optimizers import CONSTANT_LR, build_optimizer
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
@@ -271,14 +271,13 @@ class Engine:
     def _move_averages(self, progress: Progress) -> None:
         """After an applied step: the average of the weights, and the objective's momentum teachers."""
         self.state.update_averages(progress.step + 1)
-        decay, pairs = self.objective.ema(progress)
-        if pairs:
+        if teachers := self.objective.teachers(progress):
             with self._partitions.local_weights():
-                targets, online = (
-                    [self._partitions.local_weight(p) for modules in pairs for p in modules[side].parameters()]
-                    for side in (0, 1)
-                )
-                follow(targets, online, decay, progress.step + 1)
+                for target, online, decay in teachers:
+                    kept, weights = (
+                        [self._partitions.local_weight(p) for p in module.parameters()] for module in (target, online)
+                    )
+                    follow(kept, weights, decay, progress.step + 1)
 
     def _laid_out(self, batch: Batch) -> Batch:
         return channels_last(batch) if self._channels_last else batch
@@ -292,7 +291,7 @@ class Engine:
         """Gives every group its learning rate; returns those that some group takes, by the names of metrics."""
         rates = {"lr": lr}
         for group in self.optimizer.param_groups:
-            is_constant = group["name"].startswith(UNDECAYED)
+            is_constant = group["name"].startswith(CONSTANT_LR)
             if is_constant:
                 rates["undecayed_lr"] = constant_lr  # the name that it has in all logs
             group["lr"] = (constant_lr if is_constant else lr) * group["lr_scale"]

@@ -64,7 +64,7 @@ class TrainingState:
         stepped = []
         for group in optimizer.param_groups:
             for kept in partitions.stepped(group):
-                optimizer.state[kept] = empty_state(optimizer, group, kept)
+                optimizer.state[kept] = empty_state(group, kept)
                 stepped.append(kept)
         self.buffers = [buffer for _, buffer in self._named_buffers()]
         statistics = [buffer for buffer in self.buffers if buffer.is_floating_point()]

@@ -40,8 +40,8 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import full_precision, untouched
 from pretrain.models.encoders import load_strictly
 from pretrain.models.seeded import seeded
+from pretrain.objectives.contract import Classifier, Objective
 from pretrain.objectives.kinds import build_objective
-from pretrain.objectives.supervised.objective import Supervised
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime.run_folder import newest_checkpoint
@@ -58,7 +58,7 @@ class Teacher:
         num_classes: K.
     """
 
-    model: Supervised
+    model: Objective
     recipe: Recipe
     checkpoint: Path
     num_classes: int
@@ -97,23 +97,14 @@ def load_teacher(source: str) -> Teacher:
             fix="Leave a checkpoint in its run's folder: RUN/checkpoints/step_XXXXXXXX.",
         )
     recipe = load_recipe(run / "recipe.yaml")
-    if recipe.objective.kind != "supervised":
-        raise InputError(
-            where=f"--teacher {source}",
-            expected="a run with objective.kind supervised, which has a head to label with",
-            found=recipe.objective.kind,
-            fix="Fine-tune its encoder first: a supervised recipe with init_from.",
-        )
-    if recipe.objective.loss != "ce":
-        raise InputError(
-            where=f"--teacher {source}",
-            expected="a run with objective.loss ce, whose classes share one probability",
-            found=recipe.objective.loss,
-        )
+    if (problem := recipe.objective.labeling_problem()) is not None:
+        expected, found = problem
+        fix = "Fine-tune its encoder first: a supervised recipe with init_from."
+        raise InputError(where=f"--teacher {source}", expected=expected, found=found, fix=fix)
     model = seeded(0, lambda: build_objective(recipe.model, recipe.objective))
-    assert isinstance(model, Supervised)
+    assert isinstance(model, Classifier)
     load_strictly(model, module_state(checkpoint), where=str(checkpoint))
-    return Teacher(model.eval(), recipe, checkpoint, recipe.objective.num_classes)
+    return Teacher(model.eval(), recipe, checkpoint, model.num_classes)
 
 
 def _checkpoint_of(path: Path) -> Path:
@@ -226,7 +217,7 @@ def _made(
             yield shard, _of_shard(model, tracked, sizes[shard], teacher, how)
 
 
-def _of_shard(model: Supervised, batches: Iterator[Batch], size: int, teacher: Teacher, how: Labelling) -> ShardLabels:
+def _of_shard(model: Objective, batches: Iterator[Batch], size: int, teacher: Teacher, how: Labelling) -> ShardLabels:
     """The labels of the next `size` samples."""
     width = how.top_k or teacher.num_classes
     values: NDArray[np.float16] = np.empty((size, width), np.float16)
@@ -247,11 +238,12 @@ def _of_shard(model: Supervised, batches: Iterator[Batch], size: int, teacher: T
     return ShardLabels(values, classes, keys)
 
 
-def _probabilities(model: Supervised, batch: Batch, recipe: Recipe, how: Labelling) -> Tensor:
+def _probabilities(model: Objective, batch: Batch, recipe: Recipe, how: Labelling) -> Tensor:
     """[B, K] fp32 on the CPU."""
     images = normalize(batch.to(how.device), recipe.data.mean, recipe.data.std).views[0]
     with torch.autocast(how.device.type, torch.bfloat16, enabled=how.precision == "bf16"):
-        logits: Tensor = model.head(model.encoder(images))
+        assert isinstance(model, Classifier)
+        logits = model.classify(images)
     probabilities = logits.float().softmax(1).cpu()
     if broken := (~probabilities.isfinite().all(1)).nonzero().flatten().tolist():
         raise RunError(

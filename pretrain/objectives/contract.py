@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,22 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Tensor] = {}  # noqa: RUF012  (never written to)
 
 
+class Teacher(NamedTuple):
+    """A module without gradients that follows a trained one.
+
+    After each step target <- decay * target + (1 - decay) * online.
+
+    Attributes:
+        target: the module that follows.
+        online: the module that it follows, with the same parameters in the same order.
+        decay: in [0, 1].
+    """
+
+    target: nn.Module
+    online: nn.Module
+    decay: float
+
+
 class Objective(nn.Module, ABC):
     """Knows neither the engine nor an evaluator, and never calls backward. Inheritance ends one below this.
 
@@ -34,26 +50,43 @@ class Objective(nn.Module, ABC):
         needs: what a batch must hold; checked against the data before anything starts.
         encoder: the unmodified timm module that evaluation and export receive. A submodule of this name, so
             that its tensors are called `encoder.*` in every checkpoint, whatever the objective.
+        coupling: what relates the samples of a batch to each other, so that the loss is no mean over samples and does
+            not add up over micro-batches; it is the reason that a refusal of accumulation gives. Empty: nothing does.
     """
 
     needs: BatchSpec
     encoder: nn.Module
+    coupling: str = ""
 
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> LossOutput:
-        """The loss of one micro-batch whose views are already normalised floats, [B, 3, H, W]."""
+        """The loss of one micro-batch whose views are already normalized floats, [B, 3, H, W]."""
 
-    def ema(self, progress: Progress) -> tuple[float, list[tuple[nn.Module, nn.Module]]]:
-        """Decay and (target, online) modules of a momentum teacher; the engine applies it after each step."""
-        return 0.0, []
+    def teachers(self, progress: Progress) -> list[Teacher]:
+        """The momentum teachers, with their decays of this step; the engine moves them after it."""
+        return []
 
     def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
         """Parameters with the least and greatest value they may have; the engine clamps them after each step."""
         return []
 
-    def undecayed(self) -> list[nn.Module]:
+    def constant_lr_modules(self) -> list[nn.Module]:
         """Modules whose learning rate stays at its peak after the warmup, whatever the schedule."""
         return []
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """An objective whose runs can label images, because its head gives each class a probability.
+
+    Attributes:
+        num_classes: K.
+    """
+
+    num_classes: int
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Logits of normalized images [B, 3, S, S], [B, K]."""
 
 
 class Features(NamedTuple):
@@ -77,8 +110,10 @@ class Contrastive(Objective):
 
     The engine accumulates it exactly, in two passes (Gao et al. 2021, arXiv:2101.06983): the features of the whole
     batch, without gradient; the gradient of the loss with respect to them; then, micro-batch by micro-batch, the
-    features once more and that gradient through them.
+    features once more and that gradient through them. As a term of a sum it is not accumulated.
     """
+
+    coupling = "a term that relates all samples of a batch to each other"
 
     @abstractmethod
     def features(self, batch: Batch, progress: Progress) -> Features:

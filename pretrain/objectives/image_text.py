@@ -1,4 +1,4 @@
-"""Images against their captions: two towers, and a loss that relates all pairs of the batch (clip.py, siglip.py)."""
+"""Images against their captions: two towers under a loss that relates all pairs of the batch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.errors import InputError
 from pretrain.models.config import ModelConfig
 from pretrain.models.towers import Parts, build_parts, embed_images, embed_tokens, tokens_of
-from pretrain.objectives.clip.loss import clip_loss
-from pretrain.objectives.config import Clip, Siglip
-from pretrain.objectives.contract import Contrastive, Features, LossOutput
-from pretrain.objectives.siglip.loss import sigmoid_loss
+from pretrain.objectives.config import ImageTextConfig
+from pretrain.objectives.contract import Contrastive, Features
 from pretrain.runtime.state import Progress
 
 
 class ImageText(Contrastive):
-    """CLIP (Radford et al. 2021, arXiv:2103.00020) or SigLIP (Zhai et al. 2023, arXiv:2303.15343).
+    """What CLIP and SigLIP share: an image tower, a text tower, and a learned factor of their cosines.
 
     With a locked image tower it is LiT (Zhai et al. 2021, arXiv:2111.07991): what is locked takes no gradient, and
     stays in evaluation mode. In evaluation mode pairs are those of the local batch alone, as ranks then have batches
@@ -31,31 +29,32 @@ class ImageText(Contrastive):
 
     Args:
         model: of the recipe; a timm encoder, or both towers of open_clip.
-        config: loss, its scale, and which towers are locked.
+        config: what the towers are with a timm encoder, and which of them are locked.
+        initial_scale: of the cosines.
+        initial_bias: of the logits, learned too; None: they have none.
 
     Raises:
         InputError: towers that cannot be built, or locked in part.
     """
 
-    def __init__(self, model: ModelConfig, config: Clip | Siglip) -> None:
+    def __init__(
+        self, model: ModelConfig, config: ImageTextConfig, *, initial_scale: float, initial_bias: float | None = None
+    ) -> None:
         super().__init__()
         parts = build_parts(model, config.embed_dim, config.text)
         self.encoder, self.projection, self.text = parts
         self.needs = BatchSpec(model.image_size, tokens=tokens_of(model, parts, config.tokenizer))
         # Of one dimension, as DeepSpeed cannot broadcast what has none.
-        self.logit_scale = nn.Parameter(torch.tensor([math.log(config.initial_scale)]))
-        self.max_scale = math.inf
-        if isinstance(config, Siglip):
-            self.logit_bias = nn.Parameter(torch.tensor([config.initial_bias]))
-        else:
-            self.max_scale = config.max_scale
-        self._sigmoid = isinstance(config, Siglip)
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(initial_scale)]))
+        bias = None if initial_bias is None else nn.Parameter(torch.tensor([initial_bias]))
+        self.register_parameter("logit_bias", bias)
         _lock(self.encoder, config.lock_image, "objective.lock_image")
         _lock(self.text, config.lock_text, "objective.lock_text")
         locked = [m for tower in (self.encoder, self.text) for m in tower.modules() if _is_locked(m)]
         self._locked = list(dict.fromkeys(child for module in locked for child in module.modules()))
 
     def features(self, batch: Batch, progress: Progress) -> Features:
+        """Embeddings of images and captions, with the factor and the bias of their logits."""
         images, tokens = batch.views[0], batch.tokens
         if tokens is None:
             raise ValueError("batch.tokens: expected [B, L] int64, found none")
@@ -64,18 +63,8 @@ class ImageText(Contrastive):
             embed_images(parts, images),
             embed_tokens(parts, tokens, images.dtype),
             self.logit_scale.exp().squeeze(),
-            self.logit_bias.squeeze() if self._sigmoid else self.logit_scale.new_zeros(()),
+            self.logit_scale.new_zeros(()) if self.logit_bias is None else self.logit_bias.squeeze(),
         )
-
-    def loss(self, features: Features, progress: Progress) -> LossOutput:
-        """Metrics: `image_to_text` (and, of CLIP, `text_to_image`), the share of local images whose caption is the
-        nearest of all; `logit_scale` and, of SigLIP, `logit_bias`."""
-        compute = sigmoid_loss if self._sigmoid else clip_loss
-        return compute(features, across_ranks=self.training)
-
-    def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
-        """The factor of CLIP's cosines stays between 1 and `max_scale`, as in open_clip."""
-        return [] if self._sigmoid else [(self.logit_scale, 0.0, math.log(self.max_scale))]
 
     def train(self, mode: bool = True) -> Self:
         """Parts without a trainable parameter stay in evaluation mode: their running statistics, their dropout."""

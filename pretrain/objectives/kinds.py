@@ -1,58 +1,48 @@
-"""From the groups of a recipe to an objective: the one `match` over the union."""
+"""From the groups of a recipe to an objective, by the table of kinds (config.py)."""
 
 from __future__ import annotations
 
-from typing import assert_never
+from collections.abc import Callable
+from importlib import import_module
 
 from torch import nn
 
 from data_pipeline.errors import InputError
 from pretrain.models.config import Model, ModelConfig
 from pretrain.models.encoders import build_encoder
-from pretrain.objectives import config as recipe_objective
-from pretrain.objectives.byol.objective import Byol
+from pretrain.objectives.config import KINDS, ObjectiveConfig
 from pretrain.objectives.contract import Objective
-from pretrain.objectives.mae.objective import Mae
-from pretrain.objectives.simmim.objective import Simmim
-from pretrain.objectives.simsiam.objective import SimSiam
-from pretrain.objectives.sum.objective import Combined
-from pretrain.objectives.supervised.objective import Supervised
 
 
-def build_objective(model: ModelConfig, config: recipe_objective.ObjectiveConfig) -> Objective:
-    """An encoder and its objective on the CPU, initialised from torch's global seed.
+def build_objective(model: ModelConfig, config: ObjectiveConfig) -> Objective:
+    """An encoder and its objective on the CPU, initialized from torch's global seed.
 
     Raises:
         InputError: a model that cannot be built, or that the objective cannot train.
     """
-    if isinstance(config, recipe_objective.Clip | recipe_objective.Siglip):
-        from pretrain.objectives.image_text import ImageText  # open_clip takes seconds, which others need not wait
-
-        return ImageText(model, config)
+    if config.builds_encoder:
+        return _objective_class(config.kind)(model, config)
     if not isinstance(model, Model):
         raise InputError(
             where="model.library",
             expected=f"timm, as objective.kind {config.kind} trains one encoder",
             found=f"{model.library}, which has two towers",
         )
-    encoder = build_encoder(model)
-    if isinstance(config, recipe_objective.Sum):
-        terms = {str(term.objective.kind): _build(model, encoder, term.objective) for term in config.terms}
-        return Combined(encoder, terms, {str(term.objective.kind): term.weight for term in config.terms})
-    return _build(model, encoder, config)
+    return build_on(build_encoder(model), model.image_size, config)
 
 
-def _build(model: Model, encoder: nn.Module, config: recipe_objective.Single) -> Objective:
-    match config:
-        case recipe_objective.Mae():
-            return Mae(encoder, config)
-        case recipe_objective.Simmim():
-            return Simmim(encoder, config)
-        case recipe_objective.Supervised():
-            return Supervised(encoder, model.image_size, config)
-        case recipe_objective.Byol():
-            return Byol(encoder, model.image_size, config)
-        case recipe_objective.SimSiam():
-            return SimSiam(encoder, model.image_size, config)
-        case _:
-            assert_never(config)
+def build_on(encoder: nn.Module, image_size: int, config: ObjectiveConfig) -> Objective:
+    """An objective on an encoder that exists already, as each term of a sum is.
+
+    Args:
+        encoder: from images [B, 3, S, S].
+        image_size: S, pixels.
+        config: of a kind that does not build its encoder itself.
+    """
+    return _objective_class(config.kind)(encoder, image_size, config)
+
+
+def _objective_class(kind: str) -> Callable[..., Objective]:
+    """Imported when one is built: open_clip alone takes seconds, which other kinds need not wait for."""
+    found: type[Objective] = getattr(import_module(f"pretrain.objectives.{kind}.objective"), KINDS[kind])
+    return found

@@ -1,76 +1,67 @@
-"""Groups of a recipe that say how weights move: optimizer, schedule, moving average. Imports no torch."""
+"""Groups of a recipe that say how weights move: optimizer, schedule, moving average. Imports no torch.
+
+A new optimizer is a folder here, with its `config.py` and its `optimizer.py`, and a line in `KINDS`.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from pretrain.recipe.base import Group
+from pretrain.recipe.base import Group, union_by_kind
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
+# Each kind, which is also its folder's name: the name of its group in `config.py`. Messages list them in this order.
+KINDS = {
+    "adamw": "AdamW",
+    "sgd": "Sgd",
+    "lars": "Lars",
+    "lamb": "Lamb",
+}
+DEFAULT_KIND = "adamw"  # of a recipe that names none
 
-class _Optimizer(Group):
-    """What every optimizer has. Biases, norms, timm's tokens and positions are never decayed."""
 
+class OptimConfig(Group):
+    """An optimizer's group of a recipe: what every optimizer has, and what it declares that it needs.
+
+    Biases, norms, timm's tokens and positions are never decayed.
+
+    Attributes:
+        kind: its name in the table; a literal in each subclass.
+        update: what an element's step depends on: `elementwise`, on what the optimizer knows of this element, so that
+            ZeRO may cut parameters anywhere; `norm per tensor`, also on norms over the whole parameter.
+        has_fused: whether there is a form of it in one kernel (`engine.fused_adamw`).
+    """
+
+    update: ClassVar[Literal["elementwise", "norm per tensor"]] = "elementwise"
+    has_fused: ClassVar[bool] = False
+
+    kind: str
     base_lr: float = Field(gt=0)  # peak_lr = base_lr * global_size / lr_batch
     lr_batch: int | None = Field(256, ge=1)  # None: base_lr is the peak_lr
     layer_decay: float = Field(1.0, gt=0, le=1)  # learning rate of a layer, as a share of that of the layer above
     clip_norm: float | None = Field(None, gt=0)  # of the global gradient; None: no clipping
+    weight_decay: float = Field(ge=0)
+
+    def moments(self) -> tuple[str, ...]:
+        """Names of the tensors of a parameter's shape that the optimizer keeps for each, which start at zero."""
+        raise NotImplementedError
 
 
-class AdamW(_Optimizer):
-    kind: Literal["adamw"] = "adamw"
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
+def config_class(kind: str) -> type[OptimConfig]:
+    """The group of a recipe that belongs to a kind of the table."""
+    found: Any = getattr(import_module(f"pretrain.optim.{kind}.config"), KINDS[kind])
+    assert issubclass(found, OptimConfig), kind
+    return found
 
 
-class Sgd(_Optimizer):
-    kind: Literal["sgd"]
-    momentum: Decay = 0.9
-    nesterov: bool = False
-    weight_decay: float = Field(1e-4, ge=0)  # as an L2 penalty: part of the gradient
-
-    @model_validator(mode="after")
-    def _nesterov(self) -> Sgd:
-        if self.nesterov and not self.momentum:
-            raise ValueError("expected a momentum above 0 with nesterov, found 0.")
-        return self
-
-
-class Lars(_Optimizer):
-    """What is not decayed is not adapted either, as in BYOL. ZeRO 0 only."""
-
-    kind: Literal["lars"]
-    momentum: Decay = 0.9
-    eta: float = Field(1e-3, gt=0)  # of the trust ratio
-    weight_decay: float = Field(1.5e-6, ge=0)  # as an L2 penalty
-
-
-class Lamb(_Optimizer):
-    """What is not decayed is not adapted either. ZeRO 0 only."""
-
-    kind: Literal["lamb"]
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: float = Field(1e-6, gt=0)
-    weight_decay: float = Field(0.02, ge=0)
-
-
-def _kind_or(default: str) -> Discriminator:
-    """Recipes may leave the commonest kind out."""
-    return Discriminator(lambda v: v.get("kind", default) if isinstance(v, dict) else getattr(v, "kind", default))
-
-
-OptimConfig = Annotated[
-    Annotated[AdamW, Tag("adamw")]
-    | Annotated[Sgd, Tag("sgd")]
-    | Annotated[Lars, Tag("lars")]
-    | Annotated[Lamb, Tag("lamb")],
-    _kind_or("adamw"),
-]
+def config_classes() -> list[type[OptimConfig]]:
+    """Those of all kinds, in the order of the table."""
+    return [config_class(kind) for kind in KINDS]
 
 
 class _Schedule(Group):
@@ -118,10 +109,10 @@ class Constant(_Schedule):
     kind: Literal["constant"]
 
 
-Schedule = Annotated[
-    Annotated[Cosine, Tag("cosine")] | Annotated[Steps, Tag("step")] | Annotated[Constant, Tag("constant")],
-    _kind_or("cosine"),
-]
+if TYPE_CHECKING:
+    Schedule = Cosine | Steps | Constant
+else:
+    Schedule = union_by_kind((Cosine, Steps, Constant), default="cosine")
 
 
 class Ema(Group):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, assert_never
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import torch
-from timm import optim as timm_optim
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
 from pretrain.objectives.contract import Objective
-from pretrain.optim.config import AdamW, Lamb, Lars, OptimConfig, Sgd
+from pretrain.optim.config import OptimConfig
 
-UNDECAYED = "undecayed_"  # what names of groups begin with whose learning rate does not decay
+CONSTANT_LR = "undecayed_"  # what names of groups begin with whose learning rate stays at its peak; checkpoints hold it
 _EXEMPT = {
     "pos_embed",
     "cls_token",
@@ -34,15 +35,17 @@ def param_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     in its own training. With layer decay (BEiT, Bao et al. 2021, arXiv:2106.08254; MAE's fine-tuning) the learning rate
     of layer l of L is scaled by layer_decay ** (L - l): layers are timm's, stem first; L is the head, with a norm of
     pooled features where there is one, while a norm of tokens goes with the last block. Modules that the objective
-    names as `undecayed` have such groups of their own (`undecayed_decay`), which take the learning rate without its
-    decay.
+    names as `constant_lr_modules` have such groups of their own (`undecayed_decay`), whose learning rate stays at its
+    peak.
 
     Raises:
         InputError: layer decay for an encoder that does not say what its layers are.
     """
     layers = _layers(module) if optim.layer_decay < 1 else {}
     top = layers.pop(_HEAD, 0)
-    fixed = {p for m in module.undecayed() for p in m.parameters()} if isinstance(module, Objective) else set()
+    fixed = (
+        {p for m in module.constant_lr_modules() for p in m.parameters()} if isinstance(module, Objective) else set()
+    )
     groups: dict[tuple[bool, int, bool], dict[str, Any]] = {}
     for name, p in module.named_parameters():
         if not p.requires_grad:
@@ -54,7 +57,7 @@ def param_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
         group = groups.setdefault(
             (p in fixed, layer, exempt),
             {
-                "name": f"{UNDECAYED}{title}" if p in fixed else title,
+                "name": f"{CONSTANT_LR}{title}" if p in fixed else title,
                 "params": [],
                 "weight_decay": 0.0 if exempt else optim.weight_decay,
                 "lr_scale": optim.layer_decay ** (top - layer),
@@ -65,54 +68,39 @@ def param_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
 
 
 def build_optimizer(module: nn.Module, optim: OptimConfig, *, fused: bool = False) -> torch.optim.Optimizer:
-    """torch's AdamW or SGD, or timm's LARS or LAMB; the learning rate is set before every step.
+    """The optimizer of the recipe's kind; the learning rate is set before every step.
 
-    LARS is You et al. 2017 (arXiv:1708.03888), Eq. 6, with momentum over the adapted gradient; LAMB is You et al. 2019
-    (arXiv:1904.00962), Algorithm 2. Both adapt exactly what may be decayed, even where weight_decay is 0.
+    Each parameter group holds the recipe's group as `config`, beside the optimizer's own hyperparameters.
 
     Args:
         module: whose trainable parameters are stepped.
         optim: kind and hyperparameters; `clip_norm` is the engine's to apply.
-        fused: AdamW in one kernel.
+        fused: the form in one kernel, of a kind that has one.
     """
-    groups = param_groups(module, optim)
-    optimizer: torch.optim.Optimizer
-    match optim:
-        case AdamW():
-            # Not False: that would also switch off torch's choice of the multi-tensor form.
-            return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=fused or None)
-        case Sgd():
-            return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov)
-        case Lars():
-            optimizer = timm_optim.Lars(groups, lr=0.0, momentum=optim.momentum, trust_coeff=optim.eta)
-        case Lamb():
-            optimizer = timm_optim.Lamb(groups, lr=0.0, betas=optim.betas, eps=optim.eps, max_grad_norm=None)
-        case _:
-            assert_never(optim)
+    optimizer: torch.optim.Optimizer = _module(optim.kind).build(param_groups(module, optim), optim, fused=fused)
     for group in optimizer.param_groups:
-        group["always_adapt"] = not group["name"].endswith("no_decay")
-        if isinstance(optimizer, timm_optim.Lamb):
-            group["step"] = torch.tensor(0.0)
+        group["config"] = optim
     return optimizer
 
 
-def empty_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], kept: Tensor) -> dict[str, Tensor]:
+def empty_state(group: dict[str, Any], kept: Tensor) -> dict[str, Tensor]:
     """The state of a stepped tensor before the first step, so that there is something to load into.
 
     It has the keys, shapes and devices that the optimizer itself would create; a step from it is the step from none.
     """
-    match optimizer:
-        case torch.optim.AdamW():
-            step = torch.zeros((), dtype=torch.float32, device=kept.device if group["fused"] else "cpu")
-            return {"step": step, "exp_avg": torch.zeros_like(kept), "exp_avg_sq": torch.zeros_like(kept)}
-        case timm_optim.Lamb():
-            return {"exp_avg": torch.zeros_like(kept), "exp_avg_sq": torch.zeros_like(kept)}
-        case _:
-            return {"momentum_buffer": torch.zeros_like(kept)} if group["momentum"] else {}
+    config: OptimConfig = group["config"]
+    counter = getattr(_module(config.kind), "step_counter", None)
+    steps: dict[str, Tensor] = counter(group, kept) if counter is not None else {}
+    return steps | {name: torch.zeros_like(kept) for name in config.moments()}
+
+
+def _module(kind: str) -> ModuleType:
+    """Of a kind of the table: `build`, and `step_counter` where each tensor's steps are counted in its state."""
+    return import_module(f"pretrain.optim.{kind}.optimizer")
 
 
 def step_counters(optimizer: torch.optim.Optimizer, group: dict[str, Any], kept: list[Tensor]) -> list[Tensor]:
-    """The scalars that count a group's applied steps: AdamW has one per stepped tensor, LAMB one, SGD and LARS none."""
+    """The scalars that count a group's applied steps: AdamW has one per stepped tensor, LAMB one, others none."""
     counters = [group, *(optimizer.state[tensor] for tensor in kept)]
     return [holder["step"] for holder in counters if "step" in holder]
 

@@ -28,7 +28,7 @@ def learning_rate(progress: Progress, schedule: Schedule, *, peak_lr: float, war
     """
     t, total = progress.step, progress.total_steps
     if t < warmup_steps:
-        return undecayed_rate(progress, peak_lr=peak_lr, warmup_steps=warmup_steps)
+        return constant_learning_rate(progress, peak_lr=peak_lr, warmup_steps=warmup_steps)
     match schedule:
         case Cosine():
             share = min(1.0, (t - warmup_steps) / max(1, total - warmup_steps))
@@ -43,7 +43,7 @@ def learning_rate(progress: Progress, schedule: Schedule, *, peak_lr: float, war
             assert_never(schedule)
 
 
-def undecayed_rate(progress: Progress, *, peak_lr: float, warmup_steps: int) -> float:
+def constant_learning_rate(progress: Progress, *, peak_lr: float, warmup_steps: int) -> float:
     """The same warmup, and the peak from there on."""
     return peak_lr * min(1.0, (progress.step + 1) / (warmup_steps + 1))
 

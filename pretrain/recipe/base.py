@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any, Union
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 
 class Group(BaseModel):
@@ -14,6 +15,23 @@ class Group(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def union_by_kind(members: Iterable[type[Group]], default: str | None = None) -> Any:
+    """The annotation of a group that is one of `members`, which their `kind` tells apart.
+
+    Args:
+        members: groups whose `kind` is a literal.
+        default: the kind of a group that does not name its own; None: it must.
+    """
+    if default is None:
+        return Annotated[Union[tuple(members)], Field(discriminator="kind")]  # noqa: UP007  (not known beforehand)
+    tagged = [Annotated[member, Tag(member.model_fields["kind"].annotation.__args__[0])] for member in members]  # type: ignore[union-attr]
+    return Annotated[Union[tuple(tagged)], _kind_or(default)]  # noqa: UP007
+
+
+def _kind_or(default: str) -> Discriminator:
+    return Discriminator(lambda v: v.get("kind", default) if isinstance(v, dict) else getattr(v, "kind", default))
 
 
 def ordered(interval: tuple[float, float]) -> tuple[float, float]:

@@ -13,9 +13,10 @@ from data_pipeline.remote.cache import CacheSpec
 from pretrain.augment.config import Augment, Mixing
 from pretrain.models.config import Model as Model  # where recipes are made in code
 from pretrain.models.config import ModelConfig
-from pretrain.objectives.config import ObjectiveConfig
-from pretrain.optim.config import Ema, OptimConfig, Schedule
+from pretrain.optim import config as optimizers
+from pretrain.optim.config import Ema, Schedule
 from pretrain.recipe.base import Group, Positive, Probability, Share, ordered
+from pretrain.recipe.unions import AnyObjective, AnyOptimizer
 
 
 class Views(Group):
@@ -176,8 +177,8 @@ class Recipe(Group):
     seed: int = Field(0, ge=0, lt=2**63)
     data: Data
     model: ModelConfig
-    objective: ObjectiveConfig
-    optim: OptimConfig
+    objective: AnyObjective
+    optim: AnyOptimizer
     schedule: Schedule
     batch: BatchSize
     ema: Ema | None = None
@@ -194,13 +195,14 @@ class Recipe(Group):
 
     @model_validator(mode="after")
     def _go_together(self) -> Recipe:
-        if self.optim.kind in ("lars", "lamb") and self.engine.zero_stage:
+        if self.optim.update == "norm per tensor" and self.engine.zero_stage:
             raise ValueError(
                 f"expected engine.zero_stage 0 with optim.kind {self.optim.kind}, which takes the norm of each whole "
                 f"parameter where ZeRO steps pieces of them, found {self.engine.zero_stage}."
             )
-        if self.engine.fused_adamw and self.optim.kind != "adamw":
-            raise ValueError(f"expected optim.kind adamw with engine.fused_adamw, found {self.optim.kind}.")
+        if self.engine.fused_adamw and not self.optim.has_fused:
+            kinds = " or ".join(kind for kind in optimizers.KINDS if optimizers.config_class(kind).has_fused)
+            raise ValueError(f"expected optim.kind {kinds} with engine.fused_adamw, found {self.optim.kind}.")
         if self.online_probe is not None and self.logging.every_steps % self.online_probe.every_steps:
             raise ValueError(
                 f"expected an online_probe.every_steps that divides logging.every_steps {self.logging.every_steps}, so "

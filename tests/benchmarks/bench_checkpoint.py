@@ -18,9 +18,9 @@ import torch
 
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.engine import Engine
-from pretrain.objectives.config import Mae
 from pretrain.objectives.kinds import build_objective
-from pretrain.optim.config import AdamW
+from pretrain.objectives.mae.config import MaeConfig
+from pretrain.optim.adamw.config import AdamW
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import EngineConfig, Model
 from pretrain.runtime.collectives import World, process_group
@@ -39,7 +39,7 @@ def run(rounds: int = 7) -> list[list[str]]:
 
 def _stall(rounds: int) -> list[str]:
     torch.manual_seed(0)
-    objective = build_objective(Model(name="vit_base_patch16_224"), Mae(kind="mae"))
+    objective = build_objective(Model(name="vit_base_patch16_224"), MaeConfig(kind="mae"))
     engine = Engine(
         objective,
         AdamW(base_lr=1e-4),

@@ -26,10 +26,10 @@ from torch import Tensor
 from data_pipeline.batch import Batch
 from pretrain.engine.engine import Engine
 from pretrain.monitoring.metrics import flops_per_sample, measure_peak_flops
-from pretrain.objectives.config import Supervised
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
-from pretrain.optim.config import AdamW
+from pretrain.objectives.supervised.config import SupervisedConfig
+from pretrain.optim.adamw.config import AdamW
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import EngineConfig, Recipe
 from pretrain.runtime.collectives import World, process_group
@@ -102,7 +102,7 @@ def _timm(recipe: Recipe, size: int, device: torch.device) -> Contestant:
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
     images = torch.randn(size, 3, model.image_size, model.image_size, device=device)
     labels = torch.zeros(size, dtype=torch.int64, device=device)
-    counted = build_objective(model, Supervised(kind="supervised", num_classes=1000))
+    counted = build_objective(model, SupervisedConfig(kind="supervised", num_classes=1000))
     return Contestant(
         _loop(lambda: torch.nn.functional.cross_entropy(net(images).float(), labels), optimizer, device),
         flops_per_sample(counted),

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from pretrain.engine.engine import Engine
-from pretrain.optim.config import AdamW, OptimConfig, Sgd
+from pretrain.optim.adamw.config import AdamW
+from pretrain.optim.config import OptimConfig
+from pretrain.optim.sgd.config import Sgd
 from pretrain.preflight import cannot_accumulate
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress

@@ -13,10 +13,16 @@ import torch
 from data_pipeline.batch import Batch, BatchSpec
 from pretrain.augment.augment import augmentations
 from pretrain.models.encoders import build_encoder
-from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.byol.config import ByolConfig
+from pretrain.objectives.config import ObjectiveConfig, config_classes
 from pretrain.objectives.contract import LossOutput, Objective
 from pretrain.objectives.kinds import build_objective
-from pretrain.optim.config import AdamW
+from pretrain.objectives.mae.config import MaeConfig
+from pretrain.objectives.simmim.config import SimmimConfig
+from pretrain.objectives.simsiam.config import SimSiamConfig
+from pretrain.objectives.sum.config import SumConfig, Term
+from pretrain.objectives.supervised.config import SupervisedConfig
+from pretrain.optim.adamw.config import AdamW
 from pretrain.optim.optimizers import build_optimizer, param_groups
 from pretrain.recipe import recipe
 from pretrain.recipe.files import load_recipe
@@ -26,7 +32,7 @@ from tests.objectives import towers
 from tests.ranks import run_ranks
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
-CONFIGS: tuple[type[recipe.Group], ...] = typing.get_args(typing.get_args(recipe_objective.ObjectiveConfig)[0])
+CONFIGS = config_classes()
 PROGRESS = Progress(3, 10, 24)
 
 TINY_VIT = recipe.Model(
@@ -58,7 +64,7 @@ TINY_RESNET = recipe.Model(name="test_resnet", image_size=32)
 @dataclass(frozen=True)
 class Case:
     model: recipe.ModelConfig
-    config: recipe_objective.ObjectiveConfig
+    config: ObjectiveConfig
     bf16_atol: float = 0.0  # of losses that start near 0
 
     def build(self, seed: int = 0) -> Objective:
@@ -66,22 +72,20 @@ class Case:
         return build_objective(self.model, self.config)
 
 
-MAE = recipe_objective.Mae(kind="mae", decoder_width=16, decoder_depth=1, decoder_heads=2)
-SUPERVISED = recipe_objective.Supervised(kind="supervised", num_classes=6, label_smoothing=0.1)
-BYOL = recipe_objective.Byol(kind="byol", hidden_width=24, out_width=12, base_decay=0.9)
-SIMSIAM = recipe_objective.SimSiam(kind="simsiam", projector_width=24, predictor_width=12)
-SIMMIM = recipe_objective.Simmim(kind="simmim", mask_patch=8)
-SUM = recipe_objective.Sum(
+MAE = MaeConfig(kind="mae", decoder_width=16, decoder_depth=1, decoder_heads=2)
+SUPERVISED = SupervisedConfig(kind="supervised", num_classes=6, label_smoothing=0.1)
+BYOL = ByolConfig(kind="byol", hidden_width=24, out_width=12, base_decay=0.9)
+SIMSIAM = SimSiamConfig(kind="simsiam", projector_width=24, predictor_width=12)
+SIMMIM = SimmimConfig(kind="simmim", mask_patch=8)
+SUM = SumConfig(
     kind="sum",
     terms=(
-        recipe_objective.Term(objective=SUPERVISED),
-        recipe_objective.Term(weight=0.5, objective=SIMMIM),
+        Term(objective=SUPERVISED),
+        Term(weight=0.5, objective=SIMMIM),
     ),
 )
 # Little of BYOL: its batch norm leaves nothing but rounding of what some parameters get from it.
-SUM_WITH_TEACHER = recipe_objective.Sum(
-    kind="sum", terms=(recipe_objective.Term(weight=0.02, objective=BYOL), recipe_objective.Term(objective=MAE))
-)
+SUM_WITH_TEACHER = SumConfig(kind="sum", terms=(Term(weight=0.02, objective=BYOL), Term(objective=MAE)))
 CASES = {
     "mae": Case(TINY_VIT, MAE),
     "mae, class token and registers": Case(CLASS_TOKEN_VIT, MAE),
@@ -276,8 +280,7 @@ OPTIM = AdamW(base_lr=1e-3)
 @torch.no_grad()
 def teach(objective: Objective) -> None:
     """Moves momentum teachers, as the engine does after a step."""
-    decay, pairs = objective.ema(PROGRESS)
-    for target, online in pairs:
+    for target, online, decay in objective.teachers(PROGRESS):
         for slow, fast in zip(target.parameters(), online.parameters(), strict=True):
             slow.copy_(decay * slow + (1 - decay) * fast)
 

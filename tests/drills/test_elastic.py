@@ -13,7 +13,9 @@ from data_pipeline.batch import Batch
 from pretrain.checkpoints import checkpoint
 from pretrain.engine.engine import Engine
 from pretrain.objectives.contract import LossOutput
-from pretrain.optim.config import AdamW, Ema, OptimConfig, Sgd
+from pretrain.optim.adamw.config import AdamW
+from pretrain.optim.config import Ema, OptimConfig
+from pretrain.optim.sgd.config import Sgd
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState
 from tests.pretrain.test_checkpoint import save

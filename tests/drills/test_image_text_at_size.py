@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
 from pretrain.models.config import ImageTower, OpenClip, TextTower
-from pretrain.objectives.config import Clip, Siglip
+from pretrain.objectives.clip.config import ClipConfig
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.siglip.config import SiglipConfig
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
 from tests.contracts.test_cut_batches import SGD, rows
@@ -25,7 +26,7 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
-CONFIGS = {"clip": Clip(kind="clip"), "siglip": Siglip(kind="siglip")}
+CONFIGS = {"clip": ClipConfig(kind="clip"), "siglip": SiglipConfig(kind="siglip")}
 GLOBAL_SIZE = 512
 
 

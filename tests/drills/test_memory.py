@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from data_pipeline.batch import Batch, BatchSpec
 from pretrain.engine.activation_checkpointing import checkpoint_activations
 from pretrain.models.blocks import repeated_blocks
-from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.contract import LossOutput, Objective
 from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.supervised.config import SupervisedConfig
 from pretrain.plan import model_state_bytes
 from pretrain.recipe import recipe
 from pretrain.runtime.collectives import World
@@ -103,7 +103,7 @@ VIT = recipe.Model(
 def saved_for_backward(checkpointed: bool) -> tuple[int, int]:
     """Bytes that autograd keeps between the passes, parameters apart; and bytes of the inputs of all blocks."""
     torch.manual_seed(0)
-    objective = build_objective(VIT, recipe_objective.Supervised(kind="supervised", num_classes=3))
+    objective = build_objective(VIT, SupervisedConfig(kind="supervised", num_classes=3))
     blocks = list(repeated_blocks(objective).values())
     if checkpointed:
         checkpoint_activations(blocks, device=torch.device("cpu"), dtype=None, offload=False)

@@ -11,13 +11,17 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec, MaskSpec
 from data_pipeline.errors import InputError, RecipeError
-from pretrain.objectives import config as recipe_objective
-from pretrain.objectives.config import Byol, Mae, Single, Sum, Supervised, Term
-from pretrain.objectives.contract import LossOutput, Objective
+from pretrain.objectives.byol.config import ByolConfig
+from pretrain.objectives.config import ObjectiveConfig
+from pretrain.objectives.contract import LossOutput, Objective, Teacher
 from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.mae.config import MaeConfig
 from pretrain.objectives.masked import find_painter
+from pretrain.objectives.simmim.config import SimmimConfig
 from pretrain.objectives.simmim.objective import Simmim
-from pretrain.objectives.sum.objective import Combined, joint_needs
+from pretrain.objectives.sum.config import SumConfig, Term
+from pretrain.objectives.sum.objective import Sum, joint_needs
+from pretrain.objectives.supervised.config import SupervisedConfig
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
 from tests.objectives import naive
@@ -30,17 +34,17 @@ VIT = recipe.Model(
     patch_size=2,
     options={"embed_dim": 8, "depth": 1, "num_heads": 2, "global_pool": "avg", "fc_norm": False, "class_token": False},
 )
-SUPERVISED = Supervised(kind="supervised", num_classes=4, label_smoothing=0.1)
-SIMMIM = recipe_objective.Simmim(kind="simmim", mask_patch=4)
-MAE = Mae(kind="mae", decoder_width=8, decoder_depth=1, decoder_heads=2)
-BYOL = Byol(kind="byol", hidden_width=8, out_width=4)
+SUPERVISED = SupervisedConfig(kind="supervised", num_classes=4, label_smoothing=0.1)
+SIMMIM = SimmimConfig(kind="simmim", mask_patch=4)
+MAE = MaeConfig(kind="mae", decoder_width=8, decoder_depth=1, decoder_heads=2)
+BYOL = ByolConfig(kind="byol", hidden_width=8, out_width=4)
 
 
-def make(*terms: Single, weights: tuple[float, ...] = (1.0, 1.0), model: recipe.Model = VIT) -> Combined:
+def make(*terms: ObjectiveConfig, weights: tuple[float, ...] = (1.0, 1.0), model: recipe.Model = VIT) -> Sum:
     torch.manual_seed(0)
     weighted = tuple(Term(weight=w, objective=term) for w, term in zip(weights, terms, strict=True))
-    objective = build_objective(model, Sum(kind="sum", terms=weighted))
-    assert isinstance(objective, Combined)
+    objective = build_objective(model, SumConfig(kind="sum", terms=weighted))
+    assert isinstance(objective, Sum)
     return objective
 
 
@@ -89,7 +93,7 @@ def test_loss_and_gradients_equal_the_naive_twins_weighted() -> None:
 
 
 @pytest.mark.parametrize("terms", [(SUPERVISED, SIMMIM), (BYOL, MAE), (SUPERVISED, MAE)], ids=["simmim", "byol", "mae"])
-def test_every_tensor_has_one_name_and_the_encoder_its_own(terms: tuple[Single, ...]) -> None:
+def test_every_tensor_has_one_name_and_the_encoder_its_own(terms: tuple[ObjectiveConfig, ...]) -> None:
     objective = make(*terms)
     names = [name for name, _ in objective.named_parameters(remove_duplicate=False)]
     assert len(names) == len({id(p) for p in objective.parameters()})
@@ -103,40 +107,48 @@ def test_the_last_term_that_initialises_the_encoder_has_its_way_and_teachers_sta
     objective = make(BYOL, MAE)
     alone = build_objective(VIT, MAE)
     assert torch.equal(objective.encoder.pos_embed, alone.encoder.pos_embed), "sine and cosine, as MAE has them"
-    decay, pairs = objective.ema(Progress(5, 10, 0))
-    expected, _ = objective.terms["byol"].ema(Progress(5, 10, 0))  # type: ignore[operator]
-    assert decay == expected
-    assert len(pairs) == 2
-    for target, online in pairs:
+    teachers = objective.teachers(Progress(5, 10, 0))
+    assert teachers == objective.terms["byol"].teachers(Progress(5, 10, 0))  # type: ignore[operator]
+    assert len(teachers) == 2
+    for target, online, _ in teachers:
         assert all(torch.equal(a, b) for a, b in zip(target.parameters(), online.parameters(), strict=True))
-    assert pairs[0][1] is objective.encoder
+    assert teachers[0].online is objective.encoder
     assert objective.needs.num_views == 2
     objective(make_batch(objective.needs, 4), START).loss.backward()
-    assert all(p.grad is None for p in pairs[0][0].parameters())
+    assert all(p.grad is None for p in teachers[0].target.parameters())
 
 
 class Following(Objective):
     """With a teacher that follows at a rate of its own."""
 
-    def __init__(self, encoder: nn.Module, decay: float) -> None:
+    coupling = "pairs of samples"
+
+    def __init__(self, encoder: nn.Module, image_size: int, config: MaeConfig | SimmimConfig) -> None:
         super().__init__()
-        self.needs = BatchSpec(8)
-        self.encoder, self.teacher, self.decay = encoder, copy.deepcopy(encoder), decay
+        self.needs = BatchSpec(image_size)
+        self.encoder, self.teacher, self.decay = encoder, copy.deepcopy(encoder), config.mask_ratio
 
     def forward(self, batch: Batch, progress: Progress) -> LossOutput:
         loss: Tensor = self.encoder(batch.views[0]).square().mean()
         return LossOutput(loss)
 
-    def ema(self, progress: Progress) -> tuple[float, list[tuple[nn.Module, nn.Module]]]:
-        return self.decay, [(self.teacher, self.encoder)]
+    def teachers(self, progress: Progress) -> list[Teacher]:
+        return [Teacher(self.teacher, self.encoder, self.decay)]
+
+    def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
+        return [(p, -9.0, 9.0) for p in self.encoder.parameters()]
 
 
-def test_teachers_of_two_terms_follow_at_one_rate_or_not_at_all() -> None:
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
-    equal = Combined(encoder, {"a": Following(encoder, 0.9), "b": Following(encoder, 0.9)}, {"a": 1.0, "b": 1.0})
-    assert len(equal.ema(START)[1]) == 2
-    with pytest.raises(InputError, match=r"objective\.terms: .*one decay.*0\.9 for a, 0\.5 for b"):
-        Combined(encoder, {"a": Following(encoder, 0.9), "b": Following(encoder, 0.5)}, {"a": 1.0, "b": 1.0})
+def test_what_terms_declare_is_declared_by_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each teacher follows at its own rate."""
+    monkeypatch.setattr("pretrain.objectives.sum.objective.build_on", Following)
+    terms = (MAE.model_copy(update={"mask_ratio": 0.9}), SIMMIM.model_copy(update={"mask_ratio": 0.5}))
+    objective = make(*terms, model=VIT)
+    assert [teacher.decay for teacher in objective.teachers(START)] == [0.9, 0.5]
+    assert objective.coupling == "pairs of samples"
+    assert len(objective.bounds()) == 2 * len(list(objective.encoder.parameters()))
+    monkeypatch.undo()
+    assert make(SUPERVISED, SIMMIM).coupling == ""
 
 
 def test_needs_are_joined_and_conflicts_named() -> None:

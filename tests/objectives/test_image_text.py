@@ -17,7 +17,8 @@ from pretrain.objectives.clip.loss import clip_loss
 from pretrain.objectives.contract import Features
 from pretrain.objectives.image_text import ImageText
 from pretrain.objectives.siglip.loss import sigmoid_loss
-from pretrain.optim.config import AdamW, Sgd
+from pretrain.optim.adamw.config import AdamW
+from pretrain.optim.sgd.config import Sgd
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress

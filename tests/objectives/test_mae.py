@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
-from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.mae.config import MaeConfig
 from pretrain.objectives.mae.objective import Mae, patchify, unpatchify
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
@@ -21,10 +21,10 @@ from tests.objectives import naive
 
 START = Progress(0, 1, 0)
 OPTIONS = {"embed_dim": 8, "depth": 2, "num_heads": 2, "global_pool": "avg", "fc_norm": False}
-CONFIG = recipe_objective.Mae(kind="mae", mask_ratio=0.6, decoder_width=12, decoder_depth=1, decoder_heads=3)
+CONFIG = MaeConfig(kind="mae", mask_ratio=0.6, decoder_width=12, decoder_depth=1, decoder_heads=3)
 
 
-def make(config: recipe_objective.Mae = CONFIG, image_size: int = 6, seed: int = 0, **options: Any) -> Mae:
+def make(config: MaeConfig = CONFIG, image_size: int = 6, seed: int = 0, **options: Any) -> Mae:
     torch.manual_seed(seed)
     model = recipe.Model(
         name="vit_tiny_patch16_224", image_size=image_size, patch_size=2, options={**OPTIONS, **options}

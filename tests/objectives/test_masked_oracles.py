@@ -17,9 +17,11 @@ from transformers import (
 )
 
 from data_pipeline.batch import Batch
-from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.config import ObjectiveConfig
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.mae.config import MaeConfig
+from pretrain.objectives.simmim.config import SimmimConfig
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
 
@@ -40,7 +42,7 @@ BLOCK = {
 }  # fmt: skip
 
 
-def make(model: recipe.Model, config: recipe_objective.ObjectiveConfig) -> tuple[Objective, Batch]:
+def make(model: recipe.Model, config: ObjectiveConfig) -> tuple[Objective, Batch]:
     """Every weight off its start."""
     torch.manual_seed(0)
     objective = build_objective(model, config).eval()
@@ -91,9 +93,7 @@ def assert_equal_losses(objective: Objective, batch: Batch, theirs: nn.Module, *
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_mae(normalize: bool) -> None:
-    config = recipe_objective.Mae(
-        kind="mae", decoder_width=12, decoder_depth=1, decoder_heads=3, normalize_target=normalize
-    )
+    config = MaeConfig(kind="mae", decoder_width=12, decoder_depth=1, decoder_heads=3, normalize_target=normalize)
     objective, batch = make(VIT, config)
     theirs = ViTMAEForPreTraining(
         ViTMAEConfig(
@@ -119,7 +119,7 @@ def test_mae(normalize: bool) -> None:
 
 
 def test_simmim_over_a_vit() -> None:
-    objective, batch = make(VIT, recipe_objective.Simmim(kind="simmim", mask_patch=2))
+    objective, batch = make(VIT, SimmimConfig(kind="simmim", mask_patch=2))
     theirs = ViTForMaskedImageModeling(ViTConfig(**THEIR_VIT, encoder_stride=2))
     state = objective.state_dict()
     weights = vit(state) | {"vit.embeddings.mask_token": state["mask_token"][None, None]}
@@ -137,7 +137,7 @@ def test_simmim_over_a_swin() -> None:
         patch_size=2,
         options={"embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4, "drop_path_rate": 0.0},
     )
-    objective, batch = make(model, recipe_objective.Simmim(kind="simmim", mask_patch=8, mask_ratio=0.5))
+    objective, batch = make(model, SimmimConfig(kind="simmim", mask_patch=8, mask_ratio=0.5))
     theirs = SwinForMaskedImageModeling(
         SwinConfig(
             image_size=16, patch_size=2, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4,

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
 from pretrain.models.heads import batch_norm_head
-from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.byol.config import ByolConfig
 from pretrain.objectives.byol.objective import Byol
+from pretrain.objectives.config import ObjectiveConfig
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.siamese import embedding_std, negative_cosine
+from pretrain.objectives.simsiam.config import SimSiamConfig
 from pretrain.objectives.simsiam.objective import SimSiam
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
@@ -30,16 +32,14 @@ VIT = recipe.Model(
     options={"embed_dim": 8, "depth": 1, "num_heads": 2, "class_token": False, "global_pool": "avg", "fc_norm": False},
 )  # fmt: skip
 RESNET = recipe.Model(name="test_resnet", image_size=32)
-BYOL = recipe_objective.Byol(kind="byol", hidden_width=11, out_width=5, base_decay=0.9)
+BYOL = ByolConfig(kind="byol", hidden_width=11, out_width=5, base_decay=0.9)
 
 
-def simsiam_config(layers: int = 3, **options: Any) -> recipe_objective.SimSiam:
-    return recipe_objective.SimSiam(
-        kind="simsiam", projector_layers=layers, projector_width=7, predictor_width=5, **options
-    )
+def simsiam_config(layers: int = 3, **options: Any) -> SimSiamConfig:
+    return SimSiamConfig(kind="simsiam", projector_layers=layers, projector_width=7, predictor_width=5, **options)
 
 
-def make(config: recipe_objective.ObjectiveConfig, model: recipe.Model = VIT, noise: float = 0.2) -> Any:
+def make(config: ObjectiveConfig, model: recipe.Model = VIT, noise: float = 0.2) -> Any:
     """With every weight off its start, the target's too, so that it is another network than the online one."""
     torch.manual_seed(0)
     objective = build_objective(model, config).double()
@@ -55,7 +55,7 @@ def make_batch(size: int = 4, pixels: int = 6, seed: int = 1) -> Batch:
     return Batch(tuple(map(str, range(size))), tuple(views))
 
 
-CONFIGS: dict[str, recipe_objective.ObjectiveConfig] = {
+CONFIGS: dict[str, ObjectiveConfig] = {
     "byol": BYOL,
     "simsiam, 2 layers": simsiam_config(2),
     "simsiam, 3 layers": simsiam_config(3),
@@ -64,12 +64,12 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.k
 
 
 @every_config
-def test_loss_and_gradients_equal_the_naive_twin(config: recipe_objective.ObjectiveConfig) -> None:
+def test_loss_and_gradients_equal_the_naive_twin(config: ObjectiveConfig) -> None:
     objective, batch = make(config), make_batch()
     weights = naive.weights_of(objective)
     loss = objective(batch, START).loss
     loss.backward()
-    if isinstance(config, recipe_objective.SimSiam):
+    if isinstance(config, SimSiamConfig):
         expected = naive_siamese.simsiam_loss(weights, *batch.views, SHAPE, config.projector_layers)
     else:
         expected = naive_siamese.byol_loss(weights, *batch.views, SHAPE)
@@ -79,7 +79,7 @@ def test_loss_and_gradients_equal_the_naive_twin(config: recipe_objective.Object
 
 
 @every_config
-def test_the_order_of_the_views_does_not_matter(config: recipe_objective.ObjectiveConfig) -> None:
+def test_the_order_of_the_views_does_not_matter(config: ObjectiveConfig) -> None:
     batch = make_batch()
     losses = []
     for views in (batch.views, batch.views[::-1]):
@@ -134,32 +134,31 @@ def test_the_target_s_running_statistics_are_those_of_its_own_passes() -> None:
 
 @pytest.mark.parametrize("step", [0, 1, 37, 99, 100, 250])
 def test_the_target_s_decay_follows_half_a_cosine(step: int) -> None:
-    decay, pairs = make(BYOL).ema(Progress(step, 100, 0))
+    teachers = make(BYOL).teachers(Progress(step, 100, 0))
     expected = 1 - (1 - 0.9) * (math.cos(math.pi * min(step, 100) / 100) + 1) / 2
-    assert decay == pytest.approx(expected, abs=1e-15)
-    assert len(pairs) == 2
+    assert [teacher.decay for teacher in teachers] == pytest.approx([expected] * 2, abs=1e-15)
     if step == 0:
-        assert decay == pytest.approx(0.9)
+        assert teachers[0].decay == pytest.approx(0.9)
 
 
 def test_pairs_of_the_target_have_the_same_parameters_by_name() -> None:
     objective = make(BYOL, RESNET)
-    _, pairs = objective.ema(START)
-    followed = [name for target, online in pairs for name, _ in target.named_parameters()]
-    assert followed == [name for target, online in pairs for name, _ in online.named_parameters()]
+    teachers = objective.teachers(START)
+    followed = [name for teacher in teachers for name, _ in teacher.target.named_parameters()]
+    assert followed == [name for teacher in teachers for name, _ in teacher.online.named_parameters()]
     assert len(followed) == len(list(objective.target.parameters()))
 
 
 def test_the_predictor_of_simsiam_keeps_its_learning_rate_where_asked() -> None:
     fixed, decayed = make(simsiam_config()), make(simsiam_config(fixed_predictor_lr=False))
     assert isinstance(fixed, SimSiam)
-    assert fixed.undecayed() == [fixed.predictor]
-    assert decayed.undecayed() == []
-    assert make(BYOL).undecayed() == []
+    assert fixed.constant_lr_modules() == [fixed.predictor]
+    assert decayed.constant_lr_modules() == []
+    assert make(BYOL).constant_lr_modules() == []
 
 
 @every_config
-def test_embedding_std_tells_spread_from_collapse(config: recipe_objective.ObjectiveConfig) -> None:
+def test_embedding_std_tells_spread_from_collapse(config: ObjectiveConfig) -> None:
     objective = make(config)
     batch = make_batch(64)
     spread = objective(batch, START).metrics["embedding_std"]
@@ -252,7 +251,7 @@ def test_loss_and_gradients_equal_lightly_s(kind: str) -> None:
 
 def test_published_widths_are_lightly_s() -> None:
     """By the shapes of lightly's defaults, which are the papers'."""
-    byol, simsiam = recipe_objective.Byol(kind="byol"), recipe_objective.SimSiam(kind="simsiam")
+    byol, simsiam = ByolConfig(kind="byol"), SimSiamConfig(kind="simsiam")
     pairs = [
         (lightly_heads.BYOLProjectionHead(), [2048, byol.hidden_width, byol.out_width], "linear"),
         (lightly_heads.BYOLPredictionHead(), [byol.out_width, byol.hidden_width, byol.out_width], "linear"),

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
-from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.simmim.config import SimmimConfig
 from pretrain.objectives.simmim.objective import Simmim
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
@@ -34,10 +34,10 @@ SWIN = recipe.Model(
     options={"embed_dim": 4, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4, "drop_path_rate": 0.0},
 )
 SWIN_V2 = SWIN.model_copy(update={"name": "swinv2_tiny_window8_256"})
-CONFIG = recipe_objective.Simmim(kind="simmim", mask_patch=4)
+CONFIG = SimmimConfig(kind="simmim", mask_patch=4)
 
 
-def make(model: recipe.Model = VIT, config: recipe_objective.Simmim = CONFIG, seed: int = 0, **options: Any) -> Simmim:
+def make(model: recipe.Model = VIT, config: SimmimConfig = CONFIG, seed: int = 0, **options: Any) -> Simmim:
     """Every weight off its start, where zeros and ones would hide a wrong formula."""
     torch.manual_seed(seed)
     objective = build_objective(model.model_copy(update={"options": {**model.options, **options}}), config)
@@ -154,7 +154,7 @@ def test_hides_as_many_blocks_of_32_pixels_as_the_paper(
     options: dict[str, Any] = {"fc_norm": False} if name.startswith("vit") else {}
     model = recipe.Model(name=name, image_size=size, options=options)
     with torch.device("meta"):
-        objective = build_objective(model, recipe_objective.Simmim(kind="simmim", mask_ratio=ratio))
+        objective = build_objective(model, SimmimConfig(kind="simmim", mask_ratio=ratio))
     assert isinstance(objective, Simmim)
     spec = objective.needs.mask
     assert spec is not None

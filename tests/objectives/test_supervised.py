@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from data_pipeline.batch import Batch
 from pretrain.models.encoders import build_encoder
-from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.supervised.config import SupervisedConfig
 from pretrain.objectives.supervised.objective import Supervised
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
@@ -34,9 +34,7 @@ def make(num_classes: int = 4, smoothing: float = 0.0, class_token: bool = False
         name="vit_tiny_patch16_224", image_size=6, patch_size=2,
         options={"embed_dim": 8, "depth": 1, "num_heads": 2, "class_token": class_token, **pool},
     )  # fmt: skip
-    config = recipe_objective.Supervised(
-        kind="supervised", num_classes=num_classes, label_smoothing=smoothing, **further
-    )
+    config = SupervisedConfig(kind="supervised", num_classes=num_classes, label_smoothing=smoothing, **further)
     objective = build_objective(model, config)
     assert isinstance(objective, Supervised)
     return objective

@@ -8,9 +8,10 @@ import torch
 
 from data_pipeline.batch import Batch
 from pretrain.models.config import ImageTower, Model, OpenClip, TextTower
-from pretrain.objectives.config import Clip, Siglip
+from pretrain.objectives.clip.config import ClipConfig
 from pretrain.objectives.image_text import ImageText
 from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.siglip.config import SiglipConfig
 
 TEXT = TextTower(width=16, heads=2, layers=2, context_length=6)
 OPEN_CLIP = OpenClip(
@@ -31,8 +32,8 @@ BESIDE_TIMM: dict[str, Any] = {"embed_dim": 8, "text": TEXT}
 END = 49407  # of text, in CLIP's tokenizer
 
 
-def config(kind: str, **options: Any) -> Clip | Siglip:
-    return Clip(kind="clip", **options) if kind == "clip" else Siglip(kind="siglip", **options)
+def config(kind: str, **options: Any) -> ClipConfig | SiglipConfig:
+    return ClipConfig(kind="clip", **options) if kind == "clip" else SiglipConfig(kind="siglip", **options)
 
 
 def make(kind: str, *, timm: bool = False, seed: int = 0, **options: Any) -> ImageText:

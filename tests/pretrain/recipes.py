@@ -6,12 +6,13 @@ import copy
 import json
 import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from pretrain.objectives.config import ObjectiveConfig
+from pretrain.objectives.config import KINDS as OBJECTIVES
+from pretrain.objectives.config import config_class
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 
@@ -77,19 +78,11 @@ def listed(path: str, tree: dict[str, Any] = SMALL) -> tuple[str, dict[str, Any]
     return path, tree
 
 
-def _members() -> list[Any]:
-    return list(get_args(get_args(ObjectiveConfig)[0]))
-
-
-def _kind_of(config: Any) -> str:
-    return str(get_args(config.model_fields["kind"].annotation)[0])
-
-
 def _kind_with(key: str) -> str:
-    return next(_kind_of(config) for config in _members() if key in config.model_fields)
+    return next(kind for kind in OBJECTIVES if key in config_class(kind).model_fields)
 
 
-KINDS = ", ".join(repr(_kind_of(config)) for config in _members())
+KINDS = ", ".join(map(repr, OBJECTIVES))
 shares = st.floats(0.001, 1)
 sizes = st.integers(1, 10**6)
 numberlike = [

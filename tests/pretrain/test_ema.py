@@ -13,7 +13,7 @@ from torch import Tensor
 from data_pipeline.batch import Batch
 from pretrain.checkpoints import checkpoint
 from pretrain.engine.engine import Engine
-from pretrain.objectives.contract import LossOutput
+from pretrain.objectives.contract import LossOutput, Teacher
 from pretrain.optim.averages import decay_at, follow
 from pretrain.optim.config import Ema
 from pretrain.optim.optimizers import build_optimizer
@@ -128,8 +128,8 @@ class Student(Toy):
         difference = self.encoder(batch.views[0]) - self.teacher(batch.views[0])
         return LossOutput(loss + difference.float().square().mean())
 
-    def ema(self, progress: Progress) -> tuple[float, list[Any]]:
-        return 0.5 + 0.04 * progress.step, [(self.teacher, self.encoder)]
+    def teachers(self, progress: Progress) -> list[Teacher]:
+        return [Teacher(self.teacher, self.encoder, 0.5 + 0.04 * progress.step)]
 
 
 def taught(world: World, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
@@ -162,7 +162,7 @@ def plain_teacher(steps: int) -> tuple[list[float], dict[str, Tensor]]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
         optimizer.step()
-        decay, _ = student.ema(Progress(at, 10, 0))
+        decay = student.teachers(Progress(at, 10, 0))[0].decay
         with torch.no_grad():
             for slow, fast in zip(student.teacher.parameters(), student.encoder.parameters(), strict=True):
                 slow.copy_(decay * slow + (1 - decay) * fast)

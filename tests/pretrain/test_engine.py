@@ -10,11 +10,17 @@ import torch
 
 from data_pipeline.batch import Batch
 from pretrain.engine.engine import Engine
-from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.config import ObjectiveConfig
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
-from pretrain.optim.config import AdamW, Ema, Lamb, Lars, OptimConfig, Sgd
+from pretrain.objectives.mae.config import MaeConfig
+from pretrain.objectives.supervised.config import SupervisedConfig
+from pretrain.optim.adamw.config import AdamW
+from pretrain.optim.config import Ema, OptimConfig
+from pretrain.optim.lamb.config import Lamb
+from pretrain.optim.lars.config import Lars
 from pretrain.optim.optimizers import build_optimizer
+from pretrain.optim.sgd.config import Sgd
 from pretrain.recipe import recipe
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.collectives import World, gather_objects
@@ -136,10 +142,10 @@ VIT = recipe.Model(
     options={"embed_dim": 24, "depth": 2, "num_heads": 3, "class_token": False, "global_pool": "avg", "fc_norm": False},
 )
 RESNET = recipe.Model(name="test_resnet", image_size=16)
-OBJECTIVES: dict[str, tuple[recipe.Model, recipe_objective.ObjectiveConfig]] = {
-    "mae": (VIT, recipe_objective.Mae(kind="mae", decoder_width=16, decoder_depth=1, decoder_heads=2)),
-    "supervised": (VIT, recipe_objective.Supervised(kind="supervised", num_classes=3)),
-    "batch norm": (RESNET, recipe_objective.Supervised(kind="supervised", num_classes=3)),
+OBJECTIVES: dict[str, tuple[recipe.Model, ObjectiveConfig]] = {
+    "mae": (VIT, MaeConfig(kind="mae", decoder_width=16, decoder_depth=1, decoder_heads=2)),
+    "supervised": (VIT, SupervisedConfig(kind="supervised", num_classes=3)),
+    "batch norm": (RESNET, SupervisedConfig(kind="supervised", num_classes=3)),
 }
 
 

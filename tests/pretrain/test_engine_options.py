@@ -14,9 +14,10 @@ from data_pipeline.errors import InputError
 from pretrain.checkpoints import checkpoint
 from pretrain.engine.engine import Engine
 from pretrain.models.blocks import repeated_blocks
-from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
+from pretrain.objectives.mae.config import MaeConfig
+from pretrain.objectives.supervised.config import SupervisedConfig
 from pretrain.recipe import recipe
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.collectives import World
@@ -35,13 +36,13 @@ VIT = recipe.Model(
     },
 )  # fmt: skip
 STILL = VIT.model_copy(update={"options": {**VIT.options, "drop_path_rate": 0.0, "proj_drop_rate": 0.0}})
-MAE = recipe_objective.Mae(kind="mae", decoder_width=16, decoder_depth=2, decoder_heads=2)
+MAE = MaeConfig(kind="mae", decoder_width=16, decoder_depth=2, decoder_heads=2)
 MODELS = {
     "mae, nothing dropped": (STILL, MAE),
     "mae": (VIT, MAE),
     "resnet": (
         recipe.Model(name="test_resnet", image_size=16),
-        recipe_objective.Supervised(kind="supervised", num_classes=3),
+        SupervisedConfig(kind="supervised", num_classes=3),
     ),
 }
 CHECKPOINTED = {"activation_checkpointing": "blocks"}

@@ -14,11 +14,14 @@ from data_pipeline.batch import Batch
 from pretrain.checkpoints import checkpoint
 from pretrain.checkpoints.start import _initialize
 from pretrain.engine.engine import Engine
-from pretrain.objectives import config as recipe_objective
+from pretrain.objectives.byol.config import ByolConfig
+from pretrain.objectives.config import ObjectiveConfig
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
-from pretrain.optim.config import Cosine, OptimConfig, Sgd
-from pretrain.optim.schedules import learning_rate, undecayed_rate
+from pretrain.objectives.simsiam.config import SimSiamConfig
+from pretrain.optim.config import Cosine, OptimConfig
+from pretrain.optim.schedules import constant_learning_rate, learning_rate
+from pretrain.optim.sgd.config import Sgd
 from pretrain.recipe import recipe
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState
@@ -35,9 +38,9 @@ RESNET = recipe.Model(name="test_resnet", image_size=16)
 # At 16 pixels its last convolution, of stride 2, sees an image of 1 x 1, and of that oneDNN's bf16 gradient of the
 # weights is memory that nobody wrote (torch 2.15 with AVX-512 and no AMX). At 64 it sees 4 x 4.
 RESNET_IN_BF16 = RESNET.model_copy(update={"image_size": 64})
-BYOL = recipe_objective.Byol(kind="byol", hidden_width=15, out_width=7, base_decay=0.8)
-SIMSIAM = recipe_objective.SimSiam(kind="simsiam", projector_width=15, predictor_width=7)
-KINDS: dict[str, tuple[recipe.Model, recipe_objective.ObjectiveConfig]] = {
+BYOL = ByolConfig(kind="byol", hidden_width=15, out_width=7, base_decay=0.8)
+SIMSIAM = SimSiamConfig(kind="simsiam", projector_width=15, predictor_width=7)
+KINDS: dict[str, tuple[recipe.Model, ObjectiveConfig]] = {
     "byol": (RESNET, BYOL),
     "simsiam": (RESNET, SIMSIAM),
     "byol in bf16": (RESNET_IN_BF16, BYOL),
@@ -133,7 +136,7 @@ def followed(
             progress = Progress(at, total_steps, 0)
             result = engine.step(share(batch_at(at % 7, kind), world), progress, 1e-2)
             assert result.applied, (stage, at, result.grad_norm)
-            decay, _ = engine.objective.ema(progress)
+            decay = engine.objective.teachers(progress)[0].decay
             online = weights(engine)
             expected = {n: decay * w + (1 - decay) * online[n.removeprefix("target.")] for n, w in expected.items()}
         now = weights(engine)
@@ -237,7 +240,7 @@ def test_both_rates_warm_up_alike_and_one_stays() -> None:
     for at in range(21):
         progress = Progress(at, 20, 0)
         decayed = learning_rate(progress, cosine, peak_lr=0.1, warmup_steps=4)
-        fixed = undecayed_rate(progress, peak_lr=0.1, warmup_steps=4)
+        fixed = constant_learning_rate(progress, peak_lr=0.1, warmup_steps=4)
         assert fixed == pytest.approx(0.1 * min(1, (at + 1) / 5))
         assert decayed == fixed if at <= 4 else decayed < fixed
 

@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
 from pretrain.models.encoders import build_encoder, model_args
-from pretrain.objectives.config import Supervised as SupervisedConfig
+from pretrain.objectives.supervised.config import SupervisedConfig
 from pretrain.objectives.supervised.objective import Supervised
-from pretrain.optim.config import AdamW, Lamb, Lars, OptimConfig, Sgd
+from pretrain.optim.adamw.config import AdamW
+from pretrain.optim.config import OptimConfig
+from pretrain.optim.lamb.config import Lamb
+from pretrain.optim.lars.config import Lars
 from pretrain.optim.optimizers import build_optimizer, empty_state, param_groups, step_counters
+from pretrain.optim.sgd.config import Sgd
 from pretrain.recipe.recipe import Model
 
 OPTIM = AdamW(base_lr=1e-3, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.3)
@@ -153,7 +157,7 @@ def test_five_steps_are_those_of_the_paper(optim: OptimConfig, update: Update, f
         group["foreach"] = foreach
         if prepared:
             for p in group["params"]:
-                optimizer.state[p] = empty_state(optimizer, group, p)
+                optimizer.state[p] = empty_state(group, p)
     for step in range(5):
         for name, p in module.named_parameters():
             p.grad = grads[name][step].clone()
@@ -173,7 +177,7 @@ def test_empty_state_is_what_the_optimizer_would_have_made(optim: OptimConfig, f
     module = nn.Linear(2, 3, bias=False)
     plain, prepared = (build_optimizer(module, optim, fused=fused) for _ in range(2))
     p, (group,) = module.weight, prepared.param_groups
-    state = empty_state(prepared, group, p)
+    state = empty_state(group, p)
     p.grad = torch.randn(3, 2)
     plain.step()
     expected = {key: value for key, value in plain.state[p].items() if value is not None}

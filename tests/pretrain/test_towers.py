@@ -21,7 +21,7 @@ from pretrain.models.encoders import load_encoder
 from pretrain.models.open_clip_models import model_config
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.models.tower_folders import save_towers
-from pretrain.objectives.config import Clip
+from pretrain.objectives.clip.config import ClipConfig
 from pretrain.objectives.image_text import ImageText
 from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import dump
@@ -120,7 +120,7 @@ def test_loaded_towers_are_those_that_were_saved(tmp_path: Path, kind: str, besi
 
 def test_a_run_is_judged_at_the_size_that_its_folder_says(tmp_path: Path) -> None:
     model = Model(name="test_resnet", image_size=32, eval_size=48)
-    objective = Clip(kind="clip", **towers.BESIDE_TIMM)
+    objective = ClipConfig(kind="clip", **towers.BESIDE_TIMM)
     tree = {
         "name": "small", "data": {"train": "shards"}, "model": model.model_dump(), "objective": objective.model_dump(),
         "optim": {"base_lr": 1e-3}, "schedule": {"steps": 1}, "batch": {"global_size": 8},

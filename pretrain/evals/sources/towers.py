@@ -19,7 +19,7 @@ from pretrain.models.seeded import seeded
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.models.tower_folders import load_towers_folder
 from pretrain.models.towers import Towers, TwoTowers, build_parts, tokens_of
-from pretrain.objectives.config import Clip, Siglip
+from pretrain.objectives.config import ImageTextConfig
 from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
@@ -122,20 +122,20 @@ def _start_of_run(run: Path, recipe: Recipe, description: dict[str, object], see
 
 def _towers_of(recipe: Recipe) -> TwoTowers:
     objective = recipe.objective
-    assert isinstance(objective, Clip | Siglip)
+    assert isinstance(objective, ImageTextConfig)
     parts = seeded(0, lambda: build_parts(recipe.model, objective.embed_dim, objective.text))
-    return TwoTowers(parts, has_bias=isinstance(objective, Siglip))
+    return TwoTowers(parts, has_bias=objective.has_bias)
 
 
 def _of_recipe(towers: TwoTowers, recipe: Recipe, tag: str, run: Path, description: dict[str, object]) -> _Found:
-    assert isinstance(recipe.objective, Clip | Siglip)
+    assert isinstance(recipe.objective, ImageTextConfig)
     encoder = Encoder.of_recipe(towers.encoder, recipe, tag=tag, run=run, description=description)
     parts = towers.parts
     return _Found(towers, encoder, tokens_of(recipe.model, parts, recipe.objective.tokenizer))
 
 
 def _refuse_one_tower(recipe: Recipe, run: Path) -> None:
-    if not isinstance(recipe.objective, Clip | Siglip):
+    if not isinstance(recipe.objective, ImageTextConfig):
         raise InputError(
             where=str(run),
             expected="a run of kind clip or siglip, which has a text tower",

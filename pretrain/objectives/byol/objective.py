@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
 from pretrain.models.heads import batch_norm_head
-from pretrain.objectives import config as recipe_objective
-from pretrain.objectives.contract import LossOutput, Objective
+from pretrain.objectives.byol.config import ByolConfig
+from pretrain.objectives.contract import LossOutput, Objective, Teacher
 from pretrain.objectives.siamese import embedding_std, negative_cosine
 from pretrain.runtime.state import Progress
 
@@ -21,8 +21,8 @@ class Byol(Objective):
     """Grill et al. 2020 (arXiv:2006.07733).
 
     Online: encoder, projector, predictor. Target: encoder and projector, copies that start equal, get no gradient and
-    follow the online weights (`ema`). Batch norm in the target takes the statistics of its batch, as in training, and
-    keeps running ones of its own. Views go through the networks one after the other, as in the authors' code: batch
+    follow the online weights (`teachers`). Batch norm in the target takes the statistics of its batch, as in training,
+    and keeps running ones of its own. Views go through the networks one after the other, as in the authors' code: batch
     norm sees one of them at a time.
 
     Args:
@@ -31,7 +31,7 @@ class Byol(Objective):
         config: widths of projector and predictor, and the target's decay at the start.
     """
 
-    def __init__(self, encoder: nn.Module, image_size: int, config: recipe_objective.Byol) -> None:
+    def __init__(self, encoder: nn.Module, image_size: int, config: ByolConfig) -> None:
         super().__init__()
         width, hidden, out = int(encoder.head_hidden_size), config.hidden_width, config.out_width  # type: ignore[arg-type]
         self.needs = BatchSpec(image_size, num_views=2)
@@ -55,12 +55,15 @@ class Byol(Objective):
         cosines = negative_cosine(predictions[0], targets[1]) + negative_cosine(predictions[1], targets[0])
         return LossOutput(4 + 2 * cosines, {"embedding_std": embedding_std(projection, across_ranks=self.training)})
 
-    def ema(self, progress: Progress) -> tuple[float, list[tuple[nn.Module, nn.Module]]]:
-        """tau = 1 - (1 - tau0) (cos(pi k / K) + 1) / 2 after step k, counted from 0, of K."""
+    def teachers(self, progress: Progress) -> list[Teacher]:
+        """The target\'s encoder and projector.
+
+        After step k of K, counted from 0, their decay is tau = 1 - (1 - tau0) (cos(pi k / K) + 1) / 2.
+        """
         share = min(1.0, progress.fraction)
         decay = 1 - (1 - self.base_decay) * (math.cos(math.pi * share) + 1) / 2
         target_encoder, target_projector = self.target
-        return decay, [(target_encoder, self.encoder), (target_projector, self.projector)]
+        return [Teacher(target_encoder, self.encoder, decay), Teacher(target_projector, self.projector, decay)]
 
     def _projection(self, view: Tensor) -> Tensor:
         projection: Tensor = self.projector(self.encoder(view))

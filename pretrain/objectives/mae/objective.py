@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from data_pipeline.batch import Batch, BatchSpec, MaskSpec
 from data_pipeline.errors import InputError
-from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.contract import LossOutput, Objective
+from pretrain.objectives.mae.config import MaeConfig
 from pretrain.objectives.mae.decoder import MaeDecoder
 from pretrain.objectives.masked import Reconstruction, checked_masks, checked_vit
 from pretrain.runtime.state import Progress
@@ -30,7 +30,7 @@ class Mae(Objective):
             width, a number of heads or the mask ratio cannot be.
     """
 
-    def __init__(self, encoder: nn.Module, config: recipe_objective.Mae) -> None:
+    def __init__(self, encoder: nn.Module, image_size: int, config: MaeConfig) -> None:
         super().__init__()
         vit = checked_vit(encoder, "MAE")
         num_patches: int = vit.patch_embed.num_patches
@@ -39,7 +39,7 @@ class Mae(Objective):
         self.encoder = encoder
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.normalize_target = config.normalize_target
-        self.needs = BatchSpec(vit.patch_embed.img_size[0], mask=MaskSpec(num_patches, num_hidden))
+        self.needs = BatchSpec(image_size, mask=MaskSpec(num_patches, num_hidden))
         self.decoder = MaeDecoder(
             in_width=vit.embed_dim,
             width=config.decoder_width,
@@ -145,7 +145,7 @@ def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (var + 1e-6).sqrt()
 
 
-def _check_sizes(width: int, num_patches: int, num_hidden: int, config: recipe_objective.Mae) -> None:
+def _check_sizes(width: int, num_patches: int, num_hidden: int, config: MaeConfig) -> None:
     if not 0 < num_hidden < num_patches:
         raise InputError(
             where="objective.mask_ratio",

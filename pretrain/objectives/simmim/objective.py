@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from data_pipeline.batch import Batch, BatchSpec, MaskSpec
 from data_pipeline.errors import InputError
-from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.contract import LossOutput, Objective
 from pretrain.objectives.masked import Reconstruction, checked_masks, checked_vit
+from pretrain.objectives.simmim.config import SimmimConfig
 from pretrain.runtime.state import Progress
 
 
@@ -37,20 +37,19 @@ class Simmim(Objective):
 
     normalize_target = False
 
-    def __init__(self, encoder: nn.Module, config: recipe_objective.Simmim) -> None:
+    def __init__(self, encoder: nn.Module, image_size: int, config: SimmimConfig) -> None:
         super().__init__()
         swin = isinstance(encoder, SwinTransformer | SwinTransformerV2)
         vit = encoder if swin else checked_vit(encoder, "SimMIM")
         patch: int = vit.patch_embed.patch_size[0]  # type: ignore[union-attr, index, assignment]
-        size: int = vit.patch_embed.img_size[0]  # type: ignore[union-attr, index, assignment]
         self.stride = patch * 2 ** (len(encoder.layers) - 1) if swin else patch  # type: ignore[arg-type]
         self.mask_patch, self.patches_a_block = config.mask_patch, config.mask_patch // patch
-        _check_sizes(size, patch, self.stride, config)
-        num_blocks = (size // config.mask_patch) ** 2
+        _check_sizes(image_size, patch, self.stride, config)
+        num_blocks = (image_size // config.mask_patch) ** 2
         num_hidden = math.ceil(round(config.mask_ratio * num_blocks, 9))  # as theirs, but for 0.55 * 100 > 55
         _check_hidden(num_blocks, num_hidden, config)
         self.encoder = encoder
-        self.needs = BatchSpec(size, mask=MaskSpec(num_blocks, num_hidden))
+        self.needs = BatchSpec(image_size, mask=MaskSpec(num_blocks, num_hidden))
         width: int = vit.patch_embed.proj.out_channels  # type: ignore[union-attr, assignment]
         self.mask_token = nn.Parameter(torch.zeros(width))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -116,7 +115,7 @@ def _spread(hidden: Tensor, times: int) -> Tensor:
     return hidden.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
 
-def _check_sizes(size: int, patch: int, stride: int, config: recipe_objective.Simmim) -> None:
+def _check_sizes(size: int, patch: int, stride: int, config: SimmimConfig) -> None:
     if config.mask_patch % patch:
         above = -(-config.mask_patch // patch) * patch
         raise InputError(
@@ -135,7 +134,7 @@ def _check_sizes(size: int, patch: int, stride: int, config: recipe_objective.Si
             )
 
 
-def _check_hidden(num_blocks: int, num_hidden: int, config: recipe_objective.Simmim) -> None:
+def _check_hidden(num_blocks: int, num_hidden: int, config: SimmimConfig) -> None:
     if num_hidden == num_blocks:
         raise InputError(
             where="objective.mask_ratio",

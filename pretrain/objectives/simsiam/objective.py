@@ -6,9 +6,9 @@ from torch import nn
 
 from data_pipeline.batch import Batch, BatchSpec
 from pretrain.models.heads import batch_norm_head
-from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.contract import LossOutput, Objective
 from pretrain.objectives.siamese import embedding_std, negative_cosine
+from pretrain.objectives.simsiam.config import SimSiamConfig
 from pretrain.runtime.state import Progress
 
 
@@ -23,7 +23,7 @@ class SimSiam(Objective):
         config: layers and widths of projector and predictor; whether the predictor's learning rate decays.
     """
 
-    def __init__(self, encoder: nn.Module, image_size: int, config: recipe_objective.SimSiam) -> None:
+    def __init__(self, encoder: nn.Module, image_size: int, config: SimSiamConfig) -> None:
         super().__init__()
         out = config.projector_width
         self.needs = BatchSpec(image_size, num_views=2)
@@ -44,6 +44,6 @@ class SimSiam(Objective):
         cosines = negative_cosine(predictions[0], second.to(dtype)) + negative_cosine(predictions[1], first.to(dtype))
         return LossOutput(cosines / 2, {"embedding_std": embedding_std(first, across_ranks=self.training)})
 
-    def undecayed(self) -> list[nn.Module]:
+    def constant_lr_modules(self) -> list[nn.Module]:
         """The predictor, which should follow the latest representations (section 4.2)."""
         return [self.predictor] if self.fixed_predictor_lr else []

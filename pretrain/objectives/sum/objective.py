@@ -10,36 +10,38 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.errors import InputError
-from pretrain.objectives.contract import LossOutput, Objective
+from pretrain.objectives.contract import LossOutput, Objective, Teacher
+from pretrain.objectives.kinds import build_on
+from pretrain.objectives.sum.config import SumConfig
 from pretrain.runtime.state import Progress
 
 
-class Combined(Objective):
+class Sum(Objective):
     """loss = sum over terms of weight x loss, as where masked images join labels (Chen et al. 2023, arXiv:2312.00950).
 
     Each term makes its own forward pass of the encoder, so that a classifier sees whole images where a masked
     term hides some. The encoder is the sum's alone: terms use it, and checkpoints hold it once, as `encoder.*`;
-    heads and teachers are `terms.<kind>.*`. Terms initialise it in their order, the last that does so has its
+    heads and teachers are `terms.<kind>.*`. Terms initialize it in their order, the last that does so has its
     way, and teachers start from what came of it.
 
     Args:
-        encoder: which every term was built with.
-        terms: by name, in order.
-        weights: of their losses, positive.
+        encoder: on which every term is built.
+        image_size: pixels.
+        config: terms, in order, with the weights of their losses.
 
     Raises:
-        InputError: terms that need different batches, such as different masks, or have momentum teachers that
-            follow at different rates.
+        InputError: a term cannot be built; terms need different batches, such as different masks.
     """
 
-    def __init__(self, encoder: nn.Module, terms: Mapping[str, Objective], weights: Mapping[str, float]) -> None:
+    def __init__(self, encoder: nn.Module, image_size: int, config: SumConfig) -> None:
         super().__init__()
+        terms = {term.objective.kind: build_on(encoder, image_size, term.objective) for term in config.terms}
         self.needs = joint_needs({name: term.needs for name, term in terms.items()})
-        self.weights = dict(weights)
-        _check_decays(terms)
+        self.coupling = next((term.coupling for term in terms.values() if term.coupling), "")
+        self.weights = {term.objective.kind: term.weight for term in config.terms}
         for term in terms.values():
-            for target, online in term.ema(Progress(0, 1, 0))[1]:
-                target.load_state_dict(online.state_dict())
+            for teacher in term.teachers(Progress(0, 1, 0)):
+                teacher.target.load_state_dict(teacher.online.state_dict())
         self.encoder = encoder
         for term in terms.values():
             assert term.encoder is encoder
@@ -58,30 +60,22 @@ class Combined(Objective):
             metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
         return LossOutput(sum(losses[1:], losses[0]), metrics)
 
-    def ema(self, progress: Progress) -> tuple[float, list[tuple[nn.Module, nn.Module]]]:
-        """Those of the terms."""
-        found = [(decay, pairs) for decay, pairs in (self._term(name).ema(progress) for name in self.terms) if pairs]
-        return found[0][0] if found else 0.0, [pair for _, pairs in found for pair in pairs]
+    def teachers(self, progress: Progress) -> list[Teacher]:
+        """The teachers of all terms."""
+        return [teacher for name in self.terms for teacher in self._term(name).teachers(progress)]
 
-    def undecayed(self) -> list[nn.Module]:
-        return [module for name in self.terms for module in self._term(name).undecayed()]
+    def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
+        """The bounds of all terms."""
+        return [bound for name in self.terms for bound in self._term(name).bounds()]
+
+    def constant_lr_modules(self) -> list[nn.Module]:
+        """The modules of all terms."""
+        return [module for name in self.terms for module in self._term(name).constant_lr_modules()]
 
     def _term(self, name: str) -> Objective:
         term = self.terms[name]
         assert isinstance(term, Objective)
         return term
-
-
-def _check_decays(terms: Mapping[str, Objective]) -> None:
-    """At the start and on the way: the engine moves all teachers by one decay."""
-    for progress in (Progress(0, 2, 0), Progress(1, 2, 0)):
-        found = {name: decay for name, (decay, pairs) in ((n, t.ema(progress)) for n, t in terms.items()) if pairs}
-        if len(set(found.values())) > 1:
-            raise InputError(
-                where="objective.terms",
-                expected="one decay of all momentum teachers",
-                found=", ".join(f"{decay} for {name}" for name, decay in found.items()),
-            )
 
 
 def joint_needs(needs: Mapping[str, BatchSpec]) -> BatchSpec:

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain.objectives import config as recipe_objective
 from pretrain.objectives.contract import LossOutput, Objective
+from pretrain.objectives.supervised.config import SupervisedConfig
 from pretrain.runtime.state import Progress
 
 
@@ -20,9 +20,10 @@ class Supervised(Objective):
         config: number of classes K, the loss, and what the head does in training.
     """
 
-    def __init__(self, encoder: nn.Module, image_size: int, config: recipe_objective.Supervised) -> None:
+    def __init__(self, encoder: nn.Module, image_size: int, config: SupervisedConfig) -> None:
         super().__init__()
         self.encoder = encoder
+        self.num_classes = config.num_classes
         self.needs = BatchSpec(image_size, num_classes=config.num_classes)
         self.settings = config
         self.dropout = nn.Dropout(config.dropout)
@@ -54,6 +55,11 @@ class Supervised(Objective):
         if batch.weights is not None:
             losses = losses * batch.weights
         return LossOutput(losses.mean(), _accuracy(logits, labels.argmax(1) if soft else labels))
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Logits of the classes, without the dropout of training, [B, K]."""
+        logits: Tensor = self.head(self.encoder(images))
+        return logits
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, threshold: float | None) -> Tensor:

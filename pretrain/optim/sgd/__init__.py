@@ -1,0 +1,1 @@
+"""SGD with momentum, also Nesterov's."""
