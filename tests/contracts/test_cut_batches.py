@@ -18,7 +18,8 @@ from pretrain.preflight import cannot_accumulate
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
 from tests.combinations import drawn
-from tests.contracts.test_objectives import CASES, batch_for
+from tests.contracts.test_objectives import CASES
+from tests.objectives.cases import batch_for
 from tests.pretrain.test_engine import STAGES, make_engine, whole_state
 from tests.ranks import run_ranks
 

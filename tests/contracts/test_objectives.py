@@ -1,150 +1,67 @@
-"""What every objective of the recipe's union must hold; a new one joins by a case below and a recipe."""
+"""What every objective of the table must hold; a new one joins by its test module (tests/objectives) and a recipe."""
 
 from __future__ import annotations
 
-import typing
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 
-from data_pipeline.batch import Batch, BatchSpec
 from pretrain.augment.augment import augmentations
 from pretrain.models.encoders import build_encoder
-from pretrain.objectives.byol.config import ByolConfig
-from pretrain.objectives.config import ObjectiveConfig, config_classes
+from pretrain.objectives.config import KINDS
 from pretrain.objectives.contract import LossOutput, Objective
 from pretrain.objectives.kinds import build_objective
-from pretrain.objectives.mae.config import MaeConfig
-from pretrain.objectives.simmim.config import SimmimConfig
-from pretrain.objectives.simsiam.config import SimSiamConfig
-from pretrain.objectives.sum.config import SumConfig, Term
-from pretrain.objectives.supervised.config import SupervisedConfig
 from pretrain.optim.adamw.config import AdamW
 from pretrain.optim.optimizers import build_optimizer, param_groups
 from pretrain.recipe import recipe
 from pretrain.recipe.files import load_recipe
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
-from tests.objectives import towers
+from tests.contracts import listing
+from tests.objectives.cases import Case, Twin, all_cases, batch_for, module_of
+from tests.objectives.naive import assert_same_gradients, weights_of
 from tests.ranks import run_ranks
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
-CONFIGS = config_classes()
 PROGRESS = Progress(3, 10, 24)
 
-TINY_VIT = recipe.Model(
-    name="vit_tiny_patch16_224",
-    image_size=16,
-    patch_size=4,
-    options={
-        "embed_dim": 16,
-        "depth": 2,
-        "num_heads": 2,
-        "class_token": False,
-        "global_pool": "avg",
-        "fc_norm": False,
-    },
-)
-CLASS_TOKEN_VIT = TINY_VIT.model_copy(
-    update={"options": {"embed_dim": 16, "depth": 2, "num_heads": 2, "reg_tokens": 2}}
-)
-TINY_SWIN = recipe.Model(
-    name="swin_tiny_patch4_window7_224",
-    image_size=32,
-    patch_size=2,
-    options={"embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4, "drop_path_rate": 0.0},
-)
-TINY_SWIN_V2 = TINY_SWIN.model_copy(update={"name": "swinv2_tiny_window8_256"})
-TINY_RESNET = recipe.Model(name="test_resnet", image_size=32)
-
-
-@dataclass(frozen=True)
-class Case:
-    model: recipe.ModelConfig
-    config: ObjectiveConfig
-    bf16_atol: float = 0.0  # of losses that start near 0
-
-    def build(self, seed: int = 0) -> Objective:
-        torch.manual_seed(seed)
-        return build_objective(self.model, self.config)
-
-
-MAE = MaeConfig(kind="mae", decoder_width=16, decoder_depth=1, decoder_heads=2)
-SUPERVISED = SupervisedConfig(kind="supervised", num_classes=6, label_smoothing=0.1)
-BYOL = ByolConfig(kind="byol", hidden_width=24, out_width=12, base_decay=0.9)
-SIMSIAM = SimSiamConfig(kind="simsiam", projector_width=24, predictor_width=12)
-SIMMIM = SimmimConfig(kind="simmim", mask_patch=8)
-SUM = SumConfig(
-    kind="sum",
-    terms=(
-        Term(objective=SUPERVISED),
-        Term(weight=0.5, objective=SIMMIM),
-    ),
-)
-# Little of BYOL: its batch norm leaves nothing but rounding of what some parameters get from it.
-SUM_WITH_TEACHER = SumConfig(kind="sum", terms=(Term(weight=0.02, objective=BYOL), Term(objective=MAE)))
-CASES = {
-    "mae": Case(TINY_VIT, MAE),
-    "mae, class token and registers": Case(CLASS_TOKEN_VIT, MAE),
-    "supervised": Case(TINY_VIT, SUPERVISED),
-    "supervised, class token and registers": Case(CLASS_TOKEN_VIT, SUPERVISED),
-    "supervised, resnet": Case(TINY_RESNET, SUPERVISED),
-    "supervised, binary": Case(TINY_VIT, SUPERVISED.model_copy(update={"loss": "bce", "over_classes": "sum"})),
-    "byol": Case(TINY_RESNET, BYOL),
-    "byol, vit": Case(TINY_VIT, BYOL),
-    "simsiam": Case(TINY_RESNET, SIMSIAM, bf16_atol=1e-2),
-    "simsiam, vit": Case(TINY_VIT, SIMSIAM, bf16_atol=1e-2),
-    "supervised, swin": Case(TINY_SWIN, SUPERVISED),
-    "simmim": Case(TINY_VIT, SIMMIM),
-    "simmim, class token and registers": Case(CLASS_TOKEN_VIT, SIMMIM),
-    "simmim, swin": Case(TINY_SWIN, SIMMIM),
-    "simmim, swin v2": Case(TINY_SWIN_V2, SIMMIM),
-    "sum": Case(TINY_VIT, SUM),
-    "sum, swin": Case(TINY_SWIN, SUM),
-    "sum, with a teacher": Case(TINY_VIT, SUM_WITH_TEACHER),
-    "clip": Case(towers.OPEN_CLIP, towers.config("clip")),
-    "clip, timm": Case(towers.TIMM, towers.config("clip", **towers.BESIDE_TIMM)),
-    "siglip": Case(towers.OPEN_CLIP, towers.config("siglip")),
-    "siglip, timm": Case(towers.TIMM, towers.config("siglip", **towers.BESIDE_TIMM)),
-}
+CASES = all_cases()
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
-def batch_for(needs: BatchSpec, size: int = 4, seed: int = 1) -> Batch:
-    """A batch that holds what `needs` asks for, and nothing else."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (size, 3, needs.image_size, needs.image_size)
-    labels = masks = tokens = None
-    if needs.num_classes is not None:
-        labels = torch.randint(needs.num_classes, (size,), generator=generator)
-    if needs.mask is not None:
-        order = torch.rand(size, needs.mask.num_patches, generator=generator).argsort(1)
-        masks = order < needs.mask.num_hidden
-    if needs.tokens is not None:
-        assert needs.tokens.vocab_size is not None
-        shape_of_tokens = (size, needs.tokens.context_length)
-        tokens = torch.randint(needs.tokens.vocab_size, shape_of_tokens, generator=generator)
-    return Batch(
-        keys=tuple(str(i) for i in range(size)),
-        views=tuple(torch.randn(shape, generator=generator) for _ in range(needs.num_views)),
-        labels=labels,
-        masks=masks,
-        tokens=tokens,
-    )
-
-
-def kind_of(config: type[recipe.Group]) -> str:
-    return str(typing.get_args(config.model_fields["kind"].annotation)[0])
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=kind_of)
-def test_every_objective_has_a_case_and_a_recipe(config: type[recipe.Group]) -> None:
-    assert any(isinstance(case.config, config) for case in CASES.values()), f"{kind_of(config)}: add a case above"
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_objective_has_cases_a_recipe_and_a_line_of_documentation(kind: str) -> None:
+    cases = module_of(kind).CASES
+    assert cases
+    for name, case in cases.items():
+        assert name.split(",")[0] == case.config.kind == kind
     recipes = [load_recipe(path, []) for path in sorted(RECIPES.rglob("*.yaml"))]
-    assert any(isinstance(r.objective, config) for r in recipes), f"{kind_of(config)}: add a recipe in {RECIPES}"
+    assert any(r.objective.kind == kind for r in recipes), f"{kind}: add a recipe in {RECIPES}"
+    line = import_module(f"pretrain.objectives.{kind}").__doc__
+    assert line, f"{kind}: say in its __init__.py what it is and where it is published"
+    assert line in listing.objectives()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_value_and_gradients_are_those_of_the_naive_twin(kind: str) -> None:
+    """In fp64, off the zeros and ones of the start, which would hide a wrong formula."""
+    twin: Twin = module_of(kind).TWIN
+    assert twin.case.config.kind == kind
+    objective = twin.case.build().double()
+    with torch.no_grad():
+        for p in objective.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    batch = batch_for(objective.needs, twin.batch_size, dtype=torch.float64)
+    weights = weights_of(objective)
+    loss, expected = objective(batch, PROGRESS).loss, twin.loss(objective, weights, batch)
+    loss.backward()
+    expected.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert_same_gradients(objective, weights)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)

@@ -14,7 +14,8 @@ from pretrain.evals.finetune.recipe import PRESETS
 from pretrain.recipe.files import load_recipe, recipe_of
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import resolve
-from tests.contracts.published import CIFAR10, IMAGENET, MAE_FINETUNING, PAIRS, PUBLISHED, USUAL, Numbers, student
+from tests.contracts.published import MAE_FINETUNING, PUBLISHED, USUAL, student
+from tests.objectives.papers import CIFAR10, IMAGENET, PAIRS, Numbers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = {path.stem: path for path in sorted((CONFIGS / "recipes").glob("*.yaml"))}

@@ -18,6 +18,7 @@ from pretrain.optim.config import Ema, OptimConfig
 from pretrain.optim.sgd.config import Sgd
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState
+from tests.optim.cases import of_other_kinds
 from tests.pretrain.test_checkpoint import save
 from tests.pretrain.test_engine import make_engine
 from tests.ranks import run_ranks
@@ -29,6 +30,7 @@ OPTIMS: dict[str, OptimConfig] = {
     "adamw": AdamW(base_lr=1e-2, weight_decay=0.1, clip_norm=0.5, layer_decay=0.5),
     "sgd": Sgd(kind="sgd", base_lr=1e-2, nesterov=True, weight_decay=0.1, layer_decay=0.5),
 }
+OPTIMS |= {kind: optim for kind, optim in of_other_kinds(OPTIMS).items() if optim.update == "elementwise"}
 # Every (world size, stage) once; a world of one size takes its stages in turn, and hands on to the next world.
 CHAIN = {3: (1, 2, 3, 0), 1: (2, 0, 3, 1), 4: (3, 1, 0, 2), 2: (0, 2, 1, 3)}
 ACCUMULATION, GLOBAL_SIZE, SAVED_AT, TRAINED_ON = 2, 24, 3, 3

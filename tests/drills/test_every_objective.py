@@ -23,7 +23,8 @@ from tests.contracts.test_cut_batches import (
     scale,
     share,
 )
-from tests.contracts.test_objectives import CASES, batch_for
+from tests.contracts.test_objectives import CASES
+from tests.objectives.cases import batch_for
 from tests.pretrain.test_checkpoint import save
 from tests.pretrain.test_engine import STAGES
 from tests.ranks import run_ranks

@@ -24,6 +24,7 @@ from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
 from tests.combinations import drawn
 from tests.objectives import towers
+from tests.objectives.naive_image_text import pairs_loss
 from tests.ranks import run_ranks
 
 START = Progress(0, 10, 0)
@@ -46,30 +47,11 @@ def compute(kind: str, features: Features, **options: Any) -> Tensor:
     return sigmoid_loss(features, across_ranks=True, block=3, **options).loss
 
 
-def naive(kind: str, f: Features) -> Tensor:
-    """Pair by pair: the definitions in the papers."""
-    size = len(f.image)
-    logits = [
-        [f.logit_scale * sum(a * b for a, b in zip(x, y, strict=True)) + f.logit_bias for y in f.text] for x in f.image
-    ]
-    total = torch.zeros((), dtype=f.image.dtype)
-    for i in range(size):
-        if kind == "siglip":
-            for j in range(size):
-                z = 1 if i == j else -1
-                total = total - torch.log(1 / (1 + torch.exp(-z * logits[i][j]))) / size
-        else:
-            row = sum(torch.exp(logits[i][j]) for j in range(size))
-            column = sum(torch.exp(logits[j][i]) for j in range(size))
-            total = total - (2 * logits[i][i] - torch.log(row) - torch.log(column)) / (2 * size)
-    return total
-
-
 @pytest.mark.parametrize("size", [1, 3, 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_equal_the_naive_twin(kind: str, size: int) -> None:
     ours, theirs = unit_features(kind, size), unit_features(kind, size)
-    loss, expected = compute(kind, ours), naive(kind, theirs)
+    loss, expected = compute(kind, ours), pairs_loss(kind, theirs)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     (3 * loss).backward()
     (3 * expected).backward()
@@ -117,7 +99,7 @@ def test_it_is_open_clip_s_loss_and_the_mean_over_ranks_is_the_global_one(
         for ours, theirs in zip(rank["ours"], rank["theirs"], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     whole = unit_features(kind, 8)
-    expected = naive(kind, whole)
+    expected = pairs_loss(kind, whole)
     expected.backward()
     mean = [sum(values) / world_size for values in zip(*(rank["ours"] for rank in ranks), strict=True)]
     torch.testing.assert_close(mean[0].double(), expected.detach(), rtol=1e-6, atol=0)
@@ -134,96 +116,6 @@ def test_the_nearest_of_all_texts_is_counted() -> None:
     found = sigmoid_loss(features, across_ranks=False, block=3).metrics["image_to_text"]
     assert found == expected
     assert clip_loss(features, across_ranks=False).metrics["image_to_text"] == expected.float()
-
-
-# Whole objectives against towers that are written here token by token.
-
-Weights = dict[str, Tensor]
-
-
-def weights_of(module: nn.Module) -> Weights:
-    return {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in module.named_parameters()}
-
-
-def layer_norm(w: Weights, name: str, x: Tensor) -> Tensor:
-    mean = x.sum() / len(x)
-    variance = ((x - mean) ** 2).sum() / len(x)
-    return (x - mean) / (variance + 1e-5) ** 0.5 * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-
-def blocks(w: Weights, prefix: str, tokens: list[Tensor], heads: int, causal: bool) -> list[Tensor]:
-    for layer in range(2):
-        name = f"{prefix}.transformer.resblocks.{layer}"
-        normed = [layer_norm(w, f"{name}.ln_1", token) for token in tokens]
-        projected = [w[f"{name}.attn.in_proj_weight"] @ t + w[f"{name}.attn.in_proj_bias"] for t in normed]
-        width = len(tokens[0])
-        size = width // heads
-        mixed = []
-        for i, query in enumerate(projected):
-            parts = []
-            for h in range(heads):
-                at = h * size
-                seen = projected[: i + 1] if causal else projected
-                scores = [
-                    torch.exp((query[at : at + size] * k[width + at : width + at + size]).sum() / size**0.5)
-                    for k in seen
-                ]
-                values = [v[2 * width + at : 2 * width + at + size] for v in seen]
-                parts.append(sum(s * v for s, v in zip(scores, values, strict=True)) / sum(scores))
-            out = w[f"{name}.attn.out_proj.weight"] @ torch.cat(parts) + w[f"{name}.attn.out_proj.bias"]
-            mixed.append(out)
-        tokens = [t + a for t, a in zip(tokens, mixed, strict=True)]
-        following = []
-        for token in tokens:
-            hidden = w[f"{name}.mlp.c_fc.weight"] @ layer_norm(w, f"{name}.ln_2", token) + w[f"{name}.mlp.c_fc.bias"]
-            hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
-            following.append(token + w[f"{name}.mlp.c_proj.weight"] @ hidden + w[f"{name}.mlp.c_proj.bias"])
-        tokens = following
-    return tokens
-
-
-def embed_text(w: Weights, tokens: Tensor) -> Tensor:
-    embedded = [w["text.token_embedding.weight"][t] + w["text.positional_embedding"][i] for i, t in enumerate(tokens)]
-    end = max(range(len(tokens)), key=lambda i: int(tokens[i]))
-    out = layer_norm(w, "text.ln_final", blocks(w, "text", embedded, 2, True)[end])
-    return unit(out @ w["text.text_projection"])
-
-
-def embed_image(w: Weights, image: Tensor) -> Tensor:
-    patches = [image[:, y : y + 8, x : x + 8].reshape(-1) for y in (0, 8) for x in (0, 8)]
-    kernel = w["encoder.conv1.weight"].reshape(16, -1)
-    tokens = [w["encoder.class_embedding"], *(kernel @ patch for patch in patches)]
-    tokens = [layer_norm(w, "encoder.ln_pre", t + w["encoder.positional_embedding"][i]) for i, t in enumerate(tokens)]
-    out = layer_norm(w, "encoder.ln_post", blocks(w, "encoder", tokens, 2, False)[0])
-    return unit(out @ w["encoder.proj"])
-
-
-def unit(x: Tensor) -> Tensor:
-    return x / (x * x).sum() ** 0.5
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_whole_objective_equals_a_naive_one(kind: str) -> None:
-    objective = towers.make(kind).double()
-    with torch.no_grad():
-        for p in objective.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1)
-    batch = towers.captioned(3, dtype=torch.float64)
-    w = weights_of(objective)
-    assert batch.tokens is not None
-    features = Features(
-        torch.stack([embed_image(w, image) for image in batch.views[0]]),
-        torch.stack([embed_text(w, tokens) for tokens in batch.tokens]),
-        torch.exp(w["logit_scale"][0]),
-        w["logit_bias"][0] if kind == "siglip" else torch.zeros((), dtype=torch.float64),
-    )
-    expected = naive(kind, features)
-    expected.backward()
-    loss = objective(batch, START).loss
-    loss.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
-    for name, p in objective.named_parameters():
-        torch.testing.assert_close(p.grad, w[name].grad, rtol=1e-8, atol=1e-11, msg=name)
 
 
 def test_in_evaluation_a_rank_needs_no_other() -> None:

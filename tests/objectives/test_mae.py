@@ -17,7 +17,8 @@ from pretrain.objectives.mae.config import MaeConfig
 from pretrain.objectives.mae.objective import Mae, patchify, unpatchify
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
-from tests.objectives import naive
+from tests.objectives import cases, naive, papers
+from tests.objectives.cases import Case, Twin
 
 START = Progress(0, 1, 0)
 OPTIONS = {"embed_dim": 8, "depth": 2, "num_heads": 2, "global_pool": "avg", "fc_norm": False}
@@ -214,3 +215,41 @@ def test_refuses_masks_that_are_not_the_ones_it_asked_for() -> None:
     ):
         with pytest.raises(error, match=r"mask|hide"):
             objective(Batch(batch.keys, batch.views, masks=masks), START)
+
+
+MAE = MaeConfig(kind="mae", decoder_width=16, decoder_depth=1, decoder_heads=2)
+CASES = {
+    "mae": Case(cases.TINY_VIT, MAE),
+    "mae, class token and registers": Case(cases.CLASS_TOKEN_VIT, MAE),
+}
+
+
+def naive_loss(objective: Mae, weights: naive.Weights, batch: Batch) -> torch.Tensor:
+    assert batch.masks is not None
+    shape = naive.Shape(2, 3, 2, 2, class_token=False)
+    return naive.mae_loss(weights, objective.decoder.pos_embed, batch.views[0], batch.masks, shape, normalize=True)
+
+
+TWIN = Twin(Case(cases.TWIN_VIT, MAE), naive_loss)
+
+
+PUBLISHED: dict[str, papers.Numbers] = {}
+
+# He et al. 2021 (2111.06377), table 8.
+PUBLISHED["mae_vit_b16"] = {
+    "batch": 4096,
+    "schedule": {"kind": "cosine", "epochs": 800, "warmup": 40},
+    "optim": {
+        "kind": "adamw", "peak_lr": 1.5e-4 * 4096 / 256, "lr_batch": 256, "betas": (0.9, 0.95), "weight_decay": 0.05,
+    },
+    "views": {"scale": (0.2, 1.0), "interpolation": "bicubic", "eval_crop": 0.875},
+    "model": {"name": "vit_base_patch16_224", "image_size": 224},
+    "objective": {
+        "kind": "mae", "mask_ratio": 0.75, "decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16,
+        "normalize_target": True,
+    },
+}  # fmt: skip
+PUBLISHED["mae_vit_l16"] = {
+    **PUBLISHED["mae_vit_b16"],
+    "model": {"name": "vit_large_patch16_224", "image_size": 224},
+}

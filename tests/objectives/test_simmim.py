@@ -18,7 +18,8 @@ from pretrain.objectives.simmim.config import SimmimConfig
 from pretrain.objectives.simmim.objective import Simmim
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
-from tests.objectives import naive, naive_swin
+from tests.objectives import cases, naive, naive_swin, papers
+from tests.objectives.cases import Case, Twin
 
 START = Progress(0, 1, 0)
 VIT = recipe.Model(
@@ -199,3 +200,48 @@ def test_refuses_what_it_cannot_train(
 def test_refuses_an_encoder_without_patches() -> None:
     with pytest.raises(InputError, match=r"model\.name: expected a plain timm ViT.*SimMIM.*ResNet"):
         build_objective(recipe.Model(name="resnet18", image_size=32), CONFIG)
+
+
+SIMMIM = SimmimConfig(kind="simmim", mask_patch=8)
+CASES = {
+    "simmim": Case(cases.TINY_VIT, SIMMIM),
+    "simmim, class token and registers": Case(cases.CLASS_TOKEN_VIT, SIMMIM),
+    "simmim, swin": Case(cases.TINY_SWIN, SIMMIM),
+    "simmim, swin v2": Case(cases.TINY_SWIN_V2, SIMMIM),
+}
+
+
+def naive_loss(objective: Simmim, weights: naive.Weights, batch: Batch) -> Tensor:
+    assert batch.masks is not None
+    shape = naive.Shape(4, 4, 2, class_token=False)
+    return naive.simmim_loss(weights, batch.views[0], batch.masks, shape, block=8)
+
+
+TWIN = Twin(
+    Case(cases.TINY_VIT.model_copy(update={"options": {**cases.TINY_VIT.options, "embed_dim": 8, "depth": 1}}), SIMMIM),
+    naive_loss,
+    batch_size=1,
+)
+
+
+PUBLISHED: dict[str, papers.Numbers] = {}
+
+# Xie et al. 2021 (2111.09886), section 4.1 and the authors' configurations of 800 epochs.
+PUBLISHED["simmim_vit_b16"] = {
+    "batch": 2048,
+    "schedule": {"kind": "step", "epochs": 800, "warmup": 10, "milestones": (700,), "gamma": 0.1},
+    "optim": {
+        "kind": "adamw", "peak_lr": 1e-4 * 2048 / 512, "lr_batch": 512, "betas": (0.9, 0.999), "weight_decay": 0.05,
+        "clip_norm": 5.0,
+    },
+    "views": {"scale": (0.67, 1.0), "interpolation": "bilinear", "eval_crop": 0.875},
+    "model": {
+        "name": "vit_base_patch16_224", "image_size": 224,
+        "options": {"global_pool": "avg", "init_values": 0.1, "drop_path_rate": 0.1},
+    },
+    "objective": {"kind": "simmim", "mask_ratio": 0.6, "mask_patch": 32},
+}  # fmt: skip
+PUBLISHED["simmim_swin_b"] = {
+    **PUBLISHED["simmim_vit_b16"],
+    "model": {"name": "swin_base_patch4_window7_224", "image_size": 192, "options": {"window_size": 6}},
+}

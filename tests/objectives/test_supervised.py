@@ -22,7 +22,8 @@ from pretrain.objectives.supervised.config import SupervisedConfig
 from pretrain.objectives.supervised.objective import Supervised
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
-from tests.objectives import naive
+from tests.objectives import cases, naive, papers
+from tests.objectives.cases import Case, Twin
 
 START = Progress(0, 1, 0)
 
@@ -249,3 +250,90 @@ def test_stochastic_depth_acts_in_training_only(name: str) -> None:
         outputs.append(dropping(images))
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
+
+
+SUPERVISED = SupervisedConfig(kind="supervised", num_classes=6, label_smoothing=0.1)
+CASES = {
+    "supervised": Case(cases.TINY_VIT, SUPERVISED),
+    "supervised, class token and registers": Case(cases.CLASS_TOKEN_VIT, SUPERVISED),
+    "supervised, resnet": Case(cases.TINY_RESNET, SUPERVISED),
+    "supervised, binary": Case(cases.TINY_VIT, SUPERVISED.model_copy(update={"loss": "bce", "over_classes": "sum"})),
+    "supervised, swin": Case(cases.TINY_SWIN, SUPERVISED),
+}
+
+
+def naive_loss(objective: Supervised, weights: naive.Weights, batch: Batch) -> Tensor:
+    assert batch.labels is not None
+    grid = objective.encoder.patch_embed.grid_size[0]  # type: ignore[union-attr, index]
+    shape = naive.Shape(int(grid), batch.views[0].shape[-1] // int(grid), 2, class_token=False)
+    targets = one_hot(batch.labels, 6)
+    return naive.classifier_loss(weights, batch.views[0], targets, [1.0] * len(batch), 0.1, shape)
+
+
+TWIN = Twin(Case(cases.TWIN_VIT, SUPERVISED), naive_loss)
+
+
+PUBLISHED: dict[str, papers.Numbers] = {}
+
+# Goyal et al. 2017 (1706.02677), section 5.1.
+PUBLISHED["supervised_resnet50_goyal"] = {
+    "batch": 8192,
+    "schedule": {"kind": "step", "epochs": 90, "warmup": 5, "milestones": (30, 60, 80), "gamma": 0.1},
+    "optim": {
+        "kind": "sgd", "peak_lr": 0.1 * 8192 / 256, "lr_batch": 256, "momentum": 0.9, "nesterov": True,
+        "weight_decay": 1e-4,
+    },
+    "views": {"scale": (0.08, 1.0), "interpolation": "bicubic", "eval_crop": 0.875},
+    "model": {"name": "resnet50", "image_size": 224},
+    "objective": {**papers.CLASSES, "classifier_init": 0.01},
+}  # fmt: skip
+# Wightman et al. 2021 (2110.00476), table 2.
+PUBLISHED["rsb_a1_resnet50"] = {
+    "batch": 2048,
+    "schedule": {"kind": "cosine", "epochs": 600, "warmup": 5},
+    "optim": {
+        "kind": "lamb", "peak_lr": 5e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01, "clip_norm": 1.0,
+    },
+    "views": {"scale": (0.08, 1.0), "interpolation": "bicubic", "eval_crop": 0.95},
+    "augment": ({"rand_augment": papers.rand_augment(7)},),
+    "mixing": {"mixup": 0.2, "cutmix": 1.0},
+    "repeats": 3,
+    "model": {"name": "resnet50", "image_size": 224, "options": {"drop_path_rate": 0.05}},
+    "objective": {**papers.CLASSES, "loss": "bce", "label_smoothing": 0.1},
+}  # fmt: skip
+PUBLISHED["rsb_a2_resnet50"] = {
+    **PUBLISHED["rsb_a1_resnet50"],
+    "schedule": {"kind": "cosine", "epochs": 300, "warmup": 5},
+    "optim": PUBLISHED["rsb_a1_resnet50"]["optim"] | {"weight_decay": 0.02},
+    "mixing": {"mixup": 0.1, "cutmix": 1.0},
+    "objective": {**papers.CLASSES, "loss": "bce", "target_threshold": 0.2},
+}
+PUBLISHED["rsb_a3_resnet50"] = {
+    **PUBLISHED["rsb_a2_resnet50"],
+    "schedule": {"kind": "cosine", "epochs": 100, "warmup": 5},
+    "optim": PUBLISHED["rsb_a2_resnet50"]["optim"] | {"peak_lr": 8e-3},
+    "augment": ({"rand_augment": papers.rand_augment(6)},),
+    "repeats": 1,
+    "model": {"name": "resnet50", "image_size": 160, "eval_size": 224},
+}
+# Dosovitskiy et al. 2020 (2010.11929), table 3 and appendix B.1.
+PUBLISHED["supervised_vit_b16"] = {
+    "batch": 4096,
+    "schedule": {"kind": "cosine", "epochs": 300, "warmup": 10_000 * 4096 / papers.IMAGENET},
+    "optim": {"kind": "adamw", "peak_lr": 3e-3, "betas": (0.9, 0.999), "weight_decay": 0.3, "clip_norm": 1.0},
+    "views": {"scale": (0.05, 1.0), "interpolation": "bicubic", "eval_crop": 0.875},
+    **papers.HALVES,
+    "model": {
+        "name": "vit_base_patch16_224", "image_size": 224, "options": {"pos_drop_rate": 0.1, "proj_drop_rate": 0.1},
+    },
+    "objective": papers.CLASSES,
+}  # fmt: skip
+# Xie et al. 2019 (1911.04252), section 3.1, by a ResNet-50 and its optimizer (Goyal et al.).
+PUBLISHED["noisy_student_resnet50"] = {
+    "batch": 2048,
+    "schedule": {"kind": "cosine", "epochs": 350, "warmup": 5},
+    "optim": {"kind": "sgd", "peak_lr": 0.1 * 2048 / 256, "lr_batch": 256, "momentum": 0.9, "weight_decay": 1e-4},
+    "views": {"scale": (0.08, 1.0), "interpolation": "bicubic", "eval_crop": 0.875},
+    "model": {"name": "resnet50", "image_size": 224, "options": {"zero_init_last": True}},
+    "objective": {**papers.CLASSES, "label_smoothing": 0.1},
+}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pretrain.objectives.config import KINDS as OBJECTIVES
 from pretrain.objectives.config import config_class
+from pretrain.optim.config import KINDS as OPTIMS
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 
@@ -83,6 +84,7 @@ def _kind_with(key: str) -> str:
 
 
 KINDS = ", ".join(map(repr, OBJECTIVES))
+OPTIMIZERS = ", ".join(map(repr, OPTIMS))
 shares = st.floats(0.001, 1)
 sizes = st.integers(1, 10**6)
 numberlike = [

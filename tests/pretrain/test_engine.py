@@ -25,6 +25,7 @@ from pretrain.recipe import recipe
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.collectives import World, gather_objects
 from pretrain.runtime.state import Progress
+from tests.optim.cases import module_of, of_other_kinds
 from tests.ranks import run_ranks
 from tests.toy import Toy, split, toy_batch
 
@@ -80,7 +81,8 @@ OPTIMS: dict[str, OptimConfig] = {
     "lars": Lars(kind="lars", base_lr=1e-2, weight_decay=0.1),
     "lamb": Lamb(kind="lamb", base_lr=1e-2, weight_decay=0.1),
 }
-CASES = [(kind, stage) for kind in OPTIMS for stage in STAGES if stage == 0 or kind not in ("lars", "lamb")]
+OPTIMS |= of_other_kinds(OPTIMS)
+CASES = [(kind, stage) for kind in OPTIMS for stage in STAGES if stage == 0 or OPTIMS[kind].update == "elementwise"]
 
 
 def train(world: World, accumulation: int, steps: int) -> dict[tuple[str, int], Any]:
@@ -130,7 +132,7 @@ def test_equals_one_plain_process(world_size: int, accumulation: int) -> None:
             for name, expected in reference["state"].items():
                 torch.testing.assert_close(first["state"][f"param/{name}"], expected.detach(), rtol=1e-4, atol=1e-6)
             assert [group["lr"] for group in first["groups"]] == [group["lr"] for group in reference["groups"]]
-            counted = 0 if optim.kind in ("sgd", "lars") else 4
+            counted = 4 if module_of(optim.kind).COUNTS_STEPS else 0
             assert {group["step"] for group in first["groups"]} == {counted}
     assert len(ranks[0]["sgd", 3]["groups"]) == 7
 

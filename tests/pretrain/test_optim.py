@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import timm
 import torch
 from timm.optim import param_groups_layer_decay
-from torch import Tensor, nn
+from torch import nn
 
 from data_pipeline.errors import InputError
 from pretrain.models.encoders import build_encoder, model_args
 from pretrain.objectives.supervised.config import SupervisedConfig
 from pretrain.objectives.supervised.objective import Supervised
 from pretrain.optim.adamw.config import AdamW
-from pretrain.optim.config import OptimConfig
-from pretrain.optim.lamb.config import Lamb
-from pretrain.optim.lars.config import Lars
+from pretrain.optim.config import KINDS, OptimConfig
 from pretrain.optim.optimizers import build_optimizer, empty_state, param_groups, step_counters
 from pretrain.optim.sgd.config import Sgd
 from pretrain.recipe.recipe import Model
+from tests.contracts import listing
+from tests.optim.cases import Update, all_cases, module_of
 
 OPTIM = AdamW(base_lr=1e-3, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.3)
 SWIN = Model(
@@ -87,65 +87,15 @@ def test_layer_decay_needs_an_encoder_with_layers() -> None:
         param_groups(nn.Linear(2, 3), AdamW(base_lr=1.0, layer_decay=0.7))
 
 
-def trust(weight: Tensor, gradient: float) -> float:
-    norm = float(weight.norm())
-    return norm / gradient if norm and gradient else 1.0
-
-
-def sgd(p: Tensor, grads: list[Tensor], lr: float, wd: float, adapt: bool) -> Tensor:
-    velocity = torch.zeros_like(p)
-    for g in grads:
-        d = g + wd * p
-        velocity = 0.8 * velocity + d
-        p = p - lr * (d + 0.8 * velocity)
-    return p
-
-
-def lars(p: Tensor, grads: list[Tensor], lr: float, wd: float, adapt: bool) -> Tensor:
-    """1708.03888, Eq. 6 and Algorithm 1, with the rate outside of the velocity."""
-    velocity = torch.zeros_like(p)
-    for g in grads:
-        ratio = 0.01 * trust(p, float(g.norm() + wd * p.norm())) if adapt else 1.0
-        velocity = 0.8 * velocity + ratio * (g + wd * p)
-        p = p - lr * velocity
-    return p
-
-
-def lamb(p: Tensor, grads: list[Tensor], lr: float, wd: float, adapt: bool) -> Tensor:
-    """1904.00962, Algorithm 2."""
-    m, v = torch.zeros_like(p), torch.zeros_like(p)
-    for t, g in enumerate(grads, start=1):
-        m, v = 0.8 * m + 0.2 * g, 0.7 * v + 0.3 * g * g
-        r = (m / (1 - 0.8**t)) / ((v / (1 - 0.7**t)).sqrt() + 1e-5) + wd * p
-        p = p - lr * (trust(p, float(r.norm())) if adapt else 1.0) * r
-    return p
-
-
-def adamw(p: Tensor, grads: list[Tensor], lr: float, wd: float, adapt: bool) -> Tensor:
-    """1711.05101, Algorithm 2."""
-    m, v = torch.zeros_like(p), torch.zeros_like(p)
-    for t, g in enumerate(grads, start=1):
-        m, v = 0.8 * m + 0.2 * g, 0.7 * v + 0.3 * g * g
-        p = p - lr * ((m / (1 - 0.8**t)) / ((v / (1 - 0.7**t)).sqrt() + 1e-5) + wd * p)
-    return p
-
-
-Update = Callable[[Tensor, list[Tensor], float, float, bool], Tensor]
-KINDS: dict[str, tuple[OptimConfig, Update]] = {
-    "adamw": (OPTIM, adamw),
-    "sgd": (Sgd(kind="sgd", base_lr=1.0, momentum=0.8, nesterov=True, weight_decay=0.3), sgd),
-    "lars": (Lars(kind="lars", base_lr=1.0, momentum=0.8, eta=0.01, weight_decay=0.3), lars),
-    "lars, no decay": (Lars(kind="lars", base_lr=1.0, momentum=0.8, eta=0.01, weight_decay=0), lars),
-    "lamb": (Lamb(kind="lamb", base_lr=1.0, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.3), lamb),
-    "lamb, no decay": (Lamb(kind="lamb", base_lr=1.0, betas=(0.8, 0.7), eps=1e-5, weight_decay=0), lamb),
-}
+CASES = all_cases()
 
 
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("foreach", [False, True])
-@pytest.mark.parametrize(("optim", "update"), KINDS.values(), ids=KINDS.keys())
-def test_five_steps_are_those_of_the_paper(optim: OptimConfig, update: Update, foreach: bool, prepared: bool) -> None:
+@pytest.mark.parametrize("optim", CASES.values(), ids=CASES.keys())
+def test_five_steps_are_those_of_the_paper(optim: OptimConfig, foreach: bool, prepared: bool) -> None:
     """In fp64, with state from `empty_state` and with what the optimizer itself creates; as on a CPU and as on CUDA."""
+    update: Update = module_of(optim.kind).update
     torch.manual_seed(0)
     module = nn.Linear(3, 4).double()
     nn.init.zeros_(module.bias)  # the trust ratio of a norm of 0 is 1
@@ -168,11 +118,21 @@ def test_five_steps_are_those_of_the_paper(optim: OptimConfig, update: Update, f
         torch.testing.assert_close(p.detach(), update(start[name], grads[name], 0.1, wd, decayed), rtol=1e-6, atol=0)
     for group in optimizer.param_groups:
         counters = step_counters(optimizer, group, group["params"])
-        assert {float(counter) for counter in counters} == (set() if optim.kind in ("sgd", "lars") else {5.0})
+        assert {float(counter) for counter in counters} == ({5.0} if module_of(optim.kind).COUNTS_STEPS else set())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_optimizer_has_cases_and_a_line_of_documentation(kind: str) -> None:
+    cases = module_of(kind).CASES
+    assert cases
+    assert all(name.split(",")[0] == case.kind == kind for name, case in cases.items())
+    line = import_module(f"pretrain.optim.{kind}").__doc__
+    assert line, f"{kind}: say in its __init__.py what it is and where it is published"
+    assert line in listing.optimizers()
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("optim", [*(optim for optim, _ in KINDS.values()), Sgd(kind="sgd", base_lr=1.0, momentum=0.0)])
+@pytest.mark.parametrize("optim", [*CASES.values(), Sgd(kind="sgd", base_lr=1.0, momentum=0.0)])
 def test_empty_state_is_what_the_optimizer_would_have_made(optim: OptimConfig, fused: bool) -> None:
     module = nn.Linear(2, 3, bias=False)
     plain, prepared = (build_optimizer(module, optim, fused=fused) for _ in range(2))
