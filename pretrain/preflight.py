@@ -118,7 +118,9 @@ def _refuse_inexact_accumulation(recipe: Recipe, objective: Objective, resolved:
 
 def cannot_accumulate(objective: Objective) -> str:
     """Says what in an objective does not add up over micro-batches; empty: all of it does, or the engine sees to it."""
+    if objective.coupling and not isinstance(objective, Contrastive):  # which the engine accumulates in two passes
+        return objective.coupling
     objective.train()  # where a frozen part may keep its batch norm in evaluation mode
     if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training for m in objective.modules()):
         return "batch norm, whose statistics do not add up over micro-batches"
-    return "" if isinstance(objective, Contrastive) else objective.coupling  # the engine accumulates it in two passes
+    return ""

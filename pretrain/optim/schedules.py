@@ -51,4 +51,4 @@ def constant_learning_rate(progress: Progress, *, peak_lr: float, warmup_steps: 
 def learning_rates(progress: Progress, schedule: Schedule, *, peak_lr: float, warmup_steps: int) -> tuple[float, float]:
     """Learning rates of the step to come: that of the schedule, and that of modules which keep the peak."""
     scheduled = learning_rate(progress, schedule, peak_lr=peak_lr, warmup_steps=warmup_steps)
-    return scheduled, undecayed_rate(progress, peak_lr=peak_lr, warmup_steps=warmup_steps)
+    return scheduled, constant_learning_rate(progress, peak_lr=peak_lr, warmup_steps=warmup_steps)
