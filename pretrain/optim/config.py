@@ -21,6 +21,7 @@ KINDS = {
     "sgd": "Sgd",
     "lars": "Lars",
     "lamb": "Lamb",
+    "lion": "Lion",
 }
 DEFAULT_KIND = "adamw"  # of a recipe that names none
 
