@@ -24,6 +24,7 @@ KINDS = {
     "sum": "Sum",
     "clip": "Clip",
     "siglip": "Siglip",
+    "simclr": "SimClr",
 }
 
 
