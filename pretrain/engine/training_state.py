@@ -115,7 +115,7 @@ class TrainingState:
 
     def average_of(self, kept: Tensor) -> Tensor | None:
         """The moving average of what the optimizer steps, or of a running statistic; None where there is none."""
-        return self._averages.of(kept) if self._averages is not None else None
+        return self._averages.average_of(kept) if self._averages is not None else None
 
     def whole_average(self, name: str, p: nn.Parameter) -> Tensor | None:
         """That of a trained parameter, on the CPU of every rank; None without averages. Every rank must call it.
@@ -127,7 +127,7 @@ class TrainingState:
         whole = torch.zeros(self._shapes[name], device=p.device)
         piece = self._partitions.piece(p)
         if piece is not None:
-            average = self._averages.of(piece.kept)
+            average = self._averages.average_of(piece.kept)
             assert average is not None
             whole.view(-1).narrow(0, piece.start, piece.numel).copy_(piece.of(average))
         if not self._partitions.is_replicated(p):

@@ -16,12 +16,12 @@ from data_pipeline.errors import InputError
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Images for a report, each [B, 3, H, W] and normalised as the views are.
+    """Images for a report, each [B, 3, H, W] and normalized as the views are.
 
     Attributes:
         original: the views.
-        masked: what is hidden is zero, the mean colour.
-        filled: what is hidden is predicted; with normalised targets a prediction has no brightness or
+        masked: what is hidden is zero, the mean color.
+        filled: what is hidden is predicted; with normalized targets a prediction has no brightness or
             contrast of its own, and takes the hidden patch's.
     """
 
@@ -52,7 +52,7 @@ def find_painter(objective: nn.Module) -> Painter | None:
 
 
 def checked_masks(batch: Batch, spec: MaskSpec) -> Tensor:
-    """The masks of a batch, [B, N] bool, with exactly as many hidden in each as the objective asked for.
+    """The masks of a batch, [B, N] bool, with exactly as many hidden in each as the objective needs.
 
     Raises:
         ValueError: none, or of another shape.

@@ -48,7 +48,7 @@ def decay_at(config: Ema, step: int) -> float:
     """Decay of the update that follows the `step`-th applied step, counted from 1.
 
     With warmup min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten, as TensorFlow's
-    ExponentialMovingAverage does when it is told the number of updates.
+    ExponentialMovingAverage does when it is given the number of updates.
     """
     return min(config.decay, (1 + step) / (10 + step)) if config.warmup else config.decay
 
@@ -70,6 +70,6 @@ class WeightEma:
         """Call after the `step`-th applied step, counted from 1."""
         follow(self._averages, self._stepped, decay_at(self._config, step), step)
 
-    def of(self, stepped: Tensor) -> Tensor | None:
+    def average_of(self, stepped: Tensor) -> Tensor | None:
         """The average of one of them, of the same layout; None of any other tensor."""
         return self._of.get(stepped)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pretrain.objectives.contract import Features, LossOutput
 from pretrain.runtime.collectives import rank_and_size
 
-# How open_clip gathers; it says so at every step.
+# open_clip gathers by a function that torch has deprecated, which would be said at every step.
 warnings.filterwarnings("ignore", message=r"torch\.distributed\.nn\.functional\.all_gather", category=FutureWarning)
 
 

@@ -69,7 +69,7 @@ class Mae(Objective):
         """Encodes some patches of each image as if there were no others.
 
         Args:
-            images: normalised, [B, 3, S, S].
+            images: normalized, [B, 3, S, S].
             visible: index of the patches to encode, [B, V] int64.
 
         Returns:

@@ -52,7 +52,7 @@ class _SigmoidLoss(torch.autograd.Function):
             matching = torch.arange(first + start, first + start + len(image[rows]), device=image.device)
             hits += grads.add_rows(rows, matching, scale, bias, block)
         ctx.size, ctx.own = size, slice(first, first + len(image))
-        ctx.save_for_backward(*grads.of(scale, bias))
+        ctx.save_for_backward(*grads.gradients(scale, bias))
         found = hits.to(image.dtype) / len(image)
         ctx.mark_non_differentiable(found)
         return (grads.loss / len(image)).to(image.dtype), found
@@ -105,8 +105,8 @@ class _Sums:
             nearest = torch.maximum(nearest, cosines.amax(1))
         return (own > nearest).sum()
 
-    def of(self, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients with respect to local images, all texts, scale and bias, of the loss divided by B."""
+    def gradients(self, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gradients with respect to local images, all texts, scale and bias, of the loss divided by B."""
         size = len(self.image)
         self._image /= size
         self._texts /= size

@@ -72,7 +72,7 @@ class Simmim(Objective):
         """Every pixel, from the patches that are not hidden.
 
         Args:
-            images: normalised, [B, 3, S, S].
+            images: normalized, [B, 3, S, S].
             hidden: blocks of `mask_patch` pixels, [B, G, G] bool.
 
         Returns:
