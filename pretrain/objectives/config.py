@@ -6,7 +6,7 @@ A new objective is a folder here, with its `config.py` and its `objective.py`, a
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -69,8 +69,7 @@ class ImageTextConfig(ObjectiveConfig):
 
 def config_class(kind: str) -> type[ObjectiveConfig]:
     """The group of a recipe that belongs to a kind of the table."""
-    found: Any = getattr(import_module(f"pretrain.objectives.{kind}.config"), f"{KINDS[kind]}Config")
-    assert issubclass(found, ObjectiveConfig), kind
+    found: type[ObjectiveConfig] = getattr(import_module(f"pretrain.objectives.{kind}.config"), f"{KINDS[kind]}Config")
     return found
 
 

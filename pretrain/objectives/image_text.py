@@ -37,6 +37,8 @@ class ImageText(Contrastive):
         InputError: towers that cannot be built, or locked in part.
     """
 
+    logit_bias: nn.Parameter | None
+
     def __init__(
         self, model: ModelConfig, config: ImageTextConfig, *, initial_scale: float, initial_bias: float | None = None
     ) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -46,7 +46,8 @@ class OptimConfig(Group):
     lr_batch: int | None = Field(256, ge=1)  # None: base_lr is the peak_lr
     layer_decay: float = Field(1.0, gt=0, le=1)  # learning rate of a layer, as a share of that of the layer above
     clip_norm: float | None = Field(None, gt=0)  # of the global gradient; None: no clipping
-    weight_decay: float = Field(ge=0)
+    if TYPE_CHECKING:
+        weight_decay: float  # a key of each kind, with a default of its own
 
     def moments(self) -> tuple[str, ...]:
         """Names of the tensors of a parameter's shape that the optimizer keeps for each, which start at zero."""
@@ -55,8 +56,7 @@ class OptimConfig(Group):
 
 def config_class(kind: str) -> type[OptimConfig]:
     """The group of a recipe that belongs to a kind of the table."""
-    found: Any = getattr(import_module(f"pretrain.optim.{kind}.config"), KINDS[kind])
-    assert issubclass(found, OptimConfig), kind
+    found: type[OptimConfig] = getattr(import_module(f"pretrain.optim.{kind}.config"), KINDS[kind])
     return found
 
 

@@ -95,7 +95,10 @@ def empty_state(group: dict[str, Any], kept: Tensor) -> dict[str, Tensor]:
 
 
 def _module(kind: str) -> ModuleType:
-    """The module of a kind of the table: it has `build`, and `step_counter` where each tensor's steps are counted in its state."""
+    """The module of a kind of the table.
+
+    It has `build`, and `step_counter` where the state of each tensor holds the number of its steps.
+    """
     return import_module(f"pretrain.optim.{kind}.optimizer")
 
 

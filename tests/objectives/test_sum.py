@@ -46,7 +46,7 @@ PUBLISHED: dict[str, papers.Numbers] = {}
 
 # Chen et al. 2023 (2312.00950) with SimMIM's masks; the weights of the terms are ours.
 PUBLISHED["supervised_simmim_vit_b16"] = {
-    **PUBLISHED["supervised_vit_b16"],
+    **test_supervised.PUBLISHED["supervised_vit_b16"],
     "model": {
         "name": "vit_base_patch16_224", "image_size": 224,
         "options": {"pos_drop_rate": 0.1, "proj_drop_rate": 0.1, "global_pool": "avg"},
