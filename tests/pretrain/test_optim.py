@@ -132,7 +132,9 @@ def test_every_optimizer_has_cases_and_a_line_of_documentation(kind: str) -> Non
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("optim", [*CASES.values(), Sgd(kind="sgd", base_lr=1.0, momentum=0.0)])
+@pytest.mark.parametrize(
+    "optim", [*CASES.values(), Sgd(kind="sgd", base_lr=1.0, momentum=0.0)], ids=[*CASES, "sgd, no momentum"]
+)
 def test_empty_state_is_what_the_optimizer_would_have_made(optim: OptimConfig, fused: bool) -> None:
     module = nn.Linear(2, 3, bias=False)
     plain, prepared = (build_optimizer(module, optim, fused=fused) for _ in range(2))
