@@ -1,9 +1,13 @@
 # `make demo` and `make test` do all the set-up they need; nothing has to be installed by hand.
 PYTHON ?= python3
 BIN := .venv/bin
+ARGS ?= tests
+# More than there are cores: a test that waits for something leaves its core to another.
+WORKERS ?= 3
 READY := .venv/.ready
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --durations 10
 
-.PHONY: setup demo test drills check bench lock clean
+.PHONY: setup demo test test-cluster drills check bench lock clean
 
 setup: $(READY)
 
@@ -20,14 +24,18 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/pretrain demo
 
+# What is collected, its time budget and what is printed at the end: tests/tiers.py. A part: make test ARGS=tests/objectives
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/drills --numprocesses 2 --dist loadfile --durations 10
+	$(PYTEST) --tier test --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# On a real SLURM cluster and in a real browser. Test by test, longest first, each worker with a cluster of its own.
+test-cluster: $(READY)
+	$(PYTEST) --tier test-cluster --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 # The long ones: runs killed in every phase, storage and networks that fail, every byte of a shard damaged. In the order of
 # their names: by default files of few tests come last, which here are the longest.
 drills: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/drills --numprocesses 2 --dist loadfile --no-loadscope-reorder \
-	    --durations 10
+	$(PYTEST) --tier drills --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

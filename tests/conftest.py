@@ -1,4 +1,8 @@
-"""Shared by all tests: where real data lies, and one thread per process so that two cores serve two processes."""
+"""Shared by all tests: where real data lies, and one thread per process so that two cores serve two processes.
+
+Which tests belong together, and how long they may take, is in tiers.py: what needs a cluster is in `tests/slurm`, what
+needs a browser in `tests/browser`, both for `make test-cluster`; `tests/drills` is `make drills`, all else `make test`.
+"""
 
 import importlib
 import os
@@ -10,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from pretrain.runtime import lean_imports
 from tests.time_limit import limit, pytest_timeout_set_timer
 
+pytest_plugins = ["tests.tiers"]
 __all__ = ["pytest_timeout_set_timer"]  # a hook
 
 lean_imports.install()  # as commands do, before any test imports torch

@@ -19,6 +19,8 @@ from pretrain.reports.comparison_page import write_comparison
 from pretrain.reports.page import render
 from tests.launch.suites import in_this_process, tree_of, write_suite
 
+pytestmark = pytest.mark.xdist_group("browser")  # one browser, and one suite, for all of them
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 PHONE, DESKTOP = {"width": 360, "height": 780}, {"width": 1280, "height": 900}
 
