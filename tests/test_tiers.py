@@ -61,7 +61,6 @@ def run(checkout: Path, *words: str, ci: bool) -> subprocess.CompletedProcess[st
         (("--tier", "test", "tests"), "objectives tests"),
         (("--tier", "test", "tests/objectives", "tests/slurm"), "objectives"),
         (("--tier", "test-cluster", "tests"), "browser slurm"),
-        (("--tier", "drills", "tests"), "drills"),
         (("tests/browser", "tests/drills"), "browser drills"),
     ],
 )

@@ -30,7 +30,7 @@ def main(seed: int) -> None:
         place = Place(cluster, Path(name))
         recipe = write_slurm_recipe(place.folder)
         train(recipe, place.folder / "whole", 2, f"schedule.steps={STEPS}")
-        sets = (f"schedule.steps={STEPS}", "checkpoint.every_steps=10", "runtime.step_timeout_seconds=10")
+        sets = (f"schedule.steps={STEPS}", "runtime.step_timeout_seconds=10")
         job = place.submit("run", *(word for one in sets for word in ("--set", one)), max_requeues=60, time_minutes=60)
         began = time.monotonic()
         for number in range(1, DISTURBANCES + 1):
@@ -41,7 +41,9 @@ def main(seed: int) -> None:
             events = len(job.events())
             KINDS[what](job, rng)
             print(f"{number:2} step {job.step():4} {what}", flush=True)
-            job.wait(lambda n=events: "start" in job.events()[n:] or job.ended(), 300, f"another attempt after {what}")
+            job.wait(
+                lambda n=events: "start" in job.events()[n:] or job.said_its_end(), 300, f"another attempt after {what}"
+            )
         job.wait_until_over(1200)
         whole, run = losses(place.folder / "whole"), losses(job.run)
         equal = sum(run.get(step) == loss for step, loss in whole.items())

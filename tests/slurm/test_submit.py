@@ -13,7 +13,10 @@ from launch.jobs.job import attempt_folder
 from tests.slurm.cluster import NODES
 from tests.slurm.jobs import CANARY, STEPS, Place
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+
+@pytest.mark.seconds(40)
 def test_two_nodes_train_and_the_encoder_is_judged(place: Place, expected: dict[int, float]) -> None:
     printed = place.pretrain("submit", "recipe.yaml", "--cluster", str(place.cluster_file()), "--dry-run").stdout
     assert "#SBATCH --nodes=2" in printed
@@ -41,6 +44,7 @@ def test_two_nodes_train_and_the_encoder_is_judged(place: Place, expected: dict[
     assert CANARY not in printed
 
 
+@pytest.mark.seconds(12)
 def test_what_can_be_known_before_is_refused_by_its_field(place: Place) -> None:
     for words, keys, told in (
         ((), {"partition": "gpu"}, "partition: expected one of the cluster's, found gpu. It has: main, lab."),
@@ -59,6 +63,7 @@ def test_what_can_be_known_before_is_refused_by_its_field(place: Place) -> None:
         assert not (place.folder / "refused").exists()
 
 
+@pytest.mark.seconds(35)
 @pytest.mark.parametrize(("hidden", "told"), [("unshared", "run's folder"), ("train", "on n1: expected")])
 def test_what_a_node_does_not_see_is_told_in_the_first_minute(place: Place, hidden: str, told: str) -> None:
     (place.folder / hidden).mkdir(exist_ok=True)
@@ -77,10 +82,11 @@ def test_what_a_node_does_not_see_is_told_in_the_first_minute(place: Place, hidd
     assert place.cluster.job(job.job_id)["JobState"] == "FAILED", "what waits for it is not started"
 
 
+@pytest.mark.seconds(100)
 def test_a_drill_passes_here_and_fails_where_a_loss_is_another(place: Place) -> None:
-    words = ("drill", "recipe.yaml", "--cluster", str(place.cluster_file(nodes=1)), "--steps", "360", "--out", "drill")
+    words = ("drill", "recipe.yaml", "--cluster", str(place.cluster_file(nodes=1)), "--steps", "240", "--out", "drill")
     done = place.pretrain(*words, seconds=900)
-    assert "passed: 360 losses equal to the bit over 3 attempts" in done.stdout
+    assert "passed: 240 losses equal to the bit over 3 attempts" in done.stdout
     again = place.pretrain(*words, check=False)
     assert again.returncode == 2
     assert "expected no earlier drill" in again.stderr
@@ -89,5 +95,5 @@ def test_a_drill_passes_here_and_fails_where_a_loss_is_another(place: Place) -> 
     record = json.loads(lines[70])
     lines[70] = json.dumps({**record, "loss": record["loss"] * (1 + 1e-6)})
     metrics.write_text("\n".join(lines) + "\n")
-    with pytest.raises(RunError, match=r"1 of 360 that differ, the first at step \d+, by 1\.\de-06"):
-        _compare(place.folder / "drill" / "alone", place.folder / "drill" / "disturbed", 360)
+    with pytest.raises(RunError, match=r"1 of 240 that differ, the first at step \d+, by 1\.\de-06"):
+        _compare(place.folder / "drill" / "alone", place.folder / "drill" / "disturbed", 240)
