@@ -7,7 +7,8 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,24 @@ class Place:
     cluster: SlurmCluster
     folder: Path
 
-    def pretrain(self, *words: str, check: bool = True, seconds: float = 600) -> subprocess.CompletedProcess[str]:
+    def pretrain(self, *words: str, check: bool = True, seconds: float = 300) -> subprocess.CompletedProcess[str]:
+        with self.begun(*words, stderr=subprocess.PIPE) as command:
+            out, err = command.communicate(timeout=seconds)
+        assert not check or command.returncode == 0, out + err
+        return subprocess.CompletedProcess(words, command.returncode, out, err)
+
+    @contextmanager
+    def begun(self, *words: str, stderr: int = subprocess.STDOUT) -> Iterator[subprocess.Popen[str]]:
+        """`pretrain WORDS` at work, in an environment with secrets; killed at the end if it then still is."""
         command = [sys.executable, "-m", "launch.cli", *words]
         environment = {**self.cluster.environment, "PYTHONPATH": str(CHECKOUT), **dict.fromkeys(SECRETS, CANARY)}
-        done = subprocess.run(
-            command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=seconds
-        )
-        assert not check or done.returncode == 0, done.stdout + done.stderr
-        return done
+        given: dict[str, Any] = {"env": environment, "cwd": self.folder, "stdout": subprocess.PIPE, "stderr": stderr}
+        with subprocess.Popen(command, text=True, **given) as process:
+            try:
+                yield process
+                process.wait(60)
+            finally:
+                process.kill()
 
     def cluster_file(self, **keys: Any) -> Path:
         tree = {
