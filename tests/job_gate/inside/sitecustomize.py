@@ -29,5 +29,5 @@ def wait_at_the_gate(event: str, arguments: tuple[object, ...]) -> None:
         time.sleep(0.01)
 
 
-if "launch.ranks.rank" in sys.orig_argv:
+if "RANK" in os.environ:
     sys.addaudithook(wait_at_the_gate)
