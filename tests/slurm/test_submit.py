@@ -16,7 +16,7 @@ from tests.slurm.jobs import CANARY, STEPS, Place
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-@pytest.mark.seconds(40)
+@pytest.mark.seconds(45)
 def test_two_nodes_train_and_the_encoder_is_judged(place: Place, expected: dict[int, float]) -> None:
     printed = place.pretrain("submit", "recipe.yaml", "--cluster", str(place.cluster_file()), "--dry-run").stdout
     assert "#SBATCH --nodes=2" in printed

@@ -10,7 +10,7 @@ import pytest
 from tests.launch.suites import tree_of, write_suite
 from tests.slurm.jobs import Place
 
-pytestmark = [pytest.mark.slow, pytest.mark.seconds(50), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.seconds(80), pytest.mark.timeout(600)]
 
 
 def values(out: Path) -> dict[str, float]:
