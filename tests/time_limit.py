@@ -36,6 +36,8 @@ def pytest_timeout_set_timer(item: pytest.Item) -> Iterator[None]:
 def limit(items: list[pytest.Item]) -> None:
     """Gives the tests that are known to be long their time."""
     for item in items:
+        if item.get_closest_marker("timeout") is not None:
+            continue
         if item.nodeid.startswith("tests/drills/"):
             item.add_marker(pytest.mark.timeout(DRILL_SECONDS))
         elif item.nodeid.startswith("tests/slurm/") or item.get_closest_marker("slow"):
