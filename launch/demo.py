@@ -193,15 +193,16 @@ def _logged_step(out: Path) -> int:
 
 def _judge(out: Path, train: Path, test: Path) -> list[Comparison]:
     from data_pipeline.datasets.read import open_dataset
+    from pretrain.evals.knn.config import KnnConfig
     from pretrain.evals.knn.protocol import Knn
-    from pretrain.evals.linear.protocol import Linear, LinearConfig
+    from pretrain.evals.linear.config import LinearConfig
+    from pretrain.evals.linear.protocol import Linear
     from pretrain.evals.sources.load import load_source
-    from pretrain.recipe.recipe import InlineKnn
     from pretrain.reports.report import find_comparisons
 
     bank, queries = open_dataset(str(train)), open_dataset(str(test))
-    knn = Knn(bank, queries, InlineKnn(kind="knn", train=str(train), test=str(test)))
-    linear = Linear(bank, queries, LinearConfig(min_steps=PROBE_STEPS))
+    knn = Knn(bank, queries, KnnConfig(train=str(train), test=str(test)))
+    linear = Linear(bank, queries, LinearConfig(train=str(train), test=str(test), min_steps=PROBE_STEPS))
     trained, random = load_source(str(out)), load_source(str(out), random_init=True)
     for encoder in (trained, random):
         for evaluator in (knn, linear):

@@ -16,9 +16,9 @@ from data_pipeline.errors import RecipeError
 from data_pipeline.remote.prefetch import check_room
 from data_pipeline.samples.captions import Captions
 from pretrain.augment.augment import augmentations, mixing
-from pretrain.callbacks.evaluations import knn_evaluators
 from pretrain.callbacks.online_probe import ProbeShape, find_probe_shape, probe_bytes
 from pretrain.checkpoints.start import refuse_locked_at_random
+from pretrain.evals.protocols import check_evaluations
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.monitoring.sinks import refuse_missing_wandb
 from pretrain.objectives.contract import Contrastive, Objective
@@ -54,11 +54,14 @@ class Plan:
     probe_bytes: int
 
 
-def preflight(recipe: Recipe, world_size: int, out: Path, local_size: int | None = None) -> Plan:
+def preflight(
+    recipe: Recipe, world_size: int, out: Path, local_size: int | None = None, *, evals_apart: bool = False
+) -> Plan:
     """Checks the recipe against its data, the number of ranks and the run's folder; writes nothing.
 
     Args:
         local_size: ranks of one machine; None: as the launcher of this process says, or all.
+        evals_apart: whether the recipe's `evals` are jobs of their own.
 
     Raises:
         InputError: one of them is wrong.
@@ -94,7 +97,7 @@ def preflight(recipe: Recipe, world_size: int, out: Path, local_size: int | None
         probe = find_probe_shape(objective, train_data, val)
         num_bytes = probe_bytes(recipe.online_probe, probe)
         needs = replace(needs, num_classes=probe.num_classes)
-    knn_evaluators(recipe.evals, cache)
+    check_evaluations(recipe.evals, cache, apart=evals_apart)
     refuse_missing_wandb(recipe.logging, recipe.name)
     refuse_other_run(recipe, train_data.fingerprint, resolved.total_steps, out)
     return Plan(train_data, val, needs, captions, resolved, objective, probe, num_bytes)

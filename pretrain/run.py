@@ -14,7 +14,6 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError, RunError
@@ -22,7 +21,7 @@ from data_pipeline.loader import StepData, TrainLoader
 from data_pipeline.samples.views import ViewSpec
 from pretrain.augment.augment import augmentations, mixing, prepare
 from pretrain.callbacks.callback import Callback
-from pretrain.callbacks.evaluations import KnnEvaluation, Validation, ValidationData, knn_evaluators, steps_between
+from pretrain.callbacks.evaluations import ProtocolEvaluation, Validation, ValidationData, steps_between
 from pretrain.callbacks.health import HealthChecks, usual_checks
 from pretrain.callbacks.online_probe import OnlineProbe, ProbeTraining
 from pretrain.callbacks.pictures import Pictures
@@ -32,10 +31,10 @@ from pretrain.checkpoints.schedule import CheckpointSchedule, check_time_to_save
 from pretrain.checkpoints.start import Start, find_start, resume
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.engine import Engine
-from pretrain.evals.encoder import Encoder
+from pretrain.evals.protocols import inline_evaluators
+from pretrain.evals.sources.trained import TrainedRun
 from pretrain.loop import LoopContext, train
 from pretrain.models.attention import choose_attention
-from pretrain.models.encoders import build_encoder
 from pretrain.monitoring.budgets import Budgets
 from pretrain.monitoring.clocks import Clocks
 from pretrain.monitoring.goodput import Timeline, read_goodput
@@ -115,7 +114,8 @@ def run(
     out = output_folder(out, overfit_batch)
     if overfit_batch:
         recipe = recipe.model_copy(update={"resume_from": None})
-    plan, requests, timeout = preflight(recipe, world.size, out), SignalRequests(), recipe.runtime.step_timeout_seconds
+    plan = preflight(recipe, world.size, out, evals_apart=evals_apart)
+    requests, timeout = SignalRequests(), recipe.runtime.step_timeout_seconds
     group = process_group(world, device, seconds=max(1800, 2 * (timeout or 0)))  # after the watchdog, which says more
     with requests.listening(), group, Watchdog(world, timeout, out) as watchdog:
         context = RunContext(
@@ -219,13 +219,11 @@ def _callbacks(context: RunContext, engine: Engine, probe: OnlineProbe | None, l
         val = ValidationData(plan.val, size, views, recipe.batch.micro_size, data.max_pixels, plan.captions)
         yield Validation(steps_between(recipe.validation.every_epochs, epoch), val, engine, context.prepare, probe)
 
-    def described(encoder: nn.Module, step: int) -> Encoder:
-        source = {"source": str(context.out), "kind": "run", "recipe": recipe.name, "step": step}
-        return Encoder.of_recipe(encoder, recipe, tag=f"step_{step:08d}", run=context.out, description=source)
-
-    for i, knn in enumerate(() if context.evals_apart else knn_evaluators(recipe.evals, data.cache.spec())):
-        every, build = steps_between(recipe.evals[i].every_epochs, epoch), partial(build_encoder, recipe.model)
-        yield KnnEvaluation(every, i, knn, engine, build, described, context.out, context.watchdog.alive)
+    trained = TrainedRun(context.out, recipe.name, recipe.seed, recipe.model, recipe.objective, data)
+    evaluators = () if context.evals_apart else inline_evaluators(recipe.evals, data.cache.spec())
+    for i, (config, evaluator) in enumerate(zip(recipe.evals, evaluators, strict=not context.evals_apart)):
+        every = steps_between(config.every_epochs, epoch)
+        yield ProtocolEvaluation(every, i, config, evaluator, engine, trained, context.watchdog.alive)
     if (every_steps := recipe.logging.images_every_steps) is not None:
         rebuild = partial(build_objective, recipe.model, recipe.objective)
         yield Pictures(every_steps, engine, rebuild, data.mean, data.std, log, context.out)

@@ -62,7 +62,7 @@ def _check_recipe(chain: ChainFolder, stage: Stage, num_ranks: int) -> None:
     with torch.device("meta"):
         build_objective(recipe.model, recipe.objective)
     sources = [recipe.data.train] if isinstance(recipe.data.train, str) else [s.path for s in recipe.data.train]
-    for path in (*sources, recipe.data.val, *(p for config in recipe.evals for p in (config.train, config.test))):
+    for path in (*sources, recipe.data.val, *(p for config in recipe.evals for p in config.datasets)):
         if path is not None:
             _check_input(chain, path)
 

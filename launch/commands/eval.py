@@ -7,15 +7,12 @@ from typing import Annotated
 
 import typer
 
-from launch.commands.eval_fewshot import fewshot
-from launch.commands.eval_finetune import finetune
-from launch.commands.eval_knn import knn
-from launch.commands.eval_linear import linear
 from launch.commands.eval_options import examples
+from launch.commands.eval_protocols import protocol_command
 from launch.commands.eval_rerun import rerun
-from launch.commands.eval_run import called
+from launch.commands.eval_run import label_of
 from launch.commands.eval_suite import suite
-from launch.commands.eval_towers import retrieval, zeroshot
+from pretrain.evals.config import config_classes
 
 app = typer.Typer(
     help="Judge a frozen encoder; every number comes with its whole protocol.",
@@ -26,46 +23,8 @@ app = typer.Typer(
 )
 
 
-app.command(
-    epilog=examples(
-        "pretrain eval knn runs/mae --train shards/train --test shards/test",
-        "pretrain eval knn runs/mae --random-init --train shards/train --test shards/test",
-        "pretrain eval knn mae.pth --model vit_base_patch16_224.mae --train images/train --test images/val",
-    )
-)(knn)
-app.command(
-    epilog=examples(
-        "pretrain eval linear runs/mae --train shards/train --test shards/test",
-        "pretrain eval linear runs/mae/checkpoints/step_00001000 --train shards/train --test shards/test",
-    )
-)(linear)
-app.command(
-    epilog=examples(
-        "pretrain eval fewshot runs/mae --train shards/train --test shards/test --shots 1 --shots 5",
-        "pretrain eval fewshot runs/mae --train shards/train --test shards/test --fraction 0.01 --classifier linear",
-    )
-)(fewshot)
-app.command(
-    epilog=examples(
-        "pretrain eval finetune runs/mae --train shards/train --test shards/test --epochs 20",
-        "pretrain eval finetune runs/mae --paper mae --train imagenet/train --test imagenet/val --nproc 8",
-        "pretrain eval finetune resnet50 --train shards/train --test shards/test --out tuned.json --set ema=null",
-    )
-)(finetune)
-app.command(
-    epilog=examples(
-        "pretrain eval zeroshot runs/clip --test shards/test --templates photo",
-        "pretrain eval zeroshot ViT-B-32:openai --weights clip.safetensors --test images/val --templates templates.txt",
-        "pretrain eval zeroshot ViT-B-32:openai --test imagenet/val --classes imagenet --templates openai",
-        "pretrain eval zeroshot runs/clip --test shards/test --group held_out=names.txt",
-    )
-)(zeroshot)
-app.command(
-    epilog=examples(
-        "pretrain eval retrieval runs/clip --test shards/test",
-        "pretrain eval retrieval runs/clip --test shards/test --caption-field json --caption-key captions",
-    )
-)(retrieval)
+for _config in config_classes():
+    app.command(_config.model_fields["kind"].default, epilog=examples(*_config.examples))(protocol_command(_config))
 app.command(
     epilog=examples(
         "pretrain eval suite configs/suites/cifar10.yaml",
@@ -94,7 +53,7 @@ def compare(
     interval = found.interval
     table = Table("", "encoder", "protocol", "top-1 %", "n")
     for letter, report in (("A", first), ("B", second)):
-        table.add_row(letter, called(report), report.evaluator, f"{report.value:.2f}", str(report.n))
+        table.add_row(letter, label_of(report), report.evaluator, f"{report.value:.2f}", str(report.n))
     console = Console(soft_wrap=True)
     console.print(table)
     verdict = "excludes zero" if interval.excludes_zero else "includes zero"

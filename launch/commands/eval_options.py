@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 
     from pretrain.evals.encoder import Encoder
     from pretrain.evals.features.extract import Extraction
-    from pretrain.evals.features.readout import Readout
     from pretrain.evals.sources.timm_names import Architecture
+    from pretrain.models.towers import Towers
 
 
 def examples(*lines: str) -> str:
@@ -30,13 +29,6 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Pooling(StrEnum):
-    own = "own"
-    cls = "cls"
-    mean = "mean"
-    both = "both"
 
 
 class Precision(StrEnum):
@@ -52,8 +44,6 @@ Source = Annotated[
         "a weights file, a timm name, or open_clip's NAME:TAG.",
     ),
 ]
-Train = Annotated[str, typer.Option("--train", help="Labelled training set: shards or an image folder.")]
-Test = Annotated[str, typer.Option("--test", help="Test set with the same classes: shards or an image folder.")]
 RandomInit = Annotated[
     bool, typer.Option("--random-init", help="The same architecture with fresh weights; of a run, its first.")
 ]
@@ -65,16 +55,10 @@ DeviceOption = Annotated[Device, typer.Option("--device", help="auto: CUDA where
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images of one forward pass.")]
 Workers = Annotated[int, typer.Option("--num-workers", min=0, help="Loader processes; 0: in this one.")]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Of the forward pass.")]
-PoolingOption = Annotated[
-    Pooling, typer.Option("--pooling", help="own: as the encoder does; else class token, mean of patches, or both.")
-]
-BlocksOption = Annotated[int, typer.Option("--blocks", min=1, help="The last N blocks, side by side.")]
 Cache = Annotated[
     Path | None, typer.Option("--cache", metavar="DIR", help="Keeps features there, for every later evaluation.")
 ]
 NumRanks = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine that share the work.")]
-LimitTrain = Annotated[int | None, typer.Option("--limit-train", min=1, help="The first N training samples only.")]
-LimitTest = Annotated[int | None, typer.Option("--limit-test", min=1, help="The first N test samples only.")]
 Seed = Annotated[
     int | None,
     typer.Option("--seed", min=0, help="Of fresh weights and of the probe. Default: the run's for weights, else 0."),
@@ -105,6 +89,23 @@ Options = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="KEY=VALUE", help="Further argument of timm's constructor; repeatable."),
 ]
+
+
+TowersSource = Annotated[
+    str,
+    typer.Argument(
+        metavar="TOWERS",
+        help="A run of kind clip or siglip, a checkpoint in one, its encoder folder, one of open_clip's or Hugging "
+        "Face's, or a name of open_clip's, perhaps NAME:TAG.",
+    ),
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer", help="clip, a file of merges or a folder with tokenizer.json, in place of the towers' own."
+    ),
+]
+TowerSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Of fresh weights. Default: the run's, else 0.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,28 +142,36 @@ class EncoderOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassData:
-    """What is learned from, and what is asked."""
+class TowerOptions:
+    """Which two towers, and where they run."""
 
-    train: Train
-    test: Test
-    limit_train: LimitTrain = None
-    limit_test: LimitTest = None
+    towers: TowersSource
+    random_init: RandomInit = False
+    seed: TowerSeed = None
+    weights: Weights = None
+    tokenizer: TokenizerOption = None
+    image_size: ImageSize = None
+    device: DeviceOption = Device.auto
+
+    def load(self) -> Towers:
+        """The towers on their device."""
+        from pretrain.evals.sources.towers import load_towers
+
+        place = device_of(self.device)
+        towers = load_towers(
+            self.towers,
+            random_init=self.random_init,
+            seed=self.seed,
+            weights=self.weights,
+            tokenizer=self.tokenizer,
+            image_size=self.image_size,
+        )
+        towers.module.to(place)
+        return towers
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadoutOptions:
-    """What of the encoder is a feature."""
-
-    pooling: PoolingOption = Pooling.own
-    blocks: BlocksOption = 1
-
-    def readout(self) -> Readout:
-        return readout(self.pooling, self.blocks)
-
-
-@dataclass(frozen=True, kw_only=True)
-class How:
+class ExecutionOptions:
     """How features are computed, by how many, and where the report goes; nothing here decides the number."""
 
     out: Out = None
@@ -177,10 +186,9 @@ class How:
         check_out(self.out)
         over_ranks(context, self.nproc, self.cache)
 
-    def extraction(self, readouts: Sequence[Readout] | None = None) -> Extraction:
-        """For this rank, of the readouts given; None: of the encoder's own."""
+    def extraction(self) -> Extraction:
+        """How features are computed by this rank."""
         from pretrain.evals.features.extract import Extraction
-        from pretrain.evals.features.readout import OWN
         from pretrain.evals.features.store import FeatureStore
         from pretrain.runtime.collectives import World
 
@@ -191,22 +199,43 @@ class How:
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             precision=self.precision.value,
-            readouts=tuple(readouts or (OWN,)),
             rank=world.rank,
             world_size=world.size,
             store=FeatureStore(self.cache) if self.cache is not None else None,
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Where the report of an evaluation goes that trains the encoder, and so where it trains."""
+
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Report to write (.json); training is kept beside it. Default: RUN/evals/, where there is a run.",
+        ),
+    ] = None
+
+    def folder(self, run: Path | None, name: str) -> Path:
+        """Where training is kept: beside the report, or in the encoder's run under a name.
+
+        Raises:
+            InputError: there is neither.
+        """
+        if self.out is not None:
+            return self.out.with_suffix("")
+        if run is None:
+            raise InputError(
+                where="--out", expected="a report to train beside, as the encoder is of no run", found="none",
+                fix="Add --out NAME.json.",
+            )  # fmt: skip
+        return run / "evals" / name
+
+
 def check_out(out: Path | None) -> None:
     if out is not None and out.suffix != ".json":
         raise InputError(where="--out", expected="a name that ends in .json", found=str(out))
-
-
-def readout(pooling: Pooling, blocks: int) -> Readout:
-    from pretrain.evals.features.readout import Readout
-
-    return Readout(pooling.value, blocks)
 
 
 def device_of(device: Device) -> torch.device:

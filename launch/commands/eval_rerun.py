@@ -9,7 +9,7 @@ import typer
 
 from data_pipeline.errors import InputError
 from launch.commands.eval_options import check_out
-from launch.commands.eval_run import words_of
+from launch.suites.words import command_words
 
 if TYPE_CHECKING:
     from pretrain.evals.result import EvalReport
@@ -54,7 +54,7 @@ def rerun(
     for path in (out, out.with_suffix(".safetensors")):  # or it could be read as what was found now
         path.unlink(missing_ok=True)
     asked = {**before.arguments, "out": out, "cache": None}
-    if status := command.main(words_of(command, asked), prog_name=f"pretrain eval {name}", standalone_mode=False):
+    if status := command.main(command_words(command, asked), prog_name=f"pretrain eval {name}", standalone_mode=False):
         raise typer.Exit(status)
     after = EvalReport.load(out)
     console = Console(soft_wrap=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import typer
+
+from launch.suites.words import command_words
 
 if TYPE_CHECKING:
     import torch
@@ -44,29 +45,9 @@ def over_ranks(context: typer.Context, num_ranks: int, cache: Path | None) -> No
 
     with TemporaryDirectory(prefix="pretrain-features-") as folder:
         shared = {**context.params, "cache": cache or folder}
-        words = ["eval", str(context.command.name), *words_of(context.command, shared)]
+        words = ["eval", str(context.command.name), *command_words(context.command, shared)]
         status = launch(words, num_ranks, module="launch.cli")
     raise typer.Exit(status)
-
-
-def words_of(command: Any, values: Mapping[str, Any]) -> list[str]:
-    """The words of a command line that give these values to the parameters of a click command."""
-    positional: list[str] = []
-    words: list[str] = []
-    for parameter in command.params:
-        value = values.get(str(parameter.name))
-        given = list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
-        if value is None:
-            continue
-        if parameter.param_type_name == "argument":
-            positional += given
-        elif isinstance(value, bool):
-            words += parameter.opts[:1] if value else parameter.secondary_opts[:1]
-        elif parameter.multiple:
-            words += [word for text in given for word in (parameter.opts[0], text)]
-        else:
-            words += [parameter.opts[0], *given]
-    return [*words, "--", *positional]
 
 
 def judge(evaluator: Judge[T], judged: T, out: Path | None, context: typer.Context) -> None:
@@ -93,7 +74,7 @@ def keep(report: EvalReport, run: Path | None, out: Path | None, context: typer.
     if path is not None:
         report.save(path)
     console = Console(soft_wrap=True)
-    table = Table("metric", "%", "n", title=f"{report.evaluator}: {called(report)}", title_justify="left")
+    table = Table("metric", "%", "n", title=f"{report.evaluator}: {label_of(report)}", title_justify="left")
     for name, value in report.metrics.items():
         table.add_row(name, f"{value:.2f}", str(report.n), style="bold" if name == report.metric else None)
     console.print(table)
@@ -102,5 +83,5 @@ def keep(report: EvalReport, run: Path | None, out: Path | None, context: typer.
     console.print(f"report: {path}" if path else "not kept: name a file with --out FILE.json")
 
 
-def called(report: EvalReport) -> str:
+def label_of(report: EvalReport) -> str:
     return f"{report.encoder['source']} ({report.encoder['tag']})"

@@ -9,6 +9,7 @@ import typer
 
 
 def suite(
+    context: typer.Context,
     suite_path: Annotated[Path, typer.Argument(metavar="FILE", help="A suite, such as configs/suites/*.yaml.")],
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Its folder [runs/<its name>].")] = None,
     cluster: Annotated[
@@ -26,7 +27,9 @@ def suite(
     """
     from launch.suites.run import run_suite, submit_suite
 
+    assert context.parent is not None  # `pretrain eval`, whose commands the suite is made of
+    commands = context.parent.command.commands  # type: ignore[attr-defined]
     if cluster is not None:
-        submit_suite(suite_path, cluster, out, dry_run=dry_run)
+        submit_suite(suite_path, cluster, out, commands=commands, dry_run=dry_run)
         return
-    raise typer.Exit(run_suite(suite_path, out, dry_run=dry_run))
+    raise typer.Exit(run_suite(suite_path, out, commands=commands, dry_run=dry_run))

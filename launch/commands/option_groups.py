@@ -1,42 +1,21 @@
-"""Options that several commands have: said once, as the fields of a dataclass that a command takes as one parameter."""
+"""Options that several commands have: said once, as the fields of a dataclass whose annotations are typer's."""
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any, get_type_hints
+from dataclasses import MISSING, Field, fields
+from typing import Any, TypeVar, get_type_hints
+
+T = TypeVar("T")
 
 
-def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer is to see it: each field of a dataclass among its parameters is an option of its own.
-
-    Args:
-        command: each parameter that is annotated with a dataclass is given one, made from the options of its fields,
-            whose annotations are typer's.
-    """
-    groups: dict[str, Any] = {}
-    seen: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        if is_dataclass(parameter.annotation):
-            groups[parameter.name] = parameter.annotation
-            seen += _options(parameter.annotation)
-        else:
-            seen.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-
-    @functools.wraps(command)
-    def plain(**given: Any) -> None:
-        built = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
-        command(**given, **built)
-
-    del plain.__wrapped__  # or its signature would be looked up
-    plain.__signature__ = inspect.Signature(seen)  # type: ignore[attr-defined]
-    plain.__annotations__ = {option.name: option.annotation for option in seen}
-    return plain
+def group_of(group: type[T], given: dict[str, Any]) -> T:
+    """The group made of the parameters of a command, which are taken out of `given`."""
+    return group(**{field.name: given.pop(field.name) for field in fields(group)})  # type: ignore[arg-type]
 
 
-def _options(group: Any) -> list[inspect.Parameter]:
+def options_of(group: Any) -> list[inspect.Parameter]:
+    """The parameters of a command that has the options of a group."""
     hints = get_type_hints(group, include_extras=True)
     return [
         inspect.Parameter(

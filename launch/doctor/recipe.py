@@ -40,7 +40,7 @@ def reachable(recipe: Recipe) -> Iterator[Finding]:
     train = recipe.data.train
     paths = [train] if isinstance(train, str) else [source.path for source in train]
     paths += [recipe.data.val] if recipe.data.val else []
-    paths += [path for evaluation in recipe.evals for path in (evaluation.train, evaluation.test)]
+    paths += [path for evaluation in recipe.evals for path in evaluation.datasets]
     once = recipe.data.cache.model_copy(update={"retries": 0, "timeout_seconds": 10.0}).spec()
     for path in dict.fromkeys(paths):
         try:

@@ -44,6 +44,7 @@ class EvalJobs:
         plan = resolve(recipe, cluster.world_size, open_training(data.train, data.cache.spec()).num_samples)
         self._run, self._total = run, plan.total_steps
         self._every = [max(1, round(config.every_epochs * plan.steps_per_epoch)) for config in recipe.evals]
+        self._names = [eval_name(index, config.kind) for index, config in enumerate(recipe.evals)]
         self._tries: Counter[tuple[int, int]] = Counter()
         self._rests_until = 0.0  # after a try that failed
         self._lock = threading.Lock()
@@ -73,7 +74,7 @@ class EvalJobs:
         step, found = step_of(checkpoints[-1]), []
         for index, every in enumerate(self._every):
             jobs = {
-                int(path.stem.rpartition("_")[2]): path for path in _queued(self._run, f"{eval_name(index)}_step_*")
+                int(path.stem.rpartition("_")[2]): path for path in _queued(self._run, f"{self._names[index]}_step_*")
             }
             last = max(jobs, default=0)
             waits = last in jobs and not JobFolder(jobs[last]).events()
@@ -94,7 +95,7 @@ class EvalJobs:
                 due = [one for one in self.due() if self._tries[one] < _TRIES]
             for index, step in due:  # all at once: to queue one takes seconds
                 with self._telling():
-                    hold(self._run, index, step)
+                    hold(self._run, self._names[index], step)
             for index, step in due:
                 self._tries[index, step] += 1
                 with self._telling():
@@ -129,14 +130,19 @@ class EvalJobs:
             raise RunError(f"evaluation of step {step}", "a job of its own", "none, see above")
 
 
-def hold(run: Path, index: int, step: int) -> Path:
+def hold(run: Path, entry: str, step: int) -> Path:
     """The same files under another name: no bytes are copied, and none are lost when the first name goes.
+
+    Args:
+        run: the run's folder.
+        entry: name of the entry of `evals` (`eval_name`) for which the checkpoint is held.
+        step: of the checkpoint.
 
     Raises:
         RunError: it is gone already, or files cannot have two names there.
     """
     checkpoint = run / "checkpoints" / folder_name(step)
-    held = run / f"held_{eval_name(index)}" / folder_name(step)
+    held = run / f"held_{entry}" / folder_name(step)
     if held.is_dir():
         return held
     unfinished = held.with_name(f".{held.name}.{os.getpid()}.tmp")

@@ -11,7 +11,6 @@ from launch.jobs.folder import JobFolder
 from launch.jobs.submit import queue
 from launch.slurm.cluster import load_cluster
 from pretrain.recipe.files import load_recipe
-from pretrain.recipe.recipe import InlineKnn
 from pretrain.runtime.run_folder import eval_name, folder_name
 
 
@@ -19,9 +18,11 @@ def queue_evaluation(run: Path, index: int, step: int) -> None:
     """Holds a checkpoint and queues the job that judges it."""
     job = JobFolder(run)
     recipe, cluster = load_recipe(job.recipe), load_cluster(job.cluster)
-    name = f"{eval_name(index)}_{folder_name(step)}"
-    held = hold(run, index, step)
-    words = _words(recipe.evals[index], held, run / "evals" / f"{name}.json")
+    config = recipe.evals[index]
+    entry = eval_name(index, config.kind)
+    name = f"{entry}_{folder_name(step)}"
+    held = hold(run, entry, step)
+    words = ["eval", config.kind, str(held), *config.words(), f"--out={run / 'evals' / name}.json"]
     folder, code = run / "evals" / f"{name}.job", Path(job.submitted()["code"])
     what = {"words": words, "held": str(held)}
     try:
@@ -30,15 +31,6 @@ def queue_evaluation(run: Path, index: int, step: int) -> None:
         let_go(held)
         raise
     print(f"{name}: job {job_id}")
-
-
-def _words(config: InlineKnn, checkpoint: Path, report: Path) -> list[str]:
-    options = {
-        "train": config.train, "test": config.test, "k": config.k, "temperature": config.temperature,
-        "limit-train": config.max_train, "limit-test": config.max_test, "out": report,
-    }  # fmt: skip
-    given = [f"--{key}={value}" for key, value in options.items() if value is not None]
-    return ["eval", config.kind, str(checkpoint), *given]
 
 
 if __name__ == "__main__":

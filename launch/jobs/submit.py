@@ -141,7 +141,7 @@ def _check_recipe(recipe: Recipe, cluster: Cluster) -> None:
     if data.val is not None and open_dataset(data.val, cache).num_samples < cluster.world_size:
         problem = f"data.val: expected a sample for each of {cluster.world_size} processes, found fewer."
         raise RecipeError(recipe.name, [problem])
-    for path in {path for config in recipe.evals for path in (config.train, config.test)}:
+    for path in {path for config in recipe.evals for path in config.datasets}:
         open_dataset(path, cache)
 
 

@@ -20,9 +20,12 @@ from typing import Any
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError, RecipeError
-from launch.commands.eval_run import words_of
+from launch.suites.words import command_words
+from pretrain.evals.config import KINDS
 from pretrain.evals.suite import FEATURES, HOW, KEPT, Option, Suite, nearest, result_path
 from pretrain.runtime.run_folder import COMPLETE, sha256_of
+
+Commands = Mapping[str, Any]  # by name, as click has them
 
 _DECIDED = {"out", "cache"}  # by the suite
 
@@ -53,12 +56,13 @@ class Cell:
         return f"{self.encoder} {self.dataset} {self.protocol}"
 
 
-def cells_of(suite: Suite, out: Path, where: str) -> list[Cell]:
+def cells_of(suite: Suite, out: Path, where: str, commands: Commands) -> list[Cell]:
     """All that a suite asks for, each command read by its own parser.
 
     Args:
         out: folder of the suite.
         where: of the suite's file, for errors.
+        commands: those of `pretrain eval`.
 
     Raises:
         RecipeError: with the problems of all cells.
@@ -66,7 +70,7 @@ def cells_of(suite: Suite, out: Path, where: str) -> list[Cell]:
     cells, problems = [], []
     for names in suite.cells():
         try:
-            cells.append(_cell(suite, *names, out))
+            cells.append(_cell(suite, *names, out, commands))
         except InputError as error:
             problems.append(str(error))
     if not cells and not problems:
@@ -76,9 +80,13 @@ def cells_of(suite: Suite, out: Path, where: str) -> list[Cell]:
     return cells
 
 
-def _cell(suite: Suite, encoder: str, dataset: str, protocol: str, out: Path) -> Cell:
+def _cell(suite: Suite, encoder: str, dataset: str, protocol: str, out: Path, commands: Commands) -> Cell:
     judged, data, asked = suite.encoders[encoder], suite.datasets[dataset], suite.protocols[protocol]
-    command = _command(asked.kind, f"protocols.{protocol}.kind")
+    if asked.kind not in KINDS:
+        raise InputError(
+            f"protocols.{protocol}.kind", "a protocol of `pretrain eval`", asked.kind, nearest(asked.kind, KINDS)
+        )
+    command = commands[asked.kind]
     switches = _switches(command)
     names = encoder, dataset, protocol
     path = result_path(out, *names)
@@ -103,23 +111,9 @@ def _cell(suite: Suite, encoder: str, dataset: str, protocol: str, out: Path) ->
             given[name] = where
             _refuse_unsayable(switches[key], value, where)
             values[name] = value
-    words = ("eval", asked.kind, *words_of(command, values))
+    words = ("eval", asked.kind, *command_words(command, values))
     arguments = _read(command, words, f"protocols.{protocol}, with encoder {encoder} and data set {dataset}")
     return Cell(*names, words, judged.source, arguments, path, result_path(out / KEPT / "asked", *names))
-
-
-def _command(kind: str, where: str) -> Any:
-    import typer
-
-    from launch.commands import eval as eval_commands
-
-    group: Any = typer.main.get_command(eval_commands.app)
-    judging = {
-        name: c for name, c in group.commands.items() if {"--test", "--out"} <= {o for p in c.params for o in p.opts}
-    }
-    if kind not in judging:
-        raise InputError(where, "a protocol of `pretrain eval`", kind, nearest(kind, sorted(judging)))
-    return judging[kind]
 
 
 def _switches(command: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError
 from launch.ranks.launcher import threads_of
-from launch.suites.jobs import Cell, Questions, cells_of
+from launch.suites.jobs import Cell, Commands, Questions, cells_of
 from pretrain.evals.suite import KEPT, Suite, dump_suite, load_suite
 
 Say = Callable[[str], None]
@@ -32,6 +32,7 @@ def run_suite(
     path: Path,
     out: Path | None,
     *,
+    commands: Commands,
     dry_run: bool = False,
     devices: Sequence[str] | None = None,
     run: RunCell | None = None,
@@ -41,6 +42,7 @@ def run_suite(
     Args:
         path: of the suite's file.
         out: its folder; None: `runs/<name>`.
+        commands: those of `pretrain eval`.
         dry_run: says what would be run, and starts nothing.
         devices: each for one process, as CUDA_VISIBLE_DEVICES; None: the CUDA devices here. None of them: one process.
         run: how a cell is run; None: in a process of its own.
@@ -50,7 +52,7 @@ def run_suite(
     """
     from launch.jobs.submit import refuse_running
 
-    suite, out, cells, questions = _opened(path, out)
+    suite, out, cells, questions = _opened(path, out, commands)
     left = [cell for cell in cells if not questions.answered(cell)]
     print(f"{suite.name}: {len(cells) - len(left)} of {len(cells)} results are there: {out}", flush=True)
     if dry_run:
@@ -68,11 +70,14 @@ def run_suite(
     return 1 if failed else 0
 
 
-def submit_suite(path: Path, cluster_path: Path, out: Path | None, *, dry_run: bool = False) -> None:
+def submit_suite(
+    path: Path, cluster_path: Path, out: Path | None, *, commands: Commands, dry_run: bool = False
+) -> None:
     """Queues a job for each result that is missing, on one rank's share of the cluster file.
 
     Args:
         out: on storage that all nodes see.
+        commands: those of `pretrain eval`.
         dry_run: prints the batch scripts; writes and starts nothing.
 
     Raises:
@@ -83,7 +88,7 @@ def submit_suite(path: Path, cluster_path: Path, out: Path | None, *, dry_run: b
     from launch.slurm.cluster import load_cluster
     from launch.slurm.commands import slurm
 
-    suite, out, cells, questions = _opened(path, out, whole=True)
+    suite, out, cells, questions = _opened(path, out, commands, whole=True)
     cluster = load_cluster(cluster_path).one_rank()
     check_slurm(cluster, cluster_path, dry_run)
     left = [cell for cell in cells if not questions.answered(cell)]
@@ -119,7 +124,9 @@ def cuda_devices() -> list[str]:
     return visible[:count] if visible else [str(number) for number in range(count)]
 
 
-def _opened(path: Path, out: Path | None, whole: bool = False) -> tuple[Suite, Path, list[Cell], Questions]:
+def _opened(
+    path: Path, out: Path | None, commands: Commands, whole: bool = False
+) -> tuple[Suite, Path, list[Cell], Questions]:
     """With every command read by its parser, and every encoder and data set looked for."""
     from pretrain.evals.sources.load import check_source
 
@@ -128,7 +135,7 @@ def _opened(path: Path, out: Path | None, whole: bool = False) -> tuple[Suite, P
     folder = folder.resolve() if whole else folder
     if (folder / "recipe.yaml").exists():
         raise InputError(f"--out {folder}", "a folder for the suite alone", "a run in it", "Choose another with --out.")
-    cells, questions = cells_of(suite, folder, str(path)), Questions()
+    cells, questions = cells_of(suite, folder, str(path), commands), Questions()
     for source, random_init in dict.fromkeys((cell.source, bool(cell.arguments.get("random_init"))) for cell in cells):
         check_source(source, random_init=random_init)
     for cell in cells:

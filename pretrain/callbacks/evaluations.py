@@ -1,4 +1,4 @@
-"""What is judged while a run trains: the validation set, and kNN on the encoder. Neither touches its random state.
+"""What is judged while a run trains: the validation set, and the encoder by protocols. Its random state is untouched.
 
 The linear classifier that is trained beside: online_probe.py.
 """
@@ -6,39 +6,29 @@ The linear classifier that is trained beside: online_probe.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.batch import Batch, BatchSpec
-from data_pipeline.datasets.read import Dataset, open_dataset
+from data_pipeline.datasets.read import Dataset
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.remote.cache import CacheSpec
 from data_pipeline.samples.captions import Captions
 from data_pipeline.samples.views import ViewSpec
 from pretrain.callbacks.callback import Periodic
 from pretrain.callbacks.online_probe import OnlineProbe
 from pretrain.engine.engine import Engine
-from pretrain.evals.encoder import Encoder
-from pretrain.evals.knn.protocol import Knn
-from pretrain.recipe.recipe import InlineKnn
+from pretrain.evals.config import ProtocolConfig
+from pretrain.evals.protocols import AnyEvaluator
+from pretrain.evals.sources.trained import TrainedRun
 from pretrain.runtime.collectives import from_main, side_group, sum_over_ranks
 from pretrain.runtime.run_folder import eval_name, folder_name
 from pretrain.runtime.state import RunState
 
 BATCH_SIZE = 256  # samples of a rank that are validated at once, where the recipe's micro-batches are not smaller
-
-
-def knn_evaluators(configs: Sequence[InlineKnn], cache: CacheSpec) -> list[Knn]:
-    """Builds one evaluator for each entry of `evals`; opening its data sets checks them.
-
-    Raises:
-        InputError: one of the data sets is wrong.
-    """
-    return [Knn(open_dataset(config.train, cache), open_dataset(config.test, cache), config) for config in configs]
 
 
 def steps_between(every_epochs: float, steps_per_epoch: float) -> int:
@@ -130,17 +120,16 @@ class Validation(Periodic):
         )
 
 
-class KnnEvaluation(Periodic):
-    """kNN on the features of the encoder, by rank 0, while the others wait.
+class ProtocolEvaluation(Periodic):
+    """An entry of the recipe's `evals`, on a copy of what it judges, by rank 0, while the others wait.
 
     Args:
         every_steps: steps between evaluations.
         index: of the entry among the recipe's `evals`.
-        knn: the evaluator of that entry.
-        engine: holds the objective whose encoder is judged.
-        build: makes a module with the encoder's tensors.
-        describe: (module, step) -> the encoder with what belongs to it.
-        out: the run's folder; reports go to `evals/`.
+        config: the entry.
+        evaluator: made of it.
+        engine: holds the objective, whose encoder or whose two towers are judged.
+        run: as it is described in reports, which go to `evals/` in its folder.
         alive: called with every batch.
     """
 
@@ -148,28 +137,30 @@ class KnnEvaluation(Periodic):
         self,
         every_steps: int,
         index: int,
-        knn: Knn,
+        config: ProtocolConfig,
+        evaluator: AnyEvaluator,
         engine: Engine,
-        build: Callable[[], nn.Module],
-        describe: Callable[[nn.Module, int], Encoder],
-        out: Path,
+        run: TrainedRun,
         alive: Callable[[], None],
     ) -> None:
         super().__init__(every_steps)
-        self._name, self._knn, self._engine = eval_name(index), knn, engine
-        self._build, self._describe, self._out, self._alive = build, describe, out, alive
+        self._name, self._judges, self._evaluator = eval_name(index, config.kind), config.judges, evaluator
+        self._engine, self._run, self._alive = engine, run, alive
         self._group = side_group()  # rank 0 may take long, and NCCL's patience is short
 
     def evaluate(self, state: RunState) -> dict[str, float]:
-        """The accuracy by name, on every rank; every rank calls it."""
-        step = state.progress.step
+        """The reported value by name, on every rank; every rank calls it."""
+        step, objective = state.progress.step, self._engine.objective
         module = self._engine.whole_copy(
-            self._engine.objective.encoder, self._build, where=f"the encoder at step {step}"
+            objective.encoder if self._judges == "encoder" else objective,
+            partial(self._run.build, self._judges),
+            where=f"the {self._judges} at step {step}",
         )
         values: dict[str, float] = {}
         if module is not None:
-            module.register_forward_pre_hook(lambda *_: self._alive())
-            report = self._knn.run(self._describe(module, step))
-            report.save(self._out / "evals" / f"{self._name}_{folder_name(step)}.json")
-            values = {f"{self._name}/top1_k{self._knn.config.k}": report.value}
+            for part in (module, *module.children()):  # of two towers each is called by itself
+                part.register_forward_pre_hook(lambda *_: self._alive())
+            report = self._evaluator.run(self._run.judged(module, folder_name(step), {"step": step}))
+            report.save(self._run.folder / "evals" / f"{self._name}_{folder_name(step)}.json")
+            values = {f"{self._name}/{report.metric}": report.value}
         return from_main(values, self._group)

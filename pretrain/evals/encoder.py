@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from data_pipeline.samples.views import ViewSpec
+from pretrain.models.config import ModelConfig
 from pretrain.models.folders import weights_sha256
-from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.recipe import Data
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,23 @@ class Encoder:
     def of_recipe(
         cls,
         module: nn.Module,
-        recipe: Recipe,
+        model: ModelConfig,
+        data: Data,
         *,
         tag: str,
         run: Path | None,
         description: Mapping[str, object],
     ) -> Encoder:
-        """An encoder that the recipe's trainer made, with the recipe's preprocessing."""
-        views = recipe.data.views
+        """An encoder that a run trained by these groups of its recipe, with their preprocessing."""
+        views = data.views
         return cls(
             module,
-            image_size=recipe.model.judged_size,
-            mean=recipe.data.mean,
-            std=recipe.data.std,
+            image_size=model.judged_size,
+            mean=data.mean,
+            std=data.std,
             views=ViewSpec(interpolation=views.interpolation, eval_crop=views.eval_crop),
             tag=tag,
-            description={"architecture": recipe.model.name, **description},
+            description={"architecture": model.name, **description},
             run=run,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -10,9 +10,12 @@ from torch import Tensor
 
 from data_pipeline.datasets.read import Dataset
 from data_pipeline.errors import FieldError, InputError
+from pretrain.evals.config import Pooling
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction, Features
 from pretrain.evals.features.readout import OWN, Readout
+
+OpenData = Callable[[str], Dataset]  # opens a data set by its path, or by its URL through a cache
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,19 @@ class Task:
             "num_classes": self.num_classes,
             "classes": list(classes) if classes is not None else None,
         }
+
+
+def with_readouts(
+    extraction: Extraction, poolings: Pooling | tuple[Pooling, ...], blocks: int | tuple[int, ...]
+) -> Extraction:
+    """The same extraction, of the features of each pooling with each number of last blocks."""
+    poolings = poolings if isinstance(poolings, tuple) else (poolings,)
+    blocks = blocks if isinstance(blocks, tuple) else (blocks,)
+    others = [pooling for pooling in poolings if pooling != "own"]
+    # The encoder's own pooling knows no blocks, and stands once beside others.
+    own = [OWN] if others and len(others) < len(poolings) else []
+    readouts = [*own, *(Readout(pooling, num) for pooling in others or poolings for num in blocks)]
+    return replace(extraction, readouts=tuple(dict.fromkeys(readouts)))
 
 
 def untested(labels: Tensor, num_classes: int) -> list[str]:

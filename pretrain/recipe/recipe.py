@@ -13,10 +13,11 @@ from data_pipeline.remote.cache import CacheSpec
 from pretrain.augment.config import Augment, Mixing
 from pretrain.models.config import Model as Model  # where recipes are made in code
 from pretrain.models.config import ModelConfig
+from pretrain.objectives.config import ImageTextConfig
 from pretrain.optim import config as optimizers
 from pretrain.optim.config import Ema, Schedule
 from pretrain.recipe.base import Group, Positive, Probability, Share, ordered
-from pretrain.recipe.unions import AnyObjective, AnyOptimizer
+from pretrain.recipe.unions import AnyEvaluation, AnyObjective, AnyOptimizer
 
 
 class Views(Group):
@@ -147,17 +148,6 @@ class Validation(Group):
     every_epochs: float = Field(1, gt=0)
 
 
-class InlineKnn(Group):
-    kind: Literal["knn"]
-    train: str
-    test: str
-    every_epochs: float = Field(1, gt=0)
-    k: int = Field(20, ge=1)
-    temperature: float = Field(0.07, gt=0)
-    max_train: int | None = Field(None, ge=1)  # the first samples only
-    max_test: int | None = Field(None, ge=1)
-
-
 class OnlineProbe(Group):
     """A linear classifier on the encoder, trained beside the objective, which it leaves as it is to the bit.
 
@@ -190,7 +180,7 @@ class Recipe(Group):
     logging: Logging = Logging()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: Validation = Validation()
-    evals: tuple[InlineKnn, ...] = ()
+    evals: tuple[AnyEvaluation, ...] = ()  # protocols (pretrain/evals/config.py), on the encoder as it is then
     online_probe: OnlineProbe | None = None  # needs labels, whatever the objective does
 
     @model_validator(mode="after")
@@ -208,4 +198,10 @@ class Recipe(Group):
                 f"expected an online_probe.every_steps that divides logging.every_steps {self.logging.every_steps}, so "
                 f"that the log has its numbers as often, found {self.online_probe.every_steps}."
             )
+        for index, evaluation in enumerate(self.evals):
+            if evaluation.judges == "towers" and not isinstance(self.objective, ImageTextConfig):
+                raise ValueError(
+                    f"expected objective.kind clip or siglip with evals.{index}.kind {evaluation.kind}, which judges "
+                    f"two towers, found {self.objective.kind}."
+                )
         return self

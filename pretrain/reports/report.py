@@ -15,18 +15,21 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import CheckpointError, InputError
 from pretrain.checkpoints.checkpoint import module_state, read_state
+from pretrain.evals.config import KINDS, config_class
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.result import EvalReport, Interval
 from pretrain.evals.sources.load import load_source
+from pretrain.models.config import ModelConfig
 from pretrain.models.encoders import load_strictly
 from pretrain.monitoring.goodput import read_goodput
+from pretrain.objectives.config import ObjectiveConfig
 from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.masked import Painter, find_painter
 from pretrain.recipe.files import load_recipe
-from pretrain.recipe.recipe import Recipe
-from pretrain.reconstructions import reconstructions
+from pretrain.recipe.recipe import Data
 from pretrain.reports.comparison import difference
 from pretrain.reports.page import render as page_of
+from pretrain.reports.reconstructions import draw_reconstructions
 from pretrain.reports.report_figures import Neighbours, Picture, Series, curve
 from pretrain.reports.sample_images import neighbours
 from pretrain.runtime.run_folder import newest_checkpoint
@@ -35,8 +38,6 @@ FILE_NAME = "report.html"
 TEMPLATE = "report.html.j2"
 
 NUM_RECONSTRUCTIONS, NUM_QUERIES, NUM_NEIGHBOURS, BANK_SIZE = 12, 6, 10, 2000
-# What an evaluation found out for itself; all else in its protocol was asked of it.
-_FOUND = {"learning_rate", "weight_decay", "val_top1"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def write_report(run: Path, *, notes: Sequence[str] = ()) -> Path:
         )
     progress = read_state(checkpoint).progress
     trained = load_source(str(checkpoint))
-    painter = _painter(recipe, checkpoint)
+    painter = _painter(recipe.model, recipe.objective, checkpoint)
     comparisons = find_comparisons(run / "evals", trained.weights_sha256())
     page = {
         "name": recipe.name,
@@ -82,10 +83,10 @@ def write_report(run: Path, *, notes: Sequence[str] = ()) -> Path:
         "notes": notes,
         "goodput": read_goodput(run),
         "curves": _curves(_metrics(run / "metrics.jsonl")),
-        "triples": _reconstructions(recipe, painter) if painter is not None else [],
+        "triples": _reconstructions(recipe.data, painter) if painter is not None else [],
         "mask_ratio": _hidden_share(painter),
         "normalized": painter is not None and painter.normalize_target,
-        "neighbours": _neighbours(run, recipe, trained),
+        "neighbours": _neighbors(run, recipe.data, trained),
         "environment": _environment(run / "environment.json"),
         "recipe": (run / "recipe.yaml").read_text("utf-8"),
     }
@@ -113,14 +114,15 @@ def find_comparisons(evals: Path, weights_sha256: str) -> list[Comparison]:
 
 
 def _question(report: EvalReport) -> tuple[object, ...]:
-    asked = {name: value for name, value in report.protocol.items() if name not in _FOUND}
+    found = config_class(report.evaluator).found if report.evaluator in KINDS else frozenset()
+    asked = {name: value for name, value in report.protocol.items() if name not in found}
     return report.evaluator, asked, report.data
 
 
 def _protocol_name(report: EvalReport) -> str:
-    if report.evaluator == "knn":
-        return f"kNN, k = {report.protocol['k']}"
-    return "linear probe" if report.evaluator == "linear" else report.evaluator
+    if report.evaluator not in KINDS:
+        return report.evaluator
+    return config_class(report.evaluator).title.format_map(report.protocol)
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:
@@ -145,19 +147,19 @@ def _curves(metrics: Sequence[dict[str, float]]) -> list[Picture]:
     ]
 
 
-def _painter(recipe: Recipe, checkpoint: Path) -> Painter | None:
+def _painter(model: ModelConfig, config: ObjectiveConfig, checkpoint: Path) -> Painter | None:
     """The objective with the weights of the checkpoint, where it paints."""
     with torch.random.fork_rng(devices=[]):
-        objective = build_objective(recipe.model, recipe.objective)
+        objective = build_objective(model, config)
     painter = find_painter(objective)
     if painter is not None:
         load_strictly(objective, module_state(checkpoint), where=str(checkpoint))
     return painter
 
 
-def _reconstructions(recipe: Recipe, painter: Painter) -> list[list[Picture]]:
-    dataset = open_training(recipe.data.val or recipe.data.train, recipe.data.cache.spec())
-    return reconstructions(painter, dataset, recipe, NUM_RECONSTRUCTIONS)
+def _reconstructions(data: Data, painter: Painter) -> list[list[Picture]]:
+    dataset = open_training(data.val or data.train, data.cache.spec())
+    return draw_reconstructions(painter, dataset, data, NUM_RECONSTRUCTIONS)
 
 
 def _hidden_share(painter: Painter | None) -> float:
@@ -165,18 +167,18 @@ def _hidden_share(painter: Painter | None) -> float:
     return mask.num_hidden / mask.num_patches if mask is not None else 0.0
 
 
-def _neighbours(run: Path, recipe: Recipe, trained: Encoder) -> list[Neighbours]:
+def _neighbors(run: Path, data: Data, trained: Encoder) -> list[Neighbours]:
     """Nothing where no data is kept apart from training."""
-    if recipe.data.val is None:
+    if data.val is None:
         return []
     return neighbours(
         {"trained": trained, "random start": load_source(str(run), random_init=True)},
-        open_training(recipe.data.train, recipe.data.cache.spec()),
-        open_dataset(recipe.data.val, recipe.data.cache.spec()),
+        open_training(data.train, data.cache.spec()),
+        open_dataset(data.val, data.cache.spec()),
         num_queries=NUM_QUERIES,
         bank_size=BANK_SIZE,
         k=NUM_NEIGHBOURS,
-        max_pixels=recipe.data.max_pixels,
+        max_pixels=data.max_pixels,
     )
 
 

@@ -24,9 +24,9 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def eval_name(index: int) -> str:
+def eval_name(index: int, kind: str) -> str:
     """The beginning of the file names of results of an entry of a recipe's `evals`."""
-    return f"knn{index + 1}" if index else "knn"
+    return f"{kind}{index + 1}" if index else kind
 
 
 def step_of(checkpoint: Path) -> int:

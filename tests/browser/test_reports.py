@@ -12,12 +12,11 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from launch.commands.report import load_judged
-from launch.suites.run import run_suite
 from pretrain.evals.result import EvalReport
 from pretrain.reports.comparison import compare_results
 from pretrain.reports.comparison_page import write_comparison
 from pretrain.reports.page import render
-from tests.launch.suites import in_this_process, tree_of, write_suite
+from tests.launch.suites import in_this_process, run_suite, tree_of, write_suite
 
 pytestmark = pytest.mark.xdist_group("browser")  # one browser, and one suite, for all of them
 

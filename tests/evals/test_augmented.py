@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from pretrain.evals.classifiers.augmented import augmented_examples, augmented_v
 from pretrain.evals.classifiers.heads import Rates, Training, train
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction
-from pretrain.evals.linear.config import MAE, LinearConfig
+from pretrain.evals.linear.config import LinearConfig
 from pretrain.evals.linear.protocol import Linear
 from pretrain.runtime.collectives import World
 from tests.evals.conftest import Folders, small_encoder
@@ -122,7 +121,9 @@ def test_a_batch_that_ranks_cannot_share_is_refused(folders: Folders) -> None:
 def test_a_grid_on_augmented_views_is_chosen_on_samples_as_they_are(folders: Folders) -> None:
     encoder = small_encoder()
     encoder.module.train()
-    config = LinearConfig(augment=True, min_steps=60, batch_size=64, learning_rates=(1e-4, 0.1), crop_scale=(0.5, 1.0))
+    config = LinearConfig(
+        train="", test="", augment=True, min_steps=60, batch_size=64, learning_rates=(1e-4, 0.1), crop_scale=(0.5, 1.0)
+    )
     state = torch.get_rng_state()
     report = Linear(open_dataset(folders.train), open_dataset(folders.test), config).run(encoder)
     assert torch.equal(torch.get_rng_state(), state)
@@ -135,11 +136,21 @@ def test_a_grid_on_augmented_views_is_chosen_on_samples_as_they_are(folders: Fol
 
 
 def test_the_preset_of_mae_is_what_the_paper_says_and_learns(folders: Folders) -> None:
-    assert (MAE.learning_rates, MAE.batch_size, MAE.epochs, MAE.warmup_epochs) == ((0.1,), 16384, 90, 10)
-    assert MAE.training(1_281_167).num_steps == 7038
-    assert MAE.training(1_281_167).warmup_steps == 782
+    mae = LinearConfig(train="", test="", paper="mae")
+    assert (mae.learning_rates, mae.batch_size, mae.epochs, mae.warmup_epochs) == ((0.1,), 16384, 90, 10)
+    assert mae.training(1_281_167).num_steps == 7038
+    assert mae.training(1_281_167).warmup_steps == 782
     # Few steps on few digits: a learning rate to go with them.
-    config = replace(MAE, epochs=20, warmup_epochs=2, batch_size=50, learning_rates=(30.0,), crop_scale=(0.7, 1.0))
+    config = LinearConfig(
+        train="",
+        test="",
+        paper="mae",
+        epochs=20,
+        warmup_epochs=2,
+        batch_size=50,
+        learning_rates=(30.0,),
+        crop_scale=(0.7, 1.0),
+    )
     report = Linear(open_dataset(folders.train), open_dataset(folders.test), config).run(small_encoder())
     assert report.value > 40
     assert report.protocol["paper"] == "mae"

@@ -13,10 +13,11 @@ from data_pipeline.errors import DataError, InputError
 from data_pipeline.shards.scan import index_shards
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.features.store import FeatureStore
+from pretrain.evals.knn.config import KnnConfig
 from pretrain.evals.knn.protocol import Knn
-from pretrain.evals.linear.protocol import Linear, LinearConfig
+from pretrain.evals.linear.config import LinearConfig
+from pretrain.evals.linear.protocol import Linear
 from pretrain.evals.result import EvalReport
-from pretrain.recipe.recipe import InlineKnn
 from tests.evals.conftest import Folders, small_encoder
 
 
@@ -31,9 +32,9 @@ def judge(kind: str, data: Folders, store: Path | None = None) -> EvalReport:
     extraction = Extraction(store=FeatureStore(store) if store else None, num_workers=1)
     train, test = open_dataset(data.train), open_dataset(data.test)
     if kind == "knn":
-        asked = InlineKnn(kind="knn", train=data.train, test=data.test, k=5)
+        asked = KnnConfig(train=data.train, test=data.test, k=5)
         return Knn(train, test, asked, extraction=extraction).run(small_encoder())
-    config = LinearConfig(learning_rates=(0.1,), min_steps=20)
+    config = LinearConfig(train="", test="", learning_rates=(0.1,), min_steps=20)
     return Linear(train, test, config, extraction=extraction).run(small_encoder())
 
 

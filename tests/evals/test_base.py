@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
 from pretrain.evals.encoder import Encoder
+from pretrain.evals.knn.config import KnnConfig
 from pretrain.evals.knn.protocol import Knn
 from pretrain.evals.result import EvalReport, Outcomes, compare, paired_interval
-from pretrain.recipe.recipe import InlineKnn
 from tests.evals.conftest import Folders, small_encoder
 
 
 def knn_report(folders: Folders, encoder: Encoder, **config: object) -> EvalReport:
     train, test = open_dataset(folders.train), open_dataset(folders.test)
-    inline = InlineKnn(kind="knn", train="", test="", **{"k": 5, **config})
+    inline = KnnConfig(train="", test="", **{"k": 5, **config})
     return Knn(train, test, inline).run(encoder)
 
 

@@ -216,7 +216,7 @@ def test_linear_of_a_paper_can_be_made_smaller(run: Path, folders: Folders, tmp_
         (["--solver", "lbfgs", "--paper", "mae"], "--paper"),
         (["-C", "1"], "--inverse-penalty"),
         (["--crop-scale", "0.1", "1"], "--crop-scale"),
-        (["--paper", "mae", "--epochs", "5"], "linear.warmup_epochs"),
+        (["--paper", "mae", "--epochs", "5"], "--warmup-epochs"),
     ],
 )
 def test_linear_refuses_what_would_have_no_say(run: Path, folders: Folders, arguments: list[str], where: str) -> None:

@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import CheckpointError, InputError, RecipeError, RunError
-from launch.commands import eval_finetune
+from launch.commands.eval_training import LocalTrainer
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction
-from pretrain.evals.finetune.protocol import Finetune, Trainer, _unseen, _watched
-from pretrain.evals.finetune.recipe import FinetuneConfig, finetune_recipe, model_of, starting_encoder
+from pretrain.evals.finetune.config import FinetuneConfig
+from pretrain.evals.finetune.protocol import Finetune, _unseen, _watched
+from pretrain.evals.finetune.recipe import finetune_recipe, model_of, starting_encoder
 from pretrain.evals.pseudo_label import load_teacher
 from pretrain.evals.result import EvalReport
 from pretrain.evals.sources.load import load_source
@@ -101,7 +102,7 @@ def test_the_paper_s_recipe_is_the_paper_s(tmp_path: Path) -> None:
     module = Architecture("vit_base_patch16_224", None, {"depth": 1})
     encoder = load_source("vit_base_patch16_224", random_init=True, architecture=module)
     recipe = finetune_recipe(
-        encoder, FinetuneConfig(preset="mae"), train="t", num_classes=1000, start=tmp_path
+        encoder, FinetuneConfig(train="t", test="", paper="mae"), num_classes=1000, start=tmp_path
     ).model_dump()
     optim = recipe["optim"]
     assert (optim["base_lr"], optim["lr_batch"], optim["layer_decay"]) == (5e-4, 256, 0.65)
@@ -124,7 +125,7 @@ def test_the_paper_s_recipe_is_the_paper_s(tmp_path: Path) -> None:
     assert recipe["ema"] is None
     resnet = load_source("test_resnet", random_init=True)
     with pytest.raises(InputError, match="expected a ViT"):
-        finetune_recipe(resnet, FinetuneConfig(preset="mae"), train="t", num_classes=3, start=tmp_path)
+        finetune_recipe(resnet, FinetuneConfig(train="t", test="", paper="mae"), num_classes=3, start=tmp_path)
 
 
 def test_training_starts_from_the_encoder_but_for_the_norm_of_the_mean(encoder: Encoder) -> None:
@@ -164,7 +165,7 @@ def test_an_override_may_not_change_what_is_asked(
 def test_the_ranks_are_given_the_recipe(
     encoder: Encoder, status: int, in_a_job: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = finetune_recipe(encoder, FinetuneConfig(), train="t", num_classes=3, start=tmp_path)
+    recipe = finetune_recipe(encoder, FinetuneConfig(train="t", test=""), num_classes=3, start=tmp_path)
     seen: list[object] = []
 
     def launch(arguments: list[str], num_ranks: int, threads: int | None, passed_on: dict[int, int]) -> int:
@@ -176,30 +177,30 @@ def test_the_ranks_are_given_the_recipe(
     if in_a_job:
         monkeypatch.setenv("PRETRAIN_ATTEMPT", "0")
     with pytest.raises(typer.Exit) if status else nullcontext() as error:
-        eval_finetune.ranks(3)(recipe, tmp_path / "run")
+        LocalTrainer(3).train(recipe, tmp_path / "run")
     assert error is None or error.value.exit_code == status, "what becomes of a job depends on it"
     assert seen == [recipe, "--out", str(tmp_path / "run"), 3]
 
 
-def _forked(max_steps: int | None = None) -> Callable[[int], Trainer]:
-    """As `ranks`, without importing everything again."""
+def _forked(max_steps: int | None = None) -> Callable[[LocalTrainer, Recipe, Path], None]:
+    """Training as a local trainer's, without importing everything again."""
 
-    def train(recipe: Recipe, run: Path) -> None:
+    def train(trainer: LocalTrainer, recipe: Recipe, run: Path) -> None:
         path = run.with_suffix(".yaml")
         path.write_text(dump(recipe))
         runs.train(path, run, max_steps=max_steps)
 
-    return lambda num_ranks: train
+    return train
 
 
 def test_the_last_step_is_tested_once(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = saved(tmp_path / "encoder"), tmp_path / "out"
     data = ["--train", folders.train, "--test", folders.test, "--out", str(out.with_suffix(".json"))]
-    monkeypatch.setattr(eval_finetune, "ranks", _forked(max_steps=4))
+    monkeypatch.setattr(LocalTrainer, "train", _forked(max_steps=4))
     with pytest.raises(RunError, match="step 4 of 6"):
         evaluate("finetune", str(source), *data, *SMALL)
     assert not out.with_suffix(".json").exists()
-    monkeypatch.setattr(eval_finetune, "ranks", _forked())
+    monkeypatch.setattr(LocalTrainer, "train", _forked())
     evaluate("finetune", str(source), *data, *SMALL)
     report = EvalReport.load(out.with_suffix(".json"))
     test = open_dataset(folders.test)
@@ -260,8 +261,8 @@ def test_what_a_reader_should_know_is_noted(encoder: Encoder, folders: Folders, 
         ((f"data.val={folders.test}",), True),
         ((f"data.val={folders.train}",), False),
     ):
-        config = FinetuneConfig(overrides=overrides)
-        recipe = finetune_recipe(encoder, config, train=folders.train, num_classes=10, start=tmp_path)
+        config = FinetuneConfig(train=folders.train, test=folders.test, overrides=overrides)
+        recipe = finetune_recipe(encoder, config, num_classes=10, start=tmp_path)
         assert bool(_watched(recipe, task)) == watched
     assert _unseen(task) == []
     task.train.label_counts[3] = 0  # type: ignore[index]
@@ -273,8 +274,8 @@ def test_what_a_reader_should_know_is_noted(encoder: Encoder, folders: Folders, 
 def test_the_ranks_of_an_evaluation_do_not_each_start_a_run(folders: Folders, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--nproc"):
         Finetune(
-            folders.train, folders.test, FinetuneConfig(), out=tmp_path, trainer=_forked()(1),
-            extraction=Extraction(world_size=2),
+            open_dataset(folders.train), open_dataset(folders.test), FinetuneConfig(train="", test=""), out=tmp_path,
+            trainer=LocalTrainer(1), extraction=Extraction(world_size=2),
         )  # fmt: skip
 
 

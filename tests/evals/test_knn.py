@@ -23,9 +23,9 @@ from data_pipeline.errors import InputError
 from launch.commands.eval import app
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn import protocol as knn
+from pretrain.evals.knn.config import KnnConfig
 from pretrain.evals.knn.protocol import Knn, predict
 from pretrain.evals.result import EvalReport
-from pretrain.recipe.recipe import InlineKnn
 from tests.evals.conftest import Digits, Folders, small_encoder
 
 
@@ -115,17 +115,17 @@ def test_weights_do_not_overflow() -> None:
 
 def test_k_beyond_the_bank_is_refused_before_anything_is_computed(folders: Folders, encoder: Encoder) -> None:
     train, test = open_dataset(folders.train), open_dataset(folders.test)
-    config = InlineKnn(kind="knn", train="", test="", k=20, max_train=15)
+    config = KnnConfig(train="", test="", k=20, max_train=15)
     with pytest.raises(InputError, match="15 training samples"):
         Knn(train, test, config)
     with pytest.raises(InputError, match="301"):
-        Knn(train, test, InlineKnn(kind="knn", train="", test=""), sweep=(301,))
+        Knn(train, test, KnnConfig(train="", test="", k=(20, 301)))
 
 
 def test_a_report_says_what_was_done(folders: Folders, encoder: Encoder) -> None:
     train, test = open_dataset(folders.train), open_dataset(folders.test)
-    config = InlineKnn(kind="knn", train="", test="", k=5, max_test=90)
-    report = Knn(train, test, config, sweep=(1, 50), temperatures=(0.5,)).run(encoder)
+    config = KnnConfig(train="", test="", k=(5, 1, 50), temperature=(0.07, 0.5), max_test=90)
+    report = Knn(train, test, config).run(encoder)
     assert report.n == 90 == len(report.outcomes.keys)
     assert report.metric == "top1_k5"
     assert report.value == report.metrics["top1_k5"] == 100 * report.outcomes.correct.mean()
@@ -143,7 +143,7 @@ def test_a_report_says_what_was_done(folders: Folders, encoder: Encoder) -> None
 
 def test_judging_in_mid_training_changes_no_loss(folders: Folders) -> None:
     train, test = open_dataset(folders.train), open_dataset(folders.test)
-    evaluator = Knn(train, test, InlineKnn(kind="knn", train="", test="", max_train=200, max_test=20))
+    evaluator = Knn(train, test, KnnConfig(train="", test="", max_train=200, max_test=20))
 
     def losses(judged: bool) -> list[float]:
         torch.manual_seed(3)

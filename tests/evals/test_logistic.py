@@ -141,7 +141,7 @@ def test_on_cifar10_loss_and_accuracy_are_scikit_learns(cifar10: dict[str, list[
     lowest = penalised_loss(scaled, labels, expected.coef_, expected.intercept_, c)
     found = fit_logistic(train.values, train.labels, [c], num_classes=10, device=CPU, label="")
     assert found.loss[0] == pytest.approx(lowest, rel=1e-6)
-    report = Linear(*data, LinearConfig(solver="lbfgs", inverse_penalties=(c,))).run(encoder)
+    report = Linear(*data, LinearConfig(train="", test="", solver="lbfgs", inverse_penalties=(c,))).run(encoder)
     accuracy = 100 * expected.score(scaler.transform(test.values.double().numpy()), test.labels.numpy())
     assert accuracy > 15
     assert report.value == pytest.approx(accuracy, abs=0.1)

@@ -19,13 +19,14 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
 from launch.commands.eval import app
 from launch.commands.eval_rerun import differences
-from launch.commands.eval_run import words_of
+from launch.suites.words import command_words
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.features.store import FeatureStore
+from pretrain.evals.knn.config import KnnConfig
 from pretrain.evals.knn.protocol import Knn
-from pretrain.evals.linear.protocol import Linear, LinearConfig
+from pretrain.evals.linear.config import LinearConfig
+from pretrain.evals.linear.protocol import Linear
 from pretrain.evals.result import EvalReport
-from pretrain.recipe.recipe import InlineKnn
 from pretrain.runtime.collectives import World
 from tests.evals.conftest import Folders, small_encoder
 from tests.ranks import run_ranks
@@ -141,8 +142,8 @@ def test_words_give_back_what_a_command_was_given() -> None:
     found: list[object] = []
     command = typer.main.get_command(application)
     values = {"name": "-x", "number": 5, "many": ["a", "-b"], "pair": (0.5, 1.0), "flag": True, "other": False, "x": 1}
-    command.main(words_of(command, values), standalone_mode=False)
-    command.main(words_of(command, {"name": "y", "flag": False, "other": True}), standalone_mode=False)
+    command.main(command_words(command, values), standalone_mode=False)
+    command.main(command_words(command, {"name": "y", "flag": False, "other": True}), standalone_mode=False)
     assert found == [("-x", 5, ["a", "-b"], (0.5, 1.0), True, False, None), ("y", 3, None, None, False, True, None)]
 
 
@@ -150,10 +151,15 @@ def by_ranks(world: World, folders: Folders, store: str) -> list[dict[str, Any]]
     """Of kNN and of a linear probe, what a report says and what it is called."""
     extraction = Extraction(rank=world.rank, world_size=world.size, store=FeatureStore(Path(store)))
     train, test = open_dataset(folders.train), open_dataset(folders.test)
-    asked = InlineKnn(kind="knn", train=folders.train, test=folders.test, k=7)
+    asked = KnnConfig(train=folders.train, test=folders.test, k=(7, 150), temperature=(0.07, 0.5))
     evaluators = [
-        Knn(train, test, asked, sweep=(150,), temperatures=(0.5,), extraction=extraction),
-        Linear(train, test, LinearConfig(learning_rates=(0.01, 0.1), min_steps=60), extraction=extraction),
+        Knn(train, test, asked, extraction=extraction),
+        Linear(
+            train,
+            test,
+            LinearConfig(train="", test="", learning_rates=(0.01, 0.1), min_steps=60),
+            extraction=extraction,
+        ),
     ]
     found = [evaluator.run(small_encoder()) for evaluator in evaluators]
     return [

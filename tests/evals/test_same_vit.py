@@ -15,10 +15,10 @@ from torch import Tensor
 from data_pipeline.datasets.read import open_dataset
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction
+from pretrain.evals.knn.config import KnnConfig
 from pretrain.evals.knn.protocol import Knn
 from pretrain.evals.sources.load import load_source
 from pretrain.evals.sources.timm_names import Architecture
-from pretrain.recipe.recipe import InlineKnn
 from tests.evals.conftest import Folders
 from tests.evals.layouts import ARCHITECTURE, VIT_PREPROCESSOR, features, hf_vit, loaded, save_hf, transformers
 
@@ -37,7 +37,7 @@ def expected(layouts: Path) -> Tensor:
 
 @pytest.fixture(scope="module")
 def neighbours(layouts: Path, folders: Folders) -> Callable[[Encoder], Any]:
-    config = InlineKnn(kind="knn", train=folders.train, test=folders.test, k=5, max_train=120, max_test=60)
+    config = KnnConfig(train=folders.train, test=folders.test, k=5, max_train=120, max_test=60)
     return Knn(open_dataset(folders.train), open_dataset(folders.test), config, extraction=Extraction()).run
 
 

@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import RecipeError
 from pretrain.checkpoints.start import find_start
+from pretrain.evals.result import EvalReport
+from pretrain.evals.retrieval.protocol import Retrieval
 from pretrain.evals.sources.load import load_source
 from pretrain.evals.sources.towers import load_towers
 from pretrain.models.encoders import build_encoder
@@ -51,7 +54,8 @@ def recipe(path: Path, shards: Path, kind: str, beside_timm: bool, **groups: Any
 def test_a_run_goes_on_to_the_bit_and_its_towers_are_whole(
     tmp_path: Path, shards: Path, kind: str, beside_timm: bool
 ) -> None:
-    path = recipe(tmp_path / "r.yaml", shards, kind, beside_timm)
+    evals = [{"kind": "retrieval", "test": str(shards), "every_epochs": 1.5}]
+    path = recipe(tmp_path / "r.yaml", shards, kind, beside_timm, evals=evals)
     train(path, tmp_path / "whole", 2)
     train(path, tmp_path / "cut", 2, max_steps=4)
     train(path, tmp_path / "cut", 2)
@@ -60,6 +64,10 @@ def test_a_run_goes_on_to_the_bit_and_its_towers_are_whole(
     found, again = load_towers(str(run)), load_towers(str(tmp_path / "cut"))
     kept = load_towers(str(run / "checkpoints" / "step_00000006"))
     assert found.weights_sha256() == kept.weights_sha256() == again.weights_sha256()
+    inline = EvalReport.load(run / "evals" / "retrieval_step_00000006.json")
+    alone = Retrieval(open_dataset(str(shards))).run(kept)
+    assert (inline.weights_sha256, inline.metrics) == (alone.weights_sha256, alone.metrics)
+    assert (inline.protocol, inline.data) == (alone.protocol, alone.data)
     assert found.weights_sha256() != load_towers(str(run), random_init=True).weights_sha256()
     encoder = load_source(str(run))
     weights = found.module.encoder.state_dict()

@@ -85,7 +85,13 @@ def test_losses_are_the_same_with_all_that_is_judged_on_the_way_and_with_nothing
     judged = write_recipe(
         tmp_path / "judged.yaml", shards, **groups, data={"train": str(shards), "val": str(val), "lanes": 3},
         online_probe={"every_steps": 1}, validation={"every_epochs": 0.3},
-        evals=[{"kind": "knn", "train": str(shards), "test": str(val), "every_epochs": 0.3, "k": 5}],
+        evals=[
+            {"kind": "knn", "train": str(shards), "test": str(val), "every_epochs": 0.3, "k": 5},
+            {
+                "kind": "linear", "train": str(shards), "test": str(val), "every_epochs": 0.6, "min_steps": 5,
+                "learning_rates": [0.1], "epochs": 0,
+            },
+        ],
     )  # fmt: skip
     bare = write_recipe(tmp_path / "bare.yaml", shards, **groups, data={"train": str(shards), "lanes": 3})
     train(judged, tmp_path / "judged", 2)
@@ -95,7 +101,8 @@ def test_losses_are_the_same_with_all_that_is_judged_on_the_way_and_with_nothing
     assert probed(tmp_path / "judged").keys() == losses(tmp_path / "bare").keys()
     assert not probed(tmp_path / "bare")
     assert list(logged(tmp_path / "judged", "knn/top1_k5")) == [4, 8]
-    assert len(list((tmp_path / "judged" / "evals").glob("*.json"))) == 2
+    assert list(logged(tmp_path / "judged", "linear2/top1")) == [8]
+    assert len(list((tmp_path / "judged" / "evals").glob("*.json"))) == 3
     if groups["objective"]["kind"] == "supervised":
         validated = logged(tmp_path / "judged", "val/loss", "val/top1")
         assert list(validated) == [4, 8]

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from launch.suites.run import run_suite
 from tests.launch.run_folders import Commands
-from tests.launch.suites import in_this_process, make_run, tree_of, write_suite
+from tests.launch.suites import in_this_process, make_run, run_suite, tree_of, write_suite
 
 
 @pytest.fixture

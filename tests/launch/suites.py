@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from typer.testing import CliRunner
 
 from launch.commands.eval import app
+from launch.suites import run as suites
 from launch.suites.jobs import Cell, Questions, cells_of
 from pretrain.evals.suite import load_suite
 from pretrain.models.encoders import build_encoder, save_encoder
@@ -17,6 +20,11 @@ from pretrain.recipe.files import dump
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.strict_yaml import write_yaml
 from tests.shards import write_images
+
+GROUP: Any = typer.main.get_command(app)
+COMMANDS = GROUP.commands
+run_suite = partial(suites.run_suite, commands=COMMANDS)
+submit_suite = partial(suites.submit_suite, commands=COMMANDS)
 
 ENCODERS = ("first", "second")
 
@@ -79,7 +87,7 @@ def in_this_process(cell: Cell, device: str | None, say: Any) -> int:
 
 
 def cells(tmp_path: Path, tree: dict[str, Any]) -> list[Cell]:
-    return cells_of(load_suite(write_suite(tmp_path, tree)), tmp_path / "out", "suite.yaml")
+    return cells_of(load_suite(write_suite(tmp_path, tree)), tmp_path / "out", "suite.yaml", COMMANDS)
 
 
 def with_option(tree: dict[str, Any], group: str, name: str, **options: Any) -> dict[str, Any]:

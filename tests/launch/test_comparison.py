@@ -19,7 +19,6 @@ import pytest
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
 from launch.commands.report import load_judged, report
-from launch.suites.run import run_suite
 from pretrain.evals.result import EvalReport, Outcomes, compare
 from pretrain.evals.suite import KEPT
 from pretrain.reports.comparison import compare_results, difference, table_csv, table_markdown
@@ -34,7 +33,7 @@ from pretrain.reports.comparison_figures import (
 from pretrain.reports.comparison_images import look
 from pretrain.reports.comparison_page import page_of, write_comparison
 from pretrain.reports.sample_images import look_at
-from tests.launch.suites import in_this_process, make_run, tree_of, write_suite
+from tests.launch.suites import in_this_process, make_run, run_suite, tree_of, write_suite
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def save(run: Path, *steps: int) -> None:
 
 def queue(run: Path, entries: list[tuple[int, int]], *, started: bool = True) -> None:
     for index, step in entries:
-        job = JobFolder(run / "evals" / f"{eval_name(index)}_{folder_name(step)}.job")
+        job = JobFolder(run / "evals" / f"{eval_name(index, 'knn')}_{folder_name(step)}.job")
         job.write("submitted.json", json.dumps({"job_id": "1", "submitted_at": 0.0}))
         if started:
             job.note("start", job_id="1")
@@ -162,8 +162,8 @@ def test_only_a_job_of_slurm_has_its_evaluations_apart(
 def test_what_is_judged_is_held_for_each_of_its_jobs(tmp_path: Path) -> None:
     save(tmp_path, 8)
     checkpoint = tmp_path / "checkpoints" / folder_name(8)
-    first, second = (hold(tmp_path, index, 8) for index in (0, 1))
-    assert hold(tmp_path, 0, 8) == first, "held already"
+    first, second = (hold(tmp_path, entry, 8) for entry in ("knn", "knn2"))
+    assert hold(tmp_path, "knn", 8) == first, "held already"
     assert os.path.samefile(checkpoint / COMPLETE, first / COMPLETE), "no bytes are copied"
     shutil.rmtree(checkpoint)
     let_go(first)
@@ -180,7 +180,7 @@ def test_what_is_due_is_held_before_its_jobs_are_queued(
     def submit(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         shutil.rmtree(run / "checkpoints" / folder_name(32), ignore_errors=True)
         *_, folder, index, step = command
-        asked.append((int(index), (hold(Path(folder), int(index), int(step)) / COMPLETE).read_text()))
+        asked.append((int(index), (hold(Path(folder), eval_name(int(index), "knn"), int(step)) / COMPLETE).read_text()))
         return subprocess.CompletedProcess(command, 0, "queued", "")
 
     monkeypatch.setattr("subprocess.run", submit)

@@ -13,11 +13,20 @@ import pytest
 import typer
 
 from data_pipeline.errors import DataError, InputError, RecipeError
-from launch.suites import jobs as suites
 from launch.suites.jobs import Cell, Questions
-from launch.suites.run import _in_a_process, cuda_devices, run_suite
+from launch.suites.run import _in_a_process, cuda_devices
 from pretrain.evals.result import EvalReport
-from tests.launch.suites import answered, cells, in_this_process, make_run, refused, with_option, write_suite
+from tests.launch.suites import (
+    COMMANDS,
+    answered,
+    cells,
+    in_this_process,
+    make_run,
+    refused,
+    run_suite,
+    with_option,
+    write_suite,
+)  # fmt: skip
 
 # What is asked for.
 
@@ -138,8 +147,8 @@ def test_a_command_that_keeps_features_is_told_where(
         sure: Annotated[bool, typer.Option("--sure/--unsure")] = True,
     ) -> None: ...
 
-    monkeypatch.setattr(suites, "_command", lambda kind, where: typer.main.get_command(app))
-    asked = {"encoders": {"first": "anywhere"}, "protocols": {"new": {"kind": "new", "sure": False}}}
+    monkeypatch.setitem(COMMANDS, "knn", typer.main.get_command(app))
+    asked = {"encoders": {"first": "anywhere"}, "protocols": {"new": {"kind": "knn", "sure": False}}}
     (first,) = cells(tmp_path, {**tree, **asked})
     assert ("--cache", str(tmp_path / "out" / "features")) in set(pairwise(first.words))
     assert "--unsure" in first.words

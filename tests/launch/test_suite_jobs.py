@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import InputError, RunError
-from launch.suites.run import _job, run_suite, submit_suite
+from launch.suites.run import _job
 from tests.launch.run_folders import Commands, submit
-from tests.launch.suites import cells, refused, write_suite
+from tests.launch.suites import cells, refused, run_suite, submit_suite, write_suite
 
 
 def test_a_dry_run_prints_a_script_for_each_result(

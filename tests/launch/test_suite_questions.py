@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from launch.suites.jobs import Questions, digest
-from launch.suites.run import run_suite
-from tests.launch.suites import answered, cells, in_this_process, make_run, with_option, write_suite
+from tests.launch.suites import answered, cells, in_this_process, make_run, run_suite, with_option, write_suite
 from tests.shards import write_images
 
 

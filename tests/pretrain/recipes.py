@@ -11,6 +11,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from pretrain.evals import config as protocols
 from pretrain.objectives.config import KINDS as OBJECTIVES
 from pretrain.objectives.config import config_class
 from pretrain.optim.config import KINDS as OPTIMS
@@ -54,7 +55,7 @@ def changed(path: str, value: Any, tree: dict[str, Any] = SMALL) -> dict[str, An
 def listed(path: str, tree: dict[str, Any] = SMALL) -> tuple[str, dict[str, Any]]:
     """A path of the recipe's classes as one into the first entry of its lists, and the tree with such entries.
 
-    The objective is one that has the key; a sum has one term, whose objective is.
+    The objective, or the protocol, is one that has the key; a sum has one term, whose objective is.
     """
     if path.startswith("data.train."):
         tree = changed("data.train", [{"path": "shards"}], tree)
@@ -74,6 +75,9 @@ def listed(path: str, tree: dict[str, Any] = SMALL) -> tuple[str, dict[str, Any]
         if "terms" in groups:
             objective["terms"] = [{"objective": {"kind": _kind_with(key)}}] if groups[-1] == "objective" else [{}]
         tree = changed("objective", objective, tree)
+    if path.startswith("evals."):
+        evaluation = {"kind": _evaluation_with(path.split(".")[1]), "train": "a", "test": "b"}
+        tree = changed("evals", [evaluation], tree)
     for key in ("evals.", "data.train.", "data.augment.", "objective.terms."):
         path = path.replace(key, f"{key}0.")
     return path, tree
@@ -81,6 +85,10 @@ def listed(path: str, tree: dict[str, Any] = SMALL) -> tuple[str, dict[str, Any]
 
 def _kind_with(key: str) -> str:
     return next(kind for kind in OBJECTIVES if key in config_class(kind).model_fields)
+
+
+def _evaluation_with(key: str) -> str:
+    return next(kind for kind in protocols.KINDS if key in protocols.config_class(kind).model_fields)
 
 
 KINDS = ", ".join(map(repr, OBJECTIVES))

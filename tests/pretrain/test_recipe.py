@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import RecipeError
+from pretrain.evals.config import KINDS as PROTOCOLS
 from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.problems import _all_paths
 from pretrain.recipe.recipe import Captions, Recipe, Source
@@ -168,7 +169,11 @@ def test_all_problems_are_told_at_once_each_with_its_path(tmp_path: Path) -> Non
         ("objective.kind", "mea", f"objective.kind: expected one of {KINDS}, found 'mea'."),
         ("objective", "mae", "objective: expected a map, found 'mae'."),
         ("model.library", "tmim", "model.library: expected one of 'timm', 'open_clip', found 'tmim'."),
-        ("evals.0.kind", "linear", "evals.0.kind: expected 'knn', found 'linear'."),
+        (
+            "evals.0.kind",
+            "probe",
+            f"evals.0.kind: expected one of {', '.join(map(repr, PROTOCOLS))}, found 'probe'.",
+        ),
         (
             "model.patch_size",
             7,

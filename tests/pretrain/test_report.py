@@ -28,6 +28,7 @@ from data_pipeline.samples.decode import decode_image
 from data_pipeline.samples.views import ViewSpec
 from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state
 from pretrain.evals.encoder import Encoder
+from pretrain.evals.knn.config import KnnConfig
 from pretrain.evals.knn.protocol import Knn
 from pretrain.evals.result import EvalReport, Outcomes, compare
 from pretrain.evals.sources.load import load_source
@@ -35,9 +36,8 @@ from pretrain.monitoring.goodput import Goodput
 from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.mae.objective import Mae
 from pretrain.recipe.files import load_recipe
-from pretrain.recipe.recipe import InlineKnn
-from pretrain.reconstructions import reconstructions
 from pretrain.reports import report
+from pretrain.reports.reconstructions import draw_reconstructions
 from pretrain.reports.report_figures import Neighbours, Picture, curve, picture
 from pretrain.reports.sample_images import neighbours
 from tests import runs
@@ -84,7 +84,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     knn = Knn(
         open_dataset(str(data / "train")),
         open_dataset(str(data / "test")),
-        InlineKnn(kind="knn", train="", test="", k=5),
+        KnnConfig(train="", test="", k=5),
     )
     for random_init in (False, True):
         judged = knn.run(load_source(str(run), random_init=random_init))
@@ -170,9 +170,9 @@ def test_reconstructions_are_of_the_weights_in_the_newest_checkpoint(run: Path, 
     dataset = open_dataset(str(recipe.data.val))
     objective = build_objective(recipe.model, recipe.objective)
     assert isinstance(objective, Mae)
-    fresh = [row[2].source for row in reconstructions(objective, dataset, recipe, 4)]
+    fresh = [row[2].source for row in draw_reconstructions(objective, dataset, recipe.data, 4)]
     objective.load_state_dict(module_state(complete_checkpoints(run / "checkpoints")[-1]), strict=True)
-    rows = reconstructions(objective, dataset, recipe, 4)
+    rows = draw_reconstructions(objective, dataset, recipe.data, 4)
     sources = [attributes["src"] for tag, attributes in page.elements if tag == "img"][3:]
     assert [image.source for row in rows for image in row] == sources[:12]
     assert not {row[2].source for row in rows} & set(fresh)
@@ -185,7 +185,7 @@ def test_a_reconstruction_keeps_what_was_seen_and_paints_the_rest(run: Path) -> 
     assert isinstance(objective, Mae)
     blank = np.round(255 * np.array(recipe.data.mean)).astype(np.uint8)
     for i, (original, masked, filled) in enumerate(
-        map(pixels, row) for row in reconstructions(objective, dataset, recipe, 5)
+        map(pixels, row) for row in draw_reconstructions(objective, dataset, recipe.data, 5)
     ):
         np.testing.assert_array_equal(original, stored(dataset, i))
         hidden = (masked == blank).all(axis=2)

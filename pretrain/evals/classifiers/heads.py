@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from timm import optim as timm_optim
 from torch import Tensor, nn
 
 from data_pipeline.progress import track
+from pretrain.evals.classifiers.config import Rates as Rates
+from pretrain.evals.classifiers.config import Training as Training
 from pretrain.evals.classifiers.probes import Probes, statistics
 from pretrain.optim.config import Cosine
 from pretrain.optim.schedules import learning_rate
@@ -25,41 +27,11 @@ LR_BATCH = 256  # learning rates are given for a batch of this size, and scaled 
 Examples = tuple[Sequence[Tensor], Tensor]  # features [B, D] of each readout, labels [B]
 
 
-class Rates(NamedTuple):
-    """Learning rate (for a batch of 256) and weight decay (an L2 penalty, never on biases)."""
-
-    learning_rate: float
-    weight_decay: float
-
-
-@dataclass(frozen=True)
-class Training:
-    """What all settings have in common.
-
-    Attributes:
-        num_steps: steps, over which a cosine takes the learning rates to zero.
-        batch_size: samples of a step.
-        seed: of the order of samples, and of the initial weights where they are random.
-        warmup_steps: steps over which the learning rates rise linearly first.
-        optimizer: SGD, or LARS (arXiv:1708.03888), which adapts the step of a setting's weights, not of its biases.
-        batch_norm: features are normalised by the batch, in the end by running statistics (arXiv:2111.06377, sec. A.1);
-            else by fixed statistics.
-        initial_std: of the initial weights, normal and cut off at 2; 0: they are zero.
-    """
-
-    num_steps: int
-    batch_size: int
-    seed: int
-    warmup_steps: int = 0
-    optimizer: Literal["sgd", "lars"] = "sgd"
-    batch_norm: bool = False
-    initial_std: float = 0.0
-
-    def factor(self, step: int) -> float:
-        """What all learning rates are multiplied by at a step."""
-        progress = Progress(step, self.num_steps, step * self.batch_size)
-        scale = self.batch_size / LR_BATCH
-        return learning_rate(progress, Cosine(steps=self.num_steps), peak_lr=scale, warmup_steps=self.warmup_steps)
+def rate_factor(training: Training, step: int) -> float:
+    """What all learning rates are multiplied by at a step."""
+    progress = Progress(step, training.num_steps, step * training.batch_size)
+    scale = training.batch_size / LR_BATCH
+    return learning_rate(progress, Cosine(steps=training.num_steps), peak_lr=scale, warmup_steps=training.warmup_steps)
 
 
 class Heads:
@@ -205,7 +177,7 @@ def train(
     heads = [Heads(settings, training, num_classes=num_classes, moments=m, device=device) for m in moments]
     steps = zip(range(training.num_steps), examples, strict=False)
     for step, (values, labels) in track(steps, label=label, total=training.num_steps):
-        labels, factor = labels.to(device), training.factor(step)
+        labels, factor = labels.to(device), rate_factor(training, step)
         for head, x in zip(heads, values, strict=True):
             head.step(x.to(device), labels, factor)
     return tuple(head.probes() for head in heads)

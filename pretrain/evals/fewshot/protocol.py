@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,51 +18,15 @@ from data_pipeline.progress import track
 from pretrain.evals.classifiers.logistic import fit_logistic
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction, Features, full_precision
+from pretrain.evals.fewshot.config import FewshotConfig, Shots
 from pretrain.evals.knn import protocol as knn
 from pretrain.evals.result import EvalReport, Evaluator, classification_report
-from pretrain.evals.task import Task
-
-Classifier = Literal["centroid", "knn", "linear"]
-Shots = int | float  # labels per class; below 1: the share of each class's
+from pretrain.evals.task import OpenData, Task, with_readouts
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of kNN; at most as many as there are labels
 # Of the linear classifier: C, scikit-learn's default, as a few labels leave none to choose it on; and the gradient of
 # the mean loss to which its optimum is searched.
 INVERSE_PENALTY, TOLERANCE = 1.0, 1e-6
-
-
-@dataclass(frozen=True)
-class FewshotConfig:
-    """What is drawn and what is made of it.
-
-    Attributes:
-        shots: labels of each class, 1 and above; or shares of each class's labels, below 1, of which at least one is
-            drawn. The first is the reported one.
-        seeds: 0 .. seeds - 1, each a draw.
-        classifier: what the drawn samples are learned by.
-        max_train, max_test: the first samples only.
-    """
-
-    shots: tuple[Shots, ...] = (1, 5, 10)
-    seeds: int = 5
-    classifier: Classifier = "centroid"
-    max_train: int | None = None
-    max_test: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.seeds < 1 or not self.shots:
-            raise InputError(
-                where="fewshot", expected="at least one seed and one number of shots",
-                found=f"{self.seeds} seeds and {len(self.shots)} numbers of shots",
-            )  # fmt: skip
-        for shots in self.shots:
-            whole = shots >= 1 and float(shots).is_integer()
-            if not (whole or 0 < shots < 1):
-                raise InputError(
-                    where="fewshot.shots",
-                    expected="whole numbers from 1 on, or shares between 0 and 1",
-                    found=str(shots),
-                )
 
 
 class Fewshot(Evaluator):
@@ -86,7 +49,7 @@ class Fewshot(Evaluator):
         self.extraction = extraction or Extraction()
         if config.max_train is None:
             assert train.label_counts is not None  # Task saw to it
-            _refuse_too_few(torch.from_numpy(train.label_counts), config.shots, train.classes)
+            _refuse_too_few(torch.from_numpy(train.label_counts), config.draws, train.classes)
 
     def run(self, encoder: Encoder) -> EvalReport:
         """
@@ -97,8 +60,8 @@ class Fewshot(Evaluator):
         start = perf_counter()
         train, test = splits.train, splits.test
         counts = torch.bincount(train.labels, minlength=self.task.num_classes)
-        _refuse_too_few(counts, self.config.shots, self.task.train.classes)
-        values: dict[Shots, list[float]] = {shots: [] for shots in self.config.shots}
+        _refuse_too_few(counts, self.config.draws, self.task.train.classes)
+        values: dict[Shots, list[float]] = {shots: [] for shots in self.config.draws}
         sizes: dict[str, int] = {}
         first: Tensor | None = None
         notes: list[str] = []
@@ -118,7 +81,7 @@ class Fewshot(Evaluator):
         assert first is not None  # the config has a draw
         means = {called(shots): sum(found) / len(found) for shots, found in values.items()}
         spreads = {called(shots): spread(found) for shots, found in values.items()}
-        metric = called(self.config.shots[0])
+        metric = called(self.config.draws[0])
         report = classification_report(
             self.name,
             encoder,
@@ -128,7 +91,7 @@ class Fewshot(Evaluator):
             metric=metric,
             further={},
             protocol={
-                "shots": list(self.config.shots),
+                "shots": list(self.config.draws),
                 "seeds": list(range(self.config.seeds)),
                 "drawn": "of each class, those whose SHA-256 of (seed, key) is smallest; of a share at least 1",
                 "num_drawn": sizes,
@@ -144,7 +107,7 @@ class Fewshot(Evaluator):
             report,
             value=means[metric],
             metrics={**means, **{f"{name}_std": s for name, s in spreads.items() if several}},
-            by_seed=list(values[self.config.shots[0]]),
+            by_seed=list(values[self.config.draws[0]]),
             spread=spreads[metric] if several else None,
         )
 
@@ -177,6 +140,12 @@ class Fewshot(Evaluator):
                         tolerance=TOLERANCE, label=f"{len(chosen)} labels, seed {seed}",
                     )  # fmt: skip
                     return fitted.probes.logits_of_all(queries).argmax(dim=1), fitted.notes()
+
+
+def build(config: FewshotConfig, extraction: Extraction, open_data: OpenData) -> Fewshot:
+    """The evaluator of a config, whose data sets `open_data` opens."""
+    extraction = with_readouts(extraction, config.pooling, config.blocks)
+    return Fewshot(open_data(config.train), open_data(config.test), config, extraction=extraction)
 
 
 def ranked(keys: Sequence[str], labels: Tensor, seed: int) -> list[list[int]]:

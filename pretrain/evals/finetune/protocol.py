@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 from torch import nn
 
-from data_pipeline.datasets.read import open_dataset
+from data_pipeline.datasets.read import Dataset, open_dataset
 from data_pipeline.errors import InputError, RecipeError, RunError
 from data_pipeline.samples.views import ViewSpec
 from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.classifiers.probes import topk_share
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction
-from pretrain.evals.finetune.recipe import FinetuneConfig, finetune_recipe, starting_encoder
+from pretrain.evals.finetune.config import FinetuneConfig
+from pretrain.evals.finetune.recipe import finetune_recipe, starting_encoder
 from pretrain.evals.result import EvalReport, Evaluator, outcomes_of, report_of
-from pretrain.evals.task import Task
+from pretrain.evals.task import OpenData, Task
 from pretrain.models.config import Model
 from pretrain.models.encoders import CONFIG, load_encoder, load_strictly, save_encoder
 from pretrain.models.folders import weights_sha256
@@ -27,7 +28,6 @@ from pretrain.models.seeded import seeded
 from pretrain.monitoring.goodput import read_goodput
 from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.supervised.objective import Supervised
-from pretrain.preflight import preflight
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import differences, result_settings
@@ -38,7 +38,15 @@ from pretrain.runtime.versions import LIBRARIES
 
 START, RUN = "start", "finetune-run"
 
-Trainer = Callable[[Recipe, Path], None]  # trains to the end, or goes on; raises where it does not get there
+
+class Trainer(Protocol):
+    """What trains by a recipe in a run's folder."""
+
+    def check(self, recipe: Recipe, run: Path) -> None:
+        """Raises InputError where the recipe, its data and the folder do not go together; writes nothing."""
+
+    def train(self, recipe: Recipe, run: Path) -> None:
+        """Trains to the end, or goes on; raises where it does not get there."""
 
 
 class Finetune(Evaluator):
@@ -48,11 +56,10 @@ class Finetune(Evaluator):
     on the test set. The training is a run like any other, in a folder of its own: started again, it goes on.
 
     Args:
-        train, test: paths of labelled data sets with the same classes.
+        train, test: labeled data sets with the same classes, those of the config.
         config: what the recipe is made of.
         out: the folder; `start/` is the encoder that training starts from, `finetune-run/` the run.
-        trainer: starts the run.
-        num_ranks: that it starts; for the checks before.
+        trainer: checks and starts the run.
         extraction: how the test set is gone through.
     """
 
@@ -60,18 +67,16 @@ class Finetune(Evaluator):
 
     def __init__(
         self,
-        train: str,
-        test: str,
+        train: Dataset,
+        test: Dataset,
         config: FinetuneConfig,
         *,
         out: Path,
         trainer: Trainer,
-        num_ranks: int = 1,
         extraction: Extraction | None = None,
     ) -> None:
-        self.task = Task(open_dataset(train), open_dataset(test))
-        self.train, self.config, self.out = train, config, out.resolve()
-        self.trainer, self.num_ranks = trainer, num_ranks
+        self.task = Task(train, test)
+        self.config, self.out, self.trainer = config, out.resolve(), trainer
         self.extraction = extraction or Extraction()
         if self.extraction.world_size > 1:
             raise InputError(
@@ -87,14 +92,36 @@ class Finetune(Evaluator):
             RunError: training did not get to its end.
         """
         run, start = self.out / RUN, self.out / START
-        recipe = finetune_recipe(encoder, self.config, train=self.train, num_classes=self.task.num_classes, start=start)
+        recipe = finetune_recipe(encoder, self.config, num_classes=self.task.num_classes, start=start)
         assert isinstance(recipe.model, Model)  # or there would be no recipe
         _refuse_other(recipe, run)
-        preflight(recipe, self.num_ranks, run)
+        self.trainer.check(recipe, run)
         module, new, left = starting_encoder(encoder, recipe.model, recipe.seed)
         _keep_start(start, module, recipe)
-        self.trainer(recipe, run)
+        self.trainer.train(recipe, run)
+        report, classifier = self._test(
+            encoder,
+            recipe,
+            run,
+            {
+                "initialised_anew": ["head.bias", "head.weight", *new],
+                "left_behind": list(left),
+            },
+        )
+        finetuned = {"run": str(run), "weights_sha256": weights_sha256(classifier)}
+        return replace(report, encoder={**report.encoder, "finetuned": finetuned})
 
+    def _test(
+        self, encoder: Encoder, recipe: Recipe, run: Path, start: dict[str, object]
+    ) -> tuple[EvalReport, nn.Module]:
+        """The report of the trained classifier on the test set, and the classifier.
+
+        Args:
+            encoder: as it was before.
+            recipe: of the run that trained it.
+            run: the folder of that run.
+            start: what the report says of the weights that training started from.
+        """
         begun = perf_counter()
         classifier = _classifier(recipe, run)
         views = recipe.data.views
@@ -113,33 +140,40 @@ class Finetune(Evaluator):
         if (goodput := read_goodput(run)) is not None:
             seconds |= {f"train_{kind}": value for kind, value in asdict(goodput).items()}
         several = self.task.num_classes >= 10
-        settings = result_settings(recipe, with_defaults=True)
-        del settings["init_from"]  # a path; whose weights they are, the report says
         report = report_of(
             self.name,
             judged,
             outcomes_of(logits.keys, logits.labels, logits.values.argmax(dim=1)),
             metric="top1",
             further={"top5": 100 * topk_share(logits.values, logits.labels, 5)} if several else {},
-            protocol={
-                "preset": self.config.preset,
-                "recipe": settings,
-                "resolved": read_yaml((run / "resolved.yaml").read_text("utf-8"))[0]["resolved"],
-                "precision": {"training": recipe.engine.precision, "test": self.extraction.precision},
-                "device": encoder.device.type,
-                "tested": f"the {'moving averages' if recipe.ema else 'weights'} of the last step, once",
-                "chosen_on_test": "nothing",
-                "initialised_anew": ["head.bias", "head.weight", *new],
-                "left_behind": list(left),
-            },
+            protocol={**self._protocol(recipe, run), "device": encoder.device.type, **start},
             data=self.task.describe(),
             seconds=seconds,
             seeds={"finetune": recipe.seed},
             notes=[*self.task.same_set(), *_unseen(self.task), *_watched(recipe, self.task)],
             libraries=(*LIBRARIES, "deepspeed"),
         )
-        finetuned = {"run": str(run), "weights_sha256": weights_sha256(classifier)}
-        return replace(report, encoder={**report.encoder, "finetuned": finetuned})
+        return report, classifier
+
+    def _protocol(self, recipe: Recipe, run: Path) -> dict[str, object]:
+        settings = result_settings(recipe, with_defaults=True)
+        del settings["init_from"]  # a path; whose weights they are, the report says
+        return {
+            "preset": self.config.preset,
+            "recipe": settings,
+            "resolved": read_yaml((run / "resolved.yaml").read_text("utf-8"))[0]["resolved"],
+            "precision": {"training": recipe.engine.precision, "test": self.extraction.precision},
+            "tested": f"the {'moving averages' if recipe.ema else 'weights'} of the last step, once",
+            "chosen_on_test": "nothing",
+        }
+
+
+def build(
+    config: FinetuneConfig, extraction: Extraction, open_data: OpenData, *, out: Path, trainer: Trainer
+) -> Finetune:
+    """The evaluator of a config, whose data sets `open_data` opens; it trains in the folder `out`."""
+    train, test = open_data(config.train), open_data(config.test)
+    return Finetune(train, test, config, out=out, trainer=trainer, extraction=extraction)
 
 
 def _refuse_other(recipe: Recipe, run: Path) -> None:
@@ -212,7 +246,7 @@ def _unseen(task: Task) -> list[str]:
 
 def _watched(recipe: Recipe, task: Task) -> list[str]:
     """What was looked at while it trained, where that was the test set."""
-    paths = [recipe.data.val, *(path for knn in recipe.evals for path in (knn.train, knn.test))]
+    paths = [recipe.data.val, *(path for evaluation in recipe.evals for path in evaluation.datasets)]
     if all(open_dataset(path).fingerprint != task.test.fingerprint for path in paths if path):
         return []
     return ["the test set was watched during training, by --set; nothing was chosen by it here"]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,12 @@ from torch import Tensor, nn
 from data_pipeline.errors import CheckpointError, InputError, RecipeError
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import full_precision, untouched
+from pretrain.evals.finetune.config import FinetuneConfig, PresetName
 from pretrain.models.config import Model
 from pretrain.models.encoders import build_encoder, load_encoder, load_strictly
 from pretrain.models.seeded import seeded
 from pretrain.recipe.files import as_tuples, load_recipe, recipe_of
 from pretrain.recipe.recipe import Recipe
-
-PresetName = Literal["small", "mae"]
 
 PRESETS: dict[PresetName, dict[str, Any]] = {
     # For data sets of some thousands to some hundred thousand images.
@@ -55,37 +53,12 @@ PRESETS: dict[PresetName, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """What is asked of a fine-tuning.
-
-    Attributes:
-        preset: what the recipe begins from.
-        epochs, batch_size: of the whole run, over all processes; None: the preset's.
-        seed: of the head's weights, the order, and everything drawn.
-        precision: of training; None: bf16 on CUDA, fp32 elsewhere.
-        num_workers: loader processes per rank.
-        device: auto, cpu or cuda.
-        overrides: `a.b=c`, of any key of the recipe.
-    """
-
-    preset: PresetName = "small"
-    epochs: float | None = None
-    batch_size: int | None = None
-    seed: int = 0
-    precision: Literal["fp32", "bf16"] | None = None
-    num_workers: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    overrides: tuple[str, ...] = ()
-
-
-def finetune_recipe(encoder: Encoder, config: FinetuneConfig, *, train: str, num_classes: int, start: Path) -> Recipe:
-    """The recipe of a fine-tuning on `train`.
+def finetune_recipe(encoder: Encoder, config: FinetuneConfig, *, num_classes: int, start: Path) -> Recipe:
+    """The recipe of a fine-tuning.
 
     Args:
         encoder: what is fine-tuned; the recipe has its preprocessing, where the preset says no other.
         config: the preset, and what is changed of it.
-        train: path of the training set.
         num_classes: K.
         start: folder of the encoder that training starts from.
 
@@ -107,7 +80,7 @@ def finetune_recipe(encoder: Encoder, config: FinetuneConfig, *, train: str, num
         "name": "finetune-run",
         "seed": config.seed,
         "data": {
-            "train": train,
+            "train": config.train,
             "mean": list(encoder.mean),
             "std": list(encoder.std),
             **preset["data"],
@@ -125,7 +98,7 @@ def finetune_recipe(encoder: Encoder, config: FinetuneConfig, *, train: str, num
     }
     recipe = recipe_of(tree, list(config.overrides), where="the fine-tuning's recipe")
     said = {
-        "data.train": (recipe.data.train, train),
+        "data.train": (recipe.data.train, config.train),
         "init_from": (recipe.init_from, str(start)),
         "resume_from": (recipe.resume_from, None),
         "objective.kind": (recipe.objective.kind, "supervised"),

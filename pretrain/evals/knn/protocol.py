@@ -13,9 +13,9 @@ from data_pipeline.errors import InputError
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.features.neighbors import search
+from pretrain.evals.knn.config import KnnConfig
 from pretrain.evals.result import EvalReport, Evaluator, classification_report
-from pretrain.evals.task import Task
-from pretrain.recipe.recipe import InlineKnn
+from pretrain.evals.task import OpenData, Task, with_readouts
 
 VOTES = 2**22  # counted at a time: 32 MiB
 
@@ -30,9 +30,7 @@ class Knn(Evaluator):
     Args:
         train: the bank.
         test: the queries.
-        config: k and temperature of the reported value, and how many samples to take.
-        sweep: further k, reported beside it.
-        temperatures: further ones, each with each k.
+        config: every k with every temperature, and how many samples to take.
         extraction: how features are computed.
     """
 
@@ -42,16 +40,12 @@ class Knn(Evaluator):
         self,
         train: Dataset,
         test: Dataset,
-        config: InlineKnn,
+        config: KnnConfig,
         *,
-        sweep: Sequence[int] = (),
-        temperatures: Sequence[float] = (),
         extraction: Extraction | None = None,
     ) -> None:
         self.task = Task(train, test, max_train=config.max_train, max_test=config.max_test)
-        self.config = config
-        self.ks = tuple(dict.fromkeys((config.k, *sweep)))
-        self.temperatures = tuple(dict.fromkeys((config.temperature, *temperatures)))
+        self.ks, self.temperatures = config.ks, config.temperatures
         self.extraction = extraction or Extraction()
         _check_ks(self.ks, self.task.num_train)
 
@@ -75,13 +69,13 @@ class Knn(Evaluator):
             encoder,
             self.task,
             splits,
-            predicted=predicted[self.config.k, self.config.temperature],
-            metric=self._metric(self.config.k, self.config.temperature),
+            predicted=predicted[self.ks[0], self.temperatures[0]],
+            metric=self._metric(self.ks[0], self.temperatures[0]),
             further={self._metric(*asked): 100 * share.mean().item() for asked, share in right.items()},
             protocol={
-                "k": self.config.k,
+                "k": self.ks[0],
                 "sweep": sorted(self.ks),
-                "temperature": self.config.temperature,
+                "temperature": self.temperatures[0],
                 "temperatures": sorted(self.temperatures),
                 "similarity": "cosine",
                 "weights": "exp(similarity / temperature)",
@@ -91,7 +85,13 @@ class Knn(Evaluator):
         )
 
     def _metric(self, k: int, temperature: float) -> str:
-        return f"top1_k{k}" if temperature == self.config.temperature else f"top1_k{k}_t{temperature}"
+        return f"top1_k{k}" if temperature == self.temperatures[0] else f"top1_k{k}_t{temperature}"
+
+
+def build(config: KnnConfig, extraction: Extraction, open_data: OpenData) -> Knn:
+    """The evaluator of a config, whose data sets `open_data` opens."""
+    extraction = with_readouts(extraction, config.pooling, config.blocks)
+    return Knn(open_data(config.train), open_data(config.test), config, extraction=extraction)
 
 
 def predict(

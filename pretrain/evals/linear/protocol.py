@@ -15,11 +15,11 @@ from data_pipeline.errors import InputError, RunError
 from pretrain.evals.classifiers.probes import Probes, scores, topk_share
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction, full_precision
-from pretrain.evals.linear.config import LinearConfig as LinearConfig
+from pretrain.evals.linear.config import LinearConfig
 from pretrain.evals.linear.description import describe
 from pretrain.evals.linear.fits import Fit, Job, fit_of
 from pretrain.evals.result import EvalReport, Evaluator, classification_report
-from pretrain.evals.task import Splits, Task
+from pretrain.evals.task import OpenData, Splits, Task, with_readouts
 from pretrain.runtime.collectives import from_main
 
 T = TypeVar("T")
@@ -59,11 +59,11 @@ class Linear(Evaluator):
         self,
         train: Dataset,
         test: Dataset,
-        config: LinearConfig | None = None,
+        config: LinearConfig,
         *,
         extraction: Extraction | None = None,
     ) -> None:
-        self.config = config or LinearConfig()
+        self.config = config
         self.task = Task(train, test, max_train=self.config.max_train, max_test=self.config.max_test)
         self.extraction = extraction or Extraction()
         if self.task.num_train < 2:
@@ -139,6 +139,12 @@ class Linear(Evaluator):
         word = edges.get(chosen)
         called = {"inverse_penalty": "C", "learning_rate": "learning rate"}[name]
         return [f"the chosen {called} {chosen:g} is the {word} of the grid; a wider grid may do better"] if word else []
+
+
+def build(config: LinearConfig, extraction: Extraction, open_data: OpenData) -> Linear:
+    """The evaluator of a config, whose data sets `open_data` opens."""
+    extraction = with_readouts(extraction, config.pooling, config.blocks)
+    return Linear(open_data(config.train), open_data(config.test), config, extraction=extraction)
 
 
 def choose(fit: Fit, splits: Sequence[Splits], num_settings: int, *, val_share: float, seed: int) -> Choice:

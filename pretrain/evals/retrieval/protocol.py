@@ -15,6 +15,8 @@ from data_pipeline.samples.captions import read_captions
 from pretrain.evals.features.extract import Extraction, full_precision
 from pretrain.evals.features.pairs import TOWER_LIBRARIES, embed_texts, image_side
 from pretrain.evals.result import EvalReport, outcomes_of, report_of
+from pretrain.evals.retrieval.config import RetrievalConfig
+from pretrain.evals.task import OpenData
 from pretrain.models.towers import Towers
 from pretrain.recipe.recipe import Captions
 
@@ -110,6 +112,12 @@ class Retrieval:
         if not pairs:
             raise InputError(where="test set", expected="samples", found="none")
         return list(numbers), torch.tensor(pairs)
+
+
+def build(config: RetrievalConfig, extraction: Extraction, open_data: OpenData) -> Retrieval:
+    """The evaluator of a config, whose data set `open_data` opens."""
+    captions = Captions(field=config.caption_field, key=config.caption_key, lines=config.caption_lines)
+    return Retrieval(open_data(config.test), captions, max_test=config.max_test, extraction=extraction)
 
 
 def ranks_of_own(queries: Tensor, candidates: Tensor, pairs: Tensor, *, chunk: int | None = None) -> Tensor:

@@ -14,14 +14,13 @@ from data_pipeline.errors import CheckpointError, InputError
 from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources.timm_names import Architecture, checked_views, from_file, from_timm, nearest
+from pretrain.evals.sources.trained import TrainedRun
 from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, EncoderConfig, load_encoder, load_strictly
 from pretrain.models.hf_folders import is_hf_folder
 from pretrain.models.input_size import set_image_size
 from pretrain.models.seeded import seeded
 from pretrain.models.weights_files import Part
 from pretrain.objectives.kinds import build_objective
-from pretrain.recipe.files import load_recipe
-from pretrain.recipe.recipe import Recipe
 
 
 def load_source(
@@ -162,32 +161,32 @@ def _kind_of(path: Path) -> Literal["run", "checkpoint", "transformers", "encode
     )
 
 
-def _from_run(run: Path, random_init: bool, seed: int | None) -> Encoder:
-    recipe = load_recipe(run / "recipe.yaml")
-    description: dict[str, object] = {"source": str(run), "kind": "run", "recipe": recipe.name}
+def _from_run(folder: Path, random_init: bool, seed: int | None) -> Encoder:
+    run = TrainedRun.load(folder)
+    description: dict[str, object] = {"source": str(folder), "kind": "run", "recipe": run.name}
     if random_init:
-        return _start_of_run(run, recipe, description, seed)
-    module, _ = load_encoder(run / "encoder")
-    return Encoder.of_recipe(module, recipe, tag="encoder", run=run, description=description)
+        return _start_of_run(run, description, seed)
+    module, _ = load_encoder(folder / "encoder")
+    return Encoder.of_recipe(module, run.model, run.data, tag="encoder", run=folder, description=description)
 
 
 def _from_checkpoint(checkpoint: Path, random_init: bool, seed: int | None) -> Encoder:
-    run, recipe = run_of_checkpoint(checkpoint)
-    description: dict[str, object] = {"source": str(checkpoint), "kind": "checkpoint", "recipe": recipe.name}
+    run = run_of_checkpoint(checkpoint)
+    description: dict[str, object] = {"source": str(checkpoint), "kind": "checkpoint", "recipe": run.name}
     if random_init:
-        return _start_of_run(run, recipe, description, seed)
-    module = seeded(0, lambda: build_objective(recipe.model, recipe.objective).encoder)
+        return _start_of_run(run, description, seed)
+    module = seeded(0, lambda: build_objective(run.model, run.objective).encoder)
     load_strictly(module, module_state(checkpoint, "encoder."), where=str(checkpoint))
     progress = read_state(checkpoint).progress
     description |= {"step": progress.step, "samples_seen": progress.samples_seen}
-    return Encoder.of_recipe(module, recipe, tag=checkpoint.name, run=run, description=description)
+    return Encoder.of_recipe(module, run.model, run.data, tag=checkpoint.name, run=run.folder, description=description)
 
 
-def run_of_checkpoint(checkpoint: Path) -> tuple[Path, Recipe]:
-    """The folder of the run that wrote it, and its recipe.
+def run_of_checkpoint(checkpoint: Path) -> TrainedRun:
+    """The run that wrote a checkpoint.
 
     Raises:
-        CheckpointError: it lies elsewhere.
+        CheckpointError: the checkpoint lies elsewhere.
     """
     run = checkpoint.resolve().parent.parent
     if not (run / "recipe.yaml").is_file():
@@ -197,15 +196,15 @@ def run_of_checkpoint(checkpoint: Path) -> tuple[Path, Recipe]:
             found="no such file",
             fix="Leave a checkpoint in its run's folder: RUN/checkpoints/step_XXXXXXXX.",
         )
-    return run, load_recipe(run / "recipe.yaml")
+    return TrainedRun.load(run)
 
 
-def _start_of_run(run: Path, recipe: Recipe, description: Mapping[str, object], seed: int | None) -> Encoder:
-    """As the objective initialises it, which need not be as timm does."""
-    seed = recipe.seed if seed is None else seed
-    module = seeded(seed, lambda: build_objective(recipe.model, recipe.objective).encoder)
+def _start_of_run(run: TrainedRun, description: Mapping[str, object], seed: int | None) -> Encoder:
+    """As the objective initializes it, which need not be as timm does."""
+    seed = run.seed if seed is None else seed
+    module = seeded(seed, lambda: build_objective(run.model, run.objective).encoder)
     fresh = {**description, "init_seed": seed}
-    return Encoder.of_recipe(module, recipe, tag="random", run=run, description=fresh)
+    return Encoder.of_recipe(module, run.model, run.data, tag="random", run=run.folder, description=fresh)
 
 
 def _from_encoder_folder(folder: Path, random_init: bool, seed: int) -> Encoder:

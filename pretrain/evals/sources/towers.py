@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources.hugging_face import hf_towers
 from pretrain.evals.sources.load import at_size, of_config, run_of_checkpoint
 from pretrain.evals.sources.open_clip_names import from_open_clip
+from pretrain.evals.sources.trained import TrainedRun
 from pretrain.models.encoders import load_strictly
 from pretrain.models.hf_folders import is_hf_folder
 from pretrain.models.seeded import seeded
@@ -21,8 +23,6 @@ from pretrain.models.tower_folders import load_towers_folder
 from pretrain.models.towers import Towers, TwoTowers, build_parts, tokens_of
 from pretrain.objectives.config import ImageTextConfig
 from pretrain.objectives.kinds import build_objective
-from pretrain.recipe.files import load_recipe
-from pretrain.recipe.recipe import Recipe
 
 
 class _Found(NamedTuple):
@@ -75,8 +75,12 @@ def load_towers(
         found = _by_name(spec, random_init, seed or 0, weights)
     encoder = at_size(found.encoder, image_size)
     tokens = found.tokens if tokenizer is None else replace(found.tokens, tokenizer=tokenizer)
+    return _assembled(found.towers.eval().requires_grad_(False), encoder, tokens)
+
+
+def _assembled(towers: TwoTowers, encoder: Encoder, tokens: TokenSpec) -> Towers:
     return Towers(
-        found.towers.eval().requires_grad_(False),
+        towers,
         build_tokenizer(tokens),
         encoder.image_size,
         encoder.mean,
@@ -89,58 +93,64 @@ def load_towers(
     )
 
 
-def _from_run(run: Path, random_init: bool, seed: int | None) -> _Found:
-    recipe = load_recipe(run / "recipe.yaml")
-    _refuse_one_tower(recipe, run)
-    description: dict[str, object] = {"source": str(run), "kind": "run", "recipe": recipe.name}
-    if random_init:
-        return _start_of_run(run, recipe, description, seed)
-    towers, _, _ = load_towers_folder(run / "encoder")
-    return _of_recipe(towers, recipe, "encoder", run, description)
+def trained_towers(towers: TwoTowers, run: TrainedRun, *, tag: str, description: Mapping[str, object]) -> Towers:
+    """Two towers that a run trained, with its recipe's preprocessing and tokenizer."""
+    found = _trained(towers, run, tag, description)
+    return _assembled(found.towers, found.encoder, found.tokens)
 
 
-def _from_checkpoint(checkpoint: Path, random_init: bool, seed: int | None) -> _Found:
-    run, recipe = run_of_checkpoint(checkpoint)
-    _refuse_one_tower(recipe, run)
-    description: dict[str, object] = {"source": str(checkpoint), "kind": "checkpoint", "recipe": recipe.name}
-    if random_init:
-        return _start_of_run(run, recipe, description, seed)
-    towers = _towers_of(recipe)
-    load_strictly(towers, module_state(checkpoint), where=str(checkpoint))
-    progress = read_state(checkpoint).progress
-    description |= {"step": progress.step, "samples_seen": progress.samples_seen}
-    return _of_recipe(towers, recipe, checkpoint.name, run, description)
-
-
-def _start_of_run(run: Path, recipe: Recipe, description: dict[str, object], seed: int | None) -> _Found:
-    seed = recipe.seed if seed is None else seed
-    state = seeded(seed, lambda: build_objective(recipe.model, recipe.objective).state_dict())
-    towers = _towers_of(recipe)
-    load_strictly(towers, state, where=str(run))
-    return _of_recipe(towers, recipe, "random", run, {**description, "init_seed": seed})
-
-
-def _towers_of(recipe: Recipe) -> TwoTowers:
-    objective = recipe.objective
-    assert isinstance(objective, ImageTextConfig)
-    parts = seeded(0, lambda: build_parts(recipe.model, objective.embed_dim, objective.text))
+def build_towers(run: TrainedRun) -> TwoTowers:
+    """The two towers of a run, on the CPU, whose weights are to be loaded."""
+    objective = _image_text(run)
+    parts = seeded(0, lambda: build_parts(run.model, objective.embed_dim, objective.text))
     return TwoTowers(parts, has_bias=objective.has_bias)
 
 
-def _of_recipe(towers: TwoTowers, recipe: Recipe, tag: str, run: Path, description: dict[str, object]) -> _Found:
-    assert isinstance(recipe.objective, ImageTextConfig)
-    encoder = Encoder.of_recipe(towers.encoder, recipe, tag=tag, run=run, description=description)
-    parts = towers.parts
-    return _Found(towers, encoder, tokens_of(recipe.model, parts, recipe.objective.tokenizer))
+def _from_run(folder: Path, random_init: bool, seed: int | None) -> _Found:
+    run = TrainedRun.load(folder)
+    _image_text(run)
+    description: dict[str, object] = {"source": str(folder), "kind": "run", "recipe": run.name}
+    if random_init:
+        return _start_of_run(run, description, seed)
+    towers, _, _ = load_towers_folder(folder / "encoder")
+    return _trained(towers, run, "encoder", description)
 
 
-def _refuse_one_tower(recipe: Recipe, run: Path) -> None:
-    if not isinstance(recipe.objective, ImageTextConfig):
+def _from_checkpoint(checkpoint: Path, random_init: bool, seed: int | None) -> _Found:
+    run = run_of_checkpoint(checkpoint)
+    _image_text(run)
+    description: dict[str, object] = {"source": str(checkpoint), "kind": "checkpoint", "recipe": run.name}
+    if random_init:
+        return _start_of_run(run, description, seed)
+    towers = build_towers(run)
+    load_strictly(towers, module_state(checkpoint), where=str(checkpoint))
+    progress = read_state(checkpoint).progress
+    description |= {"step": progress.step, "samples_seen": progress.samples_seen}
+    return _trained(towers, run, checkpoint.name, description)
+
+
+def _start_of_run(run: TrainedRun, description: dict[str, object], seed: int | None) -> _Found:
+    seed = run.seed if seed is None else seed
+    state = seeded(seed, lambda: build_objective(run.model, run.objective).state_dict())
+    towers = build_towers(run)
+    load_strictly(towers, state, where=str(run.folder))
+    return _trained(towers, run, "random", {**description, "init_seed": seed})
+
+
+def _trained(towers: TwoTowers, run: TrainedRun, tag: str, description: Mapping[str, object]) -> _Found:
+    encoder = Encoder.of_recipe(towers.encoder, run.model, run.data, tag=tag, run=run.folder, description=description)
+    return _Found(towers, encoder, tokens_of(run.model, towers.parts, _image_text(run).tokenizer))
+
+
+def _image_text(run: TrainedRun) -> ImageTextConfig:
+    """The objective of a run that trained two towers; InputError where it did not."""
+    if not isinstance(run.objective, ImageTextConfig):
         raise InputError(
-            where=str(run),
+            where=str(run.folder),
             expected="a run of kind clip or siglip, which has a text tower",
-            found=recipe.objective.kind,
+            found=run.objective.kind,
         )
+    return run.objective
 
 
 def _from_folder(folder: Path, random_init: bool, seed: int) -> _Found:

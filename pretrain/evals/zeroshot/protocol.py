@@ -22,7 +22,8 @@ from pretrain.evals.features.extract import Extraction, full_precision
 from pretrain.evals.features.neighbors import nearest
 from pretrain.evals.features.pairs import TOWER_LIBRARIES, embed_texts, image_side
 from pretrain.evals.result import EvalReport, outcomes_of, report_of
-from pretrain.evals.task import untested
+from pretrain.evals.task import OpenData, untested
+from pretrain.evals.zeroshot.config import ZeroShotConfig
 from pretrain.models.towers import Towers
 
 IMAGENET = "imagenet"
@@ -185,6 +186,37 @@ class ZeroShot:
             if of_group.any():
                 found[f"top1 ({name})"] = 100 * top1[of_group].mean().item()
         return found
+
+
+def build(config: ZeroShotConfig, extraction: Extraction, open_data: OpenData) -> ZeroShot:
+    """The evaluator of a config, whose data set `open_data` opens.
+
+    Raises:
+        InputError: templates, names of classes or a group that are not there or not as expected.
+    """
+    return ZeroShot(
+        open_data(config.test),
+        Prompts.named(config.templates),
+        max_test=config.max_test,
+        classes=None if config.class_names is None else named_classes(config.class_names),
+        groups=named_groups(config.group),
+        extraction=extraction,
+    )
+
+
+def named_groups(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Names of classes by the name of their group, from `NAME=FILE` of each group.
+
+    Raises:
+        InputError: another form, a name that stands twice, or no such file.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for pair in given:
+        name, equals, path = pair.partition("=")
+        if not equals or not name or name in found:
+            raise InputError(where="--group", expected="NAME=FILE, each name once", found=pair)
+        found[name] = lines_of(Path(path), "a file of class names, one a line")
+    return found
 
 
 def named_classes(given: str) -> tuple[str, ...]:

@@ -14,31 +14,31 @@ from data_pipeline.loader import evaluation_batches
 from data_pipeline.samples.views import ViewSpec
 from pretrain.augment.augment import normalize
 from pretrain.objectives.masked import Painter
-from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.recipe import Data
 from pretrain.reports.report_figures import Picture, picture
 
 
-def reconstructions(painter: Painter, dataset: Dataset, recipe: Recipe, num_images: int) -> list[list[Picture]]:
-    """Rows of an original, what is left of it, and what the model makes of that.
+def draw_reconstructions(painter: Painter, dataset: Dataset, data: Data, num_images: int) -> list[list[Picture]]:
+    """Draws rows of an original, what is left of it, and what the model makes of that.
 
     Args:
         painter: with the weights of the run, on the CPU.
         dataset: whose first images are taken; their masks depend on their keys alone.
-        recipe: of the run.
+        data: the recipe's group, for its evaluation views and statistics.
         num_images: rows.
     """
     batches = evaluation_batches(
         dataset,
         painter.needs,
-        ViewSpec(**recipe.data.views.model_dump()),
+        ViewSpec(**data.views.model_dump()),
         batch_size=num_images,
-        max_pixels=recipe.data.max_pixels,
+        max_pixels=data.max_pixels,
         limit=num_images,
     )
-    batch = normalize(next(batches), recipe.data.mean, recipe.data.std)
+    batch = normalize(next(batches), data.mean, data.std)
     shown = painter.eval().reconstruct(batch)
     columns = [
-        [picture(_pixels(image, recipe.data.mean, recipe.data.std)) for image in images]
+        [picture(_pixels(image, data.mean, data.std)) for image in images]
         for images in (shown.original, shown.masked, shown.filled)
     ]
     return [list(row) for row in zip(*columns, strict=True)]

@@ -1,0 +1,80 @@
+"""From a protocol's config to its evaluator, by the table of protocols (config.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any, Protocol
+
+from data_pipeline.datasets.read import open_dataset
+from data_pipeline.errors import InputError
+from data_pipeline.remote.cache import CacheSpec
+from pretrain.evals.config import ProtocolConfig
+from pretrain.evals.features.extract import Extraction
+from pretrain.evals.result import EvalReport
+from pretrain.evals.task import OpenData, Task
+
+
+class AnyEvaluator(Protocol):
+    """One protocol with all that was chosen of it, for one pair of data sets."""
+
+    def run(self, judged: Any, /) -> EvalReport:
+        """Judges an encoder, or two towers where that is what its config judges, on the device where they are."""
+
+
+def build_evaluator(config: ProtocolConfig, extraction: Extraction, open_data: OpenData, **more: Any) -> AnyEvaluator:
+    """The evaluator of a config; that its data sets can be opened and fit is checked.
+
+    Args:
+        config: of one of the table's kinds.
+        extraction: how features are computed.
+        open_data: opens a data set by its path.
+        more: what a protocol that trains needs besides: `out`, its folder, and the `trainer`.
+
+    Raises:
+        InputError: data sets or what is chosen do not go together.
+    """
+    module = import_module(f"pretrain.evals.{config.kind}.protocol")  # open_clip alone takes seconds
+    found: AnyEvaluator = module.build(config, extraction, open_data, **more)
+    return found
+
+
+def inline_evaluators(configs: Sequence[ProtocolConfig], cache: CacheSpec) -> list[AnyEvaluator]:
+    """An evaluator for each entry of a recipe's `evals`, which judges in between steps; its data sets are checked.
+
+    Args:
+        configs: the entries.
+        cache: where data behind URLs are kept.
+
+    Raises:
+        InputError: a data set is wrong, or an entry trains the encoder beside the run that trains it.
+    """
+    for index, config in enumerate(configs):
+        if config.trains:
+            raise InputError(
+                where=f"evals.{index}.kind",
+                expected=f"a protocol that leaves the encoder as it is, as {config.kind} trains a whole encoder of its "
+                "own, for which the run would wait with all its devices",
+                found=config.kind,
+                fix="Set evals_apart in the cluster file, or fine-tune a checkpoint: `pretrain eval finetune`.",
+            )
+    return [build_evaluator(config, Extraction(), partial(open_dataset, cache=cache)) for config in configs]
+
+
+def check_evaluations(configs: Sequence[ProtocolConfig], cache: CacheSpec, *, apart: bool) -> None:
+    """Checks the entries of a recipe's `evals` and their data sets.
+
+    Args:
+        configs: the entries.
+        cache: where data behind URLs are kept.
+        apart: whether each evaluation is a job of its own, which may train.
+
+    Raises:
+        InputError: an entry cannot be answered.
+    """
+    inline_evaluators([config for config in configs if not (apart and config.trains)], cache)
+    for config in configs:
+        if apart and config.trains:
+            train, test = (open_dataset(path, cache) for path in config.datasets)
+            Task(train, test)
