@@ -83,7 +83,7 @@ def of_recipe(recipe: Recipe, cluster: Cluster | None, num_ranks: int, out: Path
         found = list(checks.data(recipe, ranks))
         yield from found
         if found[0].level == "ok":
-            plan, fitting = checks.fits(recipe, ranks, out)
+            plan, fitting = checks.fits(recipe, ranks, out, evals_apart=cluster is not None and cluster.evals_apart)
             yield from fitting
             if plan is not None and cluster is None:
                 yield from checks.workers(recipe, plan, ranks)

@@ -109,10 +109,10 @@ def _lanes(recipe: Recipe, num_shards: int, ranks: Ranks) -> Iterator[Finding]:
         yield ok("lanes", f"{found}{'' if num_shards >= readers else '; readers of a rank share shards'}")
 
 
-def fits(recipe: Recipe, ranks: Ranks, out: Path) -> tuple[Plan | None, list[Finding]]:
+def fits(recipe: Recipe, ranks: Ranks, out: Path, *, evals_apart: bool = False) -> tuple[Plan | None, list[Finding]]:
     """Whether recipe, data, ranks and folder go together, as training asks before it starts."""
     try:
-        plan = preflight(recipe, ranks.total, out, ranks.local)
+        plan = preflight(recipe, ranks.total, out, ranks.local, evals_apart=evals_apart)
     except PretrainError as raised:
         return None, [of_error("recipe", raised)]
     size = plan.resolved
