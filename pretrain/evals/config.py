@@ -20,6 +20,7 @@ from pretrain.recipe.base import Group
 # Each kind, which is also its folder's name: what the name of its group in `config.py` begins with, before "Config".
 KINDS = {
     "knn": "Knn",
+    "ncm": "Ncm",
     "linear": "Linear",
     "fewshot": "Fewshot",
     "finetune": "Finetune",

@@ -1,0 +1,1 @@
+"""Nearest class mean: the class whose mean of training features is nearest."""
