@@ -23,6 +23,7 @@ from pretrain.callbacks.online_probe import OnlineProbe
 from pretrain.engine.engine import Engine
 from pretrain.evals.config import ProtocolConfig
 from pretrain.evals.protocols import AnyEvaluator
+from pretrain.evals.sources.copies import build_copy, judged_copy
 from pretrain.evals.sources.trained import TrainedRun
 from pretrain.runtime.collectives import from_main, side_group, sum_over_ranks
 from pretrain.runtime.run_folder import eval_name, folder_name
@@ -153,14 +154,15 @@ class ProtocolEvaluation(Periodic):
         step, objective = state.progress.step, self._engine.objective
         module = self._engine.whole_copy(
             objective.encoder if self._judges == "encoder" else objective,
-            partial(self._run.build, self._judges),
+            partial(build_copy, self._run, self._judges),
             where=f"the {self._judges} at step {step}",
         )
         values: dict[str, float] = {}
         if module is not None:
             for part in (module, *module.children()):  # of two towers each is called by itself
                 part.register_forward_pre_hook(lambda *_: self._alive())
-            report = self._evaluator.run(self._run.judged(module, folder_name(step), {"step": step}))
+            judged = judged_copy(self._run, self._judges, module, tag=folder_name(step), description={"step": step})
+            report = self._evaluator.run(judged)
             report.save(self._run.folder / "evals" / f"{self._name}_{folder_name(step)}.json")
             values = {f"{self._name}/{report.metric}": report.value}
         return from_main(values, self._group)
