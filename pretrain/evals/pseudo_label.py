@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.datasets.read import ShardDataset
@@ -36,14 +36,15 @@ from data_pipeline.samples.views import ViewSpec
 from data_pipeline.shards.manifest import PLAN_NAME
 from pretrain.augment.augment import normalize
 from pretrain.checkpoints.checkpoint import module_state
-from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import full_precision, untouched
+from pretrain.evals.sources.load import run_of_checkpoint
+from pretrain.evals.sources.trained import TrainedRun
 from pretrain.models.encoders import load_strictly
+from pretrain.models.folders import weights_sha256
 from pretrain.models.seeded import seeded
 from pretrain.objectives.contract import Classifier, Objective
 from pretrain.objectives.kinds import build_objective
-from pretrain.recipe.files import load_recipe
-from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.recipe import Data
 from pretrain.runtime.run_folder import newest_checkpoint
 
 
@@ -53,27 +54,27 @@ class Teacher:
 
     Attributes:
         model: from normalised images [B, 3, S, S] to logits [B, K], through its encoder and its head.
-        recipe: of the run that trained it.
+        run: that trained it.
         checkpoint: where its weights come from.
         num_classes: K.
     """
 
     model: Objective
-    recipe: Recipe
+    run: TrainedRun
     checkpoint: Path
     num_classes: int
 
     def describe(self) -> dict[str, Any]:
         """What decides its labels."""
         return {
-            "run": self.recipe.name,
+            "run": self.run.name,
             "checkpoint": self.checkpoint.name,
             "weights_sha256": weights_sha256(self.model),
-            "image_size": self.recipe.model.judged_size,
-            "interpolation": self.recipe.data.views.interpolation,
-            "eval_crop": self.recipe.data.views.eval_crop,
-            "mean": list(self.recipe.data.mean),
-            "std": list(self.recipe.data.std),
+            "image_size": self.run.model.judged_size,
+            "interpolation": self.run.data.views.interpolation,
+            "eval_crop": self.run.data.views.eval_crop,
+            "mean": list(self.run.data.mean),
+            "std": list(self.run.data.std),
         }
 
 
@@ -88,23 +89,15 @@ def load_teacher(source: str) -> Teacher:
         InputError: the run is none of a classifier.
     """
     checkpoint = _checkpoint_of(Path(source))
-    run = checkpoint.resolve().parent.parent
-    if not (run / "recipe.yaml").is_file():
-        raise CheckpointError(
-            where=str(run / "recipe.yaml"),
-            expected="the recipe of the run that wrote the checkpoint",
-            found="no such file",
-            fix="Leave a checkpoint in its run's folder: RUN/checkpoints/step_XXXXXXXX.",
-        )
-    recipe = load_recipe(run / "recipe.yaml")
-    if (problem := recipe.objective.labeling_problem()) is not None:
+    run = run_of_checkpoint(checkpoint)
+    if (problem := run.objective.labeling_problem()) is not None:
         expected, found = problem
         fix = "Fine-tune its encoder first: a supervised recipe with init_from."
         raise InputError(where=f"--teacher {source}", expected=expected, found=found, fix=fix)
-    model = seeded(0, lambda: build_objective(recipe.model, recipe.objective))
+    model = seeded(0, lambda: build_objective(run.model, run.objective))
     assert isinstance(model, Classifier)
     load_strictly(model, module_state(checkpoint), where=str(checkpoint))
-    return Teacher(model.eval(), recipe, checkpoint, model.num_classes)
+    return Teacher(model.eval(), run, checkpoint, model.num_classes)
 
 
 def _checkpoint_of(path: Path) -> Path:
@@ -115,12 +108,6 @@ def _checkpoint_of(path: Path) -> Path:
             where=str(path), expected="a run with a complete checkpoint", found="none", fix="Train it first."
         )
     return newest
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Over names, types, shapes and bytes of parameters and buffers, as `Encoder.weights_sha256`."""
-    unused = Encoder(model, 1, (0, 0, 0), (1, 1, 1), ViewSpec(), "")
-    return unused.weights_sha256()
 
 
 @dataclass(frozen=True)
@@ -201,14 +188,14 @@ def _made(
         for shard in shards
         for first in range(starts[shard], starts[shard] + sizes[shard], how.batch_size)
     ]
-    views = teacher.recipe.data.views
+    views = teacher.run.data.views
     batches = batches_of(
         dataset,
-        BatchSpec(image_size=teacher.recipe.model.judged_size),
+        BatchSpec(image_size=teacher.run.model.judged_size),
         ViewSpec(interpolation=views.interpolation, eval_crop=views.eval_crop),
         pieces,
         num_workers=how.num_workers,
-        max_pixels=teacher.recipe.data.max_pixels,
+        max_pixels=teacher.run.data.max_pixels,
     )
     model = teacher.model.to(how.device)
     with untouched(model), full_precision():
@@ -227,7 +214,7 @@ def _of_shard(model: Objective, batches: Iterator[Batch], size: int, teacher: Te
     while done < size:
         batch = next(batches)
         rows = slice(done, done + len(batch))
-        probabilities = _probabilities(model, batch, teacher.recipe, how)
+        probabilities = _probabilities(model, batch, teacher.run.data, how)
         if classes is not None:
             # Sorted whole and stably: topk takes any of equal values.
             probabilities, columns = probabilities.sort(dim=1, descending=True, stable=True)
@@ -238,9 +225,9 @@ def _of_shard(model: Objective, batches: Iterator[Batch], size: int, teacher: Te
     return ShardLabels(values, classes, keys)
 
 
-def _probabilities(model: Objective, batch: Batch, recipe: Recipe, how: Labelling) -> Tensor:
+def _probabilities(model: Objective, batch: Batch, data: Data, how: Labelling) -> Tensor:
     """[B, K] fp32 on the CPU."""
-    images = normalize(batch.to(how.device), recipe.data.mean, recipe.data.std).views[0]
+    images = normalize(batch.to(how.device), data.mean, data.std).views[0]
     with torch.autocast(how.device.type, torch.bfloat16, enabled=how.precision == "bf16"):
         assert isinstance(model, Classifier)
         logits = model.classify(images)
