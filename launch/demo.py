@@ -27,7 +27,7 @@ from pretrain.recipe.resolve import differences, resolve
 from pretrain.runtime.run_folder import is_claimed
 
 if TYPE_CHECKING:
-    from pretrain.reports.report import Comparison
+    from pretrain.reports.report import ProtocolResult
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "cpu" / "mae_fractals.yaml"
 NUM_RANKS = 2
@@ -191,14 +191,14 @@ def _logged_step(out: Path) -> int:
     return next((int(match[1]) for match in found if match), 0)
 
 
-def _judge(out: Path, train: Path, test: Path) -> list[Comparison]:
+def _judge(out: Path, train: Path, test: Path) -> list[ProtocolResult]:
     from data_pipeline.datasets.read import open_dataset
     from pretrain.evals.knn.config import KnnConfig
     from pretrain.evals.knn.protocol import Knn
     from pretrain.evals.linear.config import LinearConfig
     from pretrain.evals.linear.protocol import Linear
     from pretrain.evals.sources.load import load_source
-    from pretrain.reports.report import find_comparisons
+    from pretrain.reports.report import find_protocol_results
 
     bank, queries = open_dataset(str(train)), open_dataset(str(test))
     knn = Knn(bank, queries, KnnConfig(train=str(train), test=str(test)))
@@ -209,7 +209,7 @@ def _judge(out: Path, train: Path, test: Path) -> list[Comparison]:
             report = evaluator.run(encoder)
             report.save(out / "evals" / report.file_name)
             print(f"{report.evaluator} of the {encoder.tag} one: {report.value:.1f} %", flush=True)
-    return find_comparisons(out / "evals", trained.weights_sha256())
+    return find_protocol_results(out / "evals", trained.weights_sha256())
 
 
 def _notes(command: Sequence[str], recipe: Recipe, interruption: Interruption | None) -> list[str]:
@@ -217,7 +217,7 @@ def _notes(command: Sequence[str], recipe: Recipe, interruption: Interruption | 
     return [started, *([str(interruption)] if interruption else [])]
 
 
-def _print_table(comparisons: Sequence[Comparison]) -> None:
+def _print_table(comparisons: Sequence[ProtocolResult]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -139,7 +139,7 @@ class Evaluator(ABC):
         """Judges a frozen encoder on the device where it is; neither it nor any random state is changed."""
 
 
-class Judged(Protocol):
+class JudgedModel(Protocol):
     """What a report says of an encoder, or of two towers."""
 
     @property
@@ -164,7 +164,7 @@ def outcomes_of(keys: Sequence[str], labels: Tensor, predicted: Tensor) -> Outco
 
 def report_of(
     evaluator: str,
-    judged: Judged,
+    judged: JudgedModel,
     outcomes: Outcomes,
     *,
     metric: str,

@@ -38,7 +38,7 @@ class _WithOptions(Group):
         return dict(self.__pydantic_extra__)
 
 
-class Judged(_WithOptions):
+class SuiteEncoder(_WithOptions):
     """An encoder and how it is loaded: `{source: runs/mae, random_init: true, seed: 0}`, or `runs/mae` alone."""
 
     source: str
@@ -49,14 +49,14 @@ class Judged(_WithOptions):
         return {"source": given} if isinstance(given, str) else given
 
 
-class Data(_WithOptions):
+class SuiteData(_WithOptions):
     """A training set, for the protocols that learn from one, and a test set."""
 
     train: str | None = None
     test: str
 
 
-class Protocol(_WithOptions):
+class SuiteProtocol(_WithOptions):
     """A command of `pretrain eval`, for all encoders and data sets, or for those that are named."""
 
     kind: str
@@ -66,9 +66,9 @@ class Protocol(_WithOptions):
 
 class Suite(Group):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # also the name of its folder
-    encoders: dict[str, Judged] = Field(min_length=1)
-    datasets: dict[str, Data] = Field(min_length=1)
-    protocols: dict[str, Protocol] = Field(min_length=1)
+    encoders: dict[str, SuiteEncoder] = Field(min_length=1)
+    datasets: dict[str, SuiteData] = Field(min_length=1)
+    protocols: dict[str, SuiteProtocol] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _names(self) -> Suite:

@@ -41,7 +41,7 @@ NUM_RECONSTRUCTIONS, NUM_QUERIES, NUM_NEIGHBOURS, BANK_SIZE = 12, 6, 10, 2000
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ProtocolResult:
     """What one protocol says of the trained encoder, and of the same one before training, where it was asked."""
 
     protocol: str
@@ -72,7 +72,7 @@ def write_report(run: Path, *, notes: Sequence[str] = ()) -> Path:
     progress = read_state(checkpoint).progress
     trained = load_source(str(checkpoint))
     painter = _painter(recipe.model, recipe.objective, checkpoint)
-    comparisons = find_comparisons(run / "evals", trained.weights_sha256())
+    comparisons = find_protocol_results(run / "evals", trained.weights_sha256())
     page = {
         "name": recipe.name,
         "summary": f"{recipe.objective.kind} on {recipe.model.name}, {progress.samples_seen:,} samples seen in "
@@ -99,7 +99,7 @@ def render(page: dict[str, Any]) -> str:
     return page_of(TEMPLATE, page)
 
 
-def find_comparisons(evals: Path, weights_sha256: str) -> list[Comparison]:
+def find_protocol_results(evals: Path, weights_sha256: str) -> list[ProtocolResult]:
     """Reports on these very weights, each beside the one that asked the same of fresh weights, where there is one."""
     reports = [EvalReport.load(path) for path in sorted(evals.glob("*.json"))]
     found = []
@@ -109,7 +109,7 @@ def find_comparisons(evals: Path, weights_sha256: str) -> list[Comparison]:
         fresh = (r for r in reports if r.encoder["tag"] == "random" and _question(r) == _question(trained))
         random = next(fresh, None)
         interval = difference(trained, random).interval if random is not None else None
-        found.append(Comparison(_protocol_name(trained), trained, random, interval))
+        found.append(ProtocolResult(_protocol_name(trained), trained, random, interval))
     return found
 
 

@@ -256,8 +256,8 @@ def sample_page(text: str) -> dict[str, Any]:
     return {
         "name": text, "summary": text, "notes": [text], "recipe": text, "environment": {text: text},
         "comparisons": [
-            report.Comparison(text, judged, None, None),
-            report.Comparison(text, judged, judged, compare(judged, judged)),
+            report.ProtocolResult(text, judged, None, None),
+            report.ProtocolResult(text, judged, judged, compare(judged, judged)),
         ],
         "num_classes": 3, "curves": [shown], "triples": [[shown] * 3], "mask_ratio": 0.75, "normalized": True,
         "goodput": Goodput(productive=3.0, lost=1.0),
@@ -305,14 +305,14 @@ def test_reports_are_paired_by_what_was_asked(tmp_path: Path) -> None:
     ]
     for i, one in enumerate(kept):
         one.save(tmp_path / f"{i}.json")
-    knn, linear = report.find_comparisons(tmp_path, "new")
+    knn, linear = report.find_protocol_results(tmp_path, "new")
     assert (knn.protocol, knn.random, knn.interval) == ("kNN, k = 5", None, None)
     assert linear.protocol == "linear probe"
     assert linear.random is not None
     assert linear.random.protocol["epochs"] == 10
     assert linear.interval is not None
     assert linear.interval.difference == 0
-    assert report.find_comparisons(tmp_path / "none", "new") == []
+    assert report.find_protocol_results(tmp_path / "none", "new") == []
 
 
 def test_a_run_that_paints_nothing_has_a_report_too(data: Path, tmp_path: Path) -> None:

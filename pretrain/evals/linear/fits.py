@@ -20,7 +20,7 @@ from pretrain.evals.task import Splits, Task
 
 
 @dataclass(frozen=True)
-class Job:
+class FitRequest:
     """What is to be fitted.
 
     Attributes:
@@ -44,7 +44,7 @@ class Fitted:
     notes: tuple[str, ...] = ()
 
 
-Fit = Callable[[Job], Fitted]
+Fit = Callable[[FitRequest], Fitted]
 
 
 def fit_of(config: LinearConfig, encoder: Encoder, task: Task, extraction: Extraction, splits: Sequence[Splits]) -> Fit:
@@ -52,13 +52,13 @@ def fit_of(config: LinearConfig, encoder: Encoder, task: Task, extraction: Extra
     num_classes, device = task.num_classes, encoder.device
     labels = splits[0].train.labels
 
-    def values(job: Job) -> list[Tensor]:
+    def values(job: FitRequest) -> list[Tensor]:
         return [splits[i].train.values for i in job.readouts]
 
-    def num_samples(job: Job) -> int:
+    def num_samples(job: FitRequest) -> int:
         return len(labels) if job.rows is None else len(job.rows)
 
-    def to_features(job: Job) -> Fitted:
+    def to_features(job: FitRequest) -> Fitted:
         return Fitted(
             fit_each(
                 values(job),
@@ -72,7 +72,7 @@ def fit_of(config: LinearConfig, encoder: Encoder, task: Task, extraction: Extra
             )
         )
 
-    def to_views(job: Job) -> Fitted:
+    def to_views(job: FitRequest) -> Fitted:
         training = config.training(num_samples(job))
         rows = torch.arange(len(labels)) if job.rows is None else job.rows.sort().values
         examples = augmented_examples(
@@ -96,7 +96,7 @@ def fit_of(config: LinearConfig, encoder: Encoder, task: Task, extraction: Extra
             )
         )
 
-    def to_the_optimum(job: Job) -> Fitted:
+    def to_the_optimum(job: FitRequest) -> Fitted:
         penalties = [config.inverse_penalties[i] for i in job.settings]
         found = [
             fit_logistic(v, labels, penalties, rows=job.rows, num_classes=num_classes, device=device, label=job.label)

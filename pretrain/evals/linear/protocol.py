@@ -17,7 +17,7 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction, full_precision
 from pretrain.evals.linear.config import LinearConfig
 from pretrain.evals.linear.description import describe
-from pretrain.evals.linear.fits import Fit, Job, fit_of
+from pretrain.evals.linear.fits import Fit, FitRequest, fit_of
 from pretrain.evals.result import EvalReport, Evaluator, classification_report
 from pretrain.evals.task import OpenData, Splits, Task, with_readouts
 from pretrain.runtime.collectives import from_main
@@ -80,7 +80,7 @@ class Linear(Evaluator):
             fit = fit_of(self.config, encoder, self.task, self.extraction, splits)
             choice = self._agreed(self._choose(fit, splits))
             chosen = splits[choice.readout]
-            fitted = fit(Job([choice.readout], [choice.setting], None, "linear probe: retraining"))
+            fitted = fit(FitRequest([choice.readout], [choice.setting], None, "linear probe: retraining"))
             _check(fitted.probes[0])
             logits = fitted.probes[0].logits_of_all(chosen.test.values)
         top5 = {"top5": 100 * topk_share(logits, chosen.test.labels, 5)} if self.task.num_classes >= 10 else {}
@@ -166,7 +166,7 @@ def choose(fit: Fit, splits: Sequence[Splits], num_settings: int, *, val_share: 
     val, rest = order[:num_val], order[num_val:]
     readouts = range(len(splits))
     of_readouts = f" on each of {len(readouts)} readouts" if len(readouts) > 1 else ""
-    fitted = fit(Job(readouts, range(num_settings), rest, f"linear probe: {num_settings} settings{of_readouts}"))
+    fitted = fit(FitRequest(readouts, range(num_settings), rest, f"linear probe: {num_settings} settings{of_readouts}"))
     labels = splits[0].train.labels[val]
     top1, loss = {}, {}
     for readout, probes in zip(readouts, fitted.probes, strict=True):
