@@ -1,1 +1,1 @@
-"""How anything is started: the command line, ranks on this machine, jobs of a cluster, chains and suites."""
+"""Everything that starts processes: the command line, ranks on this machine, jobs of a cluster, chains and suites."""

@@ -1,14 +1,12 @@
-"""The main job in minutes: images made on the spot, MAE that is killed and goes on, a judged encoder, a report."""
+"""`pretrain demo`: images made on the spot, MAE that is killed and resumed, an evaluated encoder, a report."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ import typer
 from data_pipeline.errors import InputError, RecipeError
 from data_pipeline.parallel import num_cores
 from data_pipeline.procedural.make import make
+from launch.ranks.child import Command, started_command
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import differences, resolve
@@ -36,7 +35,7 @@ PROBE_STEPS = 1000  # of the linear probe, where `pretrain eval linear` takes 5,
 
 
 def main(out: Path, *, num_train: int = 8000, num_test: int = 2000, overrides: Sequence[str] = ()) -> None:
-    """Runs all of it in `out`, which becomes the run's folder; what is complete there is kept.
+    """Runs the whole demo in `out`, which becomes the run's folder; what is complete there is kept.
 
     Args:
         out: images go to `data/`, the rest lies as in any run.
@@ -78,7 +77,7 @@ def main(out: Path, *, num_train: int = 8000, num_test: int = 2000, overrides: S
     print("\n[4/4] report", flush=True)
     from pretrain.reports.report import write_report
 
-    path = write_report(out, notes=_notes(command, recipe, interruption))
+    path = write_report(out, notes=_notes(command, recipe.engine.zero_stage, interruption))
     watch.lap("report")
     _print_table(comparisons)
     print(f"{watch}\nreport: {path}")
@@ -133,39 +132,33 @@ def _train(command: Sequence[str], out: Path, total_steps: int) -> Interruption 
         return Interruption.load(kept)
     half = total_steps // 2
     if _saved_step(out) < half:
-        with _started(command) as process:
-            interruption = _kill_in_mid_interval(process, out, half)
+        with _started(command) as started:
+            interruption = _kill_in_mid_interval(started.process, out, half)
         if interruption is not None:
             kept.write_text(json.dumps(asdict(interruption)))
             print(f"\n\n{interruption}", flush=True)
     if _saved_step(out) < total_steps:
-        with _started(command) as process:
-            process.wait()
+        with _started(command) as started:
+            started.wait()
     return Interruption.load(kept)
 
 
 @contextmanager
-def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """`pretrain COMMAND` in a process that ends with this one.
+def _started(command: Sequence[str]) -> Iterator[Command]:
+    """Runs `pretrain COMMAND` beside the block.
 
     Raises:
         typer.Exit: it failed, and has said why.
     """
     print(f"$ pretrain {shlex.join(command)}", flush=True)
-    guarded = [sys.executable, "-m", "launch.ranks.rank", str(os.getpid()), "launch.cli", *command]
-    process = subprocess.Popen(guarded)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-    if process.returncode not in (0, -signal.SIGKILL):
-        raise typer.Exit(process.returncode if process.returncode > 0 else 1)
+    with started_command(command) as started:
+        yield started
+    if started.process.returncode not in (0, -signal.SIGKILL):
+        raise typer.Exit(started.wait())
 
 
-def _kill_in_mid_interval(process: subprocess.Popen[bytes], out: Path, half: int) -> Interruption | None:
-    """SIGKILL, past the first checkpoint from step `half` on; None: the process ended before."""
+def _kill_in_mid_interval(process: subprocess.Popen[str], out: Path, half: int) -> Interruption | None:
+    """Kills the training past its first checkpoint from step `half` on; None: the process ended before."""
     while process.poll() is None:
         saved, logged = _saved_step(out), _logged_step(out)
         if saved >= half and logged > saved:
@@ -179,7 +172,7 @@ def _kill_in_mid_interval(process: subprocess.Popen[bytes], out: Path, half: int
 
 
 def _saved_step(out: Path) -> int:
-    """Of the newest complete checkpoint; 0: there is none."""
+    """Returns the step of the newest complete checkpoint; 0: there is none."""
     complete = (out / "checkpoints").glob("step_*/COMPLETE")
     return max((int(path.parent.name.removeprefix("step_")) for path in complete), default=0)
 
@@ -212,8 +205,8 @@ def _judge(out: Path, train: Path, test: Path) -> list[ProtocolResult]:
     return find_protocol_results(out / "evals", trained.weights_sha256())
 
 
-def _notes(command: Sequence[str], recipe: Recipe, interruption: Interruption | None) -> list[str]:
-    started = f"{NUM_RANKS} processes, ZeRO {recipe.engine.zero_stage}: pretrain {shlex.join(command)}"
+def _notes(command: Sequence[str], zero_stage: int, interruption: Interruption | None) -> list[str]:
+    started = f"{NUM_RANKS} processes, ZeRO {zero_stage}: pretrain {shlex.join(command)}"
     return [started, *([str(interruption)] if interruption else [])]
 
 
@@ -235,7 +228,7 @@ def _print_table(comparisons: Sequence[ProtocolResult]) -> None:
 
 
 class _Watch:
-    """How long each part took."""
+    """A stopwatch for the parts of the demo."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
@@ -251,5 +244,5 @@ class _Watch:
 
 
 def _yaml(path: Path) -> str:
-    """A path as the value of an override, which is YAML; plain where that means the same."""
+    """Returns a path as the value of an override, which is YAML: plain, unless YAML reads that as something else."""
     return str(path) if re.fullmatch(r"[\w./-]+", str(path)) else json.dumps(str(path))

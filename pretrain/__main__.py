@@ -17,6 +17,7 @@ from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime import lean_imports
 from pretrain.runtime.signals import STOPPED, Request, signals
+from pretrain.train_options import TrainOptions, add_arguments, options_from
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -32,21 +33,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 the run failed, 2 the input was wrong, STOPPED where a signal asked it to stop.
     """
     lean_imports.install()
-    given = _parse(arguments)
+    recipe_path, options = _parse(arguments)
     for signum, request in signals().items():  # until there is a run, there is nothing to save
         signal.signal(signum, signal.SIG_IGN if request == Request.SAVE else lambda *_: os._exit(STOPPED))
     try:
-        recipe = load_recipe(given.recipe, given.set)
+        recipe = load_recipe(recipe_path, list(options.overrides))
         from pretrain import run  # after the recipe: loading torch takes seconds
 
-        out = given.out or default_out(recipe)
+        out = options.out or default_out(recipe)
         whole = run.run(
             recipe,
             out,
-            max_steps=given.max_steps,
-            overfit_batch=given.overfit_batch,
-            profile_steps=given.profile,
-            evals_apart=given.evals_apart,
+            max_steps=options.max_steps,
+            overfit_batch=options.overfit_batch,
+            profile_steps=options.profile,
+            evals_apart=options.evals_apart,
         )
     except InputError as error:
         if LOCAL_RANK:
@@ -87,12 +88,6 @@ def _print_error(text: str) -> None:
         print(prefix + line, file=sys.stderr)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
-    return int(text)
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if LOCAL_RANK == 0:
@@ -100,16 +95,13 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None) -> tuple[Path, TrainOptions]:
+    """Returns the recipe's path, and what stands beside it."""
     parser = _Parser(prog="python -m pretrain", description=__doc__, allow_abbrev=False)
     parser.add_argument("recipe", type=Path, metavar="RECIPE")
-    parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run [runs/<name of the recipe>]")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a recipe key")
-    parser.add_argument("--max-steps", type=_count, metavar="N", help="stops after N steps, to debug")
-    parser.add_argument("--overfit-batch", action="store_true", help="trains on the first batch only, to debug")
-    parser.add_argument("--profile", type=_count, metavar="N", help="traces N steps to RUN/profile, to debug")
-    parser.add_argument("--evals-apart", action="store_true", help="leaves `evals` to jobs of their own")
-    return parser.parse_args(arguments)
+    add_arguments(parser)
+    given = parser.parse_args(arguments)
+    return given.recipe, options_from(given)
 
 
 if __name__ == "__main__":

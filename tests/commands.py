@@ -168,7 +168,8 @@ def _fork_or_execute(
     ends = (p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
     words = [] if isinstance(args, str | bytes) else [os.fspath(word) for word in args]
     module = words.index("-m") if "-m" in words[:3] else None
-    if module is None or words[0] != sys.executable or words[1:module] not in ([], ["-u"]) or pass_fds or preexec_fn:
+    flags = None if module is None or words[0] != sys.executable else set(words[1:module])
+    if flags is None or module is None or flags - {"-u", "-P"} or pass_fds or preexec_fn:
         _execute(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
                  *ends, restore_signals, gid, gids, uid, umask, start_new_session, process_group)  # fmt: skip
         return
@@ -192,7 +193,7 @@ def _fork_or_execute(
             if callable(signal.getsignal(signum)):
                 signal.signal(signum, signal.SIG_DFL if signum != signal.SIGINT else signal.default_int_handler)
         environment = dict(os.environ if env is None else env)
-        if "-u" in words[1:module]:
+        if "-u" in flags:
             environment["PYTHONUNBUFFERED"] = "1"
         _become(program(words[module + 1], *words[module + 2 :]), cwd, environment)
     finally:

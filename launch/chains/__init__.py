@@ -1,1 +1,1 @@
-"""Chains: stages one after another, on this machine or as jobs, each a command that goes on by itself."""
+"""Chains run stages one after another, on this machine or as jobs; each stage is a command that goes on by itself."""

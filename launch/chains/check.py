@@ -1,21 +1,28 @@
-"""Whether all stages of a chain can be what they say, before the first is started."""
+"""All stages of a chain are checked before the first is started."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError, PretrainError, RecipeError
-from launch.chains.config import Stage, words_of
+from launch.chains.choice import check_choice
+from launch.chains.config import Stage, stage_words
 from launch.chains.folder import ChainFolder, fingerprint
 from pretrain.recipe.resolve import split_batch
 
+# Returns the commands of `pretrain eval` by name, as click has them; called where a stage evaluates.
+Evaluations = Callable[[], Mapping[str, Any]]
 
-def check_chain(chain: ChainFolder, num_ranks: int) -> None:
-    """Every stage, before the first is started.
+
+def check_chain(chain: ChainFolder, num_ranks: int, evaluations: Evaluations) -> None:
+    """Checks every stage, before the first is started.
 
     Args:
-        num_ranks: of each training.
+        chain: with the stages.
+        num_ranks: processes of each training.
+        evaluations: the commands that stages may evaluate by.
 
     Raises:
         RecipeError: with the problems of all stages.
@@ -23,7 +30,7 @@ def check_chain(chain: ChainFolder, num_ranks: int) -> None:
     problems = []
     for stage in chain.stages:
         try:
-            _check_stage(chain, stage, num_ranks)
+            _check_stage(chain, stage, num_ranks, evaluations)
         except RecipeError as error:
             problems += [f"{stage.name}, {error.where}, {problem}" for problem in error.problems]
         except PretrainError as error:
@@ -32,15 +39,13 @@ def check_chain(chain: ChainFolder, num_ranks: int) -> None:
         raise RecipeError(chain.chain.name, problems)
 
 
-def _check_stage(chain: ChainFolder, stage: Stage, num_ranks: int) -> None:
+def _check_stage(chain: ChainFolder, stage: Stage, num_ranks: int, evaluations: Evaluations) -> None:
     if stage.train is not None:
         _check_recipe(chain, stage, num_ranks)
     elif stage.label is not None:
         _check_input(chain, stage.label.shards)
         _check_teacher(chain, stage.label.teacher)
     elif stage.select is not None:
-        from launch.commands.label import check_choice
-
         _check_input(chain, stage.select.source)
         chosen = stage.select
         by_labels = chain.maker(chosen.source) is not None or (Path(chosen.source) / "labels.json").is_file()
@@ -48,11 +53,11 @@ def _check_stage(chain: ChainFolder, stage: Stage, num_ranks: int) -> None:
     elif stage.evaluate is not None:
         for path in (stage.evaluate.train, stage.evaluate.test):
             _check_input(chain, path)
-        _check_words(words_of(stage, chain.folder, chain.out, num_ranks))
+        _check_words(stage_words(stage, chain.folder, chain.out, num_ranks), evaluations())
 
 
 def _check_recipe(chain: ChainFolder, stage: Stage, num_ranks: int) -> None:
-    """That it loads, divides into ranks, builds its model, and finds what data are there already."""
+    """Checks that a recipe loads, divides into ranks, builds its model, and finds what data are there already."""
     import torch
 
     from pretrain.objectives.kinds import build_objective
@@ -80,18 +85,11 @@ def _check_input(chain: ChainFolder, path: str) -> None:
         fingerprint(path)
 
 
-def _check_words(words: list[str]) -> None:
-    """The command and its options, as its own parser sees them."""
-    import typer
-
-    from launch.commands import eval as eval_commands
-
-    group: Any = typer.main.get_command(eval_commands.app)
-    command = group.commands.get(words[1])
+def _check_words(words: list[str], commands: Mapping[str, Any]) -> None:
+    """Checks a command and its options, as its own parser sees them."""
+    command = commands.get(words[1])
     if command is None:
-        raise InputError(
-            where="evaluate.protocol", expected=f"one of {', '.join(sorted(group.commands))}", found=words[1]
-        )
+        raise InputError(where="evaluate.protocol", expected=f"one of {', '.join(sorted(commands))}", found=words[1])
     known = {option for parameter in command.params for option in parameter.opts}
     if unknown := [word.partition("=")[0] for word in words[3:] if word.partition("=")[0] not in known]:
         raise InputError(

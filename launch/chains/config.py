@@ -11,18 +11,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from data_pipeline.errors import RecipeError
 from pretrain.recipe.base import Group
-from pretrain.recipe.files import as_tuples, read_tree
-from pretrain.recipe.problems import explain
+from pretrain.recipe.typed import load_typed
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
 class Label(Group):
-    """`pretrain data label`."""
+    """A stage that runs `pretrain data label`; the keys are its options."""
 
     shards: str
     teacher: str
@@ -33,7 +31,7 @@ class Label(Group):
 
 
 class Select(Group):
-    """`pretrain data select`."""
+    """A stage that runs `pretrain data select`; the keys are its options."""
 
     source: str
     threshold: float | None = Field(None, ge=0, le=1)
@@ -45,7 +43,7 @@ class Select(Group):
 
 
 class Evaluate(Group):
-    """`pretrain eval PROTOCOL`."""
+    """A stage that runs `pretrain eval PROTOCOL`; `options` are further options of that command."""
 
     protocol: str
     encoder: str
@@ -55,7 +53,7 @@ class Evaluate(Group):
 
 
 class Stage(Group):
-    """One command; exactly one of the keys below `name` says which."""
+    """A stage is one command; exactly one of the keys below `name` says which."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     train: str | None = None  # a recipe, relative to the chain's file
@@ -76,17 +74,17 @@ class Stage(Group):
         return self
 
     def output(self, out: Path) -> Path:
-        """What it leaves behind in the chain's folder."""
+        """Returns the path of what the stage leaves behind in the chain's folder."""
         suffix = ".select" if self.select else ".json" if self.evaluate else ""
         return out / f"{self.name}{suffix}"
 
     def references(self) -> list[str]:
-        """Names of the stages that its values refer to, each once."""
+        """Returns the names of the stages that its values refer to, each once."""
         values = self.model_dump(mode="json", exclude={"name"})
         return list(dict.fromkeys(name for text in _texts(values) for name in _REFERENCE.findall(text)))
 
     def filled(self, outputs: Mapping[str, Path]) -> Stage:
-        """With paths in the place of references."""
+        """Returns the stage with paths in the place of references."""
         values = _mapped(self.model_dump(), lambda text: _REFERENCE.sub(lambda m: str(outputs[m[1]]), text))
         return Stage.model_validate(values)
 
@@ -102,15 +100,7 @@ def load_chain(path: Path) -> Chain:
     Raises:
         RecipeError: with every problem found, each naming its path.
     """
-    tree, problems = read_tree(path)
-    try:
-        chain = Chain.model_validate(as_tuples(tree), strict=True)
-    except ValidationError as error:
-        raise RecipeError(str(path), problems + explain(error, tree, Chain)) from None
-    problems += _wrong_references(chain)
-    if problems:
-        raise RecipeError(str(path), problems)
-    return chain
+    return load_typed(path, Chain, _wrong_references)
 
 
 def _wrong_references(chain: Chain) -> Iterator[str]:
@@ -125,18 +115,19 @@ def _wrong_references(chain: Chain) -> Iterator[str]:
         earlier.append(stage.name)
 
 
-def words_of(stage: Stage, folder: Path, out: Path, num_ranks: int) -> list[str]:
-    """The command of a stage whose references are filled in, without `pretrain`.
+def stage_words(stage: Stage, folder: Path, out: Path, num_ranks: int) -> list[str]:
+    """Returns the words of a stage's command behind `pretrain`.
 
     Args:
+        stage: with paths in the place of references.
         folder: that of the chain's file.
-        out: the chain's.
-        num_ranks: of training.
+        out: the chain's folder.
+        num_ranks: processes of a training.
     """
     target = str(stage.output(out))
     if stage.train is not None:
         words = ["train", str(folder / stage.train), "--nproc", str(num_ranks), "--out", target]
-        return [*words, *(f"--set={override}" for override in overrides_of(stage))]
+        return [*words, *(f"--set={override}" for override in stage_overrides(stage))]
     if stage.label is not None:
         options = stage.label.model_dump(exclude={"shards"}, exclude_none=True)
         return ["data", "label", stage.label.shards, target, *_options(options)]
@@ -149,8 +140,8 @@ def words_of(stage: Stage, folder: Path, out: Path, num_ranks: int) -> list[str]
     return ["eval", judged.protocol, judged.encoder, *_options(options)]
 
 
-def overrides_of(stage: Stage) -> list[str]:
-    """`set` as overrides of a recipe; JSON is YAML."""
+def stage_overrides(stage: Stage) -> list[str]:
+    """Returns `set` as overrides of a recipe; JSON is YAML."""
     return [f"{key}={json.dumps(value)}" for key, value in stage.set.items()]
 
 

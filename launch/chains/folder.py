@@ -1,7 +1,7 @@
-"""What is kept of a chain in its folder: of what each stage was made, and what it left behind. Imports no torch.
+"""A chain's folder records what each stage was made from and what it left behind. Imports no torch.
 
-`OUT/chain/NAME.json` is written before a stage starts, of what it is made; afterwards also what it left. A stage of
-which all of that still holds is done; one whose inputs or settings are others than they were is refused.
+`OUT/chain/NAME.json` is written before a stage starts, with what it is made from; afterwards also with what it left.
+A stage of which all of that still holds is done; one whose inputs or settings changed is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from data_pipeline.datasets.mixture import open_training
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError
-from launch.chains.config import Chain, Stage, load_chain, overrides_of
+from launch.chains.config import Chain, Stage, load_chain, stage_overrides
 from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import result_settings
@@ -40,22 +40,22 @@ class ChainFolder:
     out: Path
 
     @classmethod
-    def of(cls, path: Path, out: Path | None) -> ChainFolder:
-        """Of a chain's file; `out` None: `runs/<name>`."""
+    def open(cls, path: Path, out: Path | None) -> ChainFolder:
+        """Reads a chain's file; `out` None: `runs/<name>`."""
         chain = load_chain(path)
         return cls(chain, path.parent, out or Path("runs") / chain.name)
 
     @property
     def stages(self) -> list[Stage]:
-        """With paths in the place of references."""
+        """The stages with paths in the place of references."""
         outputs = {stage.name: stage.output(self.out) for stage in self.chain.stages}
         return [stage.filled(outputs) for stage in self.chain.stages]
 
     def stage(self, name: str) -> Stage:
-        """With paths in the place of references.
+        """Returns the stage of that name, with paths in the place of references.
 
         Raises:
-            InputError: it has none of that name.
+            InputError: the chain has no stage of that name.
         """
         for stage in self.stages:
             if stage.name == name:
@@ -63,11 +63,11 @@ class ChainFolder:
         raise InputError(where=str(self.folder), expected=f"a stage {name}", found="none")
 
     def references(self, stage: Stage) -> list[str]:
-        """Names of the stages that it takes from."""
+        """Returns the names of the stages that a stage takes from."""
         return self._as_given(stage).references()
 
     def freeze(self) -> ChainFolder:
-        """A copy of the chain and its recipes in its folder, which later changes of the files do not reach."""
+        """Writes a copy of the chain and its recipes into its folder, which later changes of the files do not reach."""
         frozen = self.out / "chain"
         stages = []
         for own, stage in zip(self.chain.stages, self.stages, strict=True):
@@ -78,20 +78,20 @@ class ChainFolder:
             stages.append(own)
         chain = self.chain.model_copy(update={"stages": tuple(stages)})
         write_text(frozen / "chain.yaml", write_yaml(chain.model_dump(mode="json", exclude_defaults=True)))
-        return ChainFolder.of(frozen / "chain.yaml", self.out)
+        return ChainFolder.open(frozen / "chain.yaml", self.out)
 
     def recipe(self, stage: Stage) -> Recipe:
-        return load_recipe(self.folder / str(stage.train), overrides_of(stage))
+        return load_recipe(self.folder / str(stage.train), stage_overrides(stage))
 
     def maker(self, path: str) -> Stage | None:
-        """The stage that leaves this path behind; None: it comes from elsewhere."""
+        """Returns the stage that leaves this path behind; None: the path comes from elsewhere."""
         return next((stage for stage in self.stages if path == str(stage.output(self.out))), None)
 
     def refuse_other_settings(self, stage: Stage) -> None:
-        """What can be compared before all that the stage takes from is there.
+        """Compares the settings of a stage that has begun; its inputs need not be there yet.
 
         Raises:
-            InputError: it was begun with other settings.
+            InputError: the stage was begun with other settings.
         """
         try:
             kept = json.loads(self._record(stage).read_bytes())
@@ -101,13 +101,13 @@ class ChainFolder:
             raise self._other(stage, kept["settings"], settings)
 
     def is_done(self, stage: Stage, *, begin: bool = True) -> bool:
-        """Whether a stage was finished, and all is as it was then. All that it takes from must be there.
+        """Returns whether a stage was finished, and all is as it was then. All that it takes from must be there.
 
         Args:
-            begin: writes down what it is made of where it is new.
+            begin: a new stage's settings and inputs are written down.
 
         Raises:
-            InputError: it was begun with other settings or inputs, or what it left behind is another.
+            InputError: the stage was begun with other settings or inputs, or its output was changed since.
         """
         made_of, path = self._made_of(stage), self._record(stage)
         try:
@@ -148,7 +148,7 @@ class ChainFolder:
         return self.out / "chain" / f"{stage.name}.json"
 
     def _made_of(self, stage: Stage) -> dict[str, Any]:
-        """What decides the result of a stage. Where the chain's folder lies does not."""
+        """Returns what decides the result of a stage. The place of the chain's folder does not."""
         data: dict[str, str] = {}
         if stage.train is not None:
             recipe = self.recipe(stage)
@@ -164,7 +164,7 @@ class ChainFolder:
         return {"settings": self._settings(stage), "data": data, "stages": left}
 
     def _settings(self, stage: Stage) -> Any:
-        """All that its own keys say and its result depends on, as JSON."""
+        """Returns the stage's own keys on which its result depends, as JSON."""
         if stage.train is not None:
             found = result_settings(self.recipe(stage))
             return json.loads(json.dumps({k: v for k, v in found.items() if k not in ("init_from", "resume_from")}))
@@ -172,11 +172,13 @@ class ChainFolder:
         return self._as_given(stage).model_dump(mode="json", exclude_none=True, exclude=how)
 
     def _as_given(self, stage: Stage) -> Stage:
-        """With its references."""
+        """Returns the stage as its file has it, with references."""
         return next(own for own in self.chain.stages if own.name == stage.name)
 
     def _digest(self, stage: Stage) -> str | None:
-        """SHA-256 of what stands for all that a stage left: hashes of hashes; None: there is nothing."""
+        """Returns the SHA-256 of the file that stands for a stage's whole output, as it holds all other files' hashes;
+        None: there is no output.
+        """
         path = stage.output(self.out)
         if stage.train is not None:
             path = (newest_checkpoint(path) or path) / COMPLETE
@@ -186,7 +188,7 @@ class ChainFolder:
 
 
 def fingerprint(path: str) -> str:
-    """Identity of what a chain takes from elsewhere: labels, a run, a checkpoint, a file, or a data set."""
+    """Returns the identity of what a chain takes from elsewhere: labels, a run, a checkpoint, a file, or a data set."""
     folder = Path(path)
     newest = newest_checkpoint(folder) or folder
     for file in (newest / COMPLETE, folder / COMPLETE, folder / "labels.json", folder / "model.safetensors", folder):
@@ -196,7 +198,7 @@ def fingerprint(path: str) -> str:
 
 
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """The leaves of the first that the second has not."""
+    """Returns the values of the first map that the second one does not have, each with its path."""
 
     def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):

@@ -2,71 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from data_pipeline.errors import RunError
-from launch.chains.check import check_chain
-from launch.chains.config import Stage, words_of
+from launch.chains.check import Evaluations, check_chain
+from launch.chains.config import Stage, stage_words
 from launch.chains.folder import ChainFolder
-from launch.jobs.folder import JobFolder
-from launch.jobs.submit import check_folder, check_slurm, copy_code, digest_of_code, queue, refuse_running, script
+from launch.chains.stage_job import StageJob, stage_record
+from launch.jobs.submission import PlannedJob, refuse_running, submit_jobs
 from launch.slurm.cluster import Cluster, load_cluster
-from launch.slurm.commands import slurm
 from pretrain.recipe.files import dump
 
 
-def submit_chain(path: Path, cluster_path: Path, out: Path | None, *, dry_run: bool = False) -> None:
+def submit_chain(
+    path: Path, cluster_path: Path, out: Path | None, evaluations: Evaluations, *, dry_run: bool = False
+) -> None:
     """Queues what is left of a chain: training on the whole cluster file, other stages on one rank's share of it.
 
     A stage whose job fails has those that wait for it dropped; the same command then queues what is left.
 
     Args:
-        path: of the chain's recipe; jobs run a copy.
-        cluster_path: what is asked of SLURM.
+        path: the chain's file; jobs run a copy.
+        cluster_path: the cluster file.
         out: the chain's folder, on storage that all nodes see; None: `runs/<name>`.
+        evaluations: as of `check_chain`.
         dry_run: print the batch scripts; write and start nothing.
 
     Raises:
-        InputError: of whatever is wrong; nothing was started.
-        RunError: SLURM refused.
+        InputError: something is wrong; nothing was started.
+        RunError: SLURM refused a job; no job is left in its queue.
     """
-    given, cluster = ChainFolder.of(path, out), load_cluster(cluster_path)
+    given, cluster = ChainFolder.open(path, out), load_cluster(cluster_path)
     chain = ChainFolder(given.chain, given.folder, given.out.resolve())
-    check_chain(chain, cluster.world_size)
-    check_slurm(cluster, cluster_path, dry_run)
-    if any(stage.train is None for stage in chain.stages):
-        check_slurm(cluster.one_rank(), cluster_path, dry_run)
+    check_chain(chain, cluster.world_size, evaluations)
     for submitted in chain.out.glob("*/job/submitted.json"):  # also of stages that the file no longer has
         refuse_running(submitted.parent.parent)
     left = _left(chain)
-    code = chain.out / "code" / digest_of_code()
-    if not dry_run:
-        check_folder(chain.out)
-        copy_code(code)
-        chain = chain.freeze()
-    jobs: dict[str, str] = {}
-    try:
-        for stage in map(chain.stage, left):
-            after = [name for name in chain.references(stage) if name in jobs]
-            jobs[stage.name] = _queue(chain, stage, cluster, code, [jobs[name] for name in after], dry_run)
-            if not dry_run:
-                waits = f", after {', '.join(after)}" if after else ""
-                print(f"{stage.name}: job {jobs[stage.name]}{waits}: {job_folder(chain, stage)}")
-    except RunError:
-        if jobs and not dry_run:
-            slurm("scancel", *jobs.values())  # all or nothing
-        raise
+    jobs = [_planned(chain, chain.stage(name), cluster, left) for name in left]
+
+    def tell(job: PlannedJob, job_id: str) -> None:
+        name = left[jobs.index(job)]
+        after = [other for other in chain.references(chain.stage(name)) if other in left]
+        waits = f", after {', '.join(after)}" if after else ""
+        print(f"{name}: job {job_id}{waits}: {job.folder}")
+
+    submit_jobs(jobs, cluster_path, chain.out, dry_run=dry_run, prepare=chain.freeze, tell=tell)
     if left and not dry_run:
         print(f"follow it: pretrain status {chain.out}; stop it: pretrain cancel {chain.out}")
 
 
 def _left(chain: ChainFolder) -> list[str]:
-    """Names of the stages that are not done, in their order; those that are, are told.
+    """Returns the names of the stages that are not done, in their order; prints those that are.
 
     Raises:
-        InputError: one was begun otherwise, or is not what it was.
+        InputError: a stage was begun with other settings, or what it left is not what it was.
     """
     left: list[str] = []
     for stage in chain.stages:
@@ -80,24 +68,17 @@ def _left(chain: ChainFolder) -> list[str]:
     return left
 
 
-def _queue(chain: ChainFolder, stage: Stage, cluster: Cluster, code: Path, after: Sequence[str], dry_run: bool) -> str:
-    """Returns the job's id, or what stands for it in a dry run, which prints the script."""
+def _planned(chain: ChainFolder, stage: Stage, cluster: Cluster, left: list[str]) -> PlannedJob:
+    """Plans the job of a stage, which waits for the jobs of those stages among `left` that it takes from."""
+    record = {"chain": stage_record(chain, stage)}
+    after = tuple(job_folder(chain, chain.stage(name)) for name in chain.references(stage) if name in left)
     folder, name = job_folder(chain, stage), f"{chain.chain.name}-{stage.name}"
-    asked = cluster if stage.train is not None else cluster.one_rank()
-    if dry_run:
-        print(script(folder, name, asked, code, after))
-        return f"<job of {stage.name}>"
-    return queue(folder, name, asked, code, _what(chain, stage), after=after)
+    if stage.train is not None:
+        return PlannedJob(folder, name, cluster, record, dump(chain.recipe(stage)), after, StageJob)
+    words = stage_words(stage, chain.folder, chain.out, 1)
+    return PlannedJob(folder, name, cluster.one_rank(), {"words": words, **record}, None, after, StageJob)
 
 
 def job_folder(chain: ChainFolder, stage: Stage) -> Path:
-    """Where a stage's job is kept: the run's folder, or one beside what the command makes."""
+    """Returns the folder in which a stage's job is kept: the run's, or one beside the command's output."""
     return stage.output(chain.out) if stage.train is not None else chain.out / f"{stage.name}.job"
-
-
-def _what(chain: ChainFolder, stage: Stage) -> dict[str, Any]:
-    here = {"file": str(chain.folder / "chain.yaml"), "out": str(chain.out), "stage": stage.name}
-    if stage.train is None:
-        return {"words": words_of(stage, chain.folder, chain.out, 1), "chain": here}
-    JobFolder(job_folder(chain, stage)).write("recipe.yaml", dump(chain.recipe(stage)))
-    return {"chain": here}

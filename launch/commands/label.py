@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import InputError
+from launch.chains.choice import check_choice
 from launch.commands.eval_options import BatchSize, Device, DeviceOption, Precision, PrecisionOption, Workers
 
 if TYPE_CHECKING:
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
     from data_pipeline.order.order import Integers
 
 LABEL_EXAMPLES = (
-    "pretrain data label data/unlabelled labels/round1 --teacher runs/teacher",
+    "pretrain data label data/unlabeled labels/round1 --teacher runs/teacher",
     "pretrain data label data/web labels/web --teacher runs/teacher --top-k 10 --precision bf16 --num-workers 8",
 )
 SELECT_EXAMPLES = (
     "pretrain data select labels/round1 labels/round1.select --threshold 0.3 --per-class 130000",
     "pretrain data select labels/web labels/web.select --top-k 16000",
-    "pretrain data select data/cifar10/train data/labelled.select --per-class 400 --seed 0",
-    "pretrain data select labels/rest labels/rest.select --threshold 0.5 --without data/labelled.select",
+    "pretrain data select data/cifar10/train data/labeled.select --per-class 400 --seed 0",
+    "pretrain data select labels/rest labels/rest.select --threshold 0.5 --without data/labeled.select",
 )
 
 
@@ -42,7 +43,7 @@ def label(
     num_workers: Workers = 0,
     precision: PrecisionOption = Precision.fp32,
 ) -> None:
-    """Writes what a teacher says of every image: soft labels, a file for each shard. No image is written again.
+    """Writes a teacher's soft labels for every image, a file for each shard. No image is written again.
 
     A number takes 2 bytes: of 1,000 classes an image takes 2 kB, or 64 bytes with --top-k 10. Train on them with
     `data.train: [{path: SHARDS, labels: OUT}]`. Interrupted, it goes on when it is given again.
@@ -91,7 +92,7 @@ def select(
 
     --threshold, --per-class: Noisy Student's filter and balance (1911.04252); samples keep their soft labels, so that
     `labels` stays beside `select`. --top-k: billion-scale semi-supervised learning (1905.00546); each listed image is
-    labelled with the class that it is listed under. On shards, --per-class draws a small labelled set at random.
+    labeled with the class that it is listed under. On shards, --per-class draws a small labeled set at random.
     """
     from data_pipeline.datasets.soft_labels import FILE_NAME
 
@@ -137,25 +138,6 @@ def _by_truth(
     return labelled(dataset, per_class=per_class, seed=seed, without=left_out)
 
 
-def check_choice(
-    source: str, by_labels: bool, threshold: float | None, per_class: int | None, top_k: int | None
-) -> None:
-    """Raises InputError unless the options say one way to choose by soft labels, or by true ones."""
-    given = _given(threshold=threshold, per_class=per_class, top_k=top_k)
-    if by_labels and given not in ("--threshold", "--threshold, --per-class", "--top-k"):
-        raise InputError(
-            where="pretrain data select",
-            expected="--threshold, perhaps with --per-class; or --top-k alone",
-            found=given,
-        )
-    if not by_labels and given != "--per-class":
-        raise InputError(
-            where="pretrain data select",
-            expected=f"--per-class alone, as {source} is no folder of soft labels",
-            found=given,
-        )
-
-
 def _indices(path: Path, fingerprint: str) -> Integers:
     from data_pipeline.datasets.selection import Selection
 
@@ -167,11 +149,6 @@ def _indices(path: Path, fingerprint: str) -> Integers:
             found=f"{path}: one of other data (fingerprint {selection.data_fingerprint[:12]}...)",
         )
     return selection.indices
-
-
-def _given(**options: float | None) -> str:
-    names = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
-    return ", ".join(names) or "none of them"
 
 
 def _told(selection: Selection) -> str:

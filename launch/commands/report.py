@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from data_pipeline.errors import InputError
+from launch.commands.arguments import command_app, examples
 
 if TYPE_CHECKING:
     from pretrain.evals.encoder import Encoder
     from pretrain.evals.result import EvalReport
 
 
-def report(paths: Sequence[Path], out: Path | None, baseline: str | None) -> None:
-    """Writes the page of a run into its folder, or a comparison of suites and reports into `out`.
+app = command_app()
 
-    Args:
-        out: None: the suite's folder, where it is one.
 
-    Raises:
-        InputError: what is given is neither, or the options do not belong to it.
-    """
+@app.command(
+    epilog=examples(
+        "pretrain report runs/mae_cifar10",
+        "pretrain report runs/cifar10 --baseline random",
+        "pretrain report runs/a/evals/knn-encoder-1f.json runs/b/evals/knn-encoder-3c.json --out runs/a_and_b",
+    )
+)
+def report(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="A run; or a suite's folder, or reports of pretrain eval.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where a comparison goes [the suite's folder].")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The encoder that others are compared with [the first].")
+    ] = None,
+) -> None:
+    """Writes report.html: a page about a run, or tables, figures and differences of several encoders."""
     runs = [path for path in paths if (path / "recipe.yaml").is_file()]
     if runs:
         if len(paths) > 1 or out is not None or baseline is not None:
@@ -46,7 +61,7 @@ def report(paths: Sequence[Path], out: Path | None, baseline: str | None) -> Non
 
 
 def load_judged(report: EvalReport) -> Encoder:
-    """The encoder of a report, by the arguments of its command."""
+    """Loads the encoder that a report is about, by the arguments of the command that wrote it."""
     from launch.commands.eval_options import EncoderOptions
 
     given = report.arguments

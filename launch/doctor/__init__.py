@@ -1,1 +1,1 @@
-"""`pretrain doctor`: what is wrong before anything is started, one subject per file. A check changes nothing."""
+"""`pretrain doctor` checks everything before anything is started, one subject per file. A check changes nothing."""

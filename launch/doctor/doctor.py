@@ -1,20 +1,23 @@
-"""`pretrain doctor`: what would go wrong, found before anything is started; the checks are in launch/checks."""
+"""`pretrain doctor` finds what would go wrong before anything is started."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import PretrainError
 from launch.doctor import machine, storage
-from launch.doctor.cluster import slurm
-from launch.doctor.finding import Finding, of_error
+from launch.slurm.checks import check_slurm
+from launch.slurm.finding import Finding, from_error
 
 if TYPE_CHECKING:
-    from launch.doctor.recipe import Free
+    from launch.doctor.recipe import CheckedRun, Free
     from launch.slurm.cluster import Cluster
+    from pretrain.plan import Footprint
+    from pretrain.preflight import Plan
     from pretrain.recipe.recipe import Recipe
 
 
@@ -25,8 +28,8 @@ def examine(
 
     Args:
         recipe_path: None: the machine alone is looked at.
-        cluster_path: of a cluster file; then ranks and memory are the cluster's, and GPUs are not looked for here.
-        num_ranks: on this machine, without a cluster file.
+        cluster_path: a cluster file; then ranks and memory are the cluster's, and GPUs are not looked for here.
+        num_ranks: processes on this machine, without a cluster file.
         out: the run's folder; None: `runs/<name of the recipe>`.
     """
     counts: Counter[str] = Counter()
@@ -40,7 +43,7 @@ def examine(
 def findings(
     recipe_path: Path | None, overrides: list[str], cluster_path: Path | None, num_ranks: int, out: Path | None
 ) -> Iterator[Finding]:
-    """Everything, the quick checks first; as of `examine`."""
+    """Yields what every check finds, the quick checks first; arguments as of `examine`."""
     recipe: Recipe | None = None
     cluster: Cluster | None = None
     try:
@@ -53,10 +56,10 @@ def findings(
 
             cluster = load_cluster(cluster_path)
     except PretrainError as raised:
-        yield of_error("recipe" if recipe_path is not None and recipe is None else "cluster", raised)
+        yield from_error("recipe" if recipe_path is not None and recipe is None else "cluster", raised)
     yield from machine.python()
     yield from machine.packages()
-    yield from slurm(cluster)
+    yield from check_slurm(cluster)
     out = out or Path("runs", *([recipe.name] if recipe is not None else []))
     yield from storage.writable(out)
     if cluster is not None:
@@ -65,54 +68,81 @@ def findings(
     yield from machine.cuda(device, num_ranks)
     if recipe is None:
         yield from machine.open_files()
-    else:
-        yield from of_recipe(recipe, cluster, num_ranks, out)
-
-
-def of_recipe(recipe: Recipe, cluster: Cluster | None, num_ranks: int, out: Path) -> Iterator[Finding]:
-    """Data, memory and disk that a recipe takes."""
-    from launch.doctor import recipe as checks
+        return
+    from launch.doctor.recipe import CheckedRun, Ranks
     from pretrain.plan import build_on_meta, footprint
+    from pretrain.preflight import preflight
 
-    local = num_ranks if cluster is None else cluster.ranks_per_node
-    ranks = checks.Ranks(num_ranks if cluster is None else cluster.nodes * local, local)
-    plan = None
-    remote = list(checks.reachable(recipe))
-    yield from remote
-    if not any(finding.level == "error" for finding in remote):
-        found = list(checks.data(recipe, ranks))
-        yield from found
-        if found[0].level == "ok":
-            plan, fitting = checks.fits(recipe, ranks, out, evals_apart=cluster is not None and cluster.evals_apart)
-            yield from fitting
-            if plan is not None and cluster is None:
-                yield from checks.workers(recipe, plan, ranks)
-    try:
-        needs = footprint(
-            build_on_meta(recipe.model, recipe.objective) if plan is None else plan.objective,
-            recipe.optim,
-            recipe.engine,
-            recipe.ema,
+    whole: Recipe = recipe
+    ranks = Ranks(num_ranks, num_ranks) if cluster is None else Ranks(cluster.world_size, cluster.ranks_per_node)
+
+    def count(plan: Plan | None) -> Footprint:
+        return footprint(
+            build_on_meta(whole.model, whole.objective) if plan is None else plan.objective,
+            whole.optim,
+            whole.engine,
+            whole.ema,
             world_size=ranks.total,
             probe_bytes=0 if plan is None else plan.probe_bytes,
         )
+
+    run = CheckedRun(
+        name=recipe.name,
+        data=recipe.data,
+        eval_paths=tuple(path for config in recipe.evals for path in config.datasets),
+        num_workers=recipe.runtime.num_workers,
+        keep_last=recipe.checkpoint.keep_last,
+        ranks=ranks,
+        preflight=partial(
+            preflight, recipe, ranks.total, out, ranks.local, evals_apart=cluster is not None and cluster.evals_apart
+        ),
+        footprint=count,
+    )
+    yield from run_findings(run, recipe.runtime.device, cluster, out)
+
+
+def run_findings(run: CheckedRun, device: str, cluster: Cluster | None, out: Path) -> Iterator[Finding]:
+    """Checks the data, memory and disk that a run takes.
+
+    Args:
+        device: the recipe's runtime.device.
+        cluster: None: the run is started on this machine.
+        out: the run's folder.
+    """
+    from launch.doctor import recipe as checks
+
+    plan = None
+    remote = list(checks.reachable(run.data, run.eval_paths))
+    yield from remote
+    if not any(finding.level == "error" for finding in remote):
+        found = list(checks.training_data(run.data, run.num_workers, run.ranks))
+        yield from found
+        if found[0].level == "ok":
+            plan, fitting = checks.fits(run.name, run.preflight)
+            yield from fitting
+            if plan is not None and cluster is None:
+                yield from checks.workers(run.num_workers, plan, run.ranks)
+    try:
+        needs = run.footprint(plan)
     except PretrainError as raised:
-        yield of_error("model", raised)
+        yield from_error("model", raised)
         return
-    yield from storage.disk_space(out, needs.checkpoint, recipe.checkpoint.keep_last)
-    yield from checks.memory(needs, ranks, _free(recipe, cluster))
+    yield from storage.disk_space(out, needs.checkpoint, run.keep_last)
+    yield from checks.memory(needs, run.ranks, _free_memory(device, cluster))
 
 
-def _free(recipe: Recipe, cluster: Cluster | None) -> Free:
-    """Of this machine, or of a node as the cluster file asks for it; a GPU is seen here alone, the fullest counts."""
+def _free_memory(device: str, cluster: Cluster | None) -> Free:
+    """Returns what is free on this machine, or on a node as the cluster file asks for it; GPUs are seen here alone, and
+    the fullest counts.
+    """
     import torch
 
     from launch.doctor.recipe import Free
 
     if cluster is not None:
-        on_gpu = recipe.runtime.device != "cpu" and bool(cluster.gpus_per_node)
+        on_gpu = device != "cpu" and bool(cluster.gpus_per_node)
         return Free(cluster.memory_gb * 1e9 if cluster.memory_gb else None, None, on_gpu)
-    on_gpu = recipe.runtime.device != "cpu" and torch.cuda.is_available()
+    on_gpu = device != "cpu" and torch.cuda.is_available()
     gpus = range(torch.cuda.device_count() if on_gpu else 0)
     free = [float(torch.cuda.mem_get_info(i)[0]) for i in gpus]
     return Free(float(machine.available_memory()), min(free, default=None), on_gpu)

@@ -1,4 +1,4 @@
-"""Python, packages, CUDA and the limits of this machine."""
+"""Checks of Python, packages, CUDA and the limits of this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from launch.doctor.finding import Finding, error, ok, warning
+from launch.slurm.finding import Finding, error, ok, warning
 
 _NAMED = ("deepspeed", "webdataset", "open_clip_torch", "timm", "submitit")  # in the line that says all is well
 
@@ -34,7 +34,7 @@ def python() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """Each against its range in pyproject.toml, as it was when pretrain was installed."""
+    """Compares each package with its range in pyproject.toml, as it was when pretrain was installed."""
     try:
         needed = [Requirement(line) for line in requires("pretrain") or []]
     except PackageNotFoundError:
@@ -58,11 +58,11 @@ def packages() -> Iterator[Finding]:
 
 
 def cuda(device: str, num_ranks: int) -> Iterator[Finding]:
-    """torch, and the GPUs for the ranks of this machine.
+    """Checks torch, and whether there are GPUs for the ranks of this machine.
 
     Args:
         device: the recipe's runtime.device; "cpu" of a recipe that needs none.
-        num_ranks: on this machine.
+        num_ranks: processes on this machine.
     """
     try:
         import torch
@@ -81,7 +81,7 @@ def cuda(device: str, num_ranks: int) -> Iterator[Finding]:
 
 
 def gpus(build: str | None, driver: str | None, num_gpus: int, device: str, num_ranks: int) -> Finding:
-    """Whether torch can use what is there.
+    """Checks whether torch can use the GPUs that are there.
 
     Args:
         build: CUDA that torch was built for; None: none.
@@ -110,7 +110,7 @@ def gpus(build: str | None, driver: str | None, num_gpus: int, device: str, num_
 
 
 def driver_cuda() -> str | None:
-    """The newest CUDA that the driver supports, such as "12.4"; None without driver or GPU."""
+    """Returns the newest CUDA that the driver supports, such as "12.4"; None: there is no driver or GPU."""
     try:
         said = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -120,7 +120,7 @@ def driver_cuda() -> str | None:
 
 
 def open_files(needed: int = 1024) -> Iterator[Finding]:
-    """The limit of a process; `needed` by a rank with its loader."""
+    """Compares the limit of a process with the number of files that a rank and its loader need."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         yield ok("open files", f"up to {'any number' if soft == resource.RLIM_INFINITY else soft} in a process")
@@ -130,7 +130,7 @@ def open_files(needed: int = 1024) -> Iterator[Finding]:
 
 
 def available_memory() -> int:
-    """Bytes of CPU memory that can still be had here, by the machine and by the limit of this process's cgroup."""
+    """Returns the bytes of CPU memory that are still available, on the machine and within this process's cgroup."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
     available = int(kilobytes) * 1024
@@ -144,7 +144,7 @@ def available_memory() -> int:
 
 
 def _cgroups() -> Iterator[Path]:
-    """That of this process and those around it (version 2)."""
+    """Yields the folder of this process's cgroup and those of the cgroups around it (version 2)."""
     root = Path("/sys/fs/cgroup")
     try:
         own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))

@@ -1,11 +1,11 @@
-"""A recipe against its data and this machine: shards, lanes, memory, /dev/shm."""
+"""Checks what a run takes against what is there: shards, lanes, memory, /dev/shm."""
 
 from __future__ import annotations
 
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from data_pipeline.errors import PretrainError
 from data_pipeline.remote.fetch import remote_url
 from data_pipeline.shards.manifest import Manifest, load_manifest
 from launch.doctor import machine
-from launch.doctor.finding import Finding, error, gigabytes, of_error, ok, warning
+from launch.slurm.finding import Finding, error, from_error, gigabytes, ok, warning
 from pretrain.plan import Footprint
-from pretrain.preflight import Plan, preflight
-from pretrain.recipe.recipe import Recipe
+from pretrain.preflight import Plan
+from pretrain.recipe.recipe import Data
 from pretrain.runtime.run_folder import sha256_of
 
 _PREFETCH = 3  # steps of a worker that lie in shared memory: two ready, one being made
@@ -29,19 +29,44 @@ _SHM = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many there are, and how many of them on one machine."""
+    """The number of ranks, and how many of them are on one machine."""
 
     total: int
     local: int
 
 
-def reachable(recipe: Recipe) -> Iterator[Finding]:
-    """Manifests behind URLs; nothing of a recipe that names none. One attempt each, where training makes several."""
-    train = recipe.data.train
+@dataclass(frozen=True)
+class CheckedRun:
+    """The parts of a run that the doctor checks.
+
+    Attributes:
+        name: of its recipe.
+        data: what it trains on.
+        eval_paths: data sets that its evaluations read.
+        num_workers: loader processes of a rank.
+        keep_last: checkpoints that are kept.
+        ranks: how many there are.
+        preflight: checks everything as training does before it starts.
+        footprint: counts what the run takes; None: not every check of the plan could be made.
+    """
+
+    name: str
+    data: Data
+    eval_paths: tuple[str, ...]
+    num_workers: int
+    keep_last: int
+    ranks: Ranks
+    preflight: Callable[[], Plan]
+    footprint: Callable[[Plan | None], Footprint]
+
+
+def reachable(data: Data, eval_paths: Iterable[str] = ()) -> Iterator[Finding]:
+    """Fetches manifests behind URLs, if there are any. One attempt each, where training makes several."""
+    train = data.train
     paths = [train] if isinstance(train, str) else [source.path for source in train]
-    paths += [recipe.data.val] if recipe.data.val else []
-    paths += [path for evaluation in recipe.evals for path in evaluation.datasets]
-    once = recipe.data.cache.model_copy(update={"retries": 0, "timeout_seconds": 10.0}).spec()
+    paths += [data.val] if data.val else []
+    paths += eval_paths
+    once = data.cache.model_copy(update={"retries": 0, "timeout_seconds": 10.0}).spec()
     for path in dict.fromkeys(paths):
         try:
             if not remote_url(path):
@@ -50,26 +75,30 @@ def reachable(recipe: Recipe) -> Iterator[Finding]:
             manifest = load_manifest(path, cache=once)
             manifest.index(0)
         except PretrainError as raised:
-            yield of_error("remote data", raised)
+            yield from_error("remote data", raised)
         else:
             yield ok("remote data", f"{path}: manifest and first index in {time.monotonic() - begun:.1f} s")
 
 
-def data(recipe: Recipe, ranks: Ranks) -> Iterator[Finding]:
-    """What is trained on: all files there at their sizes, some shards read whole, enough of them."""
+def training_data(data: Data, num_workers: int, ranks: Ranks) -> Iterator[Finding]:
+    """Checks what is trained on: that all files are there at their sizes, some shards are sound, and there are enough.
+
+    Args:
+        num_workers: loader processes of a rank.
+    """
     try:
-        dataset = open_training(recipe.data.train, recipe.data.cache.spec())
+        dataset = open_training(data.train, data.cache.spec())
     except PretrainError as raised:
-        yield of_error("data", raised)
+        yield from_error("data", raised)
         return
     num_shards = len(dataset.shard_sizes)
     yield ok("data", f"{dataset.num_samples:,} samples in {num_shards:,} shards or files")
     yield from hashes(_manifests(dataset))
-    yield from _lanes(recipe, num_shards, ranks)
+    yield from _lanes(data.lanes, num_workers, num_shards, ranks)
 
 
 def hashes(manifests: Sequence[Manifest]) -> Iterator[Finding]:
-    """A few shards of each local data set, drawn anew each time, against the manifest."""
+    """Compares a few shards of each local data set, drawn anew each time, with the manifest."""
     for manifest in manifests:
         drawn = random.sample(range(len(manifest.names)), min(_HASHED_SHARDS, len(manifest.names)))
         num_bytes = 0
@@ -85,7 +114,7 @@ def hashes(manifests: Sequence[Manifest]) -> Iterator[Finding]:
                 yield error("shards", f"{manifest.where(i)} cannot be read: {failed.strerror}", "Mend the storage.")
                 break
             except PretrainError as raised:
-                yield of_error("shards", raised)
+                yield from_error("shards", raised)
                 break
             if not sound:
                 fix = f"Copy it again; `pretrain data verify {manifest.root}` looks at all of them."
@@ -95,10 +124,9 @@ def hashes(manifests: Sequence[Manifest]) -> Iterator[Finding]:
             yield ok("shards", f"{manifest.root}: {len(drawn)} of {len(manifest.names)} read, as the manifest has them")
 
 
-def _lanes(recipe: Recipe, num_shards: int, ranks: Ranks) -> Iterator[Finding]:
-    lanes, workers = recipe.data.lanes, recipe.runtime.num_workers
-    readers = ranks.total * max(1, workers)
-    found = f"{lanes} lanes, {num_shards} shards for {ranks.total} ranks x {max(1, workers)} readers"
+def _lanes(lanes: int, num_workers: int, num_shards: int, ranks: Ranks) -> Iterator[Finding]:
+    readers = ranks.total * max(1, num_workers)
+    found = f"{lanes} lanes, {num_shards} shards for {ranks.total} ranks x {max(1, num_workers)} readers"
     if lanes < ranks.total:
         fix = f"Set data.lanes={ranks.total} before the first step (it is part of the order), or take fewer ranks."
         yield warning("lanes", f"{found}: ranks read the same lanes, each all of its shards", fix)
@@ -109,24 +137,24 @@ def _lanes(recipe: Recipe, num_shards: int, ranks: Ranks) -> Iterator[Finding]:
         yield ok("lanes", f"{found}{'' if num_shards >= readers else '; readers of a rank share shards'}")
 
 
-def fits(recipe: Recipe, ranks: Ranks, out: Path, *, evals_apart: bool = False) -> tuple[Plan | None, list[Finding]]:
-    """Whether recipe, data, ranks and folder go together, as training asks before it starts."""
+def fits(name: str, preflight: Callable[[], Plan]) -> tuple[Plan | None, list[Finding]]:
+    """Checks that recipe, data, ranks and folder go together, as of `CheckedRun`."""
     try:
-        plan = preflight(recipe, ranks.total, out, ranks.local, evals_apart=evals_apart)
+        plan = preflight()
     except PretrainError as raised:
-        return None, [of_error("recipe", raised)]
+        return None, [from_error("recipe", raised)]
     size = plan.resolved
     batch = f"batch {size.global_size} = {size.world_size} x {size.accumulation} x {size.micro_size}"
-    return plan, [ok("recipe", f"{recipe.name}: {batch}, {size.total_steps:,} steps")]
+    return plan, [ok("recipe", f"{name}: {batch}, {size.total_steps:,} steps")]
 
 
 @dataclass(frozen=True)
 class Free:
-    """Bytes; None: not known from here.
+    """The memory that is free, in bytes; None: it is not known from here.
 
     Attributes:
-        host: of CPU memory, for all ranks of a machine.
-        gpu: of a GPU.
+        host: CPU memory, for all ranks of a machine.
+        gpu: memory of a GPU.
         on_gpu: whether ranks compute on GPUs.
     """
 
@@ -136,7 +164,7 @@ class Free:
 
 
 def memory(needs: Footprint, ranks: Ranks, free: Free) -> Iterator[Finding]:
-    """Free memory against what is planned."""
+    """Compares the memory that is free with what is planned."""
     states = "weights, gradients, optimizer state; activations come on top"
     if free.on_gpu:
         found = f"{gigabytes(needs.device)} of a rank ({states})"
@@ -156,9 +184,9 @@ def _room(what: str, found: str, needed: float, free: float) -> Finding:
     return warning(what, found, fix) if needed > 0.7 * free else ok(what, found)
 
 
-def workers(recipe: Recipe, plan: Plan, ranks: Ranks) -> Iterator[Finding]:
-    """/dev/shm and open files against what loader processes hand over through them."""
-    num_workers, size, needs = recipe.runtime.num_workers, plan.resolved, plan.needs
+def workers(num_workers: int, plan: Plan, ranks: Ranks) -> Iterator[Finding]:
+    """Compares /dev/shm and open files with what loader processes hand over through them."""
+    size, needs = plan.resolved, plan.needs
     if not num_workers:
         yield from machine.open_files()
         return
@@ -176,7 +204,7 @@ def workers(recipe: Recipe, plan: Plan, ranks: Ranks) -> Iterator[Finding]:
 
 
 def _manifests(dataset: Dataset) -> list[Manifest]:
-    """Of the shards that lie on this machine."""
+    """Returns the manifests of the shards that lie on this machine."""
     sources = [source.dataset for source in dataset.sources] if isinstance(dataset, Mixture) else [dataset]
     shards = [beneath(source)[0] for source in sources]
     found = [each.manifest for each in shards if isinstance(each, ShardDataset)]

@@ -1,4 +1,4 @@
-"""Whether a run's folder can be written, locked and shared, and has room for its checkpoints."""
+"""Checks whether a run's folder can be written, locked and shared, and has room for its checkpoints."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.durable import durable_file
-from launch.doctor.finding import Finding, error, gigabytes, ok, warning
+from launch.slurm.finding import Finding, error, gigabytes, ok, warning
 from pretrain.runtime.run_folder import LOCK, is_claimed
 
 _OF_ONE_MACHINE = ("tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs")
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """Returns the folder, or the nearest one above it that exists."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def writable(out: Path) -> Iterator[Finding]:
-    """Files are written, flushed, renamed, read back and locked there; none of them stays."""
+    """Checks that files can be written, flushed, renamed, read back and locked; none of them stays."""
     place = existing(out)
     try:
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=place) as scratch:
@@ -49,7 +49,7 @@ def _written(scratch: Path) -> str:
 
 
 def _locked(scratch: Path) -> str:
-    """Whether another process sees a lock: two jobs in one folder would ruin the run."""
+    """Returns what is wrong with locks, by which a second job in the folder is refused; empty: nothing."""
     with (scratch / LOCK).open("ab") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,7 +63,7 @@ def _locked(scratch: Path) -> str:
 
 
 def shared(out: Path, num_nodes: int) -> Iterator[Finding]:
-    """Several nodes need one folder; the job itself finds out for certain, in its first minute."""
+    """Warns of storage that several nodes hardly share; the job itself finds out for certain, in its first minute."""
     kind = file_system(existing(out))
     if num_nodes > 1 and kind in _OF_ONE_MACHINE:
         fix = f"See that all {num_nodes} nodes see it, or choose a folder on shared storage with --out."
@@ -71,7 +71,7 @@ def shared(out: Path, num_nodes: int) -> Iterator[Finding]:
 
 
 def file_system(path: Path) -> str:
-    """Its kind, as mounted: that of the longest mount point above `path`."""
+    """Returns the kind of file system that a path is on: that of the longest mount point above it."""
     resolved, best, kind = path.resolve(), -1, ""
     for line in Path("/proc/self/mounts").read_text().splitlines():
         point, found = line.split()[1:3]
@@ -82,10 +82,11 @@ def file_system(path: Path) -> str:
 
 
 def disk_space(out: Path, checkpoint: int, keep_last: int) -> Iterator[Finding]:
-    """Room for the checkpoints that are kept and the one that is written before the oldest goes; no quota is seen.
+    """Compares free space with the checkpoints that are kept and the one that is written before the oldest goes. Quotas
+    are not seen.
 
     Args:
-        checkpoint: bytes of one.
+        checkpoint: bytes of a checkpoint.
     """
     taken = sum(file.stat().st_size for file in (out / "checkpoints").glob("*/*") if file.is_file())
     needed = max(0, (keep_last + 1) * checkpoint - taken)

@@ -1,1 +1,1 @@
-"""Runs as jobs of a cluster: submitting and canceling, what runs on each node, what becomes of it, status and logs."""
+"""Runs as jobs of a cluster: submitting and canceling, what runs on each node, how a job ends, status and logs."""

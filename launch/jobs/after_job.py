@@ -1,4 +1,4 @@
-"""`python -m launch.jobs.after_job RUN STATUS`: what becomes of a job whose ranks have ended; on its first node.
+"""`python -m launch.jobs.after_job RUN STATUS` decides, on a job's first node, what follows when its ranks have ended.
 
 The batch script calls it after srun, however that ended. A run, or a command, is done, or is queued again, or stops
 with a reason; then the exit status is not 0, so that jobs which wait for this one are not started.
@@ -13,26 +13,29 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from data_pipeline.errors import PretrainError, RunError
-from launch.jobs.eval_jobs import let_go
+from launch.jobs.eval_jobs import release
 from launch.jobs.folder import JobFolder
-from launch.jobs.job import FRUITLESS, Node, attempt_folder, stage_of
+from launch.jobs.node import MAX_ATTEMPTS_WITHOUT_CHECKPOINT, Node, attempt_folder
 from launch.slurm.cluster import Cluster, load_cluster
 from launch.slurm.commands import job_fields, slurm
 from pretrain.runtime.signals import HUNG, STOPPED
 
 T = TypeVar("T")
 
-_GO_ON = {("data", "label"), ("eval", "finetune")}  # commands that go on where they were stopped; others begin again
-_WORDS = {1: "the run failed", STOPPED: "asked to stop", HUNG: "no progress"}
+_RESUMABLE_COMMANDS = {
+    ("data", "label"),
+    ("eval", "finetune"),
+}  # commands that go on where they were stopped; others begin again
+_STATUS_TEXTS = {1: "the run failed", STOPPED: "asked to stop", HUNG: "no progress"}
 _PATIENCE_SECONDS = 60.0  # with a controller that is busy; after a time limit SLURM ends the wait itself
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt ended, over all nodes."""
+    """The way in which an attempt ended, over all nodes."""
 
     status: int
     why: str
@@ -40,20 +43,20 @@ class Ending:
 
 @dataclass(frozen=True)
 class Next:
-    """`event` is `done`, `requeue`, `stop` or `cancel`."""
+    """What follows an attempt: `event` is `done`, `requeue`, `stop` or `cancel`."""
 
     event: str
     why: str = ""
 
 
 def ending(reports: Mapping[str, Mapping[str, object]], joined: set[str], nodes: list[str], status: int) -> Ending:
-    """Of what the nodes reported; those that could not are named.
+    """Returns how an attempt ended, from what the nodes reported; nodes that could not report are named.
 
     Args:
-        reports: by node, what it left.
+        reports: what each node left, by its name.
         joined: nodes that were there at all.
-        nodes: of the job.
-        status: srun's.
+        nodes: all nodes of the job.
+        status: srun's exit status.
     """
     by_status = {int(str(report["status"])): (node, str(report["why"])) for node, report in sorted(reports.items())}
     if 2 in by_status:
@@ -61,7 +64,7 @@ def ending(reports: Mapping[str, Mapping[str, object]], joined: set[str], nodes:
         return Ending(2, why or f"wrong input, see the log ({node})")
     if HUNG in by_status:  # the others were waiting, and some may have been killed for it
         node, why = by_status[HUNG]
-        return Ending(HUNG, why or f"{_WORDS[HUNG]} ({node})")
+        return Ending(HUNG, why or f"{_STATUS_TEXTS[HUNG]} ({node})")
     absent = [node for node in nodes if node not in joined]
     if absent and status < 128:  # nobody ended them before they could be there
         return Ending(2, f"{', '.join(absent)} did not see the run's folder, or could not start Python")
@@ -74,7 +77,7 @@ def ending(reports: Mapping[str, Mapping[str, object]], joined: set[str], nodes:
     found = next(s for s in order if s in by_status and s != 0)
     node, why = by_status[found]
     killed = f"a rank was killed by signal {found - 128}" if found > 128 else f"exit status {found}"
-    return Ending(found, why or f"{_WORDS.get(found, killed)} ({node})")
+    return Ending(found, why or f"{_STATUS_TEXTS.get(found, killed)} ({node})")
 
 
 def decide(
@@ -82,82 +85,90 @@ def decide(
     *,
     restart: int,
     max_requeues: int,
-    cancelled: bool,
+    canceled: bool,
     queued: bool,
     step: int,
-    fruitless: int,
+    without_checkpoint: int,
     command: Sequence[str] = (),
 ) -> Next:
-    """What to do with a run, or a command, of which an attempt has ended.
+    """Decides what to do with a run, or a command, when an attempt has ended.
 
     Args:
-        end: of this attempt.
+        end: how this attempt ended.
         restart: how many times the job was queued again already.
-        max_requeues: of the cluster file.
-        cancelled: the user wants no more of it.
+        max_requeues: the limit in the cluster file.
+        canceled: the user wants no more of it.
         queued: SLURM has queued the job again already.
-        step: of the newest complete checkpoint.
-        fruitless: attempts of the job in a row, this one included, that left no newer one.
-        command: its words, where it is no run. It has no steps to get further by.
+        step: that of the newest complete checkpoint.
+        without_checkpoint: attempts of the job in a row, this one included, that left no newer checkpoint.
+        command: the words of a command that is no run, which has no steps to get further by.
     """
     if end.status == 0:
         return Next("done")
-    if cancelled:
-        return Next("cancel", "cancelled" if command else f"cancelled at step {step}")
+    if canceled:
+        return Next("cancel", "canceled" if command else f"canceled at step {step}")
     if queued:
         return Next("requeue", f"{end.why}, by SLURM")
-    if end.status == 2 and (restart == 0 or fruitless >= FRUITLESS):  # what began before is not wrong: a node may be
+    if end.status == 2 and (
+        restart == 0 or without_checkpoint >= MAX_ATTEMPTS_WITHOUT_CHECKPOINT
+    ):  # what began before is not wrong: a node may be
         return Next("stop", end.why)
     if restart >= max_requeues:
         return Next("stop", f"{end.why}; queued again {restart} times already, which is what max_requeues allows")
     if command:
-        if end.status == STOPPED and tuple(command[:2]) in _GO_ON:
+        if end.status == STOPPED and tuple(command[:2]) in _RESUMABLE_COMMANDS:
             return Next("requeue", end.why)
         return Next("stop", f"{end.why}: give it more time_minutes" if end.status == STOPPED else end.why)
-    if fruitless and end.status != 2:
+    if without_checkpoint and end.status != 2:
         fix = "see the log" if end.status != STOPPED else "give it more time_minutes, or save more often"
         return Next("stop", f"{end.why}, without a new checkpoint since step {step}: {fix}")
     return Next("requeue", end.why)
 
 
-def main(run: Path, status: int) -> int:
-    """Returns the exit status of the job."""
+def main(run: Path, status: int, when_done: Callable[[JobFolder], Next] = lambda folder: Next("done")) -> int:
+    """Decides what becomes of the job, does it, and returns the job's exit status.
+
+    Args:
+        run: the folder of the run, or of the command.
+        status: srun's exit status.
+        when_done: called where the attempt ended well: what else has to be done, and what comes of that.
+    """
     node, folder = Node.from_environment(), JobFolder(run)
     cluster: Cluster = load_cluster(folder.cluster)
     submitted = folder.submitted()
     start = next((e for e in reversed(folder.starts(node.job_id)) if e["restart"] == node.restart), None)
     nodes = start["nodes"] if start is not None else [node.name]
     left = attempt_folder(run, node.job_id, node.restart)
-    reports = {path.stem: json.loads(path.read_bytes()) for path in left.glob("*.json") if path.stem != "meeting"}
+    reports = {path.stem: json.loads(path.read_bytes()) for path in left.glob("*.json")}
     for report in reports.values():
         if report["status"] == HUNG:
-            report["why"] = _hang(folder, since=start["at"] if start is not None else 0)
+            report["why"] = _found_by_watchdog(folder, since=start["at"] if start is not None else 0)
     joined = {path.stem for path in left.glob("*.joined")}
     end = ending(reports, joined, nodes, status)
     step = folder.newest_step()
     attempt = start["attempt"] if start is not None else 0
     folder.note("end", attempt=attempt, status=end.status, why=end.why, step=step)
-    fields = _patiently(lambda: job_fields(node.job_id) or {}) or {} if "SLURM_JOB_ID" in os.environ else {}
+    fields = _ask_patiently(lambda: job_fields(node.job_id) or {}) or {} if "SLURM_JOB_ID" in os.environ else {}
     then = decide(
         end,
         restart=node.restart,
         max_requeues=cluster.max_requeues,
-        cancelled=folder.cancelled.exists() or is_cancelled(fields, node.restart),
+        canceled=folder.canceled.exists() or is_canceled(fields, node.restart),
         queued=is_queued(fields, node.restart),
         step=step,
-        fruitless=folder.fruitless(node.job_id),
+        without_checkpoint=folder.attempts_without_checkpoint(node.job_id),
         command=submitted.get("words") or (),
     )
-    if then.event == "done" and submitted.get("chain") is not None:
-        then = _kept(submitted["chain"])
+    if then.event == "done":
+        then = when_done(folder)
     if then.event == "requeue" and "SLURM_JOB_ID" not in os.environ:
         then = Next("stop", f"{then.why}; submitted again, it goes on")
     folder.note(then.event, attempt=attempt, why=then.why)
     print(f"{then.event}: {then.why}" if then.why else then.event, flush=True)
     if then.event != "requeue" and submitted.get("held"):
-        let_go(Path(submitted["held"]))
+        release(Path(submitted["held"]))
     if then.event == "requeue" and not is_queued(fields, node.restart):
-        if _patiently(lambda: _requeue(node)) is None:
+        if _ask_patiently(lambda: _requeue(node)) is None:
             folder.note("stop", attempt=attempt, why="SLURM did not queue it again, see the log")
             return 1
         time.sleep(60)  # until the batch script is ended with it: nothing may come after
@@ -173,8 +184,8 @@ def _requeue(node: Node) -> bool:
     return True
 
 
-def _patiently(ask: Callable[[], T]) -> T | None:
-    """What SLURM answers, asked again while it fails; None: it did not for all this time."""
+def _ask_patiently(ask: Callable[[], T]) -> T | None:
+    """Returns SLURM's answer, asking again while that fails; None: there was none in all this time."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
@@ -186,36 +197,31 @@ def _patiently(ask: Callable[[], T]) -> T | None:
             time.sleep(5)
 
 
-def _kept(what: Mapping[str, str]) -> Next:
-    """A stage of a chain is done once that is written down."""
-    try:
-        chain, stage = stage_of(what)
-        chain.keep(stage)
-    except (PretrainError, OSError) as error:
-        return Next("stop", f"it ended well, which could not be written down: {error}")
-    return Next("done")
-
-
-def _hang(folder: JobFolder, since: float) -> str:
-    """What a rank's watchdog found in this attempt; empty where it could not write it down."""
+def _found_by_watchdog(folder: JobFolder, since: float) -> str:
+    """Returns what a rank's watchdog found in this attempt; empty: it could not write that down."""
     found = [json.loads(path.read_bytes()) for path in sorted(folder.path.glob("hang-*.json"))]
     return next((str(one["found"][0]["line"]) for one in found if one["at"] >= since), "")
 
 
 def is_queued(fields: Mapping[str, str], restart: int) -> bool:
-    """Whether SLURM has queued the job again by itself: preempted, a node lost, or `scontrol requeue`."""
+    """Returns whether SLURM has queued the job again by itself: preempted, a node lost, or `scontrol requeue`."""
     return int(fields.get("Restarts", 0)) > restart
 
 
-def is_cancelled(fields: Mapping[str, str], restart: int) -> bool:
-    """Whether SLURM ends the job for another reason than its time limit: somebody's scancel."""
+def is_canceled(fields: Mapping[str, str], restart: int) -> bool:
+    """Returns whether SLURM ends the job for another reason than its time limit: somebody's scancel."""
     ending = fields.get("JobState") in ("COMPLETING", "CANCELLED")
     return ending and fields.get("Reason") != "TimeLimit" and not is_queued(fields, restart)
 
 
-if __name__ == "__main__":
+def run_program(when_done: Callable[[JobFolder], Next] = lambda folder: Next("done")) -> NoReturn:
+    """Runs `main` with the arguments of this process, and ends the process with the job's exit status."""
     try:
-        sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+        sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), when_done))
     except PretrainError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+
+
+if __name__ == "__main__":
+    run_program()

@@ -1,4 +1,4 @@
-"""`pretrain cancel`: what was submitted saves and stops, and is not queued again."""
+"""`pretrain cancel` has jobs save and stop, so that they are not queued again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cancel(folder: Path, now: bool) -> None:
     """Asks running jobs to save and stop; those that wait are taken out of the queue.
 
     Args:
-        folder: of a run, or of a chain: all of its jobs, those that wait for others first.
+        folder: that of a run, or of a chain: all of its jobs, those that wait for others first.
         now: do not save first.
 
     Raises:
@@ -40,7 +40,7 @@ def cancel(folder: Path, now: bool) -> None:
 
 
 def _state(job: JobFolder) -> str | None:
-    """SLURM's word for what the job is doing; "RUNNING" of a local one; None: SLURM does not know it."""
+    """Returns SLURM's word for the state of a job, "RUNNING" for a local one; None: SLURM does not know it."""
     submitted = job.submitted()
     if submitted["executor"] == "local":
         return "RUNNING"
@@ -57,7 +57,7 @@ def _cancel(job: JobFolder, now: bool, state: str | None) -> None:
             found=f"job {job_id}, {(state or 'unknown').lower()}",
             fix=f"See `pretrain status {job.run}`.",
         )
-    job.cancelled.touch()
+    job.canceled.touch()
     if executor == "local":
         print(f"process {job_id} is ended" if now else f"process {job_id} is asked to save and stop")
         _signal_local(int(job_id), now)
@@ -67,7 +67,7 @@ def _cancel(job: JobFolder, now: bool, state: str | None) -> None:
     else:
         slurm("scancel", job_id)
         job.note("cancel", why="before it ran" if state in WAITING else "at once")
-        print(f"job {job_id} is cancelled")
+        print(f"job {job_id} is canceled")
 
 
 def _signal_local(pid: int, now: bool) -> None:

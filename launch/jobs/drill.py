@@ -1,4 +1,4 @@
-"""`pretrain drill`: whether a run survives on this cluster, with this storage, shown before the quota is spent."""
+"""`pretrain drill` shows whether a run survives on this cluster, with this storage, before the quota is spent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launch.jobs.cancel import cancel
 from launch.jobs.folder import JobFolder
 from launch.jobs.record import ENDINGS
 from launch.jobs.submit import submit
-from launch.slurm.commands import AT_WORK, WAITING, hurry, job_fields, slurm
+from launch.slurm.commands import AT_WORK, WAITING, job_fields, shorten_requeue_delay, slurm
 from pretrain.recipe.files import load_recipe
 
 _POLL_SECONDS = 0.5
@@ -33,10 +33,10 @@ def drill(
     """Runs the recipe twice for `steps` steps, disturbs the second run twice, and compares every loss.
 
     A third on the way it is warned as before a time limit, two thirds on all its processes are killed. Both runs log
-    each step and save every few; nothing else that counts is another than in the recipe.
+    each step and save every few; all else that counts is as in the recipe.
 
     Raises:
-        InputError: of what is wrong with recipe, data or cluster; nothing was started. Or `out` holds an earlier drill.
+        InputError: recipe, data or cluster are wrong, or `out` holds an earlier drill; nothing was started.
         RunError: the second run ended otherwise than the first; what differs is in the message.
     """
     name = load_recipe(recipe_path, overrides).name
@@ -79,9 +79,11 @@ def _has_begun(run: Path, attempts: int) -> bool:
 
 
 def _is_due(run: Path, step: int) -> bool:
-    """Far enough, and with a checkpoint of this attempt: without one it would rightly not be queued again."""
+    """Returns whether a run may be disturbed: it has come to the step, and this attempt has saved a checkpoint, without
+    which it would rightly not be queued again.
+    """
     folder = JobFolder(run)
-    return _step(run) >= step and not folder.fruitless(str(folder.submitted()["job_id"]))
+    return _step(run) >= step and not folder.attempts_without_checkpoint(str(folder.submitted()["job_id"]))
 
 
 def _warn(run: Path) -> None:
@@ -97,8 +99,8 @@ def _kill(run: Path) -> None:
 
 
 def _wait(run: Path, condition: Callable[[], bool]) -> None:
-    """Raises RunError where the run, or its job, is over and the condition will never be met."""
-    folder, told, state, asked, alive = JobFolder(run), "", "", -_ASK_SECONDS, time.monotonic()
+    """Waits for a condition; raises RunError where the run, or its job, is over and it will never be met."""
+    folder, printed, state, asked, alive = JobFolder(run), "", "", -_ASK_SECONDS, time.monotonic()
     while not condition():
         if _is_over(run) and not condition():
             event = folder.events()[-1]
@@ -108,7 +110,7 @@ def _wait(run: Path, condition: Callable[[], bool]) -> None:
             )  # fmt: skip
         if time.monotonic() - asked >= _ASK_SECONDS:
             fields, asked = job_fields(str(folder.submitted()["job_id"])) or {}, time.monotonic()
-            hurry(fields)
+            shorten_requeue_delay(fields)
             state = fields.get("JobState", "unknown")
             alive = asked if state in (*WAITING, *AT_WORK) else alive
             if asked - alive > _OVER_SECONDS:
@@ -116,9 +118,9 @@ def _wait(run: Path, condition: Callable[[], bool]) -> None:
                     where=str(run), expected="its job in SLURM's queue", found=f"job {state.lower()}",
                     fix=f"See `pretrain logs {run}`; see that the cluster queues jobs again (JobRequeue).",
                 )  # fmt: skip
-        if (line := f"{run.name}: {state.lower()}, step {_step(run)}") != told:
+        if (line := f"{run.name}: {state.lower()}, step {_step(run)}") != printed:
             print(line, flush=True)
-            told = line
+            printed = line
         time.sleep(_POLL_SECONDS)
 
 

@@ -1,4 +1,4 @@
-"""`evals` of a recipe as small jobs of their own (`evals_apart` of the cluster file): training never waits for them.
+"""A recipe's `evals` as small jobs of their own (`evals_apart` of the cluster file): training never waits for them.
 
 The first node's agent looks for new checkpoints and has those judged that are due. The job's checkpoint is held by hard
 links in `RUN/held_<entry>`, so that the run may remove its own; the report stands where training would have put it.
@@ -13,17 +13,16 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_pipeline.datasets.mixture import open_training
 from data_pipeline.errors import RunError
 from launch.jobs.folder import JobFolder
 from launch.slurm.cluster import Cluster
 from launch.slurm.commands import AT_WORK, WAITING, job_states
-from pretrain.recipe.recipe import Recipe
-from pretrain.recipe.resolve import resolve
+from pretrain.evals.config import ProtocolConfig
+from pretrain.recipe.resolve import Resolved
 from pretrain.runtime.run_folder import COMPLETE, complete_checkpoints, eval_name, folder_name, step_of
 
 _LOOK_SECONDS = 1.0  # a run keeps as few as one checkpoint, and a small one saves every few seconds
@@ -31,27 +30,31 @@ _SUBMIT_SECONDS = 120.0
 _TRIES, _PAUSE_SECONDS = 3, 20.0  # where SLURM does not take a job: its controller may be busy
 
 
-def apart(recipe: Recipe, cluster: Cluster) -> bool:
-    """Whether evaluations are jobs; SLURM alone has a queue for them."""
-    return cluster.evals_apart and bool(recipe.evals) and "SLURM_JOB_ID" in os.environ
+def are_separate(evals: Sequence[ProtocolConfig], cluster: Cluster) -> bool:
+    """Returns whether a recipe's `evals` are jobs of their own; SLURM alone has a queue for them."""
+    return cluster.evals_apart and bool(evals) and "SLURM_JOB_ID" in os.environ
 
 
 class EvalJobs:
-    """Queues a job for each evaluation that is due."""
+    """Queues a job for each evaluation that is due.
 
-    def __init__(self, run: Path, recipe: Recipe, cluster: Cluster) -> None:
-        data = recipe.data
-        plan = resolve(recipe, cluster.world_size, open_training(data.train, data.cache.spec()).num_samples)
+    Args:
+        run: the run's folder.
+        evals: the recipe's.
+        plan: the run's number of steps, and of steps in an epoch.
+    """
+
+    def __init__(self, run: Path, evals: Sequence[ProtocolConfig], plan: Resolved) -> None:
         self._run, self._total = run, plan.total_steps
-        self._every = [max(1, round(config.every_epochs * plan.steps_per_epoch)) for config in recipe.evals]
-        self._names = [eval_name(index, config.kind) for index, config in enumerate(recipe.evals)]
+        self._every = [max(1, round(config.every_epochs * plan.steps_per_epoch)) for config in evals]
+        self._names = [eval_name(index, config.kind) for index, config in enumerate(evals)]
         self._tries: Counter[tuple[int, int]] = Counter()
         self._rests_until = 0.0  # after a try that failed
         self._lock = threading.Lock()
 
     @contextmanager
     def while_training(self) -> Iterator[None]:
-        """Looks every few seconds for as long as the block runs."""
+        """Looks for new checkpoints every few seconds for as long as the block runs."""
         over = threading.Event()
 
         def keep_looking() -> None:
@@ -65,8 +68,9 @@ class EvalJobs:
             over.set()
 
     def due(self) -> list[tuple[int, int]]:
-        """Index of an entry, and step of the newest checkpoint: the first in a period of its `every_epochs`, or the
-        last of all. A period whose turn comes while the entry's last job still waits in the queue is passed over.
+        """Returns the index of each entry that is due, and the step of the newest checkpoint: the checkpoint is the
+        first in a period of its `every_epochs`, or the last of all. A period whose turn comes while the entry's last
+        job still waits in the queue is passed over.
         """
         checkpoints = complete_checkpoints(self._run / "checkpoints")
         if not checkpoints:
@@ -83,7 +87,7 @@ class EvalJobs:
         return found
 
     def look(self) -> bool:
-        """Queues what is due; after a pause again where that fails. It is told, and training does not end of it.
+        """Queues what is due, after a pause again where that fails. Failures are printed, and training goes on.
 
         Returns whether all went well.
         """
@@ -91,29 +95,29 @@ class EvalJobs:
             if time.monotonic() < (before := self._rests_until):
                 return False
             due: list[tuple[int, int]] = []
-            with self._telling():
+            with self._printing_errors():
                 due = [one for one in self.due() if self._tries[one] < _TRIES]
             for index, step in due:  # all at once: to queue one takes seconds
-                with self._telling():
+                with self._printing_errors():
                     hold(self._run, self._names[index], step)
             for index, step in due:
                 self._tries[index, step] += 1
-                with self._telling():
+                with self._printing_errors():
                     self._queue(index, step)
             if due:
-                with self._telling():
-                    _let_go_of_what_is_over(self._run)
+                with self._printing_errors():
+                    _release_finished(self._run)
             return self._rests_until == before
 
     def finish(self) -> None:
-        """Looks a last time; as often as it may where that fails, as nobody looks later."""
+        """Looks a last time, and again as often as may be where that fails, as nobody looks later."""
         for _ in range(_TRIES):
             time.sleep(max(0.0, self._rests_until - time.monotonic()))
             if self.look():
                 return
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _printing_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -121,9 +125,9 @@ class EvalJobs:
             self._rests_until = time.monotonic() + _PAUSE_SECONDS
 
     def _queue(self, index: int, step: int) -> None:
-        """Raises RunError where it was not queued."""
+        """Queues an evaluation; raises RunError where that fails."""
         command = [sys.executable, "-m", "launch.jobs.eval_submit", str(self._run), str(index), str(step)]
-        # Of a session of its own: a signal to all processes of this job is not for it.
+        # In a session of its own: a signal to all processes of this job is not for it.
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SUBMIT_SECONDS, start_new_session=True)
         print((done.stdout + done.stderr).strip(), flush=True)
         if done.returncode:
@@ -131,7 +135,7 @@ class EvalJobs:
 
 
 def hold(run: Path, entry: str, step: int) -> Path:
-    """The same files under another name: no bytes are copied, and none are lost when the first name goes.
+    """Gives a checkpoint's files a second name: no bytes are copied, and none are lost when the first name goes.
 
     Args:
         run: the run's folder.
@@ -139,7 +143,7 @@ def hold(run: Path, entry: str, step: int) -> Path:
         step: of the checkpoint.
 
     Raises:
-        RunError: it is gone already, or files cannot have two names there.
+        RunError: the checkpoint is gone already, or files cannot have two names there.
     """
     checkpoint = run / "checkpoints" / folder_name(step)
     held = run / f"held_{entry}" / folder_name(step)
@@ -160,22 +164,22 @@ def hold(run: Path, entry: str, step: int) -> Path:
     return held
 
 
-def let_go(held: Path) -> None:
-    """Removes what was held."""
+def release(held: Path) -> None:
+    """Removes the second names that `hold` gave."""
     shutil.rmtree(held, ignore_errors=True)
 
 
 def _queued(run: Path, pattern: str) -> list[Path]:
-    """Folders of jobs that SLURM has taken."""
+    """Returns the folders of jobs that SLURM has taken."""
     found = list(run.glob(f"evals/{pattern}.job"))
     return [path for path in found if (path / "job/submitted.json").is_file() and JobFolder(path).submitted()["job_id"]]
 
 
-def _let_go_of_what_is_over(run: Path) -> None:
-    """Also of what jobs hold that could not say how they ended."""
+def _release_finished(run: Path) -> None:
+    """Releases what finished jobs held, also those that could not say how they ended."""
     for held in run.glob("held_*/step_*"):
         entry = held.parent.name.removeprefix("held_")
         ids = [str(JobFolder(path).submitted()["job_id"]) for path in _queued(run, f"{entry}_{held.name}")]
         states = job_states(ids)
         if states is not None and not any(state in (*WAITING, *AT_WORK) for state in states.values()):
-            let_go(held)
+            release(held)

@@ -6,16 +6,16 @@ import sys
 from pathlib import Path
 
 from data_pipeline.errors import PretrainError
-from launch.jobs.eval_jobs import hold, let_go
+from launch.jobs.eval_jobs import hold, release
 from launch.jobs.folder import JobFolder
-from launch.jobs.submit import queue
+from launch.jobs.submission import PlannedJob, queue_jobs
 from launch.slurm.cluster import load_cluster
 from pretrain.recipe.files import load_recipe
 from pretrain.runtime.run_folder import eval_name, folder_name
 
 
 def queue_evaluation(run: Path, index: int, step: int) -> None:
-    """Holds a checkpoint and queues the job that judges it."""
+    """Holds a checkpoint and queues the job that judges it, with the code of the run's own job."""
     job = JobFolder(run)
     recipe, cluster = load_recipe(job.recipe), load_cluster(job.cluster)
     config = recipe.evals[index]
@@ -24,13 +24,12 @@ def queue_evaluation(run: Path, index: int, step: int) -> None:
     held = hold(run, entry, step)
     words = ["eval", config.kind, str(held), *config.words(), f"--out={run / 'evals' / name}.json"]
     folder, code = run / "evals" / f"{name}.job", Path(job.submitted()["code"])
-    what = {"words": words, "held": str(held)}
+    planned = PlannedJob(folder, f"{recipe.name}-{name}", cluster.one_rank(), {"words": words, "held": str(held)})
     try:
-        job_id = queue(folder, f"{recipe.name}-{name}", cluster.one_rank(), code, what)
-    except PretrainError:
-        let_go(held)
+        queue_jobs([planned], code, tell=lambda _, job_id: print(f"{name}: job {job_id}"))
+    except BaseException:
+        release(held)
         raise
-    print(f"{name}: job {job_id}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is kept of a run's jobs, in `RUN/job`: what was submitted, and what became of each attempt. Imports no torch."""
+"""The record of a run's jobs in `RUN/job`: what was submitted, and how each attempt ended. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain.runtime.run_folder import newest_checkpoint, step_of
 
 @dataclass(frozen=True)
 class JobFolder:
-    """Of the run in `run`."""
+    """The folder `job` of a run."""
 
     run: Path
 
@@ -38,12 +38,12 @@ class JobFolder:
         return self.path / "slurm"
 
     @property
-    def cancelled(self) -> Path:
-        """Stands there where the user wants no more of the run."""
+    def canceled(self) -> Path:
+        """The file that is there when the user wants no more of the run. Jobs of earlier code look for that name."""
         return self.path / "cancelled"
 
     def submitted(self) -> Mapping[str, Any]:
-        """What `pretrain submit` wrote last.
+        """Returns what was written by the last submission.
 
         Raises:
             InputError: nothing was submitted from here.
@@ -64,22 +64,22 @@ class JobFolder:
         append_line(self.path / "attempts.jsonl", {"event": event, "at": time.time(), **values}, durable=True)
 
     def events(self) -> list[dict[str, Any]]:
-        """All lines of `attempts.jsonl`; one that a kill cut short is passed over."""
+        """Returns all lines of `attempts.jsonl`; one that a kill cut short is passed over."""
         return read_lines(self.path / "attempts.jsonl")
 
     def num_attempts(self) -> int:
         return sum(event["event"] == "start" for event in self.events())
 
     def starts(self, job_id: str) -> list[dict[str, Any]]:
-        """Of a job's attempts: those of an earlier submission do not speak of this one."""
+        """Returns the starts of a job's attempts; those of an earlier submission do not count."""
         return [event for event in self.events() if event["event"] == "start" and event.get("job_id") == job_id]
 
-    def fruitless(self, job_id: str) -> int:
-        """How many of a job's last attempts began with the newest checkpoint that there is now."""
+    def attempts_without_checkpoint(self, job_id: str) -> int:
+        """Returns how many of a job's last attempts began with the newest checkpoint that there is now."""
         step = self.newest_step()
         return len(list(takewhile(lambda start: start["step"] >= step, reversed(self.starts(job_id)))))
 
     def newest_step(self) -> int:
-        """Of the newest complete checkpoint; 0: there is none."""
+        """Returns the step of the newest complete checkpoint; 0: there is none."""
         newest = newest_checkpoint(self.run)
         return step_of(newest) if newest is not None else 0

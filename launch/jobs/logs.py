@@ -1,4 +1,4 @@
-"""`pretrain logs RUN`: what the run's newest job wrote, also while it writes, also after it was started again.
+"""`pretrain logs RUN` prints what the run's newest job wrote, also while it writes and after it was requeued.
 
 A job has a pair of files for each node, `job/slurm/ID_NODE_log.out` and `.err`: rank 0's lines are plain, those of
 the others begin with `[rank N] `. A run that was never submitted has `log-rank0.txt`.
@@ -17,13 +17,13 @@ from typing import TextIO
 
 from data_pipeline.errors import InputError
 from launch.jobs.record import load_job
-from launch.jobs.run_state import OVER, state_of
+from launch.jobs.run_state import OVER, find_state
 from launch.slurm.commands import job_states
 from pretrain.runtime.run_folder import is_run
 
 _LONGEST_TAIL = 1 << 20  # bytes that are looked at for the last lines of a file
 _POLL_SECONDS, _ASK_SECONDS = 0.5, 15.0  # between looks at the files, and at SLURM
-_OF_RANK = re.compile(r"\[rank (\d+)\] ")
+_RANK_PREFIX = re.compile(r"\[rank (\d+)\] ")
 
 
 def show_logs(
@@ -65,7 +65,7 @@ def refuse_no_run(folder: Path) -> None:
 
 
 def log_files(run: Path) -> list[Path]:
-    """All that the newest submission's job wrote, by node; of a run that was never submitted, what rank 0 said."""
+    """Returns the files that the newest submission's job wrote, by node; rank 0's, where nothing was submitted."""
     job = load_job(run)
     if job is None:
         return [path for path in [run / "log-rank0.txt"] if path.is_file()]
@@ -74,7 +74,7 @@ def log_files(run: Path) -> list[Path]:
 
 
 def shown_files(run: Path, rank: int | None) -> list[Path]:
-    """Those that hold the lines of `rank`; of every node for ranks other than 0, as any may hold them."""
+    """Returns the files that hold the lines of `rank`; for ranks other than 0 those of every node may."""
     files = log_files(run)
     if rank:
         return [path for path in files if path.name != "log-rank0.txt"]
@@ -82,7 +82,7 @@ def shown_files(run: Path, rank: int | None) -> list[Path]:
 
 
 def last_lines(path: Path, max_bytes: int) -> list[str]:
-    """The lines among a file's last bytes, but for one that is cut; none of a file that is not there."""
+    """Returns the whole lines among a file's last bytes; none where there is no such file."""
     try:
         at, data = _read(path, None, max_bytes)
     except OSError:
@@ -91,7 +91,9 @@ def last_lines(path: Path, max_bytes: int) -> list[str]:
 
 
 def _read(path: Path, at: int | None, limit: int | None) -> tuple[int, bytes]:
-    """A file from a position on, or from 0 where it was begun anew since; None: no more than its last bytes."""
+    """Reads a file from position `at`, or from 0 where it was written anew since; None: its last `limit` bytes. Returns
+    where the bytes begin, and the bytes.
+    """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         if at is None:
@@ -135,12 +137,12 @@ class _Printer:
     def _wanted(self, line: str) -> bool:
         if self.rank is None:
             return True
-        match = _OF_RANK.match(line)
+        match = _RANK_PREFIX.match(line)
         return (int(match[1]) if match else 0) == self.rank
 
 
 class _Over:
-    """Whether nothing more will come; the folder is asked each time, SLURM now and then."""
+    """Knows whether nothing more will come; it looks at the folder each time, and asks SLURM now and then."""
 
     def __init__(self, run: Path, now: Callable[[], float] = time.monotonic) -> None:
         self._run, self._now = run, now
@@ -151,11 +153,11 @@ class _Over:
         job = load_job(self._run)
         if job is not None and job.job_id is not None and self._now() - self._asked_at >= _ASK_SECONDS:
             self._queue, self._asked_at = None if job.is_local else job_states([job.job_id]), self._now()
-        return state_of(self._run, job, self._queue) in OVER
+        return find_state(self._run, job, self._queue) in OVER
 
 
 def _node(path: Path) -> int:
-    """From `ID_NODE_log.out`; a job's own script writes to node 0's."""
+    """Returns the node's number from `ID_NODE_log.out`; a job's own script writes to that of node 0."""
     parts = path.name.split("_")
     return int(parts[-2]) if len(parts) > 2 and parts[-2].isdecimal() else 0
 
@@ -170,6 +172,6 @@ def _no_log(run: Path, rank: int | None) -> InputError:
     elif log_files(run):
         found, fix = "none of its lines", "Leave --rank out to see all that the first node wrote."
     else:
-        state = state_of(run, job, job_states([job.job_id]) if job.job_id is not None and not job.is_local else None)
+        state = find_state(run, job, job_states([job.job_id]) if job.job_id is not None and not job.is_local else None)
         found, fix = f"none yet; job {job.job_id} is {state}", "Wait for it with --follow."
     return InputError(where=str(run), expected=what, found=found, fix=fix)

@@ -1,4 +1,4 @@
-"""What a run's folder tells of the jobs that it was submitted as; a run that was never submitted has none."""
+"""The jobs that a run was submitted as, read from its folder; a run that was never submitted has none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from launch.jobs.folder import JobFolder
 
-# Events after which nobody starts it again, and the state that it is in then.
+# Events after which nobody starts a run again, and the state that it is in then; as SLURM spells them.
 ENDINGS: Mapping[str, Literal["done", "stopped", "cancelled"]] = {
     "done": "done",
     "stop": "stopped",
@@ -33,7 +33,7 @@ class JobRecord:
 
     @property
     def job_id(self) -> str | None:
-        """None: SLURM has not taken it yet."""
+        """The job's number; None: SLURM has not taken the job yet."""
         job_id: str | None = self.submitted["job_id"]
         return job_id
 
@@ -44,7 +44,7 @@ class JobRecord:
     @property
     def current(self) -> tuple[Mapping[str, Any], ...]:
         """The events of the latest submission. Clocks of two machines may differ, so its job's first start goes
-        before the time; a job that was cancelled before it started has only that.
+        before the time; a job that was canceled before it started has only that.
         """
         own = [i for i, e in enumerate(self.events) if e["event"] == "start" and e["job_id"] == self.job_id]
         if own:
@@ -57,19 +57,19 @@ class JobRecord:
 
     @property
     def ending(self) -> Mapping[str, Any] | None:
-        """The event that ended it for good; None: there was none, whatever became of its job."""
+        """The event that ended the run for good; None: there was none, however its job ended."""
         return next((event for event in self.current if event["event"] in ENDINGS), None)
 
     @property
     def requeues(self) -> int:
-        """Starts that no submission asked for: also those that SLURM saw to by itself, which are no events."""
+        """The number of starts that no submission asked for, those included that SLURM made without an event."""
         started = [event["job_id"] for event in self.events if event["event"] == "start"]
         return len(started) - len(set(started))
 
 
 def load_job(run: Path) -> JobRecord | None:
-    """None where the run was never submitted."""
+    """Reads the record of a run's jobs; None: the run was never submitted."""
     folder = JobFolder(run)
     if not (folder.path / "submitted.json").is_file():
         return None
-    return JobRecord(folder.submitted(), tuple(folder.events()), folder.cancelled.exists())
+    return JobRecord(folder.submitted(), tuple(folder.events()), folder.canceled.exists())

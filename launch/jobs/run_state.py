@@ -1,4 +1,4 @@
-"""What state a run is in: from its folder's record, its lock, and what SLURM says of its job."""
+"""The state of a run: from its folder's record, its lock, and what SLURM says about its job."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Planned(NamedTuple):
 
 
 def planned(run: Path) -> Planned:
-    """What resolved.yaml says; None where the run has not come to write it. To parse YAML would take longer than
-    everything else that is asked of a run.
+    """Reads what resolved.yaml says; None: the run has not written it yet. Parsing the YAML would take longer than
+    everything else that is looked up about a run.
     """
     try:
         resolved = (run / "resolved.yaml").read_text().partition("\nresolved:\n")[2]
@@ -36,15 +36,15 @@ def planned(run: Path) -> Planned:
     return Planned(**{key: int(match[1]) if match else None for key, match in found.items()})
 
 
-def state_of(run: Path, job: JobRecord | None, queue: Mapping[str, str] | None) -> State:
-    """The state of a run.
+def find_state(run: Path, job: JobRecord | None, queue: Mapping[str, str] | None) -> State:
+    """Returns the state of a run.
 
     Args:
         job: None: it was never submitted; then whoever trains has the folder locked.
         queue: SLURM's states by job id; None: it does not answer, and "unknown" may be all that is left to say.
     """
     if job is None:
-        return "running" if is_claimed(run) else _left_at(run)
+        return "running" if is_claimed(run) else _idle_state(run)
     if job.ending is not None:
         return ENDINGS[job.ending["event"]]
     if is_claimed(run):
@@ -52,7 +52,7 @@ def state_of(run: Path, job: JobRecord | None, queue: Mapping[str, str] | None) 
     if job.job_id is None:
         return "pending" if time.time() - job.submitted["submitted_at"] < _QUEUEING_SECONDS else "failed"
     if job.is_local:
-        return _of_process(run, job, job.job_id)
+        return _process_state(run, job, job.job_id)
     if queue is None:
         return "unknown"
     state = queue.get(job.job_id, "")
@@ -62,28 +62,28 @@ def state_of(run: Path, job: JobRecord | None, queue: Mapping[str, str] | None) 
         return "requeued" if job.started else "pending"
     if state in AT_WORK:
         return "running"
-    return "cancelled" if state == "CANCELLED" else _vanished(run, job)
+    return "cancelled" if state == "CANCELLED" else _vanished_state(run, job)
 
 
-def _of_process(run: Path, job: JobRecord, job_id: str) -> State:
-    """Of a job whose id is that of a process here."""
+def _process_state(run: Path, job: JobRecord, job_id: str) -> State:
+    """Returns the state of a run whose job is a process here, with the job's number."""
     try:
         os.kill(int(job_id), 0)
     except PermissionError:
         pass
     except (OSError, ValueError):
-        return _vanished(run, job)
+        return _vanished_state(run, job)
     last = job.current[-1]["event"] if job.current else ""
     return "requeued" if last == "requeue" else "running" if job.started else "pending"
 
 
-def _vanished(run: Path, job: JobRecord) -> State:
-    """Of a job that ended, or is not known any more, without a word of its own."""
-    return "cancelled" if job.unwanted else "done" if _left_at(run) == "done" else "failed"
+def _vanished_state(run: Path, job: JobRecord) -> State:
+    """Returns the state of a run whose job ended, or is not known any more, and left no event of that."""
+    return "cancelled" if job.unwanted else "done" if _idle_state(run) == "done" else "failed"
 
 
-def _left_at(run: Path) -> State:
-    """Of a run that nobody is at work in."""
+def _idle_state(run: Path) -> State:
+    """Returns the state of a run that no process is at work in."""
     newest, total_steps = newest_checkpoint(run), planned(run).total_steps
     reached = step_of(newest) if newest is not None else 0
     return "done" if total_steps is not None and reached >= total_steps else "stopped"

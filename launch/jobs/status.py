@@ -1,4 +1,4 @@
-"""`pretrain status [RUN...]`: a table of runs, a row each. Loads no torch, and of big files reads the end alone."""
+"""`pretrain status [RUN...]` prints a table of runs. Loads no torch, and reads only the end of big files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from launch.jobs.logs import last_lines, log_files, refuse_no_run
 from launch.jobs.record import JobRecord, load_job
-from launch.jobs.run_state import OVER, State, planned, state_of
+from launch.jobs.run_state import OVER, State, find_state, planned
 from launch.slurm.commands import job_states
 from pretrain.runtime.run_folder import COMPLETE, is_run, newest_checkpoint, step_of
 
@@ -23,7 +23,7 @@ _ERROR = re.compile(r"\b(?:error:|\w*Error\b|\w*Exception\b|killed by|Killed\b|o
 
 @dataclass(frozen=True)
 class Status:
-    """One run; None where it is not known.
+    """The status of a run; None: a value is not known.
 
     Attributes:
         step: the latest logged, which may be ahead of the checkpoint.
@@ -50,19 +50,19 @@ def show_status(folders: Sequence[Path], *, as_json: bool = False) -> None:
     """Prints the table of these runs, and of the runs inside these folders; as a JSON list for machines.
 
     Raises:
-        InputError: a folder that is no run and holds none.
+        InputError: a folder is no run and holds none.
     """
     runs = list(dict.fromkeys(run for folder in folders for run in find_runs(folder)))
     jobs = {run: load_job(run) for run in runs}
     queue = job_states(
         job.job_id for job in jobs.values() if job is not None and job.job_id is not None and not job.is_local
     )
-    found = [status_of(run, job, queue) for run, job in jobs.items()]
+    found = [run_status(run, job, queue) for run, job in jobs.items()]
     print(json.dumps([asdict(status) for status in found], indent=1) if as_json else "\n".join(table(found)))
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """`folder` if it is a run, else the runs in it, and in the chains in it, by name.
+    """Returns `folder` if it is a run, else the runs in it, and in the chains in it, by name.
 
     Raises:
         InputError: there are none.
@@ -74,16 +74,16 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def _runs_in(folder: Path, depth: int) -> list[Path]:
-    """Inside a run there are none, whatever lies there."""
+    """Returns the runs in a folder; inside a run there are none, whatever lies there."""
     if is_run(folder):
         return [folder]
     inside = sorted(path for path in folder.glob("*/")) if depth else []
     return [run for path in inside for run in _runs_in(path, depth - 1)]
 
 
-def status_of(run: Path, job: JobRecord | None, queue: dict[str, str] | None) -> Status:
-    """Of one run; `queue` as `job_states` gives it."""
-    state, plan, (step, rate) = state_of(run, job, queue), planned(run), _last_logged(run)
+def run_status(run: Path, job: JobRecord | None, queue: dict[str, str] | None) -> Status:
+    """Returns the status of one run; `queue` as `job_states` gives it."""
+    state, plan, (step, rate) = find_state(run, job, queue), planned(run), _last_logged(run)
     newest = newest_checkpoint(run)
     eta = None
     if state in _LEFT_TO_DO and rate and plan.total_steps and plan.global_size:
@@ -104,7 +104,7 @@ def status_of(run: Path, job: JobRecord | None, queue: dict[str, str] | None) ->
 
 
 def productive_share(run: Path, state: State) -> float | None:
-    """Share of the run's wall time that trained, up to now unless it is over; None where nothing was booked."""
+    """Returns the share of the run's wall time that trained, up to now unless it is over; None: nothing was booked."""
     from pretrain.monitoring.goodput import read_goodput
 
     booked = read_goodput(run, now=None if state in OVER else time.time())
@@ -112,7 +112,7 @@ def productive_share(run: Path, state: State) -> float | None:
 
 
 def table(rows: Sequence[Status]) -> Iterator[str]:
-    """Aligned lines under a head; what is long, the error, stands last."""
+    """Yields aligned lines under a head; the error, which is long, stands last."""
     head = ("run", "state", "step", "samples/s", "goodput", "left", "checkpoint", "requeues", "last error")
     cells = [head, *(_cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -140,7 +140,7 @@ def _or_dash(value: float | None, form: str = "") -> str:
 
 
 def _ago(seconds: float | None) -> str:
-    """In the two largest units."""
+    """Returns a duration in its two largest units."""
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
@@ -159,7 +159,7 @@ def _age(path: Path) -> float | None:
 
 
 def _last_logged(run: Path) -> tuple[int | None, float | None]:
-    """The last step in metrics.jsonl, and the samples per second of the last line that has them."""
+    """Returns the last step in metrics.jsonl, and the samples per second of the last line that has them."""
     step: int | None = None
     for line in reversed(last_lines(run / "metrics.jsonl", _TAIL)):
         try:

@@ -1,6 +1,6 @@
 """N ranks on this machine, started and stopped together, however one of them or the launcher ends.
 
-They are all of a run, or those of one node of a job (`Place`).
+They are all ranks of a run, or those of one node of a job (`Place`).
 """
 
 from __future__ import annotations
@@ -13,29 +13,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from types import FrameType
 
 from data_pipeline.errors import RunError
+from launch.ranks.child import STOP_SIGNALS, handled_by, start_child
 from pretrain.runtime.signals import STOPPED
-
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ASKING = (signal.SIGUSR1, signal.SIGUSR2)  # a rank answers: it saves, and goes on or stops
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A rank is no more; a negative status is the signal that killed it."""
+    """A rank has ended; a negative status is the signal that killed it."""
 
     rank: int
     status: int
 
 
 @dataclass(frozen=True)
-class Asked:
+class SignalReceived:
     """The launcher was sent a signal; `signum` is what the ranks are sent for it."""
 
     signum: int
@@ -44,11 +41,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Place:
-    """Where this machine's ranks stand among all.
+    """The place of this machine's ranks among all.
 
     Attributes:
-        first_rank: of this machine.
-        world_size: ranks of all machines; None: this machine has all.
+        first_rank: number of this machine's first rank.
+        world_size: number of ranks on all machines; None: this machine has all.
         master: address and port at which rank 0 listens; None: a free port of this machine.
         environment: further variables for each rank.
     """
@@ -59,7 +56,7 @@ class Place:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-Events = SimpleQueue[Ended | Asked]  # of the queues, the one that a signal handler may put into
+Events = SimpleQueue[Ended | SignalReceived]  # of the queues, the one that a signal handler may put into
 
 
 def launch(
@@ -98,7 +95,7 @@ def launch(
     ranks: list[subprocess.Popen[str]] = []
     printers: list[threading.Thread] = []
     sent_as = passed_on or {}
-    with handled_by(lambda signum, frame: events.put(Asked(sent_as.get(signum, signum), signum))):
+    with handled_by(lambda signum, frame: events.put(SignalReceived(sent_as.get(signum, signum), signum))):
         try:
             for rank in range(num_ranks):
                 process = _start(rank, place.first_rank + rank, environment, module, arguments)
@@ -123,7 +120,7 @@ def _supervise(
 ) -> int:
     running = set(range(len(ranks)))
     failed: Ended | None = None
-    asked: Asked | None = None
+    asked: SignalReceived | None = None
     deadline: float | None = None
     to_stop = overdue = False
     while running:
@@ -134,8 +131,8 @@ def _supervise(
             for rank in running:
                 _kill(ranks[rank])
             continue
-        if isinstance(event, Asked):
-            stopping = event.signum in STOPPING
+        if isinstance(event, SignalReceived):
+            stopping = event.signum in STOP_SIGNALS
             to_stop = to_stop or event.signum == signal.SIGUSR2
             for rank in running:
                 _kill(ranks[rank]) if asked and stopping else ranks[rank].send_signal(event.signum)
@@ -161,7 +158,7 @@ def _supervise(
 
 
 def _verdict(failed: Ended, first_rank: int) -> int:
-    """The exit status to pass on; a rank that a signal killed could not say so itself."""
+    """Returns the exit status to pass on, and names a rank that a signal killed, which could not say so itself."""
     if failed.status < 0:
         name, rank = signal.Signals(-failed.status).name, first_rank + failed.rank
         print(f"error: rank {rank} was killed by {name}; the others were stopped", file=sys.stderr)
@@ -170,8 +167,8 @@ def _verdict(failed: Ended, first_rank: int) -> int:
 
 
 def free_port() -> int:
-    """Of this machine, at this moment. Below those that the kernel gives to whoever asks for any: rank 0 listens on it
-    seconds later.
+    """Returns a port of this machine that is free at this moment. It lies below those that the kernel gives to whoever
+    asks for any, as rank 0 listens on it seconds later.
     """
     for port in random.SystemRandom().sample(range(28_000, 32_768), 64):  # never the seeded numbers of a run
         with socket.socket() as probe, suppress(OSError):
@@ -180,15 +177,15 @@ def free_port() -> int:
     raise RunError("ports 28000 to 32767", "one that is free", "none of 64 that were tried")
 
 
-def threads_of(num_processes: int) -> int:
-    """Of each of so many that share the cores of this machine."""
+def threads_per_process(num_processes: int) -> int:
+    """Returns the number of threads of each of so many processes that share the cores of this machine."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores // num_processes)
 
 
 def _environment(num_ranks: int, threads: int | None, place: Place) -> dict[str, str]:
     address, port = place.master or ("127.0.0.1", free_port())
-    default_threads = os.environ.get("OMP_NUM_THREADS", str(threads_of(num_ranks)))
+    default_threads = os.environ.get("OMP_NUM_THREADS", str(threads_per_process(num_ranks)))
     return {
         **os.environ,
         "WORLD_SIZE": str(place.world_size or num_ranks),
@@ -204,17 +201,8 @@ def _environment(num_ranks: int, threads: int | None, place: Place) -> dict[str,
 def _start(
     local_rank: int, rank: int, environment: dict[str, str], module: str, arguments: Sequence[str]
 ) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.ranks.rank", str(os.getpid()), module, *arguments],
-        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE if local_rank else None,
-        stderr=subprocess.STDOUT if local_rank else None,
-        text=True,
-        errors="replace",
-        # Ctrl-C then reaches a rank once, through us, and a rank's own children can be killed with it.
-        process_group=0,
-    )
+    own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+    return start_child(module, arguments, environment=own, stdin=subprocess.DEVNULL, piped=local_rank > 0)
 
 
 def _thread(target: object, *arguments: object) -> threading.Thread:
@@ -238,19 +226,6 @@ def _print_lines(rank: int, process: subprocess.Popen[str]) -> None:
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """The rank and what it started."""
+    """Kills a rank and what it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-@contextmanager
-def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Signals that stop or ask go to the handler, except those that this process was told to ignore (nohup)."""
-    before = {s: signal.getsignal(s) for s in (*STOPPING, *ASKING) if signal.getsignal(s) is not signal.SIG_IGN}
-    for signum in before:
-        signal.signal(signum, handler)
-    try:
-        yield
-    finally:
-        for signum, previous in before.items():
-            signal.signal(signum, previous)

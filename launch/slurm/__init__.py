@@ -1,1 +1,1 @@
-"""SLURM's commands, and the typed description of a cluster."""
+"""SLURM's commands, the typed description of a cluster, and checks of one against the other."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from data_pipeline.errors import RecipeError
 from pretrain.recipe.base import Group
-from pretrain.recipe.files import as_tuples, read_tree
-from pretrain.recipe.problems import explain
+from pretrain.recipe.typed import load_typed
 
 # Parameters of sbatch that have a key of their own here, or that this project decides.
 _OWN = {
@@ -22,7 +20,7 @@ _DECIDED |= {"parsable", "quiet", "wait", "test-only"}  # submitit reads what sb
 
 
 class Cluster(Group):
-    """What is asked of SLURM for a run. One task a node is started there, which starts the node's ranks.
+    """What SLURM is to give a run. One task a node is started there, which starts the node's ranks.
 
     `sbatch` holds further parameters by their long names (`constraint: h100`); true is a flag without a value.
     """
@@ -74,11 +72,11 @@ class Cluster(Group):
 
     @property
     def gpus(self) -> str | int | None:
-        """Of a node, in sbatch's words."""
+        """The GPUs of a node as sbatch takes them; None: there are none."""
         return f"{self.gpu_type}:{self.gpus_per_node}" if self.gpu_type else self.gpus_per_node or None
 
     def one_rank(self) -> Cluster:
-        """For what one process does: a rank's share of a node, which others may have the rest of."""
+        """Returns what a single process needs: a rank's share of a node, of which others may have the rest."""
         memory = self.memory_gb / self.ranks_per_node if self.memory_gb else None
         asked = {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": min(1, self.gpus_per_node), "memory_gb": memory}
         further = {key: value for key, value in self.sbatch.items() if key != "exclusive"}
@@ -91,11 +89,4 @@ def load_cluster(path: Path) -> Cluster:
     Raises:
         RecipeError: with every problem found, each naming its path, what was expected and what was found.
     """
-    tree, problems = read_tree(path)
-    try:
-        cluster = Cluster.model_validate(as_tuples(tree), strict=True)
-    except ValidationError as error:
-        raise RecipeError(str(path), problems + explain(error, tree, Cluster)) from None
-    if problems:
-        raise RecipeError(str(path), problems)
-    return cluster
+    return load_typed(path, Cluster)

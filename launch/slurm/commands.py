@@ -14,7 +14,7 @@ from pretrain.runtime.signals import LEAD_SECONDS
 
 _SECONDS = 30
 # What variables begin with that another job must not inherit; sbatch's defaults (`SBATCH_ACCOUNT`) are the user's.
-_OF_A_JOB = (
+_JOB_VARIABLES = (
     "SLURM_",
     "SUBMITIT_",
     "SBATCH_CPU_BIND",
@@ -23,7 +23,7 @@ _OF_A_JOB = (
     "PRETRAIN_STARTED",
     LEAD_SECONDS,
 )
-_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")  # where it is, and a key to it
+_CLUSTER_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")  # where it is, and a key to it
 
 # Words of squeue and sacct for what a job is doing; any other word is how it ended.
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
@@ -31,11 +31,16 @@ AT_WORK = ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPP
 
 
 def slurm(*words: str, seconds: float = _SECONDS, given: str | None = None) -> str:
-    """Output of a command, which reads `given`.
+    """Runs a command of SLURM's and returns its output.
+
+    Args:
+        words: the command and its arguments.
+        seconds: that it may take.
+        given: what it reads from stdin.
 
     Raises:
         InputError: there is no such command here.
-        RunError: it failed, or does not answer.
+        RunError: the command failed, or did not answer in time.
     """
     try:
         done = subprocess.run(words, input=given, capture_output=True, text=True, timeout=seconds, env=outside())
@@ -53,15 +58,15 @@ def slurm(*words: str, seconds: float = _SECONDS, given: str | None = None) -> s
 
 
 def outside() -> dict[str, str]:
-    """The environment without what a job around it says, as in `salloc` or a job's agent: sbatch would take its memory,
-    its number of CPUs and their binding for what the new job asks.
+    """Returns the environment without the variables of a job around this process, as in `salloc` or a job's agent:
+    sbatch would take its memory, its number of CPUs and their binding for those of the new job.
     """
-    return {k: v for k, v in os.environ.items() if k in _OF_THE_CLUSTER or not k.startswith(_OF_A_JOB)}
+    return {k: v for k, v in os.environ.items() if k in _CLUSTER_VARIABLES or not k.startswith(_JOB_VARIABLES)}
 
 
 @contextmanager
 def from_outside() -> Iterator[None]:
-    """Within, this process has that environment: submitit has no other way to be told."""
+    """Gives this process that environment for a block: submitit has no other way to be told."""
     before = dict(os.environ)
     for name in before.keys() - outside().keys():
         del os.environ[name]
@@ -71,15 +76,15 @@ def from_outside() -> Iterator[None]:
         os.environ.update(before)
 
 
-def fields_of(text: str) -> dict[str, str]:
-    """`Key=Value` words of what scontrol says with -o."""
+def parse_fields(text: str) -> dict[str, str]:
+    """Returns the `Key=Value` words of a line that scontrol prints with -o."""
     return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
 
 def job_fields(job_id: str) -> Mapping[str, str] | None:
-    """What is known of a job; None: SLURM has forgotten it, or never knew it."""
+    """Returns what SLURM knows about a job; None: it has forgotten the job, or never knew it."""
     try:
-        return fields_of(slurm("scontrol", "show", "job", "-o", job_id))
+        return parse_fields(slurm("scontrol", "show", "job", "-o", job_id))
     except RunError as error:
         if "Invalid job id" in error.found:
             return None
@@ -87,7 +92,7 @@ def job_fields(job_id: str) -> Mapping[str, str] | None:
 
 
 def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
-    """SLURM's word for the state of each job, as far as it still knows it; None where it does not answer."""
+    """Returns SLURM's word for the state of each job that it still knows; None: SLURM does not answer."""
     ids = sorted(set(job_ids))
     if not ids:
         return {}
@@ -106,14 +111,14 @@ def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
 
 
 def _by_id(text: str, separator: str) -> dict[str, str]:
-    """The first word of the state: sacct says `CANCELLED by 1000`."""
+    """Returns the first word of each job's state: sacct says `CANCELLED by 1000`."""
     pairs = (line.strip().partition(separator) for line in text.splitlines())
     return {job_id: state.split()[0] for job_id, _, state in pairs if state.split()}
 
 
 def kill_wait_seconds() -> float:
-    """Between the signal at which a job that has to end may end by itself, and SIGKILL to all of it; where SLURM does
-    not say, its default.
+    """Returns the seconds between the signal at which a job may end by itself and SIGKILL to all of it; SLURM's default
+    where it does not say.
     """
     match = None
     with suppress(PretrainError):
@@ -121,7 +126,7 @@ def kill_wait_seconds() -> float:
     return float(match[1]) if match else 30.0
 
 
-def hurry(fields: Mapping[str, str]) -> None:
+def shorten_requeue_delay(fields: Mapping[str, str]) -> None:
     """Lets a job that was queued again start in seconds, where SLURM makes it wait for two minutes.
 
     Not at once: nodes have just revoked its credential, and one of the same second would count as that one.
@@ -132,15 +137,17 @@ def hurry(fields: Mapping[str, str]) -> None:
 
 
 def partitions() -> dict[str, dict[str, str]]:
-    """What is known of each partition, by name."""
+    """Returns what SLURM knows about each partition, by name."""
     found = [
-        fields_of(line) for line in slurm("scontrol", "--all", "show", "partition", "-o").splitlines() if line.strip()
+        parse_fields(line)
+        for line in slurm("scontrol", "--all", "show", "partition", "-o").splitlines()
+        if line.strip()
     ]
     return {fields["PartitionName"]: fields for fields in found if "PartitionName" in fields}
 
 
-def minutes_of(limit: str) -> float | None:
-    """A time limit as SLURM writes it (`1-00:30:00`, `30:00`); None: there is none."""
+def parse_minutes(limit: str) -> float | None:
+    """Returns the minutes of a time limit as SLURM writes it (`1-00:30:00`, `30:00`); None: there is no limit."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
     if match is None:
         return None

@@ -1,1 +1,1 @@
-"""Suites: encoders x data sets x protocols, answered on this machine or as jobs."""
+"""Suites evaluate encoders x data sets x protocols, on this machine or as jobs."""

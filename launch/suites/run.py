@@ -1,4 +1,4 @@
-"""`pretrain eval suite FILE`: what is missing of a suite, on this machine or as jobs of a cluster.
+"""`pretrain eval suite FILE` makes the results that a suite lacks, on this machine or as jobs of a cluster.
 
 Each result is made by a process of its own: one that is killed for want of memory, or whose device fails, takes no
 other with it, and several devices work side by side. It costs some seconds of imports for each.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,8 @@ from queue import SimpleQueue
 
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError
-from launch.ranks.launcher import threads_of
+from launch.ranks.child import start_child
+from launch.ranks.launcher import threads_per_process
 from launch.suites.jobs import Cell, Commands, Questions, cells_of
 from pretrain.evals.suite import KEPT, Suite, dump_suite, load_suite
 
@@ -40,7 +40,7 @@ def run_suite(
     """Runs what is missing, as many at a time as there are devices. Returns 0 when all of it is there, else 1.
 
     Args:
-        path: of the suite's file.
+        path: the suite's file.
         out: its folder; None: `runs/<name>`.
         commands: those of `pretrain eval`.
         dry_run: says what would be run, and starts nothing.
@@ -48,9 +48,9 @@ def run_suite(
         run: how a cell is run; None: in a process of its own.
 
     Raises:
-        InputError: of whatever is wrong with the suite or its data, or a job is to answer it; nothing was started.
+        InputError: the suite or its data are wrong, or a job is at work on a result; nothing was started.
     """
-    from launch.jobs.submit import refuse_running
+    from launch.jobs.submission import refuse_running
 
     suite, out, cells, questions = _opened(path, out, commands)
     left = [cell for cell in cells if not questions.answered(cell)]
@@ -76,47 +76,38 @@ def submit_suite(
     """Queues a job for each result that is missing, on one rank's share of the cluster file.
 
     Args:
-        out: on storage that all nodes see.
+        path: the suite's file.
+        cluster_path: the cluster file.
+        out: the suite's folder, on storage that all nodes see; None: `runs/<name>`.
         commands: those of `pretrain eval`.
         dry_run: prints the batch scripts; writes and starts nothing.
 
     Raises:
-        InputError: of whatever is wrong; nothing was started.
-        RunError: SLURM refused. Whatever stops it takes back those already queued.
+        InputError: something is wrong; nothing was started.
+        RunError: SLURM refused a job; no job is left in its queue.
     """
-    from launch.jobs.submit import check_folder, check_slurm, copy_code, digest_of_code, queue, refuse_running, script
+    from launch.jobs.submission import PlannedJob, submit_jobs
     from launch.slurm.cluster import load_cluster
-    from launch.slurm.commands import slurm
 
     suite, out, cells, questions = _opened(path, out, commands, whole=True)
     cluster = load_cluster(cluster_path).one_rank()
-    check_slurm(cluster, cluster_path, dry_run)
     left = [cell for cell in cells if not questions.answered(cell)]
     print(f"{suite.name}: {len(cells) - len(left)} of {len(cells)} results are there: {out}")
-    code = out / KEPT / "code" / digest_of_code()
-    if dry_run:
-        for cell in left:
-            print(script(_job(out, cell), _job_name(suite, cell), cluster, code))
-        return
-    check_folder(out)
-    for cell in left:
-        refuse_running(_job(out, cell))
-    copy_code(code)
-    _begin(suite, out, left, questions)
-    jobs: list[str] = []
-    try:
-        for cell in left:
-            jobs.append(queue(_job(out, cell), _job_name(suite, cell), cluster, code, {"words": list(cell.words)}))
-            print(f"{cell.name}: job {jobs[-1]}: {_job(out, cell)}")
-    except BaseException:  # such as a full disk, or Ctrl-C
-        if jobs:
-            slurm("scancel", *jobs)  # all or nothing
-        raise
-    print(f"once they have ended: pretrain report {shlex.quote(str(out))}; the same command queues what failed")
+    jobs = [PlannedJob(_job(out, cell), _job_name(suite, cell), cluster, {"words": list(cell.words)}) for cell in left]
+
+    def tell(job: PlannedJob, job_id: str) -> None:
+        print(f"{left[jobs.index(job)].name}: job {job_id}: {job.folder}")
+
+    submit_jobs(
+        jobs, cluster_path, out, code_in=out / KEPT, dry_run=dry_run, tell=tell,
+        prepare=lambda: _begin(suite, out, left, questions),
+    )  # fmt: skip
+    if not dry_run:
+        print(f"once they have ended: pretrain report {shlex.quote(str(out))}; the same command queues what failed")
 
 
 def cuda_devices() -> list[str]:
-    """By their numbers, those that this process may use."""
+    """Returns the numbers of the CUDA devices that this process may use."""
     import torch
 
     count = torch.cuda.device_count()
@@ -127,7 +118,7 @@ def cuda_devices() -> list[str]:
 def _opened(
     path: Path, out: Path | None, commands: Commands, whole: bool = False
 ) -> tuple[Suite, Path, list[Cell], Questions]:
-    """With every command read by its parser, and every encoder and data set looked for."""
+    """Opens a suite: every command is read by its parser, every encoder and data set looked for."""
     from pretrain.evals.sources.load import check_source
 
     suite = load_suite(path)
@@ -144,14 +135,14 @@ def _opened(
 
 
 def _begin(suite: Suite, out: Path, left: list[Cell], questions: Questions) -> None:
-    """All at once, so that no answer to an older question is left to be compared with a newer one."""
+    """Makes room for all results at once, so that no older result is left to be compared with a newer one."""
     for cell in left:
         questions.begin(cell)
     write_text(out / KEPT / "suite.yaml", dump_suite(suite))
 
 
 def _run_all(left: list[Cell], devices: Sequence[str | None], questions: Questions, run: RunCell) -> dict[str, str]:
-    """Returns why, by the name of each cell that failed."""
+    """Runs results on devices; returns the reason for each that failed, by its name."""
     free: SimpleQueue[str | None] = SimpleQueue()
     for device in devices:
         free.put(device)
@@ -196,13 +187,19 @@ def _run_all(left: list[Cell], devices: Sequence[str | None], questions: Questio
 
 
 def _in_a_process(cell: Cell, device: str | None, say: Say, *, num_processes: int = 1) -> int:
-    """`pretrain WORDS`, which ends with this process, heard line by line; one of so many that share the cores."""
-    command = [sys.executable, "-u", "-m", "launch.ranks.rank", str(os.getpid()), "launch.cli", *cell.words]
-    threads = {"OMP_NUM_THREADS": str(threads_of(num_processes))}
-    environment = {**threads, **os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
+    """Runs a result's command in a process of its own and passes its lines to `say`. Returns its exit status.
+
+    Args:
+        num_processes: that share the cores of this machine.
+    """
+    environment = {
+        "OMP_NUM_THREADS": str(threads_per_process(num_processes)),
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        **({"CUDA_VISIBLE_DEVICES": device} if device is not None else {}),
+    }
+    # Of the terminal's process group: Ctrl-C ends all results that are at work.
+    with start_child("launch.cli", cell.words, environment=environment, piped=True, own_group=False) as process:
         assert process.stdout is not None
         for line in process.stdout:
             say(line.rstrip())

@@ -12,13 +12,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from data_pipeline.errors import RecipeError
 from pretrain.recipe.base import Group
-from pretrain.recipe.files import as_tuples, read_tree
-from pretrain.recipe.problems import explain
 from pretrain.recipe.strict_yaml import write_yaml
+from pretrain.recipe.typed import load_typed
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 KEPT, FEATURES = "suite", "features"  # folders of a suite beside those of its encoders
@@ -107,14 +105,7 @@ def load_suite(path: Path) -> Suite:
     Raises:
         RecipeError: with every problem found, each naming its path.
     """
-    tree, problems = read_tree(path)
-    try:
-        suite = Suite.model_validate(as_tuples(tree), strict=True)
-    except ValidationError as error:
-        raise RecipeError(str(path), problems + explain(error, tree, Suite)) from None
-    if problems:
-        raise RecipeError(str(path), problems)
-    return suite
+    return load_typed(path, Suite)
 
 
 def dump_suite(suite: Suite) -> str:

@@ -6,13 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from data_pipeline.errors import RecipeError
-from pretrain.recipe.problems import explain
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import Resolved, identity
 from pretrain.recipe.strict_yaml import StrictYamlError, read_yaml, write_yaml
+from pretrain.recipe.typed import read_tree, validate_tree
 
 MAX_PARENTS = 8
 
@@ -45,13 +43,7 @@ def recipe_of(
     problems = problems or []
     for override in overrides or []:
         problems += _apply(tree, override)
-    try:
-        recipe = Recipe.model_validate(as_tuples(tree), strict=True)
-    except ValidationError as error:
-        raise RecipeError(where, problems + explain(error, tree)) from None
-    if problems:
-        raise RecipeError(where, problems)
-    return recipe
+    return validate_tree(tree, Recipe, where=where, problems=problems)
 
 
 def dump(recipe: Recipe) -> str:
@@ -86,20 +78,6 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, An
         raise RecipeError(str(path), [f"extends: expected the path of one parent, found {parent!r}."])
     base, base_problems = _read_with_parents(path.parent / parent, (*seen, file))
     return _merge(base, tree), base_problems + problems
-
-
-def read_tree(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The map in a YAML file, and what is wrong with its keys; raises RecipeError where there is no map."""
-    try:
-        tree, problems = read_yaml(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        found = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
-        raise RecipeError(str(path), [f"expected a recipe in YAML, found: {found}."]) from None
-    except StrictYamlError as error:
-        raise RecipeError(str(path), [f"{error}."]) from None
-    if not isinstance(tree, dict):
-        raise RecipeError(str(path), [f"expected a map of groups, found {type(tree).__name__}."])
-    return tree, problems
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -138,10 +116,3 @@ def _apply(tree: dict[str, Any], override: str) -> list[str]:
             node[key] = {}
         node = node[key]
     return [f"--set {override}: {problem}" for problem in problems]
-
-
-def as_tuples(value: Any) -> Any:
-    """Lists as tuples: pydantic's strict mode, which keeps "true" from becoming 1.0, wants them so."""
-    if isinstance(value, dict):
-        return {key: as_tuples(inner) for key, inner in value.items()}
-    return tuple(as_tuples(inner) for inner in value) if isinstance(value, list) else value

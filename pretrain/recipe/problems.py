@@ -9,7 +9,6 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.strict_yaml import write_inline
 
 _EXPECTED = {
@@ -36,7 +35,7 @@ _EXPECTED = {
 }
 
 
-def explain(error: ValidationError, tree: dict[str, Any], root: type[BaseModel] = Recipe) -> list[str]:
+def explain(error: ValidationError, tree: dict[str, Any], root: type[BaseModel]) -> list[str]:
     """One sentence per wrong value of `tree`, which is what was validated as a `root` (lists in place of tuples)."""
     expected: dict[tuple[str, ...], list[str]] = {}
     sentences: list[tuple[tuple[str, ...], str]] = []

@@ -85,7 +85,7 @@ def test_every_entry_has_a_recipe() -> None:
 
 
 def stage_of(chain: str, stage: str) -> Recipe:
-    folder = ChainFolder.of(CONFIGS / "chains" / f"{chain}.yaml", None)
+    folder = ChainFolder.open(CONFIGS / "chains" / f"{chain}.yaml", None)
     return folder.recipe(folder.stage(stage))
 
 

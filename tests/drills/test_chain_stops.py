@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from launch.chains.run import run_chain
+from launch.commands.chain import evaluation_commands
 from pretrain.checkpoints.checkpoint import complete_checkpoints
 from tests.launch.test_chain import out, ran, shards, tree_of, write_chain
 from tests.launch.test_local import all_gone
@@ -60,7 +61,7 @@ def test_a_chain_that_is_stopped_goes_on_in_its_stage(
     assert all_gone(started, 60)
     assert 0 < len(losses(out / "teacher")) < STEPS
     assert "left" not in json.loads((out / "chain" / "teacher.json").read_text())
-    assert run_chain(path, out, 1) == 0
+    assert run_chain(path, out, 1, evaluation_commands) == 0
     assert ran == ["teacher", "labels"]
     assert "checkpoints/step_" in (out / "teacher" / "log-rank0.txt").read_text()
     assert sorted(losses(out / "teacher")) == list(range(1, STEPS + 1))

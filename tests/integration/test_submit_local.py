@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 STEPS = 60
 
 
-def test_it_is_cancelled_with_its_state_saved_and_goes_on_to_the_bit(tmp_path: Path) -> None:
+def test_it_is_canceled_with_its_state_saved_and_goes_on_to_the_bit(tmp_path: Path) -> None:
     """The job's processes are its own, from its copy of the code."""
     gate = Gate(tmp_path / "gate")
     recipe = write_recipe(
@@ -45,12 +45,12 @@ def test_it_is_cancelled_with_its_state_saved_and_goes_on_to_the_bit(tmp_path: P
     pretrain("cancel", "run", folder=tmp_path, environment=environment)
     began = time.monotonic()
 
-    def cancelled() -> bool:
+    def canceled() -> bool:
         """The word is on its way to the ranks, which take a step in a quarter of a second meanwhile."""
         gate.open(min(STEPS - 1, 6 + int(4 * (time.monotonic() - began))))
         return last_event() == "cancel"
 
-    until(cancelled, said=said)
+    until(canceled, said=said)
     saved = job.newest_step()
     assert 5 < saved < STEPS
     assert saved == max(losses(run))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from launch.doctor.finding import Finding
 from launch.slurm.cluster import Cluster
+from launch.slurm.finding import Finding
 
 
 def levels(findings: Iterable[Finding]) -> list[tuple[str, str]]:

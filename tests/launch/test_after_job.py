@@ -10,9 +10,10 @@ import pytest
 
 from data_pipeline.errors import InputError, RunError
 from launch.jobs import after_job
-from launch.jobs.after_job import Ending, decide, ending, is_cancelled, is_queued
+from launch.jobs.after_job import Ending, decide, ending, is_canceled, is_queued
 from launch.jobs.folder import JobFolder
-from launch.jobs.job import FRUITLESS, Node, _refuse_more, attempt_folder
+from launch.jobs.node import MAX_ATTEMPTS_WITHOUT_CHECKPOINT, Node, attempt_folder
+from launch.jobs.rendezvous import refuse_more_requeues
 from pretrain.runtime.run_folder import COMPLETE, folder_name
 from pretrain.runtime.signals import HUNG, STOPPED
 from tests.launch.run_folders import Commands, submit
@@ -55,7 +56,7 @@ def test_a_node_that_was_never_there_does_not_see_the_folder_unless_it_was_ended
 
 
 def then(status: int, **given: Any) -> str:
-    known = {"restart": 0, "max_requeues": 3, "cancelled": False, "queued": False, "step": 20, "fruitless": 0}
+    known = {"restart": 0, "max_requeues": 3, "canceled": False, "queued": False, "step": 20, "without_checkpoint": 0}
     found = decide(Ending(status, "it ended"), **{**known, **given})
     assert found.event in ("done", "cancel") or "it ended" in found.why
     return found.event
@@ -65,50 +66,51 @@ def then(status: int, **given: Any) -> str:
 def test_it_is_queued_again_as_long_as_it_gets_further_and_may(status: int) -> None:
     assert then(status) == "requeue"
     assert then(status, restart=3) == "stop"
-    assert then(status, fruitless=1) == "stop"
-    assert then(status, cancelled=True) == "cancel"
-    assert then(status, queued=True, fruitless=1) == "requeue"  # nobody's fault, and done already
-    assert then(status, queued=True, cancelled=True) == "cancel"
+    assert then(status, without_checkpoint=1) == "stop"
+    assert then(status, canceled=True) == "cancel"
+    assert then(status, queued=True, without_checkpoint=1) == "requeue"  # nobody's fault, and done already
+    assert then(status, queued=True, canceled=True) == "cancel"
 
 
 @pytest.mark.parametrize(
     ("status", "event"), [(STOPPED, "requeue"), (1, "stop"), (137, "stop"), (2, "stop"), (0, "done")]
 )
 def test_a_command_that_goes_on_is_queued_again_where_it_was_asked_to_stop(status: int, event: str) -> None:
-    assert then(status, command=["data", "label", "shards"], step=0, fruitless=1) == event
-    assert then(STOPPED, command=["eval", "finetune", "--out"], step=0, fruitless=1) == "requeue"
+    assert then(status, command=["data", "label", "shards"], step=0, without_checkpoint=1) == event
+    assert then(STOPPED, command=["eval", "finetune", "--out"], step=0, without_checkpoint=1) == "requeue"
     assert then(STOPPED, command=["data", "label"], restart=3) == "stop"
-    assert then(STOPPED, command=["data", "label"], cancelled=True) == "cancel"
+    assert then(STOPPED, command=["data", "label"], canceled=True) == "cancel"
     assert then(STOPPED, command=["eval", "knn"]) == "stop", "it would begin again, and come no further"
     assert then(STOPPED, command=["eval", "knn"], queued=True) == "requeue"
 
 
 def test_done_and_wrong_input_are_never_queued_again() -> None:
-    assert then(0, fruitless=1, cancelled=True) == "done"
+    assert then(0, without_checkpoint=1, canceled=True) == "done"
     assert then(2) == "stop"
 
 
 def test_input_that_was_right_before_is_tried_again_a_few_times() -> None:
     """A node that is slow to show the folder, or whose mount of the data is gone, must not end a run of weeks."""
-    assert [then(2, restart=2, fruitless=number) for number in (1, FRUITLESS - 1, FRUITLESS)] == [
+    most = MAX_ATTEMPTS_WITHOUT_CHECKPOINT
+    assert [then(2, restart=2, without_checkpoint=number) for number in (1, most - 1, most)] == [
         "requeue", "requeue", "stop",
     ]  # fmt: skip
-    assert then(2, restart=3, fruitless=1) == "stop", "max_requeues"
+    assert then(2, restart=3, without_checkpoint=1) == "stop", "max_requeues"
 
 
 def test_what_slurm_says_of_a_job_that_it_ends() -> None:
     """As SLURM 22.05 said it, seen in the teardown of a batch script after each of these."""
     requeued = {"JobState": "COMPLETING", "Reason": "None", "Restarts": "1"}
-    cancelled = {"JobState": "COMPLETING", "Reason": "None", "Restarts": "0"}
+    canceled = {"JobState": "COMPLETING", "Reason": "None", "Restarts": "0"}
     timed_out = {"JobState": "COMPLETING", "Reason": "TimeLimit", "Restarts": "0"}
     signalled = {"JobState": "RUNNING", "Reason": "None", "Restarts": "0"}
-    assert [is_queued(fields, 0) for fields in (requeued, cancelled, timed_out, signalled)] == [
+    assert [is_queued(fields, 0) for fields in (requeued, canceled, timed_out, signalled)] == [
         True,
         False,
         False,
         False,
     ]
-    assert [is_cancelled(fields, 0) for fields in (requeued, cancelled, timed_out, signalled)] == [
+    assert [is_canceled(fields, 0) for fields in (requeued, canceled, timed_out, signalled)] == [
         False, True, False, False,
     ]  # fmt: skip
 
@@ -192,7 +194,7 @@ def test_progress_is_that_of_the_job(run: Path) -> None:
 def attempt(run: Path, restart: int) -> None:
     folder = JobFolder(run)
     folder.note("start", attempt=restart, job_id="7", nodes=["n0"], restart=restart, step=folder.newest_step())
-    _refuse_more(folder, Node("n0", 0, 1, "7", restart))
+    refuse_more_requeues(folder, Node("n0", 0, 1, "7", restart))
 
 
 def test_what_slurm_itself_queues_again_is_bounded(run: Path) -> None:

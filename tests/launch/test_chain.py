@@ -18,7 +18,7 @@ from launch.chains import check as chain_check
 from launch.chains import run as chain_module
 from launch.chains.config import load_chain
 from launch.chains.folder import ChainFolder
-from launch.chains.run import run_chain
+from launch.commands.chain import evaluation_commands
 from tests.runs import losses, train, write_recipe
 from tests.shards import write_shards
 
@@ -34,6 +34,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
+
+
+def run_chain(path: Path, out: Path, num_ranks: int) -> int:
+    return chain_module.run_chain(path, out, num_ranks, evaluation_commands)
 
 
 def tree_of(folder: Path, shards: Path, **changes: Any) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         except SystemExit as end:
             return int(end.code or 0)
 
-    monkeypatch.setattr(chain_module, "_run", run)
+    monkeypatch.setattr(chain_module, "run_command", run)
     return names
 
 
@@ -187,7 +191,7 @@ def test_every_chain_of_the_repository_is_valid(
 ) -> None:
     """Recipes, overrides, models, references and options; the data it names are not looked at."""
     monkeypatch.setattr(chain_check, "_check_input", lambda chain, path: None)
-    chain_check.check_chain(ChainFolder.of(path, out), 2)
+    chain_check.check_chain(ChainFolder.open(path, out), 2, evaluation_commands)
     head = path.read_text().splitlines()
     assert all(any(line.startswith(f"# {word}:") for line in head) for word in ("Paper", "Expected", "Cost", "Command"))
     assert f"pretrain chain configs/chains/{path.relative_to(CHAINS)}" in path.read_text()

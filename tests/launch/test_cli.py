@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import subprocess
@@ -20,6 +21,7 @@ from data_pipeline.shards.scan import index_shards
 from launch import cli
 from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.strict_yaml import read_yaml
+from pretrain.train_options import TrainOptions, add_arguments, options_from
 from tests.commands import begun, program
 from tests.pretrain.recipes import SMALL, changed
 
@@ -256,6 +258,28 @@ def test_help_is_of_the_command_and_ours_end_with_examples(
     assert f"Usage: {' '.join(('pretrain', *command))} [OPTIONS]" in out
     if command not in (("data",), ("eval",)):
         assert out.rsplit("\n\n", 1)[1].strip().startswith("Examples:")
+
+
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "eval"])
+def test_the_list_of_commands_says_of_each_what_its_own_help_says_first(
+    pretrain: Callable[..., Outcome], command: str
+) -> None:
+    _, out, _ = pretrain(command, "--help")
+    said = " ".join(out.split("\n\n")[1].split())
+    assert said.startswith(cli.COMMANDS[command].removesuffix("."))
+
+
+def test_a_training_is_given_the_same_options_by_both_of_its_commands(pretrain: Callable[..., Outcome]) -> None:
+    given = TrainOptions(
+        out=Path("run"), overrides=("a=1", "b.c=--x"), max_steps=3, overfit_batch=True, profile=2, evals_apart=True
+    )
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert options_from(parser.parse_args(given.words())) == given
+    assert options_from(parser.parse_args([])) == TrainOptions()
+    _, out, _ = pretrain("train", "--help")
+    flags = {option.flag for _, option, _ in TrainOptions.described() if not option.own_jobs_only}
+    assert flags == {word for word in out.split() if word.startswith("--")} - {"--nproc", "--help"}
 
 
 def test_version(pretrain: Callable[..., Outcome]) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import RecipeError
+from launch.jobs.batch import batch_script
 from launch.jobs.folder import JobFolder
-from launch.jobs.submit import script
 from launch.slurm.cluster import Cluster, load_cluster
-from launch.slurm.commands import fields_of, from_outside, minutes_of
+from launch.slurm.commands import from_outside, parse_fields, parse_minutes
 
 CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "cluster"
 
@@ -53,7 +53,7 @@ def test_what_a_batch_script_asks_for() -> None:
         ranks_per_node=4, gpus_per_node=4, gpu_type="a100", cpus_per_rank=12, setup=("module load cuda", "set -e"),
         sbatch={"gres": "lscratch:100", "exclusive": False, "contiguous": True, "mail_type": "END"},
     )  # fmt: skip
-    lines = script(Path("/runs/r"), "r", cluster, Path("/runs/r/code/1")).splitlines()
+    lines = batch_script(Path("/runs/r"), "r", cluster, Path("/runs/r/code/1")).splitlines()
     asked = [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")]
     assert {"gpus-per-node=a100:4", "gres=lscratch:100", "contiguous", "mail-type=END", "cpus-per-task=48"} <= set(
         asked
@@ -66,7 +66,7 @@ def test_what_a_batch_script_asks_for() -> None:
 
 
 def test_setup_lines_keep_what_modules_put_on_pythons_path_behind_the_copy() -> None:
-    script_of = script(Path("/runs/r"), "r", Cluster(setup=("export PYTHONPATH=/opt/torch",)), Path("/runs/a b"))
+    script_of = batch_script(Path("/runs/r"), "r", Cluster(setup=("export PYTHONPATH=/opt/torch",)), Path("/runs/a b"))
     lines = [line for line in script_of.splitlines() if line.startswith("export PYTHONPATH")]
     said = subprocess.run(["sh", "-c", "\n".join([*lines, "echo $PYTHONPATH"])], capture_output=True, text=True)
     assert said.stdout == "/runs/a b:/opt/torch\n"
@@ -86,8 +86,8 @@ def test_a_job_inherits_nothing_of_the_one_around_it(monkeypatch: pytest.MonkeyP
 
 
 def test_what_slurm_writes_is_read() -> None:
-    assert [minutes_of(text) for text in ("1-00:30:00", "02:00:00", "30:00", "UNLIMITED")] == [1470, 120, 30, None]
-    assert fields_of("JobId=7 JobName=a=b Reason=None")["JobName"] == "a=b"
+    assert [parse_minutes(text) for text in ("1-00:30:00", "02:00:00", "30:00", "UNLIMITED")] == [1470, 120, 30, None]
+    assert parse_fields("JobId=7 JobName=a=b Reason=None")["JobName"] == "a=b"
 
 
 def test_a_line_that_a_kill_cut_short_is_passed_over(tmp_path: Path) -> None:

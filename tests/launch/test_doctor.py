@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections import namedtuple
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import psutil
 import pytest
 
 from launch.doctor import doctor, machine, storage
-from launch.doctor import recipe as of_recipe
-from launch.doctor.finding import Finding
+from launch.doctor import recipe as checks
 from launch.doctor.recipe import Free, Ranks
+from launch.slurm.finding import Finding
 from pretrain.plan import Footprint, build_on_meta, footprint
+from pretrain.preflight import preflight
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from tests.data_pipeline.servers import served
@@ -178,14 +180,14 @@ def test_disk_space_is_for_what_is_kept_and_one_more(tmp_path: Path, monkeypatch
 
 
 def test_sound_shards(recipe: Recipe) -> None:
-    found = list(of_recipe.data(recipe, Ranks(2, 2)))
+    found = list(checks.training_data(recipe.data, 0, Ranks(2, 2)))
     assert levels(found) == [("ok", "data"), ("ok", "shards"), ("ok", "lanes")]
     assert "4 of 4 read" in found[1].found
 
 
 def test_a_shard_that_is_missing(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "shards" / "shard-000002.tar").unlink()
-    found = problems(of_recipe.data(recipe, Ranks(1, 1)))
+    found = problems(checks.training_data(recipe.data, 0, Ranks(1, 1)))
     assert "shard-000002.tar: expected a shard of" in found
     assert "found no such file. Copy the shard again." in found
 
@@ -195,32 +197,32 @@ def test_a_shard_with_one_other_byte(recipe: Recipe, tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    found = problems(of_recipe.data(recipe, Ranks(1, 1)))
+    found = problems(checks.training_data(recipe.data, 0, Ranks(1, 1)))
     assert "shard-000001.tar has another hash than in the manifest. Copy it again" in found
 
 
 def test_fewer_lanes_or_shards_than_ranks(recipe: Recipe) -> None:
-    assert "Set data.lanes=4" in problems(of_recipe.data(recipe, Ranks(4, 4)))  # it has 3
+    assert "Set data.lanes=4" in problems(checks.training_data(recipe.data, 0, Ranks(4, 4)))  # it has 3
     more = with_groups(recipe, data={"lanes": 16})
-    assert problems(of_recipe.data(more, Ranks(4, 4))) == ""
-    assert "16 lanes, 4 shards for 8 ranks" in problems(of_recipe.data(more, Ranks(8, 8)))
+    assert problems(checks.training_data(more.data, 0, Ranks(4, 4))) == ""
+    assert "16 lanes, 4 shards for 8 ranks" in problems(checks.training_data(more.data, 0, Ranks(8, 8)))
 
 
 def test_a_batch_that_the_ranks_do_not_divide(recipe: Recipe, tmp_path: Path) -> None:
-    plan, found = of_recipe.fits(recipe, Ranks(3, 3), tmp_path / "run")
+    plan, found = checks.fits(recipe.name, partial(preflight, recipe, 3, tmp_path / "run"))
     assert plan is None
     assert "expected a multiple of the number of processes, 3, found 8" in problems(found)
 
 
 def test_data_behind_a_url(recipe: Recipe, tmp_path: Path) -> None:
-    assert list(of_recipe.reachable(recipe)) == []
+    assert list(checks.reachable(recipe.data)) == []
     with served(tmp_path / "shards") as server:
         remote = with_groups(recipe, data={"train": server.url})
         remote = with_groups(remote, data={"cache": remote.data.cache.model_copy(update={"folder": str(tmp_path)})})
-        assert levels(of_recipe.reachable(remote)) == [("ok", "remote data")]
+        assert levels(checks.reachable(remote.data)) == [("ok", "remote data")]
         server.choose = lambda number, name: "500"
         asked_before = len(server.requests)
-        assert levels(of_recipe.reachable(remote)) == [("error", "remote data")]
+        assert levels(checks.reachable(remote.data)) == [("error", "remote data")]
         assert len(server.requests) == asked_before + 1  # nobody waits for the attempts that training would make
 
 
@@ -242,7 +244,7 @@ NEEDS = Footprint(num_trained=0, num_frozen=0, device=10e9, host=1e9, checkpoint
     ],
 )
 def test_memory_against_the_plan(free: Free, expected: list[tuple[str, str]]) -> None:
-    found = list(of_recipe.memory(NEEDS, Ranks(8, 4), free))
+    found = list(checks.memory(NEEDS, Ranks(8, 4), free))
     assert levels(found) == expected
     assert all(finding.fix for finding in found if finding.level != "ok")
 
@@ -251,13 +253,13 @@ def test_shared_memory_and_open_files_of_workers(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = with_groups(recipe, runtime={"num_workers": 4})
-    plan, _ = of_recipe.fits(many, Ranks(2, 2), tmp_path / "run")
+    plan, _ = checks.fits(many.name, partial(preflight, many, 2, tmp_path / "run", 2))
     assert plan is not None
     bytes_of_batches = 2 * 4 * 3 * 4 * 3 * 16 * 16  # ranks, workers, steps of each, samples, channels, pixels
     for free, level in ((bytes_of_batches - 1, "error"), (bytes_of_batches, "warning"), (10**9, "ok")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(free))
-        assert levels(of_recipe.workers(many, plan, Ranks(2, 2)))[0] == (level, "/dev/shm")
-    assert levels(of_recipe.workers(recipe, plan, Ranks(2, 2))) == [("ok", "open files")]
+        assert levels(checks.workers(4, plan, Ranks(2, 2)))[0] == (level, "/dev/shm")
+    assert levels(checks.workers(0, plan, Ranks(2, 2))) == [("ok", "open files")]
 
 
 # The command.

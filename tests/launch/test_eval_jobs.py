@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import RunError
-from launch.jobs.eval_jobs import EvalJobs, apart, hold, let_go
+from launch.jobs.eval_jobs import EvalJobs, are_separate, hold, release
 from launch.jobs.eval_submit import queue_evaluation
 from launch.jobs.folder import JobFolder
 from launch.slurm.cluster import Cluster
 from pretrain.recipe.files import load_recipe
+from pretrain.recipe.resolve import resolve
 from pretrain.runtime.run_folder import COMPLETE, eval_name, folder_name
 from tests.runs import write_recipe
 from tests.shards import write_shards
@@ -30,7 +31,8 @@ EVALS = [
 def jobs(tmp_path: Path) -> EvalJobs:
     shards = write_shards(tmp_path / "shards", 80)
     recipe = write_recipe(tmp_path / "r.yaml", shards, batch={"global_size": 8}, schedule={"steps": 65}, evals=EVALS)
-    return EvalJobs(tmp_path / "run", load_recipe(recipe), Cluster(ranks_per_node=2, evals_apart=True))
+    loaded = load_recipe(recipe)
+    return EvalJobs(tmp_path / "run", loaded.evals, resolve(loaded, 2, 80))
 
 
 def save(run: Path, *steps: int) -> None:
@@ -132,7 +134,7 @@ def test_a_submission_that_fails_holds_nothing(tmp_path: Path, monkeypatch: pyte
     def refuse(*_: object, **__: object) -> str:
         raise RunError("sbatch", "SLURM to take the job", "QOSMaxSubmitJobPerUserLimit")
 
-    monkeypatch.setattr("launch.jobs.eval_submit.queue", refuse)
+    monkeypatch.setattr("launch.jobs.submission._queue", refuse)
     recipe = write_recipe(tmp_path / "r.yaml", write_shards(tmp_path / "shards", 80), evals=EVALS)
     run = tmp_path / "run"
     JobFolder(run).write("recipe.yaml", recipe.read_text())
@@ -152,11 +154,11 @@ def test_only_a_job_of_slurm_has_its_evaluations_apart(
 ) -> None:
     recipe = load_recipe(tmp_path / "r.yaml")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert not apart(recipe, Cluster(evals_apart=True))
+    assert not are_separate(recipe.evals, Cluster(evals_apart=True))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert apart(recipe, Cluster(evals_apart=True))
-    assert not apart(recipe, Cluster())
-    assert not apart(recipe.model_copy(update={"evals": ()}), Cluster(evals_apart=True))
+    assert are_separate(recipe.evals, Cluster(evals_apart=True))
+    assert not are_separate(recipe.evals, Cluster())
+    assert not are_separate((), Cluster(evals_apart=True))
 
 
 def test_what_is_judged_is_held_for_each_of_its_jobs(tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def test_what_is_judged_is_held_for_each_of_its_jobs(tmp_path: Path) -> None:
     assert hold(tmp_path, "knn", 8) == first, "held already"
     assert os.path.samefile(checkpoint / COMPLETE, first / COMPLETE), "no bytes are copied"
     shutil.rmtree(checkpoint)
-    let_go(first)
+    release(first)
     assert not first.exists()
     assert (second / COMPLETE).read_text() == "8"
 

@@ -10,10 +10,10 @@ import pytest
 
 from launch.jobs import job
 from launch.jobs.folder import JobFolder
-from launch.jobs.job import Node
-from launch.slurm.cluster import Cluster
-from pretrain.recipe.files import load_recipe
+from launch.jobs.node import Node
+from launch.jobs.rendezvous import Rendezvous
 from tests.runs import write_recipe
+from tests.shards import write_shards
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,10 @@ def test_a_job_for_gpus_does_not_train_on_cpus(
         return 0
 
     monkeypatch.setattr(job, "launch", launch)
-    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", "shards", runtime={"device": device}))
-    JobFolder(tmp_path).write("submitted.json", json.dumps({}))
-    meeting = {"address": "127.0.0.1", "port": 1, "attempt": 0}
-    cluster = Cluster(ranks_per_node=2, gpus_per_node=gpus)
-    assert job._run_ranks(tmp_path, recipe, cluster, Node("n0", 0, 1, "7", 0), meeting) == 0
-    assert ("runtime.device=cuda" in told) == required
+    folder = JobFolder(tmp_path)
+    recipe = write_recipe(tmp_path / "r.yaml", write_shards(tmp_path / "shards", 8), runtime={"device": device})
+    folder.write("recipe.yaml", recipe.read_text())
+    folder.write("cluster.yaml", f"{{ranks_per_node: 2, gpus_per_node: {gpus}}}")
+    folder.write("submitted.json", json.dumps({}))
+    assert job._run_share(folder, Node("n0", 0, 1, "7", 0), Rendezvous("127.0.0.1", 1, 0)) == 0
+    assert ("--set=runtime.device=cuda" in told) == required

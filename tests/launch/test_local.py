@@ -165,7 +165,8 @@ def test_ranks_of_a_command_in_a_job_save_too(tmp_path: Path, environment: dict[
         "import sys, launch.jobs.job as job\n"
         "from launch.slurm.cluster import Cluster; from launch.ranks.launcher import launch\n"
         "job.launch = lambda words, n, **more: launch(words, n, **{**more, 'module': 'part', 'grace_seconds': 1.0})\n"
-        "sys.exit(job._run_command(sys.argv[2:], Cluster(time_minutes=20), {'attempt': 0}))\n"
+        "rendezvous = job.Rendezvous('127.0.0.1', 1, 0)\n"
+        "sys.exit(job._run_command(sys.argv[2:], Cluster(time_minutes=20), rendezvous))\n"
     )
     launcher = start("nested", tmp_path, environment, program="import job")
     ranks = family(tmp_path, (0, 1))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from launch.doctor.cluster import slurm, would_take
+from launch.slurm.checks import check_script, check_slurm
 from launch.slurm.cluster import Cluster
 from tests.launch.findings import asked, levels, problems
 from tests.launch.run_folders import Commands
 
 
 def test_a_cluster_that_fits(cluster: Commands) -> None:
-    found = list(slurm(asked(account="vision", qos="high")))
+    found = list(check_slurm(asked(account="vision", qos="high")))
     assert problems(found) == ""
     assert levels(found) == [("ok", "SLURM"), ("ok", "nodes"), ("ok", "partition"), ("ok", "account")]
 
@@ -37,46 +37,46 @@ def test_a_cluster_that_fits(cluster: Commands) -> None:
     ],
 )
 def test_what_a_cluster_does_not_have(cluster: Commands, cluster_file: Cluster, expected: str) -> None:
-    found = list(slurm(cluster_file))
+    found = list(check_slurm(cluster_file))
     assert expected in problems(found)
     assert "error" in {finding.level for finding in found}
 
 
 def test_nodes_that_could_not_be_looked_at_are_told(cluster: Commands) -> None:
     cluster.says("sinfo", "sinfo: error: Conflicting options", status=1)
-    found = list(slurm(asked(account="vision")))
+    found = list(check_slurm(asked(account="vision")))
     assert [pair for pair in levels(found) if pair[0] != "ok"] == [("warning", "nodes")]
     assert "sinfo could not be asked: sinfo: error: Conflicting options" in problems(found)
 
 
 def test_of_several_partitions_one_that_fits_is_enough(cluster: Commands) -> None:
-    assert problems(slurm(asked(partition="old,long", gpu_type="a100"))) == ""
+    assert problems(check_slurm(asked(partition="old,long", gpu_type="a100"))) == ""
 
 
 def test_slurm_that_is_not_there_or_does_not_answer(commands: Commands) -> None:
-    assert levels(slurm(None)) == [("ok", "SLURM")]
-    assert "no sbatch, squeue, scontrol on PATH" in problems(slurm(asked()))
+    assert levels(check_slurm(None)) == [("ok", "SLURM")]
+    assert "no sbatch, squeue, scontrol on PATH" in problems(check_slurm(asked()))
     for name in ("sbatch", "squeue"):
         commands.says(name)
     commands.says("scontrol", "slurm_load_ping error: Unable to contact slurm controller", status=1)
-    assert levels(slurm(None)) == [("warning", "SLURM")]
-    assert levels(slurm(asked())) == [("error", "SLURM")]
-    assert "Unable to contact slurm controller. See that slurm.conf" in problems(slurm(asked()))
+    assert levels(check_slurm(None)) == [("warning", "SLURM")]
+    assert levels(check_slurm(asked())) == [("error", "SLURM")]
+    assert "Unable to contact slurm controller. See that slurm.conf" in problems(check_slurm(asked()))
 
 
 def test_a_cluster_without_accounting_is_only_warned_of(cluster: Commands) -> None:
     for name in ("sacct", "sacctmgr"):
         cluster.says(name, "Slurm accounting storage is disabled", status=1)
-    found = list(slurm(asked(account="vision")))
+    found = list(check_slurm(asked(account="vision")))
     assert [pair for pair in levels(found) if pair[0] != "ok"] == [("warning", "sacct"), ("warning", "account")]
 
 
 def test_an_account_that_has_to_be_named(cluster: Commands) -> None:
-    assert problems(slurm(asked(account=None))) == ""  # the default one is taken there
+    assert problems(check_slurm(asked(account=None))) == ""  # the default one is taken there
     cluster.says("sacctmgr", "audio", when="*show?user*")
-    assert "none, which is audio here, and long takes vision,text. Set account to" in problems(slurm(asked()))
+    assert "none, which is audio here, and long takes vision,text. Set account to" in problems(check_slurm(asked()))
     cluster.says("sacctmgr", "Unable to contact slurmdbd", status=1, when="*show?user*")
-    assert problems(slurm(asked())) == "", "sbatch will say"
+    assert problems(check_slurm(asked())) == "", "sbatch will say"
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,6 @@ def test_an_account_that_has_to_be_named(cluster: Commands) -> None:
 )
 def test_what_slurm_itself_would_refuse(cluster: Commands, said: str, expected: str | None) -> None:
     cluster.says("sbatch", said, status=1, when="--test-only")
-    found = list(would_take("#!/bin/sh"))
+    found = list(check_script("#!/bin/sh"))
     assert [finding.what for finding in found] == ([expected] if expected else [])
     assert all(finding.found in said for finding in found)

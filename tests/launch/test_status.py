@@ -13,8 +13,8 @@ import pytest
 
 from data_pipeline.errors import InputError
 from launch.jobs.record import load_job
-from launch.jobs.run_state import state_of
-from launch.jobs.status import find_runs, productive_share, show_status, status_of
+from launch.jobs.run_state import find_state
+from launch.jobs.status import find_runs, productive_share, run_status, show_status
 from launch.slurm.commands import job_states
 from pretrain.monitoring.goodput import Timeline
 from pretrain.runtime.run_folder import is_claimed
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def state(run: Path) -> str:
     job = load_job(run)
-    return state_of(run, job, job_states([job.job_id]) if job is not None and job.job_id else {})
+    return find_state(run, job, job_states([job.job_id]) if job is not None and job.job_id else {})
 
 
 # Runs that were never submitted: the lock says who is at work.
@@ -121,7 +121,7 @@ def test_clocks_of_two_machines_may_differ(tmp_path: Path, commands: Commands) -
     assert state(run) == "stopped"
 
 
-def test_a_job_that_is_cancelled_before_it_starts(tmp_path: Path, commands: Commands) -> None:
+def test_a_job_that_is_canceled_before_it_starts(tmp_path: Path, commands: Commands) -> None:
     run = submit(make_run(tmp_path / "run"))
     event(run, "cancel")
     commands.says("squeue", "7 PENDING")
@@ -149,7 +149,7 @@ def test_the_numbers_of_a_run(tmp_path: Path, commands: Commands) -> None:
     complete = run / "checkpoints" / "step_00000015" / "COMPLETE"
     os.utime(complete, (0, time.time() - 3600))
     with claimed(run):
-        found = status_of(run, load_job(run), None)
+        found = run_status(run, load_job(run), None)
     assert (found.step, found.total_steps, found.samples_per_second) == (20, TOTAL_STEPS, 120.0)
     assert found.eta_seconds == pytest.approx((TOTAL_STEPS - 20) * 8 / 120)
     assert found.checkpoint_step == 15
@@ -175,18 +175,18 @@ def test_goodput_of_a_run_that_waits_falls(tmp_path: Path) -> None:
 def test_a_torn_checkpoint_does_not_count(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", logged=20, saved=15)
     (run / "checkpoints" / "step_00000020").mkdir()
-    assert status_of(run, None, {}).checkpoint_step == 15
+    assert run_status(run, None, {}).checkpoint_step == 15
 
 
 def test_the_last_error_is_the_newest_line_that_tells_of_one(tmp_path: Path, commands: Commands) -> None:
     run = submit(make_run(tmp_path / "run", logged=2))
     event(run, "start")
     event(run, "stop", why="no progress between two requeues")
-    assert status_of(run, load_job(run), {}).error == "no progress between two requeues"
+    assert run_status(run, load_job(run), {}).error == "no progress between two requeues"
     log = run / "job" / "slurm" / "7_1_log.err"
     log.write_text("[rank 2] ValueError: x\nerror: rank 3 was killed by SIGKILL; the others were stopped\nstep 4\n")
     (run / "job" / "slurm" / "7_0_log.out").write_text("step 4 loss 2\n")
-    assert status_of(run, load_job(run), {}).error == "error: rank 3 was killed by SIGKILL; the others were stopped"
+    assert run_status(run, load_job(run), {}).error == "error: rank 3 was killed by SIGKILL; the others were stopped"
 
 
 def test_of_a_large_log_the_end_alone_is_read(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_of_a_large_log_the_end_alone_is_read(tmp_path: Path) -> None:
         file.truncate(1 << 36)  # a hole of 64 GB
         file.seek(0, os.SEEK_END)
         file.write(f"\n{tail}" + '{"step": 4, "images_')
-    assert status_of(run, None, {}).step == 3
+    assert run_status(run, None, {}).step == 3
 
 
 # The command.

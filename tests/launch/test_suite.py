@@ -274,13 +274,13 @@ def test_devices_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyP
 
 
 def test_a_process_of_its_own_gets_its_device_and_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "__init__.py").touch()
+    (tmp_path / "launch" / "ranks").mkdir(parents=True)
     said = "os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'], sys.argv[2:]"
     rank = f"import os, signal, sys\nprint({said}, flush=True)\n"
-    (tmp_path / "launch" / "rank.py").write_text(rank + "os.kill(os.getpid(), signal.SIGKILL)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "launch" / "__init__.py").touch()
+    (tmp_path / "launch" / "ranks" / "__init__.py").touch()
+    (tmp_path / "launch" / "ranks" / "rank.py").write_text(rank + "os.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setattr("launch.ranks.child.ROOT", tmp_path)
     heard: list[str] = []
     cell = Cell("a", "b", "c", ("eval", "knn"), "encoder", {}, tmp_path, tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import InputError, RunError
+from launch.jobs.submission import PlannedJob
 from launch.suites.run import _job
 from tests.launch.run_folders import Commands, submit
 from tests.launch.suites import cells, refused, run_suite, submit_suite, write_suite
@@ -36,11 +37,11 @@ def test_a_job_is_queued_for_each_result_that_is_missing(
     path = write_suite(folder, {**one, "protocols": tree["protocols"]})
     queued: list[dict[str, Any]] = []
 
-    def queue(where: Path, name: str, asked: Any, code: Path, what: dict[str, Any]) -> str:
-        queued.append({"where": where, "name": name, **what})
+    def queue(job: PlannedJob, *_: object) -> str:
+        queued.append({"where": job.folder, "name": job.name, **job.record})
         return "17"
 
-    monkeypatch.setattr("launch.jobs.submit.queue", queue)
+    monkeypatch.setattr("launch.jobs.submission._queue", queue)
     submit_suite(path, folder / "cluster.yaml", folder / "out")
     (job,) = queued
     assert job["name"] == "small-own-colours-linear"
@@ -66,16 +67,16 @@ def test_all_of_a_suite_is_queued_or_nothing(
     (tmp_path / "cluster.yaml").write_text("partition: short\ntime_minutes: 20\n")
     folders: list[Path] = []
 
-    def queue(where: Path, *_: object, **__: object) -> str:
+    def queue(job: PlannedJob, *_: object) -> str:
         if len(folders) == 2:
             raise error
-        folders.append(where)
+        folders.append(job.folder)
         return f"1{len(folders)}"
 
     said: list[tuple[str, ...]] = []
-    monkeypatch.setattr("launch.jobs.submit.queue", queue)
-    monkeypatch.setattr("launch.jobs.submit.check_slurm", lambda *_: None)
-    monkeypatch.setattr("launch.slurm.commands.slurm", lambda *words, **_: said.append(words))
+    monkeypatch.setattr("launch.jobs.submission._queue", queue)
+    monkeypatch.setattr("launch.jobs.submission.check_cluster", lambda *_: None)
+    monkeypatch.setattr("launch.jobs.submission.slurm", lambda *words, **_: said.append(words))
     with pytest.raises(type(error)):
         submit_suite(write_suite(tmp_path, tree), tmp_path / "cluster.yaml", tmp_path / "out")
     assert said == [("scancel", "11", "12")]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm.commands import fields_of
+from launch.slurm.commands import parse_fields
 from tests.ports import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
@@ -108,7 +108,7 @@ class SlurmCluster:
 
     def job(self, job_id: str) -> Mapping[str, str]:
         """What `scontrol show job` says, by field."""
-        return fields_of(self.run("scontrol", "show", "job", "-o", job_id))
+        return parse_fields(self.run("scontrol", "show", "job", "-o", job_id))
 
     def start_slurmd(self, node: str, hidden: Path | None = None) -> None:
         """On a machine of its own, as far as `hidden` goes: that folder is there, and empty."""

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from launch.jobs.folder import JobFolder
-from launch.slurm.commands import hurry
+from launch.slurm.commands import shorten_requeue_delay
 from pretrain.runtime.signals import STOPPED
 from tests.job_gate import JobGate
 from tests.runs import losses, write_recipe
@@ -107,7 +107,7 @@ class Place:
         while jobs := self.cluster.run("squeue", "--noheader", "--format=%A %r").splitlines():
             for job_id in [line.split()[0] for line in jobs if line.endswith("BeginTime")]:
                 with self.cluster.spoken_to():
-                    hurry(self.cluster.job(job_id))
+                    shorten_requeue_delay(self.cluster.job(job_id))
             if time.monotonic() > deadline:
                 logs = [path.read_text()[-3000:] for path in out.rglob("*_log.out")]
                 raise AssertionError("\n".join([self.cluster.run("squeue"), *logs]))
@@ -169,7 +169,7 @@ class Submitted:
                 if met and state is not None and state(fields["JobState"]):
                     return
                 with self.cluster.spoken_to():
-                    hurry(fields)
+                    shorten_requeue_delay(fields)
             time.sleep(0.02)
 
     def wait_for_step(self, step: int) -> None:

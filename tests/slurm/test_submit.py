@@ -9,7 +9,7 @@ import pytest
 from data_pipeline.errors import RunError
 from launch.jobs.drill import _compare
 from launch.jobs.folder import JobFolder
-from launch.jobs.job import attempt_folder
+from launch.jobs.node import attempt_folder
 from tests.slurm.cluster import NODES
 from tests.slurm.jobs import CANARY, STEPS, Place
 

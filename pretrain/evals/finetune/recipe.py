@@ -17,8 +17,9 @@ from pretrain.evals.finetune.config import FinetuneConfig, PresetName
 from pretrain.models.config import Model
 from pretrain.models.encoders import build_encoder, load_encoder, load_strictly
 from pretrain.models.seeded import seeded
-from pretrain.recipe.files import as_tuples, load_recipe, recipe_of
+from pretrain.recipe.files import load_recipe, recipe_of
 from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.typed import as_tuples
 
 PRESETS: dict[PresetName, dict[str, Any]] = {
     # For data sets of some thousands to some hundred thousand images.

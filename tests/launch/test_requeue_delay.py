@@ -9,7 +9,7 @@ import pytest
 from launch.slurm import commands as slurm
 
 
-def test_only_a_job_that_waits_for_long_is_hurried_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_delay_of_a_requeue_is_shortened_once_and_only_where_it_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[tuple[str, ...]] = []
     monkeypatch.setattr(slurm, "slurm", lambda *words, seconds=0: said.append(words) or "")
 
@@ -17,9 +17,9 @@ def test_only_a_job_that_waits_for_long_is_hurried_and_once(monkeypatch: pytest.
         return (datetime.now() + timedelta(seconds=seconds)).isoformat(timespec="seconds")
 
     waiting = {"JobId": "7", "Reason": "BeginTime", "StartTime": "Unknown"}
-    slurm.hurry({"JobId": "7", "Reason": "None", "EligibleTime": in_seconds(120)})
-    slurm.hurry({**waiting, "EligibleTime": "Unknown"})
-    slurm.hurry({**waiting, "EligibleTime": in_seconds(5)})
+    slurm.shorten_requeue_delay({"JobId": "7", "Reason": "None", "EligibleTime": in_seconds(120)})
+    slurm.shorten_requeue_delay({**waiting, "EligibleTime": "Unknown"})
+    slurm.shorten_requeue_delay({**waiting, "EligibleTime": in_seconds(5)})
     assert said == []
-    slurm.hurry({**waiting, "EligibleTime": in_seconds(120)})
+    slurm.shorten_requeue_delay({**waiting, "EligibleTime": in_seconds(120)})
     assert said == [("scontrol", "update", "JobId=7", "StartTime=now+5")]

@@ -1,4 +1,4 @@
-"""SLURM: whether its commands are here and answer, and whether it has what a cluster file asks for."""
+"""Checks whether SLURM's commands are here and answer, and whether it has what a cluster file asks for."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import PretrainError
-from launch.doctor.finding import Finding, error, of_error, ok, warning
-from launch.slurm.commands import minutes_of, partitions
-from launch.slurm.commands import slurm as answer_of
+from launch.slurm.commands import parse_minutes, partitions, slurm
+from launch.slurm.finding import Finding, error, from_error, ok, warning
 
 if TYPE_CHECKING:
     from launch.slurm.cluster import Cluster
 
 _NEEDED = ("sbatch", "squeue", "scontrol")
-_WORDS = {
+_KEYS = {
     "account": "account", "qos": "qos", "gres": "gpus_per_node", "memory": "memory_gb", "feature": "sbatch.constraint",
     "time limit": "time_minutes", "partition": "partition", "node": "nodes",
 }  # fmt: skip
@@ -25,8 +24,8 @@ _FOR_GOOD = ("nvalid", "can not be satisfied")
 _USEFUL = {"sacct": "how jobs ended that left the queue", "sacctmgr": "accounts and qos before a job is submitted"}
 
 
-def slurm(cluster: Cluster | None) -> Iterator[Finding]:
-    """All of it; without a cluster file, whether SLURM is here and answers."""
+def check_slurm(cluster: Cluster | None) -> Iterator[Finding]:
+    """Checks all that a cluster file asks for; without one, whether SLURM is here and answers."""
     missing = [name for name in _NEEDED if shutil.which(name) is None]
     trouble = error if cluster is not None else warning
     if len(missing) == len(_NEEDED) and cluster is None:
@@ -48,14 +47,14 @@ def slurm(cluster: Cluster | None) -> Iterator[Finding]:
         yield from _account(cluster)
 
 
-def would_take(script: str) -> Iterator[Finding]:
-    """What SLURM itself has against a batch script, where it names what is invalid; it is not queued."""
+def check_script(script: str) -> Iterator[Finding]:
+    """Asks SLURM itself whether it would take a batch script, and reports what it calls invalid; nothing is queued."""
     try:
-        answer_of("sbatch", "--test-only", seconds=20, given=script)
+        slurm("sbatch", "--test-only", seconds=20, given=script)
     except PretrainError as raised:
         said = raised.found.splitlines()[-1] if raised.found else ""
         if any(word in said for word in _FOR_GOOD):  # other words may be of a busy hour
-            field = next((field for word, field in _WORDS.items() if word in said.lower()), "sbatch")
+            field = next((field for word, field in _KEYS.items() if word in said.lower()), "sbatch")
             yield error(field, said.removeprefix("allocation failure: "), f"Correct {field} in the cluster file.")
 
 
@@ -73,7 +72,7 @@ def _partition(cluster: Cluster) -> Iterator[Finding]:
     try:
         known = partitions()
     except PretrainError as raised:
-        yield of_error("partition", raised)
+        yield from_error("partition", raised)
         return
     if cluster.partition is None:
         default = [name for name, found in known.items() if found.get("Default") == "YES"]
@@ -105,7 +104,7 @@ def _misfits(cluster: Cluster, name: str, partition: Mapping[str, str]) -> Itera
     state = partition.get("State", "UP")
     if state != "UP":
         yield error("partition", f"{name} is {state}", "Take another, or wait until it is up.")
-    limit = minutes_of(partition.get("MaxTime", "UNLIMITED"))
+    limit = parse_minutes(partition.get("MaxTime", "UNLIMITED"))
     if limit is not None and cluster.time_minutes > limit:
         fix = f"Set time_minutes to {limit:g} or less: the run is requeued, and goes on."
         yield error("time_minutes", f"{cluster.time_minutes} minutes, and {name} gives {limit:g} at most", fix)
@@ -122,7 +121,7 @@ def _misfits(cluster: Cluster, name: str, partition: Mapping[str, str]) -> Itera
 
 
 def _default(key: str) -> str | None:
-    """What SLURM takes for this user where nothing is given, as far as it can be asked."""
+    """Returns what SLURM takes for this user where nothing is given; None: it does not say."""
     user = getpass.getuser()
     asked = {
         "AllowAccounts": ("user", user, "format=DefaultAccount"),
@@ -133,7 +132,7 @@ def _default(key: str) -> str | None:
 
 
 def _nodes(cluster: Cluster, name: str) -> Finding | None:
-    """Whether enough nodes of the partition are as large as the file asks; nothing where it has none to tell of."""
+    """Checks whether enough nodes of the partition are as large as the file asks; None: SLURM lists none."""
     said, problem = _ask("sinfo", "--noheader", "--exact", f"--partition={name}", "--format=%D %c %m %G")
     if problem:
         return warning("nodes", f"sinfo could not be asked: {problem}", "sbatch itself will say if they are too few.")
@@ -179,16 +178,16 @@ def _account(cluster: Cluster) -> Iterator[Finding]:
 
 
 def _ask(*words: str) -> tuple[list[str], str]:
-    """The lines of an answer, and the last word on why there is none; empty where there is."""
+    """Returns the lines of SLURM's answer, and the reason where there is none, which is empty otherwise."""
     try:
-        text = answer_of(*words, seconds=10)
+        text = slurm(*words, seconds=10)
     except PretrainError as raised:
         return [], raised.found.splitlines()[-1].rstrip(".") if raised.found else "no reason given"
     return [line.strip() for line in text.splitlines() if line.strip()], ""
 
 
 def _gpus(resources: str, wanted: str | None) -> int:
-    """Of a type, or of all, among a node's generic resources: `gpu:8`, `gpu:a100:4(S:0-1)`, `(null)`."""
+    """Counts the GPUs of a type, or all, among a node's generic resources: `gpu:8`, `gpu:a100:4(S:0-1)`, `(null)`."""
     total = 0
     for one in resources.split(","):
         kind, *rest = one.partition("(")[0].split(":")

@@ -1,4 +1,4 @@
-"""One line of `pretrain doctor`."""
+"""The result of a check: one line of `pretrain doctor`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Level = Literal["ok", "warning", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at and how it is; `fix` says what to do, and is empty where there is nothing to do."""
+    """What was checked and what was found; `fix` says what to do, and is empty where there is nothing to do."""
 
     level: Level
     what: str
@@ -36,8 +36,8 @@ def error(what: str, found: str, fix: str) -> Finding:
     return Finding("error", what, found, fix)
 
 
-def of_error(what: str, raised: PretrainError) -> Finding:
-    """An error of ours says itself what to do."""
+def from_error(what: str, raised: PretrainError) -> Finding:
+    """Returns the finding of an error of ours, which says itself what to do."""
     return Finding("error", what, str(raised))
 
 

@@ -1,0 +1,121 @@
+"""Python modules as child processes that never outlive the process that started them.
+
+Every process that this project starts on a machine (ranks, stages of a chain, results of a suite, the training of the
+demo) is started here, and runs `launch.ranks.rank`, which asks the kernel to be killed with its parent. A child imports
+this project from where its parent does: never from the folder that it happens to be started in.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REQUEST_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # a rank answers: it saves, and goes on or stops
+ROOT = Path(__file__).resolve().parents[2]  # the folder that holds our packages
+
+
+def start_child(
+    module: str,
+    words: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    stdin: int | None = None,
+    piped: bool = False,
+    own_group: bool = True,
+) -> subprocess.Popen[str]:
+    """Starts `python -m MODULE WORDS`. It is killed when the thread that started it ends.
+
+    Args:
+        module: what is run.
+        words: its arguments.
+        environment: all of its variables; None: those of this process.
+        stdin: as Popen takes it; None: that of this process.
+        piped: stdout and stderr come together through a pipe; else they are those of this process.
+        own_group: a process group of its own: Ctrl-C in a terminal reaches this process alone, which passes it on, and
+            what the child starts can be killed with it.
+    """
+    given = os.environ if environment is None else environment
+    path = os.pathsep.join([str(ROOT), *filter(None, [given.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        # With a safe path, on which the current folder is not.
+        [sys.executable, "-P", "-m", "launch.ranks.rank", str(os.getpid()), module, *words],
+        env={**given, "PYTHONPATH": path},
+        stdin=stdin,
+        stdout=subprocess.PIPE if piped else None,
+        stderr=subprocess.STDOUT if piped else None,
+        text=True,
+        errors="replace",
+        process_group=0 if own_group else None,
+    )
+
+
+class Command:
+    """A `pretrain` command at work as a child, to which signals are passed on."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._answers = words[0] == "train"  # others would be ended by SIGUSR1 and SIGUSR2, which they do not know
+        self._stopped_by: list[int] = []
+        self.process = start_child("launch.cli", words)
+
+    def pass_on(self, signum: int, frame: FrameType | None = None) -> None:
+        """Sends the child a signal that came to this process; in place of a second one that stops, SIGKILL."""
+        if signum in STOP_SIGNALS:
+            self._stopped_by.append(signum)
+        elif not self._answers:
+            return
+        self.process.send_signal(signum if len(self._stopped_by) < 2 else signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Returns the exit status: 128 + N where signal N stopped this process, 1 where the child was killed."""
+        status = self.process.wait()
+        return 128 + self._stopped_by[0] if self._stopped_by else status if status >= 0 else 1
+
+
+@contextmanager
+def started_command(words: Sequence[str]) -> Iterator[Command]:
+    """Runs `pretrain WORDS` beside the block, which gets its signals; it is ended with the block. Main thread only."""
+    # The handlers come first: a signal before the child is there waits for it.
+    waiting: list[int] = []
+    command: Command | None = None
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        waiting.append(signum) if command is None else command.pass_on(signum)
+
+    with handled_by(handler):
+        command = Command(words)
+        for signum in waiting:
+            command.pass_on(signum)
+        try:
+            yield command
+        finally:
+            if command.process.poll() is None:
+                command.process.terminate()
+            command.process.wait()
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Runs `pretrain WORDS` to its end and returns its exit status, as of `Command.wait`."""
+    with started_command(words) as command:
+        return command.wait()
+
+
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Gives signals that stop or ask to the handler, except those that this process was told to ignore (nohup)."""
+    before = {
+        s: signal.getsignal(s) for s in (*STOP_SIGNALS, *REQUEST_SIGNALS) if signal.getsignal(s) is not signal.SIG_IGN
+    }
+    for signum in before:
+        signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        for signum, previous in before.items():
+            signal.signal(signum, previous)

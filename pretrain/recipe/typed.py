@@ -1,0 +1,86 @@
+"""Typed files in YAML: recipes, cluster files, chains and suites are read, checked and refused in one way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from data_pipeline.errors import RecipeError
+from pretrain.recipe.problems import explain
+from pretrain.recipe.strict_yaml import StrictYamlError, read_yaml
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def load_typed(path: Path, model: type[M], further: Callable[[M], Iterable[str]] = lambda loaded: ()) -> M:
+    """Reads a file as a model.
+
+    Args:
+        path: the file.
+        model: the class that says what stands in the file.
+        further: what is wrong with a file whose values are all valid one by one, a sentence for each problem.
+
+    Raises:
+        RecipeError: with every problem found, each naming its path, what was expected and what was found.
+    """
+    tree, problems = read_tree(path)
+    return validate_tree(tree, model, where=str(path), problems=problems, further=further)
+
+
+def validate_tree(
+    tree: dict[str, Any],
+    model: type[M],
+    *,
+    where: str,
+    problems: Iterable[str] = (),
+    further: Callable[[M], Iterable[str]] = lambda loaded: (),
+) -> M:
+    """Checks a map and returns it as a model.
+
+    Args:
+        tree: the map, with lists as YAML reads them.
+        model: the class that says what stands in the map.
+        where: the map is from, for messages.
+        problems: those that were found while the map was read.
+        further: as for `load_typed`.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    found = list(problems)
+    try:
+        loaded = model.model_validate(as_tuples(tree), strict=True)
+    except ValidationError as error:
+        raise RecipeError(where, found + explain(error, tree, model)) from None
+    found += further(loaded)
+    if found:
+        raise RecipeError(where, found)
+    return loaded
+
+
+def read_tree(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Reads the map in a YAML file, and lists what is wrong with its keys.
+
+    Raises:
+        RecipeError: the file is not there, or holds no map.
+    """
+    try:
+        tree, problems = read_yaml(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        found = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
+        raise RecipeError(str(path), [f"expected a file in YAML, found: {found}."]) from None
+    except StrictYamlError as error:
+        raise RecipeError(str(path), [f"{error}."]) from None
+    if not isinstance(tree, dict):
+        raise RecipeError(str(path), [f"expected a map of groups, found {type(tree).__name__}."])
+    return tree, problems
+
+
+def as_tuples(value: Any) -> Any:
+    """Turns lists into tuples: pydantic's strict mode, which keeps "true" from becoming 1.0, wants them so."""
+    if isinstance(value, dict):
+        return {key: as_tuples(inner) for key, inner in value.items()}
+    return tuple(as_tuples(inner) for inner in value) if isinstance(value, list) else value
