@@ -26,7 +26,8 @@ settings.load_profile("same")
 
 def pytest_collection_finish() -> None:
     """Hypothesis draws constants out of the modules that are imported: also of those that only some tests import."""
-    for name in ("launch.chains.submit", "launch.commands.data", "launch.commands.label", "launch.ranks.rank"):
+    commands = [f"launch.commands.{name}" for name in importlib.import_module("launch.cli").COMMANDS]
+    for name in ("launch.chains.submit", "launch.jobs.submit", "launch.ranks.rank", *commands):
         importlib.import_module(name)
 
 

@@ -42,11 +42,12 @@ def start_child(
             what the child starts can be killed with it.
     """
     given = os.environ if environment is None else environment
-    path = os.pathsep.join([str(ROOT), *filter(None, [given.get("PYTHONPATH")])])
+    # Ours first; an empty entry would be the current folder.
+    others = [entry for entry in given.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", str(ROOT))]
     return subprocess.Popen(
         # With a safe path, on which the current folder is not.
         [sys.executable, "-P", "-m", "launch.ranks.rank", str(os.getpid()), module, *words],
-        env={**given, "PYTHONPATH": path},
+        env={**given, "PYTHONPATH": os.pathsep.join([str(ROOT), *others])},
         stdin=stdin,
         stdout=subprocess.PIPE if piped else None,
         stderr=subprocess.STDOUT if piped else None,

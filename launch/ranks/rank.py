@@ -1,4 +1,4 @@
-"""`python -m launch.ranks.rank LAUNCHER_PID MODULE ARGS...`: one rank, which never outlives its launcher."""
+"""`python -m launch.ranks.rank PARENT_PID MODULE ARGS...` runs a module in a process that never outlives its parent."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def main() -> None:
-    launcher, module, *arguments = sys.argv[1:]
+    parent, module, *arguments = sys.argv[1:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(launcher):  # it died before the line above
-        sys.exit(f"the launcher (process {launcher}) is gone")
+    if os.getppid() != int(parent):  # it died before the line above
+        sys.exit(f"the process that started this one ({parent}) is gone")
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
