@@ -15,8 +15,8 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import RecipeError
 from launch.jobs.submission import PlannedJob, submit_jobs
 from launch.slurm.cluster import Cluster, load_cluster
-from pretrain.recipe.files import dump, load_recipe
 from pretrain.evals.config import ProtocolConfig
+from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.recipe import Data
 from pretrain.recipe.resolve import resolve
 

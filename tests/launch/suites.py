@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import typer
-from typer.testing import CliRunner
 
+from data_pipeline.errors import PretrainError
 from launch.commands.eval import app
 from launch.suites import run as suites
 from launch.suites.jobs import Cell, Questions, cells_of
@@ -79,11 +79,12 @@ def write_suite(folder: Path, tree: dict[str, Any]) -> Path:
 
 def in_this_process(cell: Cell, device: str | None, say: Any) -> int:
     """A cell without the seconds that another process takes to begin."""
-    result = CliRunner().invoke(app, list(cell.words[1:]))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        say(f"error: {result.exception}")
-        return 2
-    return result.exit_code
+    try:
+        status = app(list(cell.words[1:]), standalone_mode=False)
+    except PretrainError as error:
+        say(f"error: {error}")
+        return error.exit_status
+    return int(status or 0)
 
 
 def cells(tmp_path: Path, tree: dict[str, Any]) -> list[Cell]:

@@ -87,8 +87,8 @@ def test_the_time_limit_itself(place: Place, expected: dict[int, float]) -> None
 
 @pytest.mark.seconds(70)
 def test_a_rank_that_is_killed_and_one_that_hangs(place: Place, expected: dict[int, float]) -> None:
-    # Longer than SLURM's KillWait: it has the stopped rank go on, to hear its signal, and kills it before the patience of
-    # that rank is over, which would name those that have ended meanwhile.
+    # Longer than SLURM's KillWait: it has the stopped rank go on, to hear its signal, and kills it before the patience
+    # of that rank is over, which would name those that have ended meanwhile.
     job = place.submit("killed", "--set", "runtime.step_timeout_seconds=20", gates=(40, 60))
     job.held(40)
     os.kill(job.rank_pid(1), signal.SIGKILL)
