@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch, BatchSpec, Sample, TokenSpec
-from data_pipeline.datasets.mixture import Mixture, has_soft_labels
-from data_pipeline.datasets.read import Dataset
-from data_pipeline.datasets.selection import soft_classes
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.errors import DataError, FieldError, SampleError
-from data_pipeline.samples.captions import Captions
+from data_pipeline.samples.captions import CaptionReader
+from data_pipeline.samples.config import Augmentation, Views
 from data_pipeline.samples.decode import decode_image
-from data_pipeline.samples.draws import Augmentation, Value, draw
-from data_pipeline.samples.views import Image, ViewSpec, evaluation_size, evaluation_view, patch_mask, training_view
+from data_pipeline.samples.draws import Value, draw
+from data_pipeline.samples.preprocessing import Preprocessing
+from data_pipeline.samples.views import Image, evaluation_size, evaluation_view, patch_mask, training_view
 from data_pipeline.shards.index import IMAGE_FIELDS, LABEL_FIELD
 
 
-def check(dataset: Dataset, spec: BatchSpec, captions: Captions | None = None) -> None:
+def check(dataset: Dataset, spec: BatchSpec, captions: CaptionReader | None = None) -> None:
     """Hold a data set, or each source of a mixture, against what an objective needs, before anything starts.
 
     Args:
@@ -32,15 +32,18 @@ def check(dataset: Dataset, spec: BatchSpec, captions: Captions | None = None) -
             of a mixture have labels of different classes; soft labels are of another number of classes.
         DataError: `captions` does not make the tokens that `spec` asks for.
     """
-    if isinstance(dataset, Mixture):
-        for source in dataset.sources:
-            try:
-                check(source.dataset, spec, captions)
-            except FieldError as error:
-                raise FieldError(f"{source.name}, {error.where}", error.expected, error.found, error.fix) from error
-        if spec.num_classes is not None:
-            dataset.check_classes()
-        return
+    for part in dataset.parts:
+        try:
+            check(part.dataset, spec, captions)
+        except FieldError as error:
+            raise FieldError(f"{part.name}, {error.where}", error.expected, error.found, error.fix) from error
+    if spec.num_classes is not None:
+        dataset.check_classes()
+    if not dataset.parts:
+        _check_single(dataset, spec, captions)
+
+
+def _check_single(dataset: Dataset, spec: BatchSpec, captions: CaptionReader | None) -> None:
     found = f"the fields {', '.join(dataset.fields) or '(none)'}"
     if not set(IMAGE_FIELDS) & set(dataset.fields):
         raise FieldError(
@@ -55,13 +58,13 @@ def check(dataset: Dataset, spec: BatchSpec, captions: Captions | None = None) -
         _check_labels(dataset, spec.num_classes, found)
 
 
-def _check_captions(tokens: TokenSpec, captions: Captions | None, fields: tuple[str, ...], found: str) -> None:
+def _check_captions(tokens: TokenSpec, captions: CaptionReader | None, fields: tuple[str, ...], found: str) -> None:
     made = None if captions is None else TokenSpec(captions.tokenizer.name, captions.tokenizer.context_length)
     if captions is None or made != tokens:
         raise DataError(where="captions", expected=f"{tokens}", found=f"{made}")
-    if captions.field not in fields:
+    if captions.captions.field not in fields:
         raise FieldError(
-            where=f"caption field `{captions.field}`",
+            where=f"caption field `{captions.captions.field}`",
             expected="a caption with every image",
             found=found,
             fix="Set data.captions.field to where the captions are, or convert with them: "
@@ -70,7 +73,7 @@ def _check_captions(tokens: TokenSpec, captions: Captions | None, fields: tuple[
 
 
 def _check_labels(dataset: Dataset, num_classes: int, found: str) -> None:
-    if (soft := soft_classes(dataset)) is not None:
+    if (soft := dataset.num_soft_classes) is not None:
         if soft != num_classes:
             raise FieldError(
                 where="soft labels",
@@ -87,11 +90,11 @@ def _check_labels(dataset: Dataset, num_classes: int, found: str) -> None:
             found=found,
             fix="Train an objective without labels, or convert an image folder whose folders are classes.",
         )
-    if unlabelled := dataset.num_samples - int(counts.sum()):
+    if unlabeled := dataset.num_samples - int(counts.sum()):
         raise FieldError(
             where=f"label field `{LABEL_FIELD}`",
             expected="a class number with every image",
-            found=f"{unlabelled} of {dataset.num_samples} samples without one",
+            found=f"{unlabeled} of {dataset.num_samples} samples without one",
             fix="Run `pretrain data stats` on the shards, and write those samples again.",
         )
     highest = int(np.flatnonzero(counts).max(initial=-1))
@@ -104,7 +107,7 @@ def _check_labels(dataset: Dataset, num_classes: int, found: str) -> None:
         )
 
 
-class Canvas:
+class BatchBuffer:
     """Room for B samples, filled row by row, then cut into batches that share its memory.
 
     Args:
@@ -146,12 +149,12 @@ class Canvas:
 
 
 class Assembler:
-    """Fills rows of a canvas. What is random depends on (seed, epoch, key) and the number of the view.
+    """Fills rows of a buffer. What is random depends on (seed, epoch, key) and the number of the view.
 
     Args:
         dataset: where samples come from.
         spec: what a row holds.
-        views: geometry of the views.
+        views: geometry of training views, or the preprocessing of evaluation views.
         augment: photometry of each training view, drawn here for the device to apply; empty: none.
         seed: of the views, the draws, the masks and the choice of captions.
         max_pixels: an image of more cannot be used.
@@ -162,23 +165,23 @@ class Assembler:
         self,
         dataset: Dataset,
         spec: BatchSpec,
-        views: ViewSpec,
+        views: Views | Preprocessing,
         augment: tuple[Augmentation, ...] = (),
         *,
         seed: int,
         max_pixels: int,
-        captions: Captions | None = None,
+        captions: CaptionReader | None = None,
     ) -> None:
         self.dataset, self.spec, self.views, self.augment = dataset, spec, views, augment
         self.captions = captions
         self.seed, self.max_pixels = seed, max_pixels
-        self._soft = has_soft_labels(dataset)
+        self._soft = dataset.num_soft_classes is not None
 
-    def canvas(self, num_samples: int) -> Canvas:
+    def buffer(self, num_samples: int) -> BatchBuffer:
         """Room for so many of the data set's samples."""
-        return Canvas(num_samples, self.spec, soft=self._soft)
+        return BatchBuffer(num_samples, self.spec, soft=self._soft)
 
-    def fill(self, canvas: Canvas, row: int, i: int, epoch: int | None) -> None:
+    def fill(self, buffer: BatchBuffer, row: int, i: int, epoch: int | None) -> None:
         """Write sample i as it looks in this epoch; None: as it is evaluated, with no chance in its views.
 
         Raises:
@@ -189,21 +192,22 @@ class Assembler:
         read = perf_counter()
         image = self._image(sample)
         decoded = perf_counter()
-        canvas.keys[row] = sample.key
-        if canvas.labels is not None:
-            self._write_label(canvas.labels, row, sample)
-        if canvas.tokens is not None:
+        buffer.keys[row] = sample.key
+        if buffer.labels is not None:
+            self._write_label(buffer.labels, row, sample)
+        if buffer.tokens is not None:
             assert self.captions is not None
-            canvas.tokens[row] = self.captions.tokens(sample, seed=self.seed, epoch=epoch)
-        if epoch is None:
-            self._evaluation_views(canvas, row, image)
+            buffer.tokens[row] = self.captions.tokens(sample, seed=self.seed, epoch=epoch)
+        if isinstance(self.views, Preprocessing):
+            self._evaluation_views(buffer, row, image, self.views)
         else:
-            self._training_views(canvas, row, image, epoch)
-        if canvas.masks is not None:
-            canvas.masks[row] = self._mask(sample.key, epoch or 0)
-        canvas.seconds["read"] += read - start
-        canvas.seconds["decode"] += decoded - read
-        canvas.seconds["transform"] += perf_counter() - decoded
+            assert epoch is not None, "training views are drawn by their epoch"
+            self._training_views(buffer, row, image, self.views, epoch)
+        if buffer.masks is not None:
+            buffer.masks[row] = self._mask(sample.key, epoch or 0)
+        buffer.seconds["read"] += read - start
+        buffer.seconds["decode"] += decoded - read
+        buffer.seconds["transform"] += perf_counter() - decoded
 
     def _image(self, sample: Sample) -> Image:
         for name in IMAGE_FIELDS:
@@ -238,25 +242,24 @@ class Assembler:
             )
         return label
 
-    def _training_views(self, canvas: Canvas, row: int, image: Image, epoch: int) -> None:
-        size, key = self.spec.image_size, canvas.keys[row]
-        for number, view in enumerate(canvas.views):
-            view[row] = training_view(image, size, self.views, seed=self.seed, epoch=epoch, key=key, view=number)
-        canvas.draws[row] = {}
+    def _training_views(self, buffer: BatchBuffer, row: int, image: Image, views: Views, epoch: int) -> None:
+        size, key = self.spec.image_size, buffer.keys[row]
+        for number, view in enumerate(buffer.views):
+            view[row] = training_view(image, size, views, seed=self.seed, epoch=epoch, key=key, view=number)
+        buffer.draws[row] = {}
         for number, spec in enumerate(self.augment):
-            canvas.draws[row] |= draw(spec, size=size, seed=self.seed, epoch=epoch, key=key, view=number)
+            buffer.draws[row] |= draw(spec, size=size, seed=self.seed, epoch=epoch, key=key, view=number)
 
-    def _evaluation_views(self, canvas: Canvas, row: int, image: Image) -> None:
-        size = self.spec.image_size
-        height, width = evaluation_size(image.shape[0], image.shape[1], size, self.views)
+    def _evaluation_views(self, buffer: BatchBuffer, row: int, image: Image, preprocessing: Preprocessing) -> None:
+        height, width = evaluation_size(image.shape[0], image.shape[1], preprocessing)
         if height * width > self.max_pixels:  # a very narrow image grows without bound
             raise SampleError(
-                where=canvas.keys[row],
+                where=buffer.keys[row],
                 expected=f"at most {self.max_pixels} pixels (data.max_pixels) after its resize",
                 found=f"{image.shape[1]} x {image.shape[0]}, resized {width} x {height}",
             )
-        for view in canvas.views:
-            view[row] = evaluation_view(image, size, self.views)
+        for view in buffer.views:
+            view[row] = evaluation_view(image, preprocessing)
 
     def _mask(self, key: str, epoch: int) -> Tensor:
         assert self.spec.mask is not None

@@ -6,17 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
-from data_pipeline.assemble import Assembler, Canvas, check
+from data_pipeline.assemble import Assembler, BatchBuffer, check
 from data_pipeline.batch import Batch, BatchSpec
-from data_pipeline.datasets.mixture import order_of
-from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.remote_parts import remote_parts
 from data_pipeline.errors import DataError, RunError, SampleError
 from data_pipeline.order.order import SampleOrder
 from data_pipeline.order.repeats import Repeated
 from data_pipeline.remote.prefetch import prefetched
-from data_pipeline.samples.captions import Captions
-from data_pipeline.samples.draws import Augmentation, Mixing, draw_mix
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.captions import CaptionReader
+from data_pipeline.samples.config import Augmentation, Mixing, Views
+from data_pipeline.samples.draws import draw_mix
+from data_pipeline.samples.preprocessing import Preprocessing
 from data_pipeline.workers import entries
 
 
@@ -63,9 +64,9 @@ class TrainLoader:
         spec: what a batch holds.
         views: geometry of the views.
         augment: photometry of each view, drawn here for the device to apply; empty: none.
-        mixing: of neighbouring samples, likewise; `micro_size` must be even.
+        mixing: of neighboring samples, likewise; `micro_size` must be even.
         seed: of the order, the views, the draws, the masks and the choice of captions.
-        lanes, window: of the order (order.py).
+        read_streams, shuffle_window: of the order (order.py).
         repeats: how often each sample comes in a row, drawn anew each time (repeats.py).
         global_size: B, samples of a step over all ranks and micro-batches.
         micro_size: samples of one micro-batch on this rank; `world_size * micro_size` divides `global_size`.
@@ -83,13 +84,13 @@ class TrainLoader:
         self,
         dataset: Dataset,
         spec: BatchSpec,
-        views: ViewSpec,
+        views: Views,
         augment: tuple[Augmentation, ...] = (),
         mixing: Mixing | None = None,
         *,
         seed: int,
-        lanes: int,
-        window: int,
+        read_streams: int,
+        shuffle_window: int,
         repeats: int = 1,
         global_size: int,
         micro_size: int,
@@ -97,7 +98,7 @@ class TrainLoader:
         world_size: int = 1,
         num_workers: int = 0,
         max_pixels: int,
-        captions: Captions | None = None,
+        captions: CaptionReader | None = None,
     ) -> None:
         if global_size % (world_size * micro_size):
             raise DataError(
@@ -110,11 +111,11 @@ class TrainLoader:
                 where="batch.micro_size", expected="an even number, to mix samples in pairs", found=str(micro_size)
             )
         check(dataset, spec, captions)
-        order = order_of(dataset, seed=seed, lanes=lanes, window=window)
+        order = dataset.order(seed=seed, read_streams=read_streams, shuffle_window=shuffle_window)
         order = Repeated(order, repeats) if repeats > 1 else order
         assembler = Assembler(dataset, spec, views, augment, seed=seed, max_pixels=max_pixels, captions=captions)
         self._steps = _Steps(order, assembler, mixing, global_size, micro_size, rank, world_size)
-        self._num_workers, self._lanes = num_workers, lanes
+        self._num_workers, self._read_streams = num_workers, read_streams
 
     def steps(self, cursor: int) -> Iterator[StepData]:
         """Step after step from position `cursor` on, without end.
@@ -128,10 +129,10 @@ class TrainLoader:
         made = entries(self._steps, count(cursor, self._steps.global_size), self._num_workers)
         return prefetched(
             made,
-            self._steps.assembler.dataset,
+            remote_parts(self._steps.assembler.dataset),
             self._steps.order,
             cursor=cursor,
-            lanes=self._lanes,
+            read_streams=self._read_streams,
             global_size=self._steps.global_size,
             rank=self._steps.rank,
             world_size=self._steps.world_size,
@@ -158,42 +159,42 @@ class _Steps:
             self.order.epochs(positions).tolist(),
             strict=True,
         )
-        canvas = self.assembler.canvas(len(positions))
+        buffer = self.assembler.buffer(len(positions))
         bad = []
         for row, (position, i, epoch) in enumerate(places):
             try:
-                self.assembler.fill(canvas, row, i, epoch)
+                self.assembler.fill(buffer, row, i, epoch)
             except SampleError as error:
                 key, shard = self.assembler.dataset.origin(i)
-                replacement_key = self._replace(canvas, row, position, epoch, f"{shard}: {key}", error)
+                replacement_key = self._replace(buffer, row, position, epoch, f"{shard}: {key}", error)
                 bad.append(BadSample(position, key, shard, str(error), replacement_key))
-        self._draw_mixing(canvas, cursor)
+        self._draw_mixing(buffer, cursor)
         starts = range(0, len(positions), self.micro_size)
-        micro_batches = tuple(canvas.batch(start, start + self.micro_size) for start in starts)
-        return StepData(micro_batches, cursor + self.global_size, tuple(bad), canvas.seconds)
+        micro_batches = tuple(buffer.batch(start, start + self.micro_size) for start in starts)
+        return StepData(micro_batches, cursor + self.global_size, tuple(bad), buffer.seconds)
 
-    def _draw_mixing(self, canvas: Canvas, cursor: int) -> None:
+    def _draw_mixing(self, buffer: BatchBuffer, cursor: int) -> None:
         """The same for both samples of a pair, whose number counts through the ranks."""
         if self.mixing is None:
             return
         size, seed = self.assembler.spec.image_size, self.assembler.seed
-        local_size = len(canvas.draws)
+        local_size = len(buffer.draws)
         for row in range(0, local_size, 2):
             pair = (self.rank * local_size + row) // 2
             drawn = draw_mix(self.mixing, size=size, seed=seed, cursor=cursor, pair=pair)
-            canvas.draws[row] |= drawn
-            canvas.draws[row + 1] |= drawn
+            buffer.draws[row] |= drawn
+            buffer.draws[row + 1] |= drawn
 
-    def _replace(self, canvas: Canvas, row: int, position: int, epoch: int, where: str, error: SampleError) -> str:
+    def _replace(self, buffer: BatchBuffer, row: int, position: int, epoch: int, where: str, error: SampleError) -> str:
         """Fill the row from the next usable position of its window, and return that sample's key."""
         tried = 0
         for i in self.order.stand_ins(position):
             try:
-                self.assembler.fill(canvas, row, i, epoch)
+                self.assembler.fill(buffer, row, i, epoch)
             except SampleError:
                 tried += 1  # reported when its own position comes
             else:
-                return canvas.keys[row]
+                return buffer.keys[row]
         raise RunError(
             where=where,
             expected=f"{error.expected}, or a sample near it to stand in",
@@ -205,7 +206,7 @@ class _Steps:
 def evaluation_batches(
     dataset: Dataset,
     spec: BatchSpec,
-    views: ViewSpec,
+    preprocessing: Preprocessing,
     *,
     batch_size: int,
     rank: int = 0,
@@ -213,14 +214,15 @@ def evaluation_batches(
     num_workers: int = 0,
     max_pixels: int,
     limit: int | None = None,
-    captions: Captions | None = None,
+    captions: CaptionReader | None = None,
 ) -> Iterator[Batch]:
-    """Every sample exactly once over the ranks, in the order of the data set, resized and centre cropped.
+    """Every sample exactly once over the ranks, in the order of the data set, resized and center cropped.
 
     Rank r has the contiguous piece r of `world_size`; pieces differ by at most one sample, and the last batch
     is short. Nothing is random: a mask, where `spec` asks for one, depends on the key alone.
 
     Args:
+        preprocessing: geometry of the views, which stay uint8: mean and std are the device's to apply.
         limit: the first samples only; None: all.
         captions: how they are read, where `spec` asks for tokens; of several, the first.
 
@@ -231,22 +233,26 @@ def evaluation_batches(
     total = dataset.num_samples if limit is None else min(limit, dataset.num_samples)
     first, end = total * rank // world_size, total * (rank + 1) // world_size
     pieces = [range(start, min(start + batch_size, end)) for start in range(first, end, batch_size)]
-    return batches_of(dataset, spec, views, pieces, num_workers=num_workers, max_pixels=max_pixels, captions=captions)
+    return batches_of(
+        dataset, spec, preprocessing, pieces, num_workers=num_workers, max_pixels=max_pixels, captions=captions
+    )
 
 
 def batches_of(
     dataset: Dataset,
     spec: BatchSpec,
-    views: ViewSpec,
+    preprocessing: Preprocessing,
     pieces: Sequence[Sequence[int]],
     *,
     num_workers: int = 0,
     max_pixels: int,
-    captions: Captions | None = None,
+    captions: CaptionReader | None = None,
 ) -> Iterator[Batch]:
     """One batch for each piece, samples by their number, as `evaluation_batches` makes them; raises as it does."""
+    if preprocessing.image_size != spec.image_size:
+        raise ValueError(f"views of {spec.image_size} pixels, prepared for {preprocessing.image_size}")
     check(dataset, spec, captions)
-    assembler = Assembler(dataset, spec, views, seed=0, max_pixels=max_pixels, captions=captions)
+    assembler = Assembler(dataset, spec, preprocessing, seed=0, max_pixels=max_pixels, captions=captions)
     return entries(_Pieces(assembler, pieces), range(len(pieces)), num_workers)
 
 
@@ -259,7 +265,7 @@ class _Pieces:
 
     def __getitem__(self, number: int) -> Batch:
         indices = self.pieces[number]
-        canvas = self.assembler.canvas(len(indices))
+        buffer = self.assembler.buffer(len(indices))
         for row, i in enumerate(indices):
-            self.assembler.fill(canvas, row, i, epoch=None)
-        return canvas.batch(0, len(indices))
+            self.assembler.fill(buffer, row, i, epoch=None)
+        return buffer.batch(0, len(indices))

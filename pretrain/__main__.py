@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_pipeline.errors import InputError, PretrainError
-from pretrain.recipe.files import load_recipe
+from pretrain.recipe.files import load_recipe, print_note
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime import lean_imports
 from pretrain.runtime.signals import STOPPED, Request, signals
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for signum, request in signals().items():  # until there is a run, there is nothing to save
         signal.signal(signum, signal.SIG_IGN if request == Request.SAVE else lambda *_: os._exit(STOPPED))
     try:
-        recipe = load_recipe(recipe_path, list(options.overrides))
+        recipe = load_recipe(recipe_path, list(options.overrides), note=None if LOCAL_RANK else print_note)
         from pretrain import run  # after the recipe: loading torch takes seconds
 
         out = options.out or default_out(recipe)

@@ -10,11 +10,14 @@ import torch
 
 from data_pipeline.assemble import check
 from data_pipeline.batch import BatchSpec
-from data_pipeline.datasets.mixture import open_training
-from data_pipeline.datasets.read import Dataset, open_dataset
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.read import open_dataset
+from data_pipeline.datasets.remote_parts import remote_parts
+from data_pipeline.datasets.training import open_training
 from data_pipeline.errors import RecipeError
 from data_pipeline.remote.prefetch import check_room
-from data_pipeline.samples.captions import Captions
+from data_pipeline.samples.captions import CaptionReader
+from data_pipeline.samples.config import Captions
 from pretrain.augment.augment import augmentations, mixing
 from pretrain.callbacks.online_probe import ProbeShape, find_probe_shape, probe_bytes
 from pretrain.checkpoints.start import refuse_locked_at_random
@@ -23,7 +26,6 @@ from pretrain.models.tokenizers import build_tokenizer
 from pretrain.monitoring.sinks import refuse_missing_wandb
 from pretrain.objectives.contract import Contrastive, Objective
 from pretrain.plan import build_on_meta
-from pretrain.recipe.recipe import Captions as CaptionsConfig
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import Resolved, resolve
 from pretrain.record import refuse_other_run
@@ -47,7 +49,7 @@ class Plan:
     train: Dataset
     val: Dataset | None
     needs: BatchSpec
-    captions: Captions | None
+    captions: CaptionReader | None
     resolved: Resolved
     objective: Objective
     probe: ProbeShape | None
@@ -66,7 +68,7 @@ def preflight(
     Raises:
         InputError: one of them is wrong.
     """
-    data, cache = recipe.data, recipe.data.cache.spec()
+    data, cache = recipe.data, recipe.data.cache
     train_data = open_training(data.train, cache)
     resolved = resolve(recipe, world_size, train_data.num_samples)
     objective = build_on_meta(recipe.model, recipe.objective)
@@ -79,9 +81,9 @@ def preflight(
     captions = _captions(data.captions, needs)
     check(train_data, needs, captions)
     check_room(
-        train_data,
-        lanes=data.lanes,
-        window=data.window,
+        remote_parts(train_data),
+        read_streams=data.read_streams,
+        shuffle_window=data.shuffle_window,
         world_size=world_size,
         local_size=local_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
         repeats=data.repeats,
@@ -103,10 +105,10 @@ def preflight(
     return Plan(train_data, val, needs, captions, resolved, objective, probe, num_bytes)
 
 
-def _captions(config: CaptionsConfig, needs: BatchSpec) -> Captions | None:
+def _captions(config: Captions, needs: BatchSpec) -> CaptionReader | None:
     if needs.tokens is None:
         return None
-    return Captions(build_tokenizer(needs.tokens), **config.model_dump())
+    return CaptionReader(build_tokenizer(needs.tokens), config)
 
 
 def _refuse_inexact_accumulation(recipe: Recipe, objective: Objective, resolved: Resolved) -> None:

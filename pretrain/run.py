@@ -18,7 +18,6 @@ import torch
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError, RunError
 from data_pipeline.loader import StepData, TrainLoader
-from data_pipeline.samples.views import ViewSpec
 from pretrain.augment.augment import augmentations, mixing, prepare
 from pretrain.callbacks.callback import Callback
 from pretrain.callbacks.evaluations import ProtocolEvaluation, Validation, ValidationData, steps_between
@@ -215,12 +214,12 @@ def _callbacks(context: RunContext, engine: Engine, probe: OnlineProbe | None, l
         yield ProbeTraining(probe, context.prepare)
     yield HealthChecks(usual_checks(recipe.runtime.num_workers, context.world.local_size), log.say)
     if plan.val is not None:
-        views, size = ViewSpec(**data.views.model_dump()), recipe.model.judged_size
-        val = ValidationData(plan.val, size, views, recipe.batch.micro_size, data.max_pixels, plan.captions)
+        preprocessing = data.preprocessing(recipe.model.judged_size)
+        val = ValidationData(plan.val, preprocessing, recipe.batch.micro_size, data.max_pixels, plan.captions)
         yield Validation(steps_between(recipe.validation.every_epochs, epoch), val, engine, context.prepare, probe)
 
     trained = TrainedRun(context.out, recipe.name, recipe.seed, recipe.model, recipe.objective, data)
-    evaluators = () if context.evals_apart else inline_evaluators(recipe.evals, data.cache.spec())
+    evaluators = () if context.evals_apart else inline_evaluators(recipe.evals, data.cache)
     for i, (config, evaluator) in enumerate(zip(recipe.evals, evaluators, strict=not context.evals_apart)):
         every = steps_between(config.every_epochs, epoch)
         yield ProtocolEvaluation(every, i, config, evaluator, engine, trained, context.watchdog.alive)
@@ -233,8 +232,9 @@ def _steps(context: RunContext, cursor: int) -> Iterator[StepData]:
     """This rank's share of step after step; of a trial on one batch, the first again and again."""
     recipe, data, plan, world = context.recipe, context.recipe.data, context.plan, context.world
     loader = TrainLoader(
-        plan.train, plan.needs, ViewSpec(**data.views.model_dump()), augmentations(recipe, plan.needs),
-        mixing(recipe, plan.needs, plan.resolved.micro_size), seed=recipe.seed, lanes=data.lanes, window=data.window,
+        plan.train, plan.needs, data.views, augmentations(recipe, plan.needs),
+        mixing(recipe, plan.needs, plan.resolved.micro_size), seed=recipe.seed, read_streams=data.read_streams,
+        shuffle_window=data.shuffle_window,
         repeats=data.repeats, global_size=recipe.batch.global_size, micro_size=plan.resolved.micro_size,
         rank=world.rank, world_size=world.size, num_workers=recipe.runtime.num_workers, max_pixels=data.max_pixels,
         captions=plan.captions,

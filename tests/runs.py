@@ -25,7 +25,7 @@ def write_recipe(path: Path, shards: Path | str, **groups: object) -> Path:
     """MAE in batches of 8 with losses to compare; `groups` replace whole groups."""
     tree = {
         "name": "tiny",
-        "data": {"train": str(shards), "lanes": 3, "window": 16},
+        "data": {"train": str(shards), "read_streams": 3, "shuffle_window": 16},
         "model": MODEL,
         "objective": {"kind": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
         "optim": {"base_lr": 1e-2, "clip_norm": 1.0},

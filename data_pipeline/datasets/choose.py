@@ -69,7 +69,7 @@ def confident(
 
 
 def ranked(labels: SoftLabels, *, top_k: int, per_sample: int, without: Integers | None = None) -> Selection:
-    """The `top_k` samples of each class by the teacher's probability of it, labelled with that class.
+    """The `top_k` samples of each class by the teacher's probability of it, labeled with that class.
 
     Yalniz et al. 2019 (arXiv:1905.00546), section 3: each sample is a candidate for its `per_sample` most probable
     classes (P, 10 in the paper), so that one may be listed under several. Of equal probabilities the sample with the
@@ -114,8 +114,8 @@ def ranked(labels: SoftLabels, *, top_k: int, per_sample: int, without: Integers
     )
 
 
-def labelled(dataset: ShardDataset, *, per_class: int, seed: int, without: Integers | None = None) -> Selection:
-    """`per_class` samples of each true label, drawn by the seed: how a small labelled set is made of a large one.
+def labeled(dataset: ShardDataset, *, per_class: int, seed: int, without: Integers | None = None) -> Selection:
+    """`per_class` samples of each true label, drawn by the seed: how a small labeled set is made of a large one.
 
     Raises:
         DataError: there are no labels, or a class has fewer samples.

@@ -35,7 +35,7 @@ class Entry(NamedTuple):
     """A file in a source."""
 
     name: str  # relative, with `/`
-    at: int  # where it begins (tar, spool) or its number among the members (zip)
+    at: int  # where it begins (tar, temporary file) or its number among the members (zip)
     size: int  # bytes
 
 
@@ -56,28 +56,28 @@ class Source:
         num_others: files that are no images.
         identity: SHA-256 in hex over the images' names, sizes and checksums or times of change.
         reader: of the images; good as long as this object lives.
-        spool: the temporary file behind it, if there is one.
+        image_bytes: the temporary file behind it, if there is one.
     """
 
     images: list[Entry]
     num_others: int
     identity: str
     reader: Reader
-    spool: BinaryIO | None
+    image_bytes: BinaryIO | None
 
 
-def open_source(path: Path, spool_folder: Path) -> Source:
+def open_source(path: Path, temporary_folder: Path) -> Source:
     """List the images in `path`.
 
     Args:
         path: a folder, zip, tar or tar.gz.
-        spool_folder: where a temporary file, as large as the images, may lie if the source is a tar.gz.
+        temporary_folder: where a temporary file, as large as the images, may lie if the source is a tar.gz.
 
     Raises:
         SourceError: nothing there, or no image; damaged or unreadable; two files of one name; an archive with
             links, devices, names that leave its folder, or sizes that only an attack has.
     """
-    spool: BinaryIO | None = None
+    image_bytes: BinaryIO | None = None
     reader: Reader
     if path.is_dir():
         files, reader = list_folder(path), FolderReader(path)
@@ -86,15 +86,15 @@ def open_source(path: Path, spool_folder: Path) -> Source:
     elif zipfile.is_zipfile(path):
         files, reader = _list_zip(path), ZipReader(path)
     elif _is_gzip(path):
-        spool = nameless_file(spool_folder)
-        files, reader = _list_tar_gz(path, spool), FileReader(path_of(spool))
+        image_bytes = nameless_file(temporary_folder)
+        files, reader = _list_tar_gz(path, image_bytes), FileReader(path_of(image_bytes))
     else:
         files, reader = _list_tar(path), FileReader(path)
     try:
         images, num_others, identity = _sort_out(path, files)
     except (OSError, EOFError, zlib.error) as error:
         raise _error(path, "files that are whole, and room to read them", str(error)) from error
-    return Source(images, num_others, identity, reader, spool)
+    return Source(images, num_others, identity, reader, image_bytes)
 
 
 class FolderReader:
@@ -109,7 +109,7 @@ class FolderReader:
 
 
 class FileReader:
-    """Out of one file that holds the images' bytes as they are: a tar, or a spool."""
+    """Out of one file that holds the images' bytes as they are: a tar, or a temporary file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -206,18 +206,18 @@ def _list_tar(path: Path) -> Iterator[File]:
             yield Entry(_plain(member.name), member.offset_data, member.size), int(member.mtime)
 
 
-def _list_tar_gz(path: Path, spool: BinaryIO) -> Iterator[File]:
-    """One pass over the archive, the images' bytes put into `spool` end to end."""
+def _list_tar_gz(path: Path, image_bytes: BinaryIO) -> Iterator[File]:
+    """One pass over the archive, the images' bytes put into `image_bytes` end to end."""
     max_bytes = FREE_BYTES + MAX_RATIO * path.stat().st_size
     with gzip.open(path) as unpacked:
         file = cast(BinaryIO, unpacked)
         for member in strict_tar.members(file, str(path), error=SourceError, max_bytes=max_bytes):
-            entry = Entry(_plain(member.name), spool.tell(), member.size)
+            entry = Entry(_plain(member.name), image_bytes.tell(), member.size)
             if is_image(entry.name):
                 _check_bytes(path, entry)
-                spool.write(file.read(member.size))  # short only at a premature end, which is found next
+                image_bytes.write(file.read(member.size))  # short only at a premature end, which is found next
             yield entry, int(member.mtime)
-    spool.flush()
+    image_bytes.flush()
 
 
 def _sort_out(path: Path, files: Iterator[File]) -> tuple[list[Entry], int, str]:

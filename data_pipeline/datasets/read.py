@@ -12,65 +12,28 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.batch import Sample
+from data_pipeline.datasets.dataset import Dataset, Single
 from data_pipeline.datasets.folders import IMAGE_SUFFIXES, is_hidden, is_image, list_folder
 from data_pipeline.errors import DataError, SampleError, ShardError
-from data_pipeline.remote.cache import DEFAULT, CacheSpec
+from data_pipeline.messages import short_list
+from data_pipeline.remote.config import DEFAULT, CacheConfig
 from data_pipeline.remote.fetch import Remote, remote_url
 from data_pipeline.shards.index import IMAGE_FIELDS, LABEL_FIELD, MISSING
-from data_pipeline.shards.manifest import FILE_NAME, PLAN_NAME, Manifest, load_manifest, local_path
+from data_pipeline.shards.load_manifest import load_manifest
+from data_pipeline.shards.manifest import FILE_NAME, PLAN_NAME, Manifest
 from data_pipeline.shards.scan import PICKLE_FIELDS
+from data_pipeline.shards.specs import local_path
 
-_OPEN_SHARDS = 128  # per process; a step reads one shard per lane, mostly
-
-
-class Dataset(Protocol):
-    """What a loader needs of a data set. Samples are numbered from 0 on, through the shards in their order.
-
-    Attributes:
-        shard_sizes: samples per shard, [S] int64: what the order shuffles as a whole.
-        fields: member extensions that occur.
-        classes: names of the labels, where they are known.
-        label_counts: samples of each label, [K] int64, where there are labels.
-        fingerprint: identity of the data, hex; the same wherever they lie.
-        state: identity of what lies there now, hex: what a cache goes by.
-    """
-
-    @property
-    def num_samples(self) -> int: ...
-    @property
-    def shard_sizes(self) -> NDArray[np.int64]: ...
-    @property
-    def fields(self) -> tuple[str, ...]: ...
-    @property
-    def classes(self) -> tuple[str, ...] | None: ...
-    @property
-    def label_counts(self) -> NDArray[np.int64] | None: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def state(self) -> str: ...
-
-    def read(self, i: int) -> Sample:
-        """Sample i.
-
-        Raises:
-            SampleError: its bytes are not those of the index.
-            ShardError: its file cannot be read at all.
-        """
-        ...
-
-    def origin(self, i: int) -> tuple[str, str]:
-        """(key, file) of sample i, for messages."""
-        ...
+_OPEN_SHARDS = 128  # per process; a step reads one shard per stream, mostly
 
 
-class ShardDataset:
+class ShardDataset(Single):
     """WebDataset tars, read at the offsets of their index; every member's crc32 is checked each time.
 
     Open files are shared safely with forked workers: reading moves no file position.
@@ -91,6 +54,7 @@ class ShardDataset:
         self.fields = manifest.fields
         self.classes = manifest.classes
         self.label_counts = manifest.label_counts
+        self.shard_bytes = np.asarray(manifest.num_bytes, np.int64)
         self.fingerprint = self.state = manifest.fingerprint  # of hashes, so nothing changes unseen
         self._ends = np.cumsum(self.shard_sizes)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()  # the one used last at the end
@@ -143,6 +107,11 @@ class ShardDataset:
         """Number of the shard that each sample lies in, [n]."""
         return self._ends.searchsorted(indices, side="right")
 
+    def fetch(self, shard: int) -> None:
+        """Brings a shard from behind a URL, and its index, into the cache."""
+        self.manifest.index(shard)
+        self.manifest.open(shard).close()
+
     def _find(self, i: int) -> tuple[int, int]:
         if not 0 <= i < self.num_samples:
             raise IndexError(f"sample {i} of {self.num_samples}")
@@ -176,7 +145,7 @@ class _OpenShard:
             self._file.close()
 
 
-class FolderDataset:
+class FolderDataset(Single):
     """An image folder: one folder per class, labels in the order of their names; or images without labels.
 
     What is an image, which links are followed and what is passed over as hidden is as `data convert` has it. Each
@@ -204,24 +173,24 @@ class FolderDataset:
                 fix="Give a folder of class folders, or of shards with a manifest (`pretrain data index`).",
             )
         _refuse_equal_keys(path, files)
-        labelled = all(len(file.parts) > 1 for file in files)
-        names = sorted({file.parts[0] for file in files}) if labelled else []
-        if labelled and (empty := sorted(folders - set(names))):
+        labeled = all(len(file.parts) > 1 for file in files)
+        names = sorted({file.parts[0] for file in files}) if labeled else []
+        if labeled and (empty := sorted(folders - set(names))):
             raise DataError(
                 where=str(path),
                 expected="images in each class folder",
-                found=f"none in {', '.join(empty[:8])}{', ...' if len(empty) > 8 else ''}",
+                found=f"none in {short_list(empty)}",
                 fix="Remove what is no class and put back what is missing, or give the folder of the images alone.",
             )
         numbers = {name: number for number, name in enumerate(names)}
         self._files = files
-        self._labels = [numbers[file.parts[0]] if labelled else -1 for file in files]
+        self._labels = [numbers[file.parts[0]] if labeled else -1 for file in files]
         self.num_samples = len(files)
         self.shard_sizes = np.ones(len(files), np.int64)
         images = tuple(name for name in IMAGE_FIELDS if any(_extension(file) == name for file in files))
-        self.fields = (LABEL_FIELD, *images) if labelled else images
-        self.classes = tuple(names) if labelled else None
-        self.label_counts = np.bincount(self._labels) if labelled else None
+        self.fields = (LABEL_FIELD, *images) if labeled else images
+        self.classes = tuple(names) if labeled else None
+        self.label_counts = np.bincount(self._labels) if labeled else None
         # To hash every image would be to read the data set before its first use. Sizes miss an image that was replaced
         # by one as large; times of change see it, but differ between copies of the same data.
         self.fingerprint = _digest(f"{file.as_posix()}\0{size}\n" for file, size, _ in found)
@@ -271,7 +240,7 @@ def _extension(file: Path) -> str:
     return file.suffix[1:].lower()
 
 
-def open_dataset(spec: str, cache: CacheSpec = DEFAULT) -> Dataset:
+def open_dataset(spec: str, cache: CacheConfig = DEFAULT) -> Dataset:
     """A folder with a manifest, a `manifest.json`, a brace pattern of tars beside one; or an image folder.
 
     Args:

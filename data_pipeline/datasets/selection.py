@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from data_pipeline.batch import Sample
-from data_pipeline.datasets.read import Dataset, ShardDataset
-from data_pipeline.datasets.soft_labels import SoftLabelled, map_safetensors
+from data_pipeline.datasets.dataset import Dataset, Single
+from data_pipeline.datasets.read import ShardDataset
+from data_pipeline.datasets.soft_labeled import SoftLabeled
+from data_pipeline.datasets.soft_labels import map_safetensors
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import FieldError, ManifestError
 from data_pipeline.order.order import Integers
@@ -108,7 +110,7 @@ class Selection:
             raise ValueError(f"labels outside [0, {self.num_classes})")
 
 
-class Subset:
+class Subset(Single):
     """Some samples of a data set, as a data set.
 
     Args:
@@ -129,6 +131,10 @@ class Subset:
             hashlib.sha256(json.dumps([of_base, digest]).encode()).hexdigest()
             for of_base in (base.fingerprint, base.state)
         )
+
+    def beneath(self) -> tuple[Dataset, Integers | None]:
+        base, indices = self.base.beneath()
+        return base, self.indices if indices is None else indices[self.indices]
 
     def read(self, i: int) -> Sample:
         return self.base.read(int(self.indices[i]))
@@ -158,7 +164,8 @@ class Selected(Subset):
         if selection.labels is not None:
             counts = np.bincount(selection.labels, minlength=selection.num_classes).astype(np.int64)
         super().__init__(base, selection.indices, counts, digest=digest)
-        self.selection, self.num_classes = selection, selection.num_classes
+        self.selection = selection
+        self.num_soft_classes = selection.num_classes if selection.labels is None else None
         if selection.labels_fingerprint is not None:
             self.classes = None  # the teacher's, which knows them by number
 
@@ -177,7 +184,7 @@ class Selected(Subset):
 
 
 def _refuse_other(selection: Selection, base: Dataset, path: Path, where: str) -> None:
-    soft = base if isinstance(base, SoftLabelled) else None
+    soft = base if isinstance(base, SoftLabeled) else None
     data = soft.base if soft is not None else base
     if selection.data_fingerprint != data.fingerprint or selection.indices[-1] >= data.num_samples:
         raise FieldError(
@@ -195,23 +202,6 @@ def _refuse_other(selection: Selection, base: Dataset, path: Path, where: str) -
             expected=own if wanted is None else f"`labels` beside it: the folder that {path} was made from",
             found="none" if soft is None else f"labels {soft.labels.folder}",
         )
-
-
-def beneath(dataset: Dataset) -> tuple[Dataset, Integers | None]:
-    """The data set that a view lies over, and the index there of each of its samples, [N]; None: its own numbers."""
-    if isinstance(dataset, SoftLabelled):
-        return beneath(dataset.base)
-    if not isinstance(dataset, Subset):
-        return dataset, None
-    base, indices = beneath(dataset.base)
-    return base, dataset.indices if indices is None else indices[dataset.indices]
-
-
-def soft_classes(dataset: Dataset) -> int | None:
-    """K where the samples of a data set have soft labels; None: they have not."""
-    if isinstance(dataset, Selected):
-        return dataset.num_classes if dataset.selection.labels is None else None
-    return dataset.labels.num_classes if isinstance(dataset, SoftLabelled) else None
 
 
 def shards_of(dataset: Dataset) -> ShardDataset:

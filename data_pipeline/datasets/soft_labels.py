@@ -13,7 +13,7 @@ import math
 import mmap
 import zlib
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from safetensors.numpy import save
 
-from data_pipeline.batch import Sample
-from data_pipeline.datasets.read import Dataset, ShardDataset
+from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import DataError, FieldError, ManifestError, SampleError, ShardError
 from data_pipeline.shards.manifest import PLAN_NAME
@@ -42,7 +41,7 @@ class Described(BaseModel):
     """`labels.json`: by column, so that many shards stay small.
 
     Attributes:
-        data_fingerprint: of the data set that was labelled.
+        data_fingerprint: of the data set that was labeled.
         num_classes: K.
         top_k: the k largest probabilities of each row are kept; None: all K.
         teacher: what made them; `weights_sha256` and more.
@@ -261,32 +260,6 @@ def _described(folder: Path) -> Described:
         found_text = str(error).splitlines()[0][:200]
         raise ManifestError(where=str(path), expected="the description of soft labels", found=found_text) from error
     return found
-
-
-class SoftLabelled:
-    """A data set whose samples have soft labels from beside it, whatever labels lie in its shards.
-
-    Raises:
-        FieldError: the labels are not those of this data set, or it is none of shards.
-    """
-
-    def __init__(self, base: Dataset, labels: SoftLabels, where: str = "labels") -> None:
-        if not isinstance(base, ShardDataset):
-            raise FieldError(where=where, expected="shards beside them", found="an image folder")
-        labels.refuse_other_data(base, where)
-        self.base, self.labels = base, labels
-        self.num_samples, self.shard_sizes, self.fields = base.num_samples, base.shard_sizes, base.fields
-        self.classes: tuple[str, ...] | None = None  # the teacher's, which knows them by number
-        self.label_counts: NDArray[np.int64] | None = None
-        parts = [base.fingerprint, labels.described.fingerprint]
-        self.fingerprint = self.state = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def read(self, i: int) -> Sample:
-        sample = self.base.read(i)
-        return replace(sample, label=self.labels.row(i, sample.key))
-
-    def origin(self, i: int) -> tuple[str, str]:
-        return self.base.origin(i)
 
 
 def open_labels(path: str) -> SoftLabels:

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from data_pipeline.datasets.folders import KINDS, Entry, Reader, open_source
 from data_pipeline.errors import SampleError, SourceError
-from data_pipeline.ingest.image_normalizer import Intake
+from data_pipeline.ingest.image_normalizer import ImageNormalizer
 from data_pipeline.ingest.layout import arrange
 from data_pipeline.ingest.reshard import are_shards, open_shards
 from data_pipeline.ingest.tables import Columns, is_table, open_table
 from data_pipeline.order import keyed
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.row_store import Rows
+from data_pipeline.shards.row_store import StoredRows
 from data_pipeline.shards.write import Record, check_output, split_evenly, write_dataset
 
 
@@ -99,13 +99,13 @@ def convert(
         RunError: a file could not be written.
     """
     _check_options(path, options, columns, caption_field)
-    intake, spool_folder = Intake(options.short_side, options.max_pixels), _nearest_folder(out)
+    normalizer, temporary_folder = ImageNormalizer(options.short_side, options.max_pixels), _nearest_folder(out)
     if is_table(path):
-        rows = open_table(path, columns or Columns(), intake, spool_folder)
+        rows = open_table(path, columns or Columns(), normalizer, temporary_folder)
     elif are_shards(path):
-        rows = open_shards(path, caption_field, intake, spool_folder, workers=workers)
+        rows = open_shards(path, caption_field, normalizer, temporary_folder, workers=workers)
     else:
-        return _convert_images(path, out, options, intake, skip_bad=skip_bad, workers=workers)
+        return _convert_images(path, out, options, normalizer, skip_bad=skip_bad, workers=workers)
     return _convert_rows(rows, out, options, skip_bad=skip_bad, workers=workers)
 
 
@@ -124,11 +124,11 @@ def _check_options(path: Path, options: ConvertOptions, columns: Columns | None,
             raise SourceError(where=name, expected=kind, found=str(path), fix="Leave the option out.")
 
 
-def _convert_rows(rows: Rows, out: Path, options: ConvertOptions, *, skip_bad: bool, workers: int) -> Conversion:
-    items = rows.spool.offsets
+def _convert_rows(rows: StoredRows, out: Path, options: ConvertOptions, *, skip_bad: bool, workers: int) -> Conversion:
+    items = rows.store.offsets
     if options.shuffle:
         items = array("q", np.frombuffer(items, np.int64)[_permutation(len(items), options.seed)].tobytes())
-    plan = {"made_by": "convert 1", "source": rows.spool.identity, **rows.plan, **asdict(options)}
+    plan = {"made_by": "convert 1", "source": rows.store.identity, **rows.plan, **asdict(options)}
     manifest, bad = write_dataset(
         out,
         plan,
@@ -143,7 +143,7 @@ def _convert_rows(rows: Rows, out: Path, options: ConvertOptions, *, skip_bad: b
 
 
 def _convert_images(
-    path: Path, out: Path, options: ConvertOptions, intake: Intake, *, skip_bad: bool, workers: int
+    path: Path, out: Path, options: ConvertOptions, normalizer: ImageNormalizer, *, skip_bad: bool, workers: int
 ) -> Conversion:
     source = open_source(path, _nearest_folder(out))
     splits, classes = arrange([entry.name for entry in source.images], options.split_by_folder, path)
@@ -151,7 +151,7 @@ def _convert_images(
     for split in splits:
         plans[split] = {"made_by": "convert 1", "source": source.identity, "split": split, **asdict(options)}
         check_output(out / split, plans[split])
-    producer = ImageProducer(source.reader, intake)
+    producer = ImageProducer(source.reader, normalizer)
     manifests: dict[Path, Manifest] = {}
     bad: list[SampleError] = []
     for split, (numbers, keys, labels) in splits.items():
@@ -177,12 +177,12 @@ class ImageProducer:
     """Images of a folder or archive, with the labels that their folders are."""
 
     reader: Reader
-    intake: Intake
+    normalizer: ImageNormalizer
 
     def produce(self, items: Sequence[Item]) -> Iterator[Record | SampleError]:
         for item in items:
             try:
-                extension, data = self.intake.member(self.reader.read(item.entry), item.entry.name)
+                extension, data = self.normalizer.member(self.reader.read(item.entry), item.entry.name)
             except SampleError as error:
                 yield error
                 continue

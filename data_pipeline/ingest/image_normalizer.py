@@ -27,7 +27,7 @@ JPEG_QUALITY = 95  # of what is made smaller; the loss is below what one more re
 
 
 @dataclass(frozen=True)
-class Intake:
+class ImageNormalizer:
     """Looks at each image's header; makes larger ones smaller where that is asked for.
 
     Attributes:

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_pipeline.errors import SampleError, SourceError
-from data_pipeline.ingest.image_normalizer import Intake
+from data_pipeline.ingest.image_normalizer import ImageNormalizer
 from data_pipeline.ingest.layout import UniqueKeys
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
 from data_pipeline.samples.captions import read_captions
 from data_pipeline.shards.index import CAPTION_FIELD, IMAGE_FIELDS, MISSING, ShardIndex
-from data_pipeline.shards.manifest import FILE_NAME, load_manifest
-from data_pipeline.shards.row_store import Rows, Spool, SpoolReader
+from data_pipeline.shards.load_manifest import load_manifest
+from data_pipeline.shards.manifest import FILE_NAME
+from data_pipeline.shards.row_store import RowReader, RowStore, StoredRows
 from data_pipeline.shards.scan import scan_shard
 from data_pipeline.shards.specs import find_tars
 from data_pipeline.shards.write import Record
@@ -51,14 +52,16 @@ def are_shards(path: Path) -> bool:
     return True
 
 
-def open_shards(path: Path, caption: str | None, intake: Intake, spool_folder: Path, *, workers: int = 1) -> Rows:
+def open_shards(
+    path: Path, caption: str | None, normalizer: ImageNormalizer, temporary_folder: Path, *, workers: int = 1
+) -> StoredRows:
     """Where every member of every sample lies.
 
     Args:
         path: a folder of tars, or a brace pattern of them. Tars without a manifest are read through.
         caption: `FIELD` or `FIELD:KEY` (of a JSON member), to become the `txt` of each sample; None: `txt`, where
             there is one.
-        spool_folder: where a temporary file of some 200 bytes a sample may lie.
+        temporary_folder: where a temporary file of some 200 bytes a sample may lie.
         workers: processes.
 
     Raises:
@@ -66,7 +69,7 @@ def open_shards(path: Path, caption: str | None, intake: Intake, spool_folder: P
         ManifestError: the shards have a manifest or indexes of ours that are not theirs.
     """
     root, names = find_tars(str(path))
-    spool, keys = Spool(spool_folder), UniqueKeys()
+    store, keys = RowStore(temporary_folder), UniqueKeys()
     indexes, classes = _indexes(path, root, names, workers)
     for name, index in zip(names, indexes, strict=True):
         for row, key in enumerate(index.keys):
@@ -79,8 +82,10 @@ def open_shards(path: Path, caption: str | None, intake: Intake, spool_folder: P
             )
             members = [place for place in places if place[1] != MISSING]
             own = keys.of(f"{key.removeprefix('./')}.*")
-            spool.add({"tar": name, "of": key, "key": own, "members": members})
-    return Rows(spool, ShardProducer(spool.reader(), root, intake, caption), classes, {"caption_field": caption})
+            store.add({"tar": name, "of": key, "key": own, "members": members})
+    return StoredRows(
+        store, ShardProducer(store.reader(), root, normalizer, caption), classes, {"caption_field": caption}
+    )
 
 
 def _indexes(path: Path, root: Path, names: list[str], workers: int) -> tuple[Iterator[ShardIndex], list[str] | None]:
@@ -112,12 +117,17 @@ def _scan(root: Path, name: str) -> ShardIndex:
 class ShardProducer:
     """Samples of other shards -> samples of ours."""
 
-    def __init__(self, rows: SpoolReader, root: Path, intake: Intake, caption: str | None) -> None:
-        self.rows, self.root, self.intake, self.caption = rows, root, intake, caption
+    def __init__(self, rows: RowReader, root: Path, normalizer: ImageNormalizer, caption: str | None) -> None:
+        self.rows, self.root, self.normalizer, self.caption = rows, root, normalizer, caption
         self._open = lru_cache(maxsize=_OPEN_TARS)(self._open_tar)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardProducer, (self.rows, self.root, self.intake, self.caption)  # another process opens its own files
+        return ShardProducer, (
+            self.rows,
+            self.root,
+            self.normalizer,
+            self.caption,
+        )  # another process opens its own files
 
     def produce(self, items: Sequence[int]) -> Iterator[Record | SampleError]:
         for offset in items:
@@ -149,7 +159,7 @@ class ShardProducer:
         if field is None:
             found = f"the members {', '.join(members)}"
             raise SampleError(where=where, expected=f"an image ({', '.join(IMAGE_FIELDS)})", found=found)
-        extension, data = self.intake.member(members.pop(field), f"{where}.{field}")
+        extension, data = self.normalizer.member(members.pop(field), f"{where}.{field}")
         if extension in members:
             raise SampleError(where=f"{where}.{field}", expected="one image of a format", found=f"two {extension}")
         members[extension] = data

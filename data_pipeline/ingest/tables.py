@@ -1,6 +1,6 @@
 """A CSV, TSV or Parquet table of image files with captions or labels, on its way into shards.
 
-The table is read once, from front to back; its rows wait in a spool, so that neither their number nor the length
+The table is read once, from front to back; its rows wait in a store, so that neither their number nor the length
 of their captions matters to the memory, but for the keys, which are held against each other.
 """
 
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from data_pipeline.datasets.folders import MAX_IMAGE_BYTES
 from data_pipeline.errors import SampleError, SourceError
-from data_pipeline.ingest.image_normalizer import Intake
+from data_pipeline.ingest.image_normalizer import ImageNormalizer
 from data_pipeline.ingest.layout import UniqueKeys
 from data_pipeline.shards.index import CAPTION_FIELD, LABEL_FIELD
-from data_pipeline.shards.row_store import Rows, Spool, SpoolReader
+from data_pipeline.shards.row_store import RowReader, RowStore, StoredRows
 from data_pipeline.shards.scan import MAX_LABEL
 from data_pipeline.shards.strict_tar import is_utf8
 from data_pipeline.shards.write import Record
@@ -65,14 +65,14 @@ def is_table(path: Path) -> bool:
     return _suffix(path) in DELIMITERS or _suffix(path) == ".parquet"
 
 
-def open_table(path: Path, columns: Columns, intake: Intake, spool_folder: Path) -> Rows:
+def open_table(path: Path, columns: Columns, normalizer: ImageNormalizer, temporary_folder: Path) -> StoredRows:
     """Read the table once: its rows checked one by one, its labels numbered.
 
     Labels that are all whole numbers stay what they are; other labels are names, numbered in their order. A
     row that lacks something its columns promise becomes a bad sample.
 
     Args:
-        spool_folder: where a temporary file as large as the table's text may lie.
+        temporary_folder: where a temporary file as large as the table's text may lie.
 
     Raises:
         SourceError: no table, or a damaged one; a column that is missing; a URL; a path that leaves the root;
@@ -84,24 +84,24 @@ def open_table(path: Path, columns: Columns, intake: Intake, spool_folder: Path)
         raise SourceError(where=str(path), expected="a table", found="nothing there", fix="Correct the path.")
     try:
         names = _choose(path, _column_names(path), columns)
-        spool, labels = _read(path, names, columns, spool_folder)
+        store, labels = _read(path, names, columns, temporary_folder)
     except (pa.ArrowException, csv.Error, zlib.error, OSError, EOFError, UnicodeError) as error:
         found = str(error).partition("\n")[0]
         raise SourceError(where=str(path), expected="a whole table that can be read", found=found) from error
     numbers, classes = _number(path, labels)
     root = columns.root or path.parent
-    producer = TableProducer(spool.reader(), str(path), root, intake, numbers)
-    return Rows(spool, producer, classes, {"columns": names})
+    producer = TableProducer(store.reader(), str(path), root, normalizer, numbers)
+    return StoredRows(store, producer, classes, {"columns": names})
 
 
 @dataclass(frozen=True)
 class TableProducer:
-    """Rows of a table -> samples: the image, its caption (`txt`) and its label (`cls`)."""
+    """StoredRows of a table -> samples: the image, its caption (`txt`) and its label (`cls`)."""
 
-    rows: SpoolReader
+    rows: RowReader
     table: str
     root: Path
-    intake: Intake
+    normalizer: ImageNormalizer
     numbers: dict[str, int]  # of the labels
 
     def produce(self, items: Sequence[int]) -> Iterator[Record | SampleError]:
@@ -112,7 +112,7 @@ class TableProducer:
                 yield SampleError(where, row["expected"], row["found"])
                 continue
             try:
-                extension, data = self.intake.member(_image_bytes(self.root, row["path"]), row["path"])
+                extension, data = self.normalizer.member(_image_bytes(self.root, row["path"]), row["path"])
             except SampleError as error:
                 yield SampleError(f"{where} ({row['path']})", error.expected, error.found)
                 continue
@@ -178,14 +178,14 @@ def _choose(path: Path, found: list[str], columns: Columns) -> dict[str, str]:
 _DOWNLOAD = "Images behind URLs are img2dataset's to download; what it writes can be converted, by its folder."
 
 
-def _read(path: Path, names: dict[str, str], columns: Columns, spool_folder: Path) -> tuple[Spool, set[str]]:
-    """All rows in a spool, and the labels that occur."""
+def _read(path: Path, names: dict[str, str], columns: Columns, temporary_folder: Path) -> tuple[RowStore, set[str]]:
+    """All rows in a store, and the labels that occur."""
     root = os.path.abspath(columns.root or path.parent)
-    spool, keys, labels = Spool(spool_folder), UniqueKeys(), set[str]()
+    store, keys, labels = RowStore(temporary_folder), UniqueKeys(), set[str]()
     for place, values in _values(path, list(names.values())):
         row: dict[str, Any] = {"row": place}
         if isinstance(values, str):
-            spool.add(row | {"expected": "as many values as there are columns", "found": values})
+            store.add(row | {"expected": "as many values as there are columns", "found": values})
             continue
         for role, text in zip(names, values, strict=True):
             if text is None or not text.strip() or "\0" in text or not is_utf8(text):
@@ -199,10 +199,10 @@ def _read(path: Path, names: dict[str, str], columns: Columns, spool_folder: Pat
             if "label" in row:
                 row["label"] = row["label"].strip()
                 labels.add(row["label"])
-        spool.add(row)
-    if not spool.offsets:
+        store.add(row)
+    if not store.offsets:
         raise SourceError(where=str(path), expected="a table with rows", found="none")
-    return spool, labels
+    return store, labels
 
 
 def _values(path: Path, names: list[str]) -> Iterator[tuple[str, tuple[str | None, ...] | str]]:

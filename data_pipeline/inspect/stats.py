@@ -14,10 +14,11 @@ from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import FieldError
 from data_pipeline.progress import track
-from data_pipeline.remote.cache import DEFAULT, CacheSpec
+from data_pipeline.remote.config import DEFAULT, CacheConfig
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.shards.index import CAPTION_FIELD, IMAGE_FIELDS, LABEL_FIELD
-from data_pipeline.shards.manifest import Manifest, load_manifest
+from data_pipeline.shards.load_manifest import load_manifest
+from data_pipeline.shards.manifest import Manifest
 
 SHEET_COLUMNS, SHEET_ROWS = 10, 8
 THUMBNAIL, CAPTION = 96, 14  # pixels
@@ -38,7 +39,7 @@ class Stats:
     pixels: NDArray[np.int64]
 
 
-def stats(spec: str, sheet: Path, *, max_pixels: int = 50_000_000, cache: CacheSpec = DEFAULT) -> Stats:
+def stats(spec: str, sheet: Path, *, max_pixels: int = 50_000_000, cache: CacheConfig = DEFAULT) -> Stats:
     """Look through the indexes of `spec` and write a contact sheet of images spread evenly over it.
 
     Args:

@@ -15,10 +15,11 @@ import numpy as np
 from data_pipeline.errors import DataError, ManifestError, SampleError, ShardError
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
-from data_pipeline.remote.cache import DEFAULT, CacheSpec
+from data_pipeline.remote.config import DEFAULT, CacheConfig
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.shards.index import IMAGE_FIELDS, LABEL_FIELD, MISSING, ShardIndex
-from data_pipeline.shards.manifest import Manifest, ShardSummary, load_manifest
+from data_pipeline.shards.load_manifest import load_manifest
+from data_pipeline.shards.manifest import Manifest, ShardSummary
 from data_pipeline.shards.scan import mapped, scan
 
 
@@ -44,7 +45,7 @@ class Verification:
     faults: tuple[Fault, ...]
 
 
-def verify(spec: str, *, max_pixels: int = 50_000_000, workers: int = 1, cache: CacheSpec = DEFAULT) -> Verification:
+def verify(spec: str, *, max_pixels: int = 50_000_000, workers: int = 1, cache: CacheConfig = DEFAULT) -> Verification:
     """Read the whole dataset `spec` (as `load_manifest` takes it) and report what is wrong with it.
 
     Args:

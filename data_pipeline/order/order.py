@@ -1,12 +1,12 @@
 """Which sample stands at global position p of a run: a pure function of (shard sizes, seed, p).
 
 No shuffle buffer and no per-sample table; nothing dropped, nothing padded: epochs are laid end to end.
-With N samples, L lanes, windows of w:
+With N samples, L read streams, windows of w:
 
 1. `epoch, q = divmod(p, N)`. The shards, in a permutation keyed by (seed, epoch), laid end to end are the
    slots 0..N-1.
-2. Lane `l = q % L`, its own position `j = q // L`. With `m, r = divmod(N, L)`, lane l owns the `m + (l < r)`
-   slots from `l*m + min(l, r)` on: a contiguous stretch, so a lane reads few shards at a time.
+2. Stream `l = q % L`, its own position `j = q // L`. With `m, r = divmod(N, L)`, stream l owns the `m + (l < r)`
+   slots from `l*m + min(l, r)` on: a contiguous stretch, so a stream reads few shards at a time.
 3. j goes through a keyed permutation inside windows of w slots: the shuffle.
 4. A step takes the B positions from its cursor on, sorted by (p % L, p), cut into W equal pieces, one a rank.
 
@@ -59,17 +59,17 @@ class Order:
     Args:
         shard_sizes: samples per shard, [S]; shards may be empty.
         seed: of the shuffle.
-        lanes: L, contiguous stretches that are read side by side; may exceed N.
-        window: w, samples of a lane that are shuffled among each other.
+        read_streams: L, contiguous stretches that are read side by side; may exceed N.
+        shuffle_window: w, samples of a stream that are shuffled among each other.
 
     Raises:
         DataError: there is no sample at all.
     """
 
-    def __init__(self, shard_sizes: Integers, *, seed: int, lanes: int, window: int) -> None:
+    def __init__(self, shard_sizes: Integers, *, seed: int, read_streams: int, shuffle_window: int) -> None:
         self.shard_sizes = np.asarray(shard_sizes, np.int64)
         self.num_samples = int(self.shard_sizes.sum())
-        self.seed, self.lanes, self.window = seed, lanes, window
+        self.seed, self.read_streams, self.shuffle_window = seed, read_streams, shuffle_window
         if self.num_samples == 0:
             raise DataError(where="data set", expected="at least one sample", found="none")
         self._first = np.cumsum(self.shard_sizes) - self.shard_sizes  # index of each shard's first sample
@@ -78,7 +78,7 @@ class Order:
     def step_positions(self, cursor: int, global_size: int, rank: int = 0, world_size: int = 1) -> Integers:
         """This rank's positions of the step that starts at `cursor`, [B / W], in the order of rule 4."""
         positions = cursor + np.arange(global_size, dtype=np.int64)
-        positions = positions[np.argsort(positions % self.lanes, kind="stable")]
+        positions = positions[np.argsort(positions % self.read_streams, kind="stable")]
         local_size = global_size // world_size
         return positions[rank * local_size : (rank + 1) * local_size]
 
@@ -106,29 +106,29 @@ class Order:
     def replacements(self, position: int) -> Iterator[int]:
         """Where to look for a stand-in: the rest of the window, from the next position on and around.
 
-        A window may be short, as a lane's last. Then the epoch's next positions follow, around its end if
+        A window may be short, as a stream's last. Then the epoch's next positions follow, around its end if
         need be, until as many were given as a whole window has, and 63 at least.
         """
         epoch, q = divmod(position, self.num_samples)
-        j, lane = divmod(q, self.lanes)
-        shortest, longer = divmod(self.num_samples, self.lanes)
-        start = j - j % self.window
-        size = min(self.window, shortest + (lane < longer) - start)
+        j, stream = divmod(q, self.read_streams)
+        shortest, longer = divmod(self.num_samples, self.read_streams)
+        start = j - j % self.shuffle_window
+        size = min(self.shuffle_window, shortest + (stream < longer) - start)
         window = [start + (j - start + step) % size for step in range(1, size)]
-        others = [other * self.lanes + lane for other in window]
+        others = [other * self.read_streams + stream for other in window]
         following = ((q + step) % self.num_samples for step in range(1, self.num_samples))
         beyond = (other for other in following if other not in others)
-        for other in islice(chain(others, beyond), max(self.window, _LEAST_WINDOW) - 1):
+        for other in islice(chain(others, beyond), max(self.shuffle_window, _LEAST_WINDOW) - 1):
             yield epoch * self.num_samples + other
 
     def _slots(self, epochs: Integers, q: Integers) -> Integers:
-        j, lane = np.divmod(q, self.lanes)
-        shortest, longer = divmod(self.num_samples, self.lanes)
-        window = j // self.window
-        start = window * self.window
-        size = np.minimum(self.window, shortest + (lane < longer) - start)
-        key = keyed.key_of(_WINDOW, self.seed, epochs, lane, window)
-        slots: Integers = lane * shortest + np.minimum(lane, longer) + start
+        j, stream = np.divmod(q, self.read_streams)
+        shortest, longer = divmod(self.num_samples, self.read_streams)
+        window = j // self.shuffle_window
+        start = window * self.shuffle_window
+        size = np.minimum(self.shuffle_window, shortest + (stream < longer) - start)
+        key = keyed.key_of(_WINDOW, self.seed, epochs, stream, window)
+        slots: Integers = stream * shortest + np.minimum(stream, longer) + start
         return slots + keyed.permute(j - start, size, key)
 
     def _layout(self, epoch: int) -> tuple[Integers, Integers]:

@@ -16,7 +16,7 @@ class Repeated:
     holds about B / R samples, and it takes R times as many positions to see all of them.
 
     What is drawn for a sample is drawn by its epoch, so each repeat counts as one: epoch `R e + r`. A step is sorted
-    by repeat first: neighbours, which mixing makes pairs of, are then unlike samples.
+    by repeat first: neighbors, which mixing makes pairs of, are then unlike samples.
 
     Args:
         order: of the samples.

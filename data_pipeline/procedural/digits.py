@@ -41,8 +41,8 @@ class Digits:
         order = self._order()
         for i in items:
             number = order[i]
-            grey = Image.fromarray((images[number] * (255 / _BRIGHTEST)).round().astype(np.uint8))
-            large = grey.resize((self.size, self.size), Image.Resampling.BICUBIC).convert("RGB")
+            gray = Image.fromarray((images[number] * (255 / _BRIGHTEST)).round().astype(np.uint8))
+            large = gray.resize((self.size, self.size), Image.Resampling.BICUBIC).convert("RGB")
             members = {"jpg": encode(np.asarray(large)), "cls": str(labels[number]).encode()}
             yield f"digits/{self.split}/{number:04d}", members
 

@@ -2,8 +2,8 @@
 
 Anderson & Farrell 2022, "Improving Fractal Pre-training" (arXiv:2110.03091): a system is a handful of
 contractive affine maps, drawn by their singular values so that most systems have a rich attractor; an image
-is the density of the chaos game's points, coloured, over a background. Here a class is one system; its
-images differ by small changes of the maps, by rotation, mirroring, zoom and shift, and by colours and
+is the density of the chaos game's points, colored, over a background. Here a class is one system; its
+images differ by small changes of the maps, by rotation, mirroring, zoom and shift, and by colors and
 background.
 """
 

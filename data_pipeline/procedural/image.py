@@ -11,7 +11,7 @@ from PIL import Image
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 
-_QUALITY = 95  # JPEG as most real data are, so that decoding costs what it costs there; full colour resolution
+_QUALITY = 95  # JPEG as most real data are, so that decoding costs what it costs there; full color resolution
 
 
 def generator(kind: str, split: str, seed: int, i: int) -> np.random.Generator:
@@ -20,7 +20,7 @@ def generator(kind: str, split: str, seed: int, i: int) -> np.random.Generator:
 
 
 def smooth_field(rng: np.random.Generator, size: int, cells: int) -> NDArray[np.float64]:
-    """Colours in [0, 1] that change slowly from cell to cell of a random grid, [size, size, 3]."""
+    """Colors in [0, 1] that change slowly from cell to cell of a random grid, [size, size, 3]."""
     small = (rng.random((cells, cells, 3)) * 255).astype(np.uint8)
     return np.asarray(Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)) / 255.0
 

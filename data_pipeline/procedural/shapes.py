@@ -1,7 +1,7 @@
-"""Scenes of coloured shapes with captions that are true of them, and attribute pairs that train never shows.
+"""Scenes of colored shapes with captions that are true of them, and attribute pairs that train never shows.
 
-A scene has one large shape and, mostly, one small one beside it. Its label is the large one's colour and
-shape; its caption names all there is: "a small red circle left of a large blue square". Some pairs of colour
+A scene has one large shape and, mostly, one small one beside it. Its label is the large one's color and
+shape; its caption names all there is: "a small red circle left of a large blue square". Some pairs of color
 and shape (`HELD_OUT`) occur in the test split only, so that one can ask whether a model puts together what it
 knows.
 """
@@ -32,7 +32,7 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
-HELD_OUT = tuple(zip(COLORS, SHAPES, strict=False))  # each shape once, each in another colour
+HELD_OUT = tuple(zip(COLORS, SHAPES, strict=False))  # each shape once, each in another color
 
 _RADII = {"large": (0.22, 0.28), "small": (0.11, 0.14)}  # as a share of the image's side
 _SUPERSAMPLING = 4
@@ -108,7 +108,7 @@ def caption(things: Sequence[Thing]) -> str:
 
 
 def relation(first: Thing, second: Thing) -> str:
-    """Where the first is as seen from the second: by the axis on which their centres are further apart."""
+    """Where the first is as seen from the second: by the axis on which their centers are further apart."""
     dx, dy = first.x - second.x, first.y - second.y
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -116,9 +116,9 @@ def relation(first: Thing, second: Thing) -> str:
 
 
 def render(things: Sequence[Thing], size: int, rng: Generator) -> Pixels:
-    """The scene over a soft grey background, [size, size, 3]."""
-    grey = smooth_field(rng, size, 3).mean(axis=2, keepdims=True).repeat(3, axis=2)
-    background = (60 + 120 * rng.random() + 60 * (grey - 0.5)).clip(0, 255).astype(np.uint8)
+    """The scene over a soft gray background, [size, size, 3]."""
+    gray = smooth_field(rng, size, 3).mean(axis=2, keepdims=True).repeat(3, axis=2)
+    background = (60 + 120 * rng.random() + 60 * (gray - 0.5)).clip(0, 255).astype(np.uint8)
     large = size * _SUPERSAMPLING
     image = Image.fromarray(background).resize((large, large))
     draw = ImageDraw.Draw(image)
@@ -130,7 +130,7 @@ def render(things: Sequence[Thing], size: int, rng: Generator) -> Pixels:
 
 
 def outline(thing: Thing) -> list[tuple[float, float]]:
-    """The polygon of a thing around its centre, within its radius."""
+    """The polygon of a thing around its center, within its radius."""
     r = thing.radius
     if thing.shape == "square":
         return _spikes([(r, math.pi / 4 + k * math.pi / 2) for k in range(4)])

@@ -26,30 +26,6 @@ _ON_ITS_WAY = re.compile(rf"\.{_KEPT.pattern}\.([0-9]+)\.tmp")
 
 
 @dataclass(frozen=True)
-class CacheSpec:
-    """How data from elsewhere are fetched and kept; nothing in here changes a result.
-
-    Attributes:
-        folder: on a disk of this machine; made where it is missing.
-        max_gb: bound of all its files together, those on their way included; 10^9 bytes each.
-        timeout_seconds: that an answer, or its next bytes, may take.
-        retries: attempts after the first.
-    """
-
-    folder: str = "~/.cache/pretrain"
-    max_gb: float = 50.0
-    timeout_seconds: float = 30.0
-    retries: int = 5
-
-    @property
-    def max_bytes(self) -> int:
-        return int(self.max_gb * 1e9)
-
-
-DEFAULT = CacheSpec()
-
-
-@dataclass(frozen=True)
 class Cache:
     """Files by key, `SHA256.tar` or `SHA256.idx`: of which shard, wherever it came from."""
 

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit
 
 from data_pipeline.errors import DataError, ManifestError, PretrainError, RunError, ShardError
-from data_pipeline.remote.cache import Cache, CacheSpec
+from data_pipeline.remote.cache import Cache
+from data_pipeline.remote.config import CacheConfig
 
 T = TypeVar("T")
 
@@ -69,11 +70,11 @@ class Remote:
 
     Args:
         url: of the folder, as `remote_url` gives it.
-        spec: how its files are fetched and kept.
+        cache_config: how its files are fetched and kept.
     """
 
     url: str
-    spec: CacheSpec
+    cache_config: CacheConfig
 
     def __str__(self) -> str:
         return self.url
@@ -84,7 +85,7 @@ class Remote:
 
     @property
     def cache(self) -> Cache:
-        return Cache(Path(self.spec.folder).expanduser(), self.spec.max_bytes)
+        return Cache(Path(self.cache_config.folder).expanduser(), self.cache_config.max_bytes)
 
     def open_shard(self, name: str, num_bytes: int, sha256: str) -> BinaryIO:
         """The shard `name`, out of the cache or fetched into it, its size and hash compared.
@@ -127,7 +128,7 @@ class Remote:
             return parse(file.read())
 
     def fetch(self, name: str, path: Path, *, max_bytes: int, check: Callable[[Path], T], error: type[DataError]) -> T:
-        """Fetch the file `name` to `path`, as often as `spec.retries` allows; returns what `check` makes of it.
+        """Fetch the file `name` to `path`, as often as `cache_config.retries` allows; returns what `check` makes of it.
 
         Args:
             max_bytes: more are not taken.
@@ -136,7 +137,7 @@ class Remote:
             error: raised where the file is not there or may not be read.
         """
         started = time.monotonic()
-        for attempt in range(self.spec.retries + 1):
+        for attempt in range(self.cache_config.retries + 1):
             if attempt:
                 pause = min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE)
                 _stop_of_thread().wait(pause * random.SystemRandom().uniform(0.5, 1.5))  # not the training's generators
@@ -161,7 +162,7 @@ class Remote:
                 )
             except DataError as wrong:
                 last = type(wrong)(self.join(name), wrong.expected, wrong.found, wrong.fix)
-        last.found += f" (the last of {self.spec.retries + 1} attempts in {time.monotonic() - started:.0f} s)"
+        last.found += f" (the last of {self.cache_config.retries + 1} attempts in {time.monotonic() - started:.0f} s)"
         raise type(last)(last.where, last.expected, last.found, last.fix)
 
     def _transfer(self, name: str, path: Path, max_bytes: int) -> None:
@@ -186,10 +187,10 @@ class Remote:
             if stop.is_set():
                 raise _RefusedError("nobody who waits for it")
             seconds = time.monotonic() - started
-            if seconds > self.spec.timeout_seconds + value / _LEAST_RATE:
+            if seconds > self.cache_config.timeout_seconds + value / _LEAST_RATE:
                 raise _FailedError(f"{value:,} bytes in {seconds:.0f} s")
 
-        backend = _backend(scheme, self.spec.timeout_seconds, os.getpid(), threading.get_ident())
+        backend = _backend(scheme, self.cache_config.timeout_seconds, os.getpid(), threading.get_ident())
         started = time.monotonic()  # the first to come here imports a library, which may take longer than a file
         try:
             backend.get_file(target, str(path), callback=fsspec.Callback(hooks={"bound": bound}))
@@ -198,7 +199,7 @@ class Remote:
         except Exception as problem:  # each backend has a tree of its own
             if isinstance(problem, OSError) and problem.errno in _LOCAL_TROUBLE:
                 raise
-            raise _explained(problem, self.spec.timeout_seconds) from None
+            raise _explained(problem, self.cache_config.timeout_seconds) from None
 
 
 def stop_thread_with(stop: threading.Event) -> None:

@@ -12,13 +12,10 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from data_pipeline.datasets.mixture import Mixture
-from data_pipeline.datasets.read import Dataset, ShardDataset
-from data_pipeline.datasets.selection import beneath
 from data_pipeline.errors import DataError, PretrainError
 from data_pipeline.order.order import Integers, SampleOrder
-from data_pipeline.remote.cache import CacheSpec
-from data_pipeline.remote.fetch import Remote, stop_thread_with
+from data_pipeline.remote.config import CacheConfig
+from data_pipeline.remote.fetch import stop_thread_with
 
 _THREADS = 4
 _LONGEST_GOODBYE = 2.0  # seconds; only a server that is silent makes it long
@@ -35,77 +32,86 @@ class Stepped(Protocol):
 Step = TypeVar("Step", bound=Stepped)
 
 
-class Part(NamedTuple):
-    """A data set behind a URL, or what was selected of it.
+class Shards(Protocol):
+    """Shards behind a URL, which can be fetched one by one."""
+
+    @property
+    def shard_sizes(self) -> Integers: ...
+    @property
+    def shard_bytes(self) -> Integers: ...
+    def shards_of(self, indices: Integers) -> Integers:
+        """Number of the shard that each sample lies in, [n]."""
+        ...
+
+    def fetch(self, shard: int) -> None:
+        """Brings a shard and its index into the cache."""
+        ...
+
+
+class RemotePart(NamedTuple):
+    """Shards behind a URL that samples are read from, or a selection of their samples.
 
     Attributes:
-        dataset: the shards.
+        shards: all of them.
         indices: the samples in them that are read, by number; None: all, in their order.
         num_samples: how many are read.
         first: number of the first of these in the whole that they are read as a part of.
         cache: where the shards are kept.
     """
 
-    dataset: ShardDataset
+    shards: Shards
     indices: Integers | None
     num_samples: int
     first: int
-    cache: CacheSpec
+    cache: CacheConfig
 
     def shards_of(self, own: Integers) -> Integers:
         """The shard that each sample, by its number in this part, lies in."""
-        return self.dataset.shards_of(own if self.indices is None else self.indices[own])
-
-
-def remote_parts(dataset: Dataset) -> tuple[Part, ...]:
-    """What of a data set or mixture has to be fetched."""
-    sources = [source.dataset for source in dataset.sources] if isinstance(dataset, Mixture) else [dataset]
-    parts, first = [], 0
-    for source in sources:
-        shards, indices = beneath(source)
-        if isinstance(shards, ShardDataset) and isinstance(shards.manifest.root, Remote):
-            parts.append(Part(shards, indices, source.num_samples, first, shards.manifest.root.spec))
-        first += source.num_samples
-    return tuple(parts)
+        return self.shards.shards_of(own if self.indices is None else self.indices[own])
 
 
 def check_room(
-    dataset: Dataset, *, lanes: int, window: int, world_size: int, local_size: int, repeats: int = 1
+    parts: Sequence[RemotePart],
+    *,
+    read_streams: int,
+    shuffle_window: int,
+    world_size: int,
+    local_size: int,
+    repeats: int = 1,
 ) -> None:
-    """See that the cache holds what is read at once, and one shard a lane besides; else it would be fetched anew
+    """See that the cache holds what is read at once, and one shard a stream besides; else it would be fetched anew
     in every step.
 
     Args:
-        lanes, window: of the order.
-        world_size: ranks; each reads about `lanes / world_size` lanes.
+        read_streams, shuffle_window: of the order.
+        world_size: ranks; each reads about `read_streams / world_size` of them.
         local_size: of them on this machine, sharing the cache.
-        repeats: of each sample (repeats.py); a rank's piece of a step runs through the lanes of each.
+        repeats: of each sample (repeats.py); a rank's piece of a step runs through the streams of each.
 
     Raises:
         DataError: it does not.
     """
-    parts = remote_parts(dataset)
-    lanes_here = min(lanes, local_size * repeats * _lanes_of_rank(lanes, world_size))
-    needed = sum(lanes_here * _bytes_of_lane(part, window) for part in parts)
-    total = sum(int(part.dataset.manifest.num_bytes.sum()) for part in parts)
+    streams_here = min(read_streams, local_size * repeats * _streams_of_rank(read_streams, world_size))
+    needed = sum(streams_here * _bytes_of_stream(part, shuffle_window) for part in parts)
+    total = sum(int(part.shards.shard_bytes.sum()) for part in parts)
     needed = min(needed, total)
     if parts and needed > parts[0].cache.max_bytes:
         raise DataError(
             where="data.cache.max_gb",
-            expected=f"at least {needed / 1e9:.3g}: {lanes_here} lanes are read side by side here, each in several "
-            f"shards of up to {max(int(part.dataset.manifest.num_bytes.max()) for part in parts) / 1e6:,.3g} MB",
+            expected=f"at least {needed / 1e9:.3g}: {streams_here} streams are read side by side here, each in several "
+            f"shards of up to {max(int(part.shards.shard_bytes.max()) for part in parts) / 1e6:,.3g} MB",
             found=f"{parts[0].cache.max_gb:g}",
-            fix="Raise it, lower data.lanes, or make smaller shards.",
+            fix="Raise it, lower data.read_streams, or make smaller shards.",
         )
 
 
 def prefetched(
     steps: Iterator[Step],
-    dataset: Dataset,
+    parts: Sequence[RemotePart],
     order: SampleOrder,
     *,
     cursor: int,
-    lanes: int,
+    read_streams: int,
     global_size: int,
     rank: int,
     world_size: int,
@@ -114,17 +120,17 @@ def prefetched(
 
     Args:
         steps: from `cursor` on. They, or the processes that make them, fetch for themselves what is not there yet.
-        dataset, order, lanes, global_size, rank, world_size: as of the loader.
+        parts: of the data set that the steps are read from.
+        order, read_streams, global_size, rank, world_size: as of the loader.
     """
-    parts = remote_parts(dataset)
     if not parts:
         yield from steps
         return
-    coming = _coming(parts, order, cursor, lanes, global_size, rank, world_size)
+    coming = _coming(parts, order, cursor, read_streams, global_size, rank, world_size)
     first = next(steps, None)  # by now worker processes have been forked, which threads would disturb
     if first is None:
         return
-    with closing(Prefetcher(coming, _lanes_of_rank(lanes, world_size) * len(parts))) as prefetcher:
+    with closing(Prefetcher(coming, _streams_of_rank(read_streams, world_size) * len(parts))) as prefetcher:
         yield first
         for step in steps:
             prefetcher.reached(step.cursor)
@@ -134,12 +140,11 @@ def prefetched(
 class Fetch(NamedTuple):
     """One shard to fetch, with its index."""
 
-    dataset: ShardDataset
+    shards: Shards
     shard: int
 
     def __call__(self) -> None:
-        self.dataset.manifest.index(self.shard)
-        self.dataset.manifest.open(self.shard).close()
+        self.shards.fetch(self.shard)
 
 
 class Prefetcher:
@@ -206,7 +211,13 @@ class Prefetcher:
 
 
 def _coming(
-    parts: Sequence[Part], order: SampleOrder, cursor: int, lanes: int, global_size: int, rank: int, world_size: int
+    parts: Sequence[RemotePart],
+    order: SampleOrder,
+    cursor: int,
+    read_streams: int,
+    global_size: int,
+    rank: int,
+    world_size: int,
 ) -> Iterator[tuple[int, Fetch | None]]:
     """Shards as a rank's steps come to them, each once while it stays among those that came last; and None, after
     so many steps, for the last of them.
@@ -225,25 +236,25 @@ def _coming(
                 yield cursors[at // local_size], fetch
             recent[fetch] = None
             recent.move_to_end(fetch)
-            while len(recent) > 4 * lanes * len(parts):
+            while len(recent) > 4 * read_streams * len(parts):
                 recent.popitem(last=False)
         yield cursors[-1], None
 
 
-def _first_uses(parts: Sequence[Part], indices: Integers) -> Iterator[tuple[int, Fetch]]:
+def _first_uses(parts: Sequence[RemotePart], indices: Integers) -> Iterator[tuple[int, Fetch]]:
     """(where in `indices` it is used first, the shard) of each shard of a part."""
     for part in parts:
         rows = np.flatnonzero((indices >= part.first) & (indices < part.first + part.num_samples))
         shards, at = np.unique(part.shards_of(indices[rows] - part.first), return_index=True)
-        yield from zip(rows[at].tolist(), (Fetch(part.dataset, shard) for shard in shards.tolist()), strict=True)
+        yield from zip(rows[at].tolist(), (Fetch(part.shards, shard) for shard in shards.tolist()), strict=True)
 
 
-def _lanes_of_rank(lanes: int, world_size: int) -> int:
-    return min(lanes, math.ceil(lanes / world_size) + (world_size > 1))  # a cut may lie inside a lane
+def _streams_of_rank(read_streams: int, world_size: int) -> int:
+    return min(read_streams, math.ceil(read_streams / world_size) + (world_size > 1))  # a cut may lie inside a stream
 
 
-def _bytes_of_lane(part: Part, window: int) -> int:
+def _bytes_of_stream(part: RemotePart, shuffle_window: int) -> int:
     """Of the shards that a window lies in, and of the next."""
-    per_shard = max(1, part.num_samples // max(1, len(part.dataset.shard_sizes)))
-    num_shards = 1 + math.ceil((window - 1) / per_shard) + 1
-    return num_shards * int(part.dataset.manifest.num_bytes.max())
+    per_shard = max(1, part.num_samples // max(1, len(part.shards.shard_sizes)))
+    num_shards = 1 + math.ceil((shuffle_window - 1) / per_shard) + 1
+    return num_shards * int(part.shards.shard_bytes.max())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from data_pipeline.errors import SampleError
 from data_pipeline.order import keyed
-from data_pipeline.shards.index import CAPTION_FIELD
+from data_pipeline.samples.config import Captions
 
 if TYPE_CHECKING:  # converting reads captions too, in processes that should start at once
     from torch import Tensor
@@ -31,20 +31,16 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Captions:
-    """Where a sample's captions are, and what turns one into tokens.
+class CaptionReader:
+    """Reads a sample's captions and makes tokens of one.
 
     Attributes:
         tokenizer: text -> tokens.
-        field: the member that holds them, in UTF-8.
-        key: of a JSON member: the entry that is the caption, or the list of them; None: the member is text.
-        lines: of a text member: each line is a caption of its own.
+        captions: where they are.
     """
 
     tokenizer: Tokenizer
-    field: str = CAPTION_FIELD
-    key: str | None = None
-    lines: bool = False
+    captions: Captions
 
     def tokens(self, sample: Sample, *, seed: int, epoch: int | None) -> Tensor:
         """Tokens [L] of the sample's caption; of several, one chosen by (seed, epoch, key).
@@ -55,7 +51,8 @@ class Captions:
         Raises:
             SampleError: it has no caption that can be used.
         """
-        found = read_captions(sample.fields, sample.key, self.field, self.key, lines=self.lines)
+        captions = self.captions
+        found = read_captions(sample.fields, sample.key, captions.field, captions.key, lines=captions.lines)
         if epoch is None or len(found) == 1:
             return self.tokenizer(found[0])
         chance = next(keyed.uniforms("caption", seed, epoch, 0, sample.key))

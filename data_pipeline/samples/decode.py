@@ -4,7 +4,7 @@
 - A damaged or truncated image is a SampleError, never half a picture. What libjpeg-turbo doubts (stray bytes
   before a marker, for one) is left to Pillow, which takes it where no data is missing.
 - EXIF orientation is not applied: pixels as they are stored, as torchvision, timm and open_clip read them.
-- Transparency is laid over white; 16-bit grey is scaled to 8 bits; palettes, grey and CMYK become RGB.
+- Transparency is laid over white; 16-bit gray is scaled to 8 bits; palettes, gray and CMYK become RGB.
 - Of an animation, the first frame.
 """
 
@@ -69,9 +69,9 @@ def _decode_any(data: bytes, max_pixels: int, where: str) -> NDArray[np.uint8]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
+        gray = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import permutations
-from typing import Literal
 
 from data_pipeline.order import keyed
-from data_pipeline.samples.rand_augment import RandAugment, draw_rand_augment
+from data_pipeline.samples.config import Augmentation, Blur, Erasing, Jitter, Mixing
+from data_pipeline.samples.rand_augment import draw_rand_augment
 
 Value = bool | int | float | tuple[int, ...] | tuple[float, ...]
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
@@ -26,64 +25,13 @@ _ORDERS = tuple(permutations(range(4)))
 _TRIES = 10
 
 
-@dataclass(frozen=True)
-class Jitter:
-    """Strengths of brightness, contrast, saturation (factors in [max(0, 1 - s), 1 + s]) and hue ([-s, s] turns)."""
-
-    probability: float
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-
-
-@dataclass(frozen=True)
-class Blur:
-    """Gaussian blur whose standard deviation is uniform in `sigma`, pixels."""
-
-    probability: float
-    sigma: tuple[float, float] = (0.1, 2.0)
-
-
-@dataclass(frozen=True)
-class Erasing:
-    """One box of an area uniform in `area` (share of the view's), of a log-uniform ratio in [aspect, 1 / aspect]."""
-
-    probability: float
-    mode: Literal["pixel", "const"] = "pixel"
-    area: tuple[float, float] = (0.02, 1 / 3)
-    aspect: float = 0.3
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Photometry of one view, in the order in which it is applied; numbers are probabilities."""
-
-    rand_augment: RandAugment | None = None
-    jitter: Jitter | None = None
-    grey: float = 0.0
-    blur: Blur | None = None
-    solarise: float = 0.0
-    erasing: Erasing | None = None
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """Mixup and cutmix of neighbouring pairs: the alpha of each one's Beta(alpha, alpha), 0 for none."""
-
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    probability: float = 1.0
-    switch_probability: float = 0.5
-
-
 def draw(spec: Augmentation, *, size: int, seed: int, epoch: int, key: str, view: int) -> dict[str, Value]:
     """Parameters of one view of one sample, named `<view>/<parameter>`; those of operations that are off are absent.
 
     - `rand_augment`: the operation (`RandOp`) at each layer, -1: none; `rand_augment_arguments`: of each.
     - `jitter_order`: which of brightness, contrast, saturation, hue (0..3) comes at each of four turns, -1: none;
       `jitter`: the factor of each of them, by its number.
-    - `grey`, `solarise`: whether.
+    - `grayscale`, `solarize`: whether it is applied.
     - `blur`: sigma in pixels, 0: none.
     - `erasing`: top, left, height, width, all 0: none; `erasing_noise`: seed of what fills it, absent for a constant.
     """
@@ -97,12 +45,12 @@ def draw(spec: Augmentation, *, size: int, seed: int, epoch: int, key: str, view
         found |= {"rand_augment": operations, "rand_augment_arguments": arguments}
     if spec.jitter is not None:
         found["jitter_order"], found["jitter"] = _draw_jitter(spec.jitter, uniforms("jitter"))
-    if spec.grey:
-        found["grey"] = next(uniforms("grey")) < spec.grey
+    if spec.grayscale:
+        found["grayscale"] = next(uniforms("grey")) < spec.grayscale  # a stream keeps the name that it is keyed by
     if spec.blur is not None:
         found["blur"] = _draw_blur(spec.blur, uniforms("blur"))
-    if spec.solarise:
-        found["solarise"] = next(uniforms("solarise")) < spec.solarise
+    if spec.solarize:
+        found["solarize"] = next(uniforms("solarise")) < spec.solarize
     if spec.erasing is not None:
         found["erasing"] = _draw_box(spec.erasing, size, uniforms("erasing"))
         if spec.erasing.mode == "pixel":
@@ -160,11 +108,11 @@ def draw_mix(spec: Mixing, *, size: int, seed: int, cursor: int, pair: int) -> d
 
 
 def _cut(size: int, lam: float, draws: Iterator[float]) -> Box:
-    """A square of (1 - lam) of the area about a uniform centre, clipped."""
+    """A square of (1 - lam) of the area about a uniform center, clipped."""
     side = int(size * math.sqrt(1 - lam))
-    centre = (int(next(draws) * size), int(next(draws) * size))
-    top, left = (max(0, c - side // 2) for c in centre)
-    bottom, right = (min(size, c + (side + 1) // 2) for c in centre)
+    center = (int(next(draws) * size), int(next(draws) * size))
+    top, left = (max(0, c - side // 2) for c in center)
+    bottom, right = (min(size, c + (side + 1) // 2) for c in center)
     return top, left, bottom - top, right - left
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
+
+from data_pipeline.samples.config import RandAugment
 
 _MAX_MAGNITUDE = 10.0
 
@@ -28,25 +29,6 @@ class RandOp(IntEnum):
     SHEAR_Y = 12
     TRANSLATE_X = 13  # share of the width, of the height
     TRANSLATE_Y = 14
-
-
-@dataclass(frozen=True)
-class RandAugment:
-    """`num_ops` operations, any of the 15 each time; timm's `rand-m9-mstd0.5-inc1` is the default.
-
-    Attributes:
-        num_ops: layers.
-        magnitude: in [0, 10].
-        magnitude_std: of the normal noise on the magnitude, drawn anew for each layer.
-        probability: that a layer's operation is applied.
-        increasing: a higher magnitude always distorts more.
-    """
-
-    num_ops: int = 2
-    magnitude: float = 9.0
-    magnitude_std: float = 0.5
-    probability: float = 0.5
-    increasing: bool = True
 
 
 def draw_rand_augment(spec: RandAugment, draws: Iterator[float]) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -27,8 +27,8 @@ def path_of(file: BinaryIO) -> Path:
     return Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
-class Spool:
-    """Rows of JSON put aside, of which only the offsets stay in memory: 8 bytes a row.
+class RowStore:
+    """StoredRows of JSON put aside, of which only the offsets stay in memory: 8 bytes a row.
 
     Attributes:
         offsets: of the rows, in the order in which they were added.
@@ -50,21 +50,21 @@ class Spool:
         """SHA-256 in hex over all rows."""
         return self._digest.hexdigest()
 
-    def reader(self) -> SpoolReader:
+    def reader(self) -> RowReader:
         """Of the rows added so far; good as long as this object lives."""
         self._file.flush()
-        return SpoolReader(path_of(self._file))
+        return RowReader(path_of(self._file))
 
 
-class SpoolReader:
+class RowReader:
     """Reads rows by their offsets; travels to worker processes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: BinaryIO | None = None
 
-    def __reduce__(self) -> tuple[type[SpoolReader], tuple[Path]]:
-        return SpoolReader, (self._path,)  # another process opens it for itself
+    def __reduce__(self) -> tuple[type[RowReader], tuple[Path]]:
+        return RowReader, (self._path,)  # another process opens it for itself
 
     def read(self, offset: int) -> dict[str, Any]:
         self._file = self._file or self._path.open("rb")
@@ -74,17 +74,17 @@ class SpoolReader:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Samples to be written, as rows of a spool.
+class StoredRows:
+    """Samples to be written, as rows of a store.
 
     Attributes:
-        spool: holds the rows; must outlive the producer.
+        store: holds the rows; must outlive the producer.
         producer: makes samples of rows, given their offsets.
         classes: names of the labels, where they have names.
         plan: what decides the bytes, beside the rows.
     """
 
-    spool: Spool
+    store: RowStore
     producer: Producer[int]
     classes: list[str] | None
     plan: dict[str, Any]

@@ -25,7 +25,8 @@ from data_pipeline.errors import DataError, ManifestError, RunError, SampleError
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
 from data_pipeline.shards.index import SUFFIX, ShardIndex
-from data_pipeline.shards.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardSummary, load_manifest
+from data_pipeline.shards.load_manifest import load_manifest
+from data_pipeline.shards.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardSummary
 from data_pipeline.shards.scan import index_shard
 
 Item = TypeVar("Item")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.datasets.mixture import open_training
 from data_pipeline.datasets.read import open_dataset
+from data_pipeline.datasets.training import open_training
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError
 from launch.chains.config import Chain, Stage, load_chain, stage_overrides
@@ -152,7 +152,7 @@ class ChainFolder:
         data: dict[str, str] = {}
         if stage.train is not None:
             recipe = self.recipe(stage)
-            data["data.train"] = open_training(recipe.data.train, recipe.data.cache.spec()).fingerprint
+            data["data.train"] = open_training(recipe.data.train, recipe.data.cache).fingerprint
             taken = {"init_from": recipe.init_from, "resume_from": recipe.resume_from}
         else:
             given = stage.label or stage.select or stage.evaluate

@@ -127,7 +127,7 @@ def _by_labels(
 def _by_truth(
     source: str, threshold: float | None, per_class: int | None, top_k: int | None, without: Path | None, seed: int
 ) -> Selection:
-    from data_pipeline.datasets.choose import labelled
+    from data_pipeline.datasets.choose import labeled
     from data_pipeline.datasets.read import open_dataset
     from data_pipeline.datasets.selection import shards_of
 
@@ -135,7 +135,7 @@ def _by_truth(
     assert per_class is not None
     dataset = shards_of(open_dataset(source))
     left_out = None if without is None else _indices(without, dataset.fingerprint)
-    return labelled(dataset, per_class=per_class, seed=seed, without=left_out)
+    return labeled(dataset, per_class=per_class, seed=seed, without=left_out)
 
 
 def _indices(path: Path, fingerprint: str) -> Integers:

@@ -17,16 +17,16 @@ app = command_app()
 )
 def show(recipe_path: RecipePath, overrides: Overrides = None, num_ranks: NumRanks = 1) -> None:
     """Prints a recipe with every value written out, and what follows from it at a number of processes."""
-    from pretrain.recipe.files import dump, load_recipe, resolved_yaml
+    from pretrain.recipe.files import dump, load_recipe, print_note, resolved_yaml
     from pretrain.recipe.resolve import resolve, split_batch
 
-    recipe = load_recipe(recipe_path, overrides)
+    recipe = load_recipe(recipe_path, overrides, note=print_note)
     split_batch(recipe, num_ranks)
-    from data_pipeline.datasets.mixture import open_training
+    from data_pipeline.datasets.training import open_training
     from data_pipeline.errors import DataError
 
     try:
-        num_samples = open_training(recipe.data.train, recipe.data.cache.spec()).num_samples
+        num_samples = open_training(recipe.data.train, recipe.data.cache).num_samples
     except DataError as error:
         print(dump(recipe), end="")
         print(f"Without the data, no number of steps: {error}", file=sys.stderr)

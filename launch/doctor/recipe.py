@@ -1,4 +1,4 @@
-"""Checks what a run takes against what is there: shards, lanes, memory, /dev/shm."""
+"""Checks what a run takes against what is there: shards, read streams, memory, /dev/shm."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.datasets.mixture import Mixture, open_training
-from data_pipeline.datasets.read import Dataset, ShardDataset
-from data_pipeline.datasets.selection import beneath
+from data_pipeline.datasets.dataset import Dataset, singles
+from data_pipeline.datasets.read import ShardDataset
+from data_pipeline.datasets.training import open_training
 from data_pipeline.errors import PretrainError
 from data_pipeline.remote.fetch import remote_url
-from data_pipeline.shards.manifest import Manifest, load_manifest
+from data_pipeline.shards.load_manifest import load_manifest
+from data_pipeline.shards.manifest import Manifest
 from launch.doctor import machine
 from launch.slurm.finding import Finding, error, from_error, gigabytes, ok, warning
 from pretrain.plan import Footprint
@@ -66,7 +67,7 @@ def reachable(data: Data, eval_paths: Iterable[str] = ()) -> Iterator[Finding]:
     paths = [train] if isinstance(train, str) else [source.path for source in train]
     paths += [data.val] if data.val else []
     paths += eval_paths
-    once = data.cache.model_copy(update={"retries": 0, "timeout_seconds": 10.0}).spec()
+    once = data.cache.model_copy(update={"retries": 0, "timeout_seconds": 10.0})
     for path in dict.fromkeys(paths):
         try:
             if not remote_url(path):
@@ -87,14 +88,14 @@ def training_data(data: Data, num_workers: int, ranks: Ranks) -> Iterator[Findin
         num_workers: loader processes of a rank.
     """
     try:
-        dataset = open_training(data.train, data.cache.spec())
+        dataset = open_training(data.train, data.cache)
     except PretrainError as raised:
         yield from_error("data", raised)
         return
     num_shards = len(dataset.shard_sizes)
     yield ok("data", f"{dataset.num_samples:,} samples in {num_shards:,} shards or files")
     yield from hashes(_manifests(dataset))
-    yield from _lanes(data.lanes, num_workers, num_shards, ranks)
+    yield from _read_streams(data.read_streams, num_workers, num_shards, ranks)
 
 
 def hashes(manifests: Sequence[Manifest]) -> Iterator[Finding]:
@@ -124,17 +125,19 @@ def hashes(manifests: Sequence[Manifest]) -> Iterator[Finding]:
             yield ok("shards", f"{manifest.root}: {len(drawn)} of {len(manifest.names)} read, as the manifest has them")
 
 
-def _lanes(lanes: int, num_workers: int, num_shards: int, ranks: Ranks) -> Iterator[Finding]:
+def _read_streams(streams: int, num_workers: int, num_shards: int, ranks: Ranks) -> Iterator[Finding]:
     readers = ranks.total * max(1, num_workers)
-    found = f"{lanes} lanes, {num_shards} shards for {ranks.total} ranks x {max(1, num_workers)} readers"
-    if lanes < ranks.total:
-        fix = f"Set data.lanes={ranks.total} before the first step (it is part of the order), or take fewer ranks."
-        yield warning("lanes", f"{found}: ranks read the same lanes, each all of its shards", fix)
+    found = f"{streams} read streams, {num_shards} shards for {ranks.total} ranks x {max(1, num_workers)} readers"
+    if streams < ranks.total:
+        fix = (
+            f"Set data.read_streams={ranks.total} before the first step (it is part of the order), or take fewer ranks."
+        )
+        yield warning("read streams", f"{found}: ranks read the same streams, each all of its shards", fix)
     elif num_shards < ranks.total:
         fix = "Make smaller ones with `pretrain data convert --shard-size`, where reading turns out to be the brake."
-        yield warning("lanes", f"{found}: ranks read the same shards", fix)
+        yield warning("read streams", f"{found}: ranks read the same shards", fix)
     else:
-        yield ok("lanes", f"{found}{'' if num_shards >= readers else '; readers of a rank share shards'}")
+        yield ok("read streams", f"{found}{'' if num_shards >= readers else '; readers of a rank share shards'}")
 
 
 def fits(name: str, preflight: Callable[[], Plan]) -> tuple[Plan | None, list[Finding]]:
@@ -205,7 +208,6 @@ def workers(num_workers: int, plan: Plan, ranks: Ranks) -> Iterator[Finding]:
 
 def _manifests(dataset: Dataset) -> list[Manifest]:
     """Returns the manifests of the shards that lie on this machine."""
-    sources = [source.dataset for source in dataset.sources] if isinstance(dataset, Mixture) else [dataset]
-    shards = [beneath(source)[0] for source in sources]
+    shards = [single.beneath()[0] for single in singles(dataset)]
     found = [each.manifest for each in shards if isinstance(each, ShardDataset)]
     return [manifest for manifest in found if isinstance(manifest.root, Path)]

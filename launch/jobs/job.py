@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from data_pipeline.datasets.mixture import open_training
 from data_pipeline.datasets.read import open_dataset
+from data_pipeline.datasets.training import open_training
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError, PretrainError
 from launch.jobs.batch import AFTER_JOB
@@ -98,7 +98,7 @@ def _run_share(folder: JobFolder, node: Node, rendezvous: Rendezvous) -> int:
         status = _run_ranks(arguments, recipe.runtime.threads, cluster, node, rendezvous)
         _report(run, node, status, "")
         return status
-    num_samples = open_training(recipe.data.train, recipe.data.cache.spec()).num_samples
+    num_samples = open_training(recipe.data.train, recipe.data.cache).num_samples
     evaluations = EvalJobs(run, recipe.evals, resolve(recipe, cluster.world_size, num_samples))
     with evaluations.while_training():
         status = _run_ranks(arguments, recipe.runtime.threads, cluster, node, rendezvous)
@@ -177,7 +177,7 @@ def _is_time_limit(signum: int) -> bool:
 
 def _check_data(data: Data, node: Node) -> None:
     """Checks that this node sees the data; raises InputError where it does not."""
-    cache = data.cache.spec()
+    cache = data.cache
     try:
         open_training(data.train, cache)
         if data.val is not None:

@@ -10,13 +10,13 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_pipeline.datasets.mixture import open_training
 from data_pipeline.datasets.read import open_dataset
+from data_pipeline.datasets.training import open_training
 from data_pipeline.errors import RecipeError
 from launch.jobs.submission import PlannedJob, submit_jobs
 from launch.slurm.cluster import Cluster, load_cluster
 from pretrain.evals.config import ProtocolConfig
-from pretrain.recipe.files import dump, load_recipe
+from pretrain.recipe.files import dump, load_recipe, print_note
 from pretrain.recipe.recipe import Data
 from pretrain.recipe.resolve import resolve
 
@@ -48,10 +48,10 @@ def submit(
         InputError: something is wrong; nothing was written or started.
         RunError: SLURM refused the job.
     """
-    recipe, cluster = load_recipe(recipe_path, overrides), load_cluster(cluster_path)
+    recipe, cluster = load_recipe(recipe_path, overrides, note=print_note), load_cluster(cluster_path)
     cluster = Cluster.model_validate({**cluster.model_dump(), **({"nodes": nodes} if nodes else {})})
     run = (out or Path("runs") / recipe.name).resolve()
-    resolve(recipe, cluster.world_size, open_training(recipe.data.train, recipe.data.cache.spec()).num_samples)
+    resolve(recipe, cluster.world_size, open_training(recipe.data.train, recipe.data.cache).num_samples)
     _check_other_data(recipe.data, recipe.evals, cluster.world_size, recipe.name)
     if local and cluster.nodes > 1:
         found = f"nodes: expected 1 with --local, found {cluster.nodes}. Use --nodes 1."
@@ -76,7 +76,7 @@ def _check_other_data(data: Data, evals: Iterable[ProtocolConfig], world_size: i
     Args:
         name: of the recipe, for messages.
     """
-    cache = data.cache.spec()
+    cache = data.cache
     if data.val is not None and open_dataset(data.val, cache).num_samples < world_size:
         problem = f"data.val: expected a sample for each of {world_size} processes, found fewer."
         raise RecipeError(name, [problem])

@@ -1,7 +1,7 @@
-"""From the host's uint8 views to what an objective sees: augmented, normalised and mixed, batched on the device.
+"""From the host's uint8 views to what an objective sees: augmented, normalized and mixed, batched on the device.
 
 Everything random was drawn on the host (data_pipeline/samples/draws.py) and came with the batch. A batch that brings no
-draws, as every one for evaluation, is normalised and nothing else. All of it is fp32, whatever precision trains.
+draws, as every one for evaluation, is normalized and nothing else. All of it is fp32, whatever precision trains.
 Which samples an operation takes is read on the host; the other samples stay as they are, to the bit, and so does
 every sample however the batch is cut, on one kind of device.
 """
@@ -12,17 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.errors import RecipeError
-from data_pipeline.samples.draws import Augmentation, Mixing
+from data_pipeline.samples.config import Augmentation, Mixing
 from pretrain.augment.erasing import erase
 from pretrain.augment.mixing import mix
-from pretrain.augment.photometry import blur, blur_kernels, blur_radius, grey, jitter, solarise
+from pretrain.augment.photometry import blur, blur_kernels, blur_radius, grayscale, jitter, solarize
 from pretrain.augment.rand_augment import rand_augment
-from pretrain.augment.selected import change_rows
+from pretrain.augment.selected import apply_to_selected
 from pretrain.recipe.recipe import Recipe
 
 _PIXELS_IN_CACHE = 4 * 224 * 224
@@ -39,8 +38,7 @@ def augmentations(config: Recipe, needs: BatchSpec) -> tuple[Augmentation, ...]:
         expected = "one entry" if needs.num_views == 1 else f"one entry, or {needs.num_views}, one a view"
         problem = f"data.augment: expected {expected} ({config.objective.kind}), found {len(entries)}."
         raise RecipeError(config.name, [problem])
-    specs = [TypeAdapter(Augmentation).validate_python(entry.model_dump()) for entry in entries]
-    return tuple(specs * needs.num_views if len(specs) == 1 else specs)
+    return entries * needs.num_views if len(entries) == 1 else entries
 
 
 def mixing(config: Recipe, needs: BatchSpec, micro_size: int) -> Mixing | None:
@@ -49,7 +47,7 @@ def mixing(config: Recipe, needs: BatchSpec, micro_size: int) -> Mixing | None:
     Raises:
         RecipeError: the objective takes no labels, or pairs would be cut apart.
     """
-    spec = Mixing(**config.data.mixing.model_dump())
+    spec = config.data.mixing
     if not spec.mixup and not spec.cutmix:
         return None
     if needs.num_classes is None:
@@ -57,7 +55,7 @@ def mixing(config: Recipe, needs: BatchSpec, micro_size: int) -> Mixing | None:
         raise RecipeError(config.name, [problem])
     if micro_size % 2:
         problem = (
-            "batch.micro_size: expected an even number, as data.mixing mixes neighbours in pairs, "
+            "batch.micro_size: expected an even number, as data.mixing mixes neighbors in pairs, "
             f"found {micro_size}{'' if config.batch.micro_size else ' (all of a rank)'}."
         )
         raise RecipeError(config.name, [problem])
@@ -95,14 +93,14 @@ def normalize(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Batc
         std: per channel, likewise, positive.
 
     Raises:
-        ValueError: a view is not uint8, so it was normalised before or never was an image.
+        ValueError: a view is not uint8, so it was normalized before or never was an image.
     """
     return replace(batch, views=tuple(_finished(view, {}, mean, std) for view in batch.views))
 
 
 def _finished(view: Tensor, drawn: Mapping[str, Tensor], mean: Sequence[float], std: Sequence[float]) -> Tensor:
     if view.dtype != torch.uint8:
-        raise ValueError(f"a view to normalise: expected uint8, found {view.dtype}")
+        raise ValueError(f"a view to normalize: expected uint8, found {view.dtype}")
     images = torch.empty(view.shape, device=view.device)
     for rows in _blocks(view):
         of_rows = {name: values[rows] for name, values in drawn.items()}
@@ -121,31 +119,31 @@ def _blocks(view: Tensor) -> list[slice]:
 def _write(
     images: Tensor, view: Tensor, drawn: Mapping[str, Tensor], mean: Sequence[float], std: Sequence[float]
 ) -> None:
-    """Augments and normalises a view into `images`, fp32."""
+    """Augments and normalizes a view into `images`, fp32."""
     if "rand_augment" in drawn:
         view = view.clone()  # on the host, it is the loader's memory
         rand_augment(view, drawn["rand_augment"], drawn["rand_augment_arguments"], fill=mean)
     images.copy_(view).div_(255)
-    _recolour(images, drawn)
+    _change_colors(images, drawn)
     shift = torch.tensor(mean, device=view.device).view(3, 1, 1)
     scale = torch.tensor(std, device=view.device).view(3, 1, 1)
     images.sub_(shift).div_(scale)
     if "erasing" in drawn:
         boxes = drawn["erasing"]
-        change_rows(images, boxes[:, 2] > 0, erase, boxes, *_present(drawn, "erasing_noise"))
+        apply_to_selected(images, boxes[:, 2] > 0, erase, boxes, *_present(drawn, "erasing_noise"))
 
 
-def _recolour(images: Tensor, drawn: Mapping[str, Tensor]) -> None:
-    """BYOL's order (arXiv:2006.07733, app. B): jitter, grey, blur, solarise; in place."""
+def _change_colors(images: Tensor, drawn: Mapping[str, Tensor]) -> None:
+    """BYOL's order (arXiv:2006.07733, app. B): jitter, grayscale, blur, solarize; in place."""
     if "jitter" in drawn:
         jitter(images, drawn["jitter_order"], drawn["jitter"])
-    if "grey" in drawn:
-        change_rows(images, drawn["grey"], grey)
+    if "grayscale" in drawn:
+        apply_to_selected(images, drawn["grayscale"], grayscale)
     if "blur" in drawn:
         kernels = blur_kernels(drawn["blur"], blur_radius(images.shape[-1]))
-        change_rows(images, drawn["blur"] > 0, blur, kernels)
-    if "solarise" in drawn:
-        change_rows(images, drawn["solarise"], solarise)
+        apply_to_selected(images, drawn["blur"] > 0, blur, kernels)
+    if "solarize" in drawn:
+        apply_to_selected(images, drawn["solarize"], solarize)
 
 
 def _of_view(drawn: Mapping[str, Tensor], view: int) -> dict[str, Tensor]:

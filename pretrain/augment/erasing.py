@@ -1,4 +1,4 @@
-"""Random erasing of normalised images: a box of noise, or of the mean colour."""
+"""Random erasing of normalized images: a box of noise, or of the mean color."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _GOLDEN, _FIRST, _SECOND = (  # of SplitMix64 (data_pipeline/order/keyed.py), as
 
 
 def erase(images: Tensor, boxes: Tensor, seeds: Tensor | None = None) -> Tensor:
-    """Normal noise in each image's box, or 0, which is the mean colour of normalised images.
+    """Normal noise in each image's box, or 0, which is the mean color of normalized images.
 
     Zhong et al. 2017 (arXiv:1708.04896); timm's modes `pixel` and `const`.
 
     Args:
-        images: [n, 3, H, W], normalised.
+        images: [n, 3, H, W], normalized.
         boxes: [n, 4] top, left, height, width.
         seeds: [n] int64, of the noise; None: no noise.
     """

@@ -1,4 +1,4 @@
-"""Mixup and cutmix of neighbours: images 2i and 2i + 1 take from each other, and so do their labels."""
+"""Mixup and cutmix of neighbors: images 2i and 2i + 1 take from each other, and so do their labels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.batch import Batch
-from pretrain.augment.selected import as_column, change_rows, inside
+from pretrain.augment.selected import apply_to_selected, as_column, inside
 
 
 def mix(batch: Batch, drawn: Mapping[str, Tensor], num_classes: int) -> Batch:
     """The batch with its pairs mixed and labels soft; as it is, with plain labels, where nothing was drawn.
 
     Args:
-        batch: normalised views [B, 3, H, W], B even, written to; labels [B] int64, or [B, K] soft.
+        batch: normalized views [B, 3, H, W], B even, written to; labels [B] int64, or [B, K] soft.
         drawn: on the host, `mix/lam` [B] and `mix/box` [B, 4] (data_pipeline/samples/draws.py), equal in a pair.
         num_classes: K.
 
@@ -38,8 +38,8 @@ def mix(batch: Batch, drawn: Mapping[str, Tensor], num_classes: int) -> Batch:
 
 
 def _mix_views(images: Tensor, lam: Tensor, boxes: Tensor, cut: Tensor) -> Tensor:
-    change_rows(images, cut, _paste, boxes)
-    change_rows(images, (lam < 1) & ~cut, _blend, lam)
+    apply_to_selected(images, cut, _paste, boxes)
+    apply_to_selected(images, (lam < 1) & ~cut, _blend, lam)
     return images
 
 

@@ -1,4 +1,4 @@
-"""Colour jitter, grey, blur and solarise on batches of fp32 images in [0, 1], a parameter per image.
+"""Color jitter, gray, blur and solarize on batches of fp32 images in [0, 1], a parameter per image.
 
 Equal to torchvision's functions on float images but for rounding: nothing is rounded to 8 bits between operations,
 as a pipeline over PIL images would. Only operations that are rounded alike wherever an element lies in a batch
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.augment.selected import as_column, change_rows
+from pretrain.augment.selected import apply_to_selected, as_column
 
-_GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, to torchvision's digits
+_GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, to torchvision's digits
 
 
 def jitter(images: Tensor, order: Tensor, factors: Tensor) -> None:
@@ -31,7 +31,7 @@ def jitter(images: Tensor, order: Tensor, factors: Tensor) -> None:
     operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     for turn in order.unbind(1):
         for number, operation in enumerate(operations):
-            change_rows(images, turn == number, operation, factors[:, number])
+            apply_to_selected(images, turn == number, operation, factors[:, number])
 
 
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
@@ -40,16 +40,16 @@ def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
-    """Away from, or towards, the mean of the image's grey; [n, 3, H, W], [n]."""
-    grey = luma(images)
+    """Away from, or towards, the mean of the image's gray; [n, 3, H, W], [n]."""
+    gray = luma(images)
     units = 2**20  # integers add up to the same in any order
-    total = (grey * units).to(torch.int32).sum((1, 2, 3), dtype=torch.int64)
-    mean = (total.double() / (units * grey[0].numel())).to(images.dtype)
+    total = (gray * units).to(torch.int32).sum((1, 2, 3), dtype=torch.int64)
+    mean = (total.double() / (units * gray[0].numel())).to(images.dtype)
     return _blend(images, as_column(mean), factors)
 
 
 def adjust_saturation(images: Tensor, factors: Tensor) -> Tensor:
-    """Away from, or towards, the pixel's grey; [n, 3, H, W], [n]."""
+    """Away from, or towards, the pixel's gray; [n, 3, H, W], [n]."""
     return _blend(images, luma(images), factors)
 
 
@@ -72,17 +72,17 @@ def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
 
 
 def luma(images: Tensor) -> Tensor:
-    """Grey value of each pixel, [n, 3, H, W] -> [n, 1, H, W]."""
+    """Gray value of each pixel, [n, 3, H, W] -> [n, 1, H, W]."""
     red, green, blue = images.unsqueeze(2).unbind(1)
-    return red * _GREY[0] + green * _GREY[1] + blue * _GREY[2]
+    return red * _GRAY[0] + green * _GRAY[1] + blue * _GRAY[2]
 
 
-def grey(images: Tensor) -> Tensor:
-    """Three equal channels of the pixel's grey, [n, 3, H, W]."""
+def grayscale(images: Tensor) -> Tensor:
+    """Three equal channels of the pixel's gray, [n, 3, H, W]."""
     return luma(images).expand_as(images)
 
 
-def solarise(images: Tensor) -> Tensor:
+def solarize(images: Tensor) -> Tensor:
     """Inverts pixels of 0.5 and more (BYOL, arXiv:2006.07733, app. B)."""
     return torch.where(images < 0.5, images, 1 - images)
 

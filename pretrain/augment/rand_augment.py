@@ -1,6 +1,6 @@
 """RandAugment on batches of uint8 images: the operation and its argument are each image's own.
 
-Pillow is the definition, as it is timm's: colour operations agree to the last bit, geometry within one level. The
+Pillow is the definition, as it is timm's: color operations agree to the last bit, geometry within one level. The
 choices were made on the host (data_pipeline/samples/rand_augment.py).
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.samples.rand_augment import RandOp
-from pretrain.augment.selected import as_column, change_rows
+from pretrain.augment.selected import apply_to_selected, as_column
 
 
 def rand_augment(images: Tensor, operations: Tensor, arguments: Tensor, fill: Sequence[float]) -> None:
@@ -25,16 +25,16 @@ def rand_augment(images: Tensor, operations: Tensor, arguments: Tensor, fill: Se
         images: [B, 3, H, W] uint8.
         operations: [B, L] on the host, `RandOp` or -1 for none.
         arguments: [B, L] on the host.
-        fill: colour in [0, 1] of what geometry brings in from outside.
+        fill: color in [0, 1] of what geometry brings in from outside.
     """
     for numbers, values in zip(operations.unbind(1), arguments.unbind(1), strict=True):
         for operation in RandOp:
             chosen = numbers == int(operation)
             if operation not in _GEOMETRY:
-                change_rows(images, chosen, _COLOUR[operation], values)
+                apply_to_selected(images, chosen, _COLOR[operation], values)
             elif chosen.any():
                 matrices = _matrices(operation, values, *images.shape[2:])
-                change_rows(images, chosen, partial(warp, fill=fill), matrices)
+                apply_to_selected(images, chosen, partial(warp, fill=fill), matrices)
 
 
 def auto_contrast(images: Tensor, _: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def sharpness(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def luma(images: Tensor) -> Tensor:
-    """Pillow's grey, [n, 3, H, W] -> [n, 1, H, W], in its fixed-point arithmetic."""
+    """Pillow's gray, [n, 3, H, W] -> [n, 1, H, W], in its fixed-point arithmetic."""
     red, green, blue = images.to(torch.int32).unsqueeze(2).unbind(1)
     return (red * 19595 + green * 38470 + blue * 7471 + 2**15).bitwise_right_shift(16)
 
@@ -109,7 +109,7 @@ def mean_luma(images: Tensor) -> Tensor:
 
 
 def smooth(images: Tensor) -> Tensor:
-    """Pillow's SMOOTH filter: (5 x the pixel + its 8 neighbours) / 13, rounded; the outermost pixels as they are."""
+    """Pillow's SMOOTH filter: (5 x the pixel + its 8 neighbors) / 13, rounded; the outermost pixels as they are."""
     height, width = images.shape[2:]
     if min(height, width) < 3:
         return images
@@ -131,8 +131,8 @@ def warp(images: Tensor, matrices: Tensor, fill: Sequence[float]) -> Tensor:
 
     Args:
         images: [n, 3, H, W] uint8.
-        matrices: [n, 6] a, b, c, d, e, f: the pixel centred at (x, y) comes from (ax + by + c, dx + ey + f).
-        fill: colour of what comes from outside the image.
+        matrices: [n, 6] a, b, c, d, e, f: the pixel centered at (x, y) comes from (ax + by + c, dx + ey + f).
+        fill: color of what comes from outside the image.
     """
     height, width = images.shape[2:]
     a, b, c, d, e, f = (column.view(-1, 1, 1) for column in matrices.unbind(1))
@@ -143,8 +143,8 @@ def warp(images: Tensor, matrices: Tensor, fill: Sequence[float]) -> Tensor:
     grid = torch.stack([from_x * (2 / width) - 1, from_y * (2 / height) - 1], -1)
     found = F.grid_sample(images.float(), grid, "bilinear", "border", align_corners=False)
     found = found.add_(_SLACK).clamp_(0, 255).to(torch.uint8)
-    colour = torch.tensor([round(255 * share) for share in fill], dtype=torch.uint8, device=images.device)
-    return torch.where(outside.unsqueeze(1), colour.view(1, 3, 1, 1), found)
+    color = torch.tensor([round(255 * share) for share in fill], dtype=torch.uint8, device=images.device)
+    return torch.where(outside.unsqueeze(1), color.view(1, 3, 1, 1), found)
 
 
 def _matrices(operation: RandOp, values: Tensor, height: int, width: int) -> Tensor:
@@ -182,7 +182,7 @@ def _histogram(images: Tensor) -> Tensor:
 
 _SLACK = 2**-8  # of a level: Pillow cuts off fractions, and fp32 may fall a little short of a whole one
 _GEOMETRY = {RandOp.ROTATE, RandOp.SHEAR_X, RandOp.SHEAR_Y, RandOp.TRANSLATE_X, RandOp.TRANSLATE_Y}
-_COLOUR: dict[RandOp, Callable[[Tensor, Tensor], Tensor]] = {
+_COLOR: dict[RandOp, Callable[[Tensor, Tensor], Tensor]] = {
     RandOp.AUTO_CONTRAST: auto_contrast,
     RandOp.EQUALIZE: equalize,
     RandOp.INVERT: invert,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 
-def change_rows(images: Tensor, chosen: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> None:
+def apply_to_selected(images: Tensor, chosen: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> None:
     """Puts `change(images[chosen], *parameters[chosen])` in the place of the chosen images; others are not touched.
 
     Args:

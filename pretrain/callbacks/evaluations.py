@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch, BatchSpec
-from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.samples.captions import Captions
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.captions import CaptionReader
+from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.callbacks.callback import Periodic
 from pretrain.callbacks.online_probe import OnlineProbe
 from pretrain.engine.engine import Engine
@@ -43,19 +43,17 @@ class ValidationData:
 
     Attributes:
         dataset: with a sample for each rank at least.
-        image_size: of the views, pixels.
-        views: geometry of evaluation views.
+        preprocessing: of evaluation views.
         micro_size: samples of one forward pass in training, as the recipe says; None: it does not say.
         max_pixels: an image of more pixels is refused before it is decoded.
         captions: how captions are read, where the objective asks for tokens.
     """
 
     dataset: Dataset
-    image_size: int
-    views: ViewSpec
+    preprocessing: Preprocessing
     micro_size: int | None
     max_pixels: int
-    captions: Captions | None
+    captions: CaptionReader | None
 
 
 class Validation(Periodic):
@@ -106,13 +104,13 @@ class Validation(Periodic):
         return {f"val/{name}": total / totals["n"] for name, total in totals.items() if name != "n"}
 
     def _batches(self) -> Iterator[Batch]:
-        needs: BatchSpec = replace(self._engine.objective.needs, image_size=self._data.image_size)
+        needs: BatchSpec = replace(self._engine.objective.needs, image_size=self._data.preprocessing.image_size)
         if self._probe is not None:
             needs = replace(needs, num_classes=self._probe.num_classes)
         return evaluation_batches(
             self._data.dataset,
             needs,
-            self._data.views,
+            self._data.preprocessing,
             batch_size=self._batch_size,
             rank=self._engine.world.rank,
             world_size=self._engine.world.size,

@@ -18,9 +18,7 @@ from torch.nn import functional as F
 
 from data_pipeline.assemble import check
 from data_pipeline.batch import Batch, BatchSpec
-from data_pipeline.datasets.mixture import Mixture
-from data_pipeline.datasets.read import Dataset
-from data_pipeline.datasets.selection import soft_classes
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.errors import FieldError, InputError
 from pretrain.callbacks.callback import Callback
 from pretrain.checkpoints.files import AUXILIARY_PREFIX
@@ -85,9 +83,9 @@ def probe_bytes(config: recipe.OnlineProbe, shape: ProbeShape) -> int:
 
 
 def _num_classes(dataset: Dataset) -> int:
-    if isinstance(dataset, Mixture):
-        return max(_num_classes(source.dataset) for source in dataset.sources)
-    if (soft := soft_classes(dataset)) is not None:
+    if dataset.parts:
+        return max(_num_classes(part.dataset) for part in dataset.parts)
+    if (soft := dataset.num_soft_classes) is not None:
         return soft
     counts = dataset.label_counts
     seen = 0 if counts is None else int(np.flatnonzero(counts).max(initial=-1)) + 1

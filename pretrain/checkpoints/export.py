@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pretrain.checkpoints.checkpoint import module_state
 from pretrain.models.config import Model, ModelConfig
-from pretrain.models.encoders import save_encoder
+from pretrain.models.encoder_folders import save_encoder
 from pretrain.objectives.config import ImageTextConfig, ObjectiveConfig
 from pretrain.recipe.recipe import Data
 
@@ -29,8 +29,8 @@ def export_encoder(model: ModelConfig, objective: ObjectiveConfig, data: Data, c
 
         state = module_state(checkpoint, verified=True)
         towers = (objective.embed_dim, objective.text, objective.tokenizer)
-        save_towers(folder, state, model, *towers, data.mean, data.std, data.views)
+        save_towers(folder, state, model, *towers, data.preprocessing(model.judged_size))
     else:
         assert isinstance(model, Model)  # or the objective could not have been built
         weights = module_state(checkpoint, "encoder.", verified=True)
-        save_encoder(folder, weights, model, data.mean, data.std, data.views)
+        save_encoder(folder, weights, model, data.preprocessing(model.judged_size))

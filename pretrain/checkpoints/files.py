@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_pipeline.errors import CheckpointError, PretrainError, RunError
+from data_pipeline.messages import short_list
 from pretrain.runtime.collectives import World
 from pretrain.runtime.run_folder import COMPLETE, sha256_of
 from pretrain.runtime.state import Progress, RunState
@@ -198,8 +199,7 @@ def read_state_file(path: Path) -> State:
 
 def some(names: Iterable[str]) -> str:
     """A few of the names, for a message."""
-    names = list(names)
-    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
+    return short_list(list(names), 5) or "none"
 
 
 def _brief(error: Exception) -> str:

@@ -21,7 +21,7 @@ from pretrain.checkpoints.checkpoint import (
 )
 from pretrain.checkpoints.files import AUXILIARY_PREFIX, STATE, some
 from pretrain.engine.training_state import Fragment, TrainingState
-from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, TOWERS, WEIGHTS
+from pretrain.models.folders import CONFIG, OPEN_CLIP_CONFIG, TOWERS, WEIGHTS
 from pretrain.objectives.contract import Objective
 from pretrain.runtime.agreement import agree
 from pretrain.runtime.collectives import World

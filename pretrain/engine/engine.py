@@ -17,7 +17,7 @@ from pretrain.engine.partitions import Partitions
 from pretrain.engine.training_state import TrainingState
 from pretrain.engine.two_passes import loss_and_gradients, poisoned
 from pretrain.models.batch_norm import synchronise_batch_norms
-from pretrain.models.encoders import load_strictly
+from pretrain.models.strict_loading import load_strictly
 from pretrain.objectives.contract import Contrastive, Features, LossOutput, Objective
 from pretrain.optim.averages import follow
 from pretrain.optim.config import Ema, OptimConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.models.config import ModelConfig
 from pretrain.models.folders import weights_sha256
 from pretrain.recipe.recipe import Data
@@ -21,10 +21,7 @@ class Encoder:
 
     Attributes:
         module: from normalised images [B, 3, S, S] to features [B, D].
-        image_size: S, pixels.
-        mean: per channel, of images scaled to [0, 1].
-        std: per channel, likewise.
-        views: geometry of evaluation views (`interpolation`, `eval_crop`, `eval_resize`).
+        preprocessing: how images become its input, S x S pixels.
         tag: short name among the encoders of one run, for file names: encoder, step_00001000, random.
         description: where it comes from, for the report.
         run: the run's folder, where there is one; results are kept there.
@@ -32,10 +29,7 @@ class Encoder:
     """
 
     module: nn.Module
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    views: ViewSpec
+    preprocessing: Preprocessing
     tag: str
     description: Mapping[str, object] = field(default_factory=dict)
     run: Path | None = None
@@ -53,13 +47,9 @@ class Encoder:
         description: Mapping[str, object],
     ) -> Encoder:
         """An encoder that a run trained by these groups of its recipe, with their preprocessing."""
-        views = data.views
         return cls(
             module,
-            image_size=model.judged_size,
-            mean=data.mean,
-            std=data.std,
-            views=ViewSpec(interpolation=views.interpolation, eval_crop=views.eval_crop),
+            data.preprocessing(model.judged_size),
             tag=tag,
             description={"architecture": model.name, **description},
             run=run,
@@ -69,15 +59,9 @@ class Encoder:
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
-    def preprocessing(self) -> dict[str, object]:
-        return {
-            "image_size": self.image_size,
-            "resize": self.views.resizing,
-            "interpolation": self.views.interpolation,
-            "eval_crop": self.views.eval_crop,
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
+    def described_preprocessing(self) -> dict[str, object]:
+        """The preprocessing as a report has it."""
+        return self.preprocessing.described()
 
     def weights_sha256(self) -> str:
         """Over parameters and buffers; no file layout enters it."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
-from data_pipeline.remote.cache import CacheSpec
+from data_pipeline.remote.config import CacheConfig
 from pretrain.evals.config import ProtocolConfig
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.result import EvalReport
@@ -40,7 +40,7 @@ def build_evaluator(config: ProtocolConfig, extraction: Extraction, open_data: O
     return found
 
 
-def inline_evaluators(configs: Sequence[ProtocolConfig], cache: CacheSpec) -> list[AnyEvaluator]:
+def inline_evaluators(configs: Sequence[ProtocolConfig], cache: CacheConfig) -> list[AnyEvaluator]:
     """An evaluator for each entry of a recipe's `evals`, which judges in between steps; its data sets are checked.
 
     Args:
@@ -62,7 +62,7 @@ def inline_evaluators(configs: Sequence[ProtocolConfig], cache: CacheSpec) -> li
     return [build_evaluator(config, Extraction(), partial(open_dataset, cache=cache)) for config in configs]
 
 
-def check_evaluations(configs: Sequence[ProtocolConfig], cache: CacheSpec, *, apart: bool) -> None:
+def check_evaluations(configs: Sequence[ProtocolConfig], cache: CacheConfig, *, apart: bool) -> None:
     """Checks the entries of a recipe's `evals` and their data sets.
 
     Args:

@@ -32,16 +32,16 @@ from data_pipeline.durable import claimed, durable_file
 from data_pipeline.errors import CheckpointError, DataError, InputError, RunError
 from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.preprocessing import Preprocessing
 from data_pipeline.shards.manifest import PLAN_NAME
 from pretrain.augment.augment import normalize
 from pretrain.checkpoints.checkpoint import module_state
 from pretrain.evals.features.extract import full_precision, untouched
 from pretrain.evals.sources.load import run_of_checkpoint
 from pretrain.evals.sources.trained import TrainedRun
-from pretrain.models.encoders import load_strictly
 from pretrain.models.folders import weights_sha256
 from pretrain.models.seeded import seeded
+from pretrain.models.strict_loading import load_strictly
 from pretrain.objectives.contract import Classifier, Objective
 from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.recipe import Data
@@ -70,12 +70,14 @@ class Teacher:
             "run": self.run.name,
             "checkpoint": self.checkpoint.name,
             "weights_sha256": weights_sha256(self.model),
-            "image_size": self.run.model.judged_size,
-            "interpolation": self.run.data.views.interpolation,
-            "eval_crop": self.run.data.views.eval_crop,
-            "mean": list(self.run.data.mean),
-            "std": list(self.run.data.std),
+            # Labels go by this description, which never said how images are resized: there is one way.
+            **{key: value for key, value in self.preprocessing.described().items() if key != "resize"},
         }
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How the images become what the classifier was trained to be judged on."""
+        return self.run.data.preprocessing(self.run.model.judged_size)
 
 
 def load_teacher(source: str) -> Teacher:
@@ -188,11 +190,10 @@ def _made(
         for shard in shards
         for first in range(starts[shard], starts[shard] + sizes[shard], how.batch_size)
     ]
-    views = teacher.run.data.views
     batches = batches_of(
         dataset,
-        BatchSpec(image_size=teacher.run.model.judged_size),
-        ViewSpec(interpolation=views.interpolation, eval_crop=views.eval_crop),
+        BatchSpec(image_size=teacher.preprocessing.image_size),
+        teacher.preprocessing,
         pieces,
         num_workers=how.num_workers,
         max_pixels=teacher.run.data.max_pixels,

@@ -148,7 +148,7 @@ class JudgedModel(Protocol):
     def description(self) -> Mapping[str, object]: ...
     @property
     def notes(self) -> Sequence[str]: ...
-    def preprocessing(self) -> dict[str, object]: ...
+    def described_preprocessing(self) -> dict[str, object]: ...
     def weights_sha256(self) -> str: ...
 
 
@@ -187,7 +187,7 @@ def report_of(
         n=len(outcomes.keys),
         metrics={**further, metric: value},
         encoder={"tag": judged.tag, **described},
-        protocol={**protocol, "preprocessing": judged.preprocessing()},
+        protocol={**protocol, "preprocessing": judged.described_preprocessing()},
         data=data,
         seeds={**init_seed, **(seeds or {})},  # type: ignore[dict-item]
         weights_sha256=judged.weights_sha256(),

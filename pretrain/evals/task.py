@@ -8,7 +8,7 @@ from time import perf_counter
 
 from torch import Tensor
 
-from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.errors import FieldError, InputError
 from pretrain.evals.config import Pooling
 from pretrain.evals.encoder import Encoder

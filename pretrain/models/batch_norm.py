@@ -43,7 +43,7 @@ class SynchronisedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[B, C, ...] -> normalised, at least fp32; of all ranks' values mean, biased variance [C] and number, fp64."""
+        """[B, C, ...] -> normalized, at least fp32; of all ranks' values mean, biased variance [C] and number, fp64."""
         x = x if x.dtype == torch.float64 else x.float()
         size = x.numel() // x.shape[1]
         mean = _sums(x) / size
@@ -57,18 +57,18 @@ class SynchronisedNorm(torch.autograd.Function):
         # Of squared distances, not of squares less the square of the mean, which would cancel.
         var = ((variances + (means - mean).square()) * counts).sum(0) / total
         scale = (var + eps).rsqrt().to(x.dtype)
-        normalised = (x - _column(mean.to(x.dtype), x)).mul_(_column(scale, x))
-        ctx.save_for_backward(normalised, scale, total)
+        normalized = (x - _column(mean.to(x.dtype), x)).mul_(_column(scale, x))
+        ctx.save_for_backward(normalized, scale, total)
         ctx.mark_non_differentiable(mean, var, total)
-        return normalised, mean, var, total
+        return normalized, mean, var, total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, None]:
-        normalised, scale, total = ctx.saved_tensors
-        sums = torch.stack([_sums(gradient), _sums(gradient * normalised)])
+        normalized, scale, total = ctx.saved_tensors
+        sums = torch.stack([_sums(gradient), _sums(gradient * normalized)])
         dist.all_reduce(sums)
         along_ones, along_itself = (_column((part / total).to(gradient.dtype), gradient) for part in sums)
-        return torch.addcmul(gradient - along_ones, normalised, -along_itself) * _column(scale, gradient), None
+        return torch.addcmul(gradient - along_ones, normalized, -along_itself) * _column(scale, gradient), None
 
 
 def _forward(norm: Any, x: Tensor) -> Tensor:
@@ -76,16 +76,16 @@ def _forward(norm: Any, x: Tensor) -> Tensor:
     if not norm.training:
         evaluated: Tensor = type(norm).forward(norm, x)
         return evaluated
-    normalised: Tensor
-    normalised, mean, var, total = SynchronisedNorm.apply(x, norm.eps)
+    normalized: Tensor
+    normalized, mean, var, total = SynchronisedNorm.apply(x, norm.eps)
     if norm.track_running_stats:
         _track(norm, mean, var * (total / (total - 1)))
     if norm.affine:
-        normalised = torch.addcmul(_column(norm.bias, x), normalised, _column(norm.weight, x))
-    normalised = normalised.to(x.dtype)
+        normalized = torch.addcmul(_column(norm.bias, x), normalized, _column(norm.weight, x))
+    normalized = normalized.to(x.dtype)
     if isinstance(norm, BatchNormAct2d):
-        normalised = norm.act(norm.drop(normalised))
-    return normalised
+        normalized = norm.act(norm.drop(normalized))
+    return normalized
 
 
 @torch.no_grad()

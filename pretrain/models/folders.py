@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 from pretrain.runtime.run_folder import sha256_of
 
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+PYTORCH = "pytorch_model.bin"  # which timm's and transformers' older savers write
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+TOWERS = "towers"  # a folder beside timm's files, with the text tower and what else timm knows nothing of
+
 
 def save_weights(path: Path, state: Mapping[str, Tensor], config_path: Path, config: Mapping[str, Any]) -> None:
     """Writes weights as safetensors, then a configuration with their `file_sha256`, so that an interrupted save shows.

@@ -6,15 +6,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from data_pipeline.errors import CheckpointError, InputError
-from data_pipeline.samples.views import ViewSpec
-from pretrain.models.encoders import CONFIG, PYTORCH, WEIGHTS
+from data_pipeline.samples.preprocessing import Preprocessing
+from pretrain.models.folders import CONFIG, PYTORCH, WEIGHTS
 from pretrain.models.weights_files import read_shards, read_tensors
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
@@ -29,22 +28,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _STEPS = {"do_resize", "do_rescale", "do_normalize", "do_center_crop"}
 _HARMLESS = {"do_convert_rgb"}  # images are RGB here
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How images become a model's input.
-
-    Attributes:
-        image_size: S, pixels.
-        mean, std: per channel, of images scaled to [0, 1].
-        views: geometry of evaluation views.
-    """
-
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    views: ViewSpec
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -136,7 +119,9 @@ def _preprocessing(told: Mapping[str, Any], path: Path) -> Preprocessing:
         size,
         _channels(told, "image_mean", path),
         _channels(told, "image_std", path),
-        ViewSpec(interpolation=_FILTERS[told["resample"]], eval_crop=size / resized, eval_resize=sides),
+        interpolation=_FILTERS[told["resample"]],
+        eval_crop=size / resized,
+        eval_resize=sides,
     )
 
 

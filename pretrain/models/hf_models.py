@@ -18,9 +18,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError
-from pretrain.models.encoders import check_exactly
 from pretrain.models.hf_folders import followed
 from pretrain.models.open_clip_models import build_open_clip
+from pretrain.models.strict_loading import check_exactly
 from pretrain.models.towers import Parts, TwoTowers
 
 VIT, CLIP, CLIP_IMAGE = ("vit", "vit_mae"), "clip", "clip_vision_model"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,13 +10,14 @@ from open_clip.model import CustomTextCLIP
 from torch import nn
 
 from data_pipeline.errors import InputError
+from data_pipeline.messages import nearest
 from pretrain.models.config import ImageTower, OpenClip, TextTower
 
 TIMM_SIZE = "timm_model_name"  # of a vision_cfg, whose size is then that model's own
 
 
 def build_open_clip(config: dict[str, Any], *, where: str = "model") -> nn.Module:
-    """`visual`, `text`, `logit_scale`, `logit_bias`, initialised from torch's global seed; nothing is downloaded.
+    """`visual`, `text`, `logit_scale`, `logit_bias`, initialized from torch's global seed; nothing is downloaded.
 
     Args:
         config: as in open_clip's model_configs, of towers that need no download (`checked_config`).
@@ -74,12 +74,11 @@ def named_config(name: str) -> dict[str, Any]:
     """
     config: dict[str, Any] | None = get_model_config(name) if ":" not in name else None  # a scheme of open_clip's
     if config is None:
-        near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.4)
         raise InputError(
             where="model.name",
             expected="a name out of open_clip's model configurations, or embed_dim, image and text beside it",
             found=repr(name),
-            fix=f"Nearest: {', '.join(near)}." if near else "",
+            fix=nearest(name, list_models(), cutoff=0.4),
         )
     return checked_config(config, where="model.name", name=name)
 

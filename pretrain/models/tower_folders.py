@@ -18,18 +18,10 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import CheckpointError
+from data_pipeline.samples.preprocessing import Preprocessing, Resize
 from pretrain.models.config import Model, ModelConfig, TextTower
-from pretrain.models.encoders import (
-    CONFIG,
-    OPEN_CLIP_CONFIG,
-    TOWERS,
-    WEIGHTS,
-    EncoderConfig,
-    load_encoder,
-    load_strictly,
-    save_encoder,
-)  # fmt: skip
-from pretrain.models.folders import save_weights
+from pretrain.models.encoder_folders import EncoderConfig, load_timm_encoder, save_encoder
+from pretrain.models.folders import CONFIG, OPEN_CLIP_CONFIG, TOWERS, WEIGHTS, save_weights
 from pretrain.models.open_clip_models import (
     build_open_clip,
     checked_config,
@@ -38,12 +30,13 @@ from pretrain.models.open_clip_models import (
     named_config,
     text_config,
 )  # fmt: skip
+from pretrain.models.strict_loading import load_strictly
 from pretrain.models.tokenizers import CLIP, SAVED, SAVED_CONFIG
 from pretrain.models.towers import SIGLIP_BIAS, Parts, TwoTowers, build_text
-from pretrain.recipe.recipe import Views
 from pretrain.runtime.run_folder import sha256_of
 
 BESIDE = "."  # where a saved tokenizer's files lie beside the weights
+_RESIZE_MODES: dict[Resize, str] = {"shorter": "shortest", "square": "squash"}  # open_clip's words
 _SCALARS = ("logit_scale", "logit_bias")  # of shape [1] here, as in the objective
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", WEIGHTS)
 
@@ -57,9 +50,7 @@ def save_towers(
     embed_dim: int | None,
     text: TextTower | None,
     tokenizer: str,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    views: Views,
+    preprocessing: Preprocessing,
 ) -> None:
     """Writes both towers.
 
@@ -70,15 +61,14 @@ def save_towers(
         folder: made if it is missing; files of an earlier save are replaced.
         state: whole logical tensors under the objective's names.
         model: as in the recipe, and embed_dim, text, tokenizer likewise.
-        mean, std: per channel, with which images were normalised in training.
-        views: the geometry of evaluation views is taken from it.
+        preprocessing: of evaluation views; images were normalized alike in training.
     """
     has_bias = "logit_bias" in state
     if isinstance(model, Model):
         assert text is not None
         rest = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.")}
         encoder = {name.removeprefix("encoder."): state[name] for name in state if name not in rest}
-        save_encoder(folder, encoder, model, mean, std, views)
+        save_encoder(folder, encoder, model, preprocessing)
         (folder / TOWERS).mkdir(exist_ok=True)
         config = {
             "embed_dim": embed_dim,
@@ -94,14 +84,14 @@ def save_towers(
     told = {
         "model_cfg": {**towers, "init_logit_bias": SIGLIP_BIAS} if has_bias else towers,
         "preprocess_cfg": {
-            "mean": list(mean),
-            "std": list(std),
-            "interpolation": views.interpolation,
-            "resize_mode": "shortest",
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "interpolation": preprocessing.interpolation,
+            "resize_mode": _RESIZE_MODES[preprocessing.eval_resize],
         },
         # Ours, which open_clip passes over.
         "name": model.name,
-        "eval_crop": views.eval_crop,
+        "eval_crop": preprocessing.eval_crop,
     }
     folder.mkdir(parents=True, exist_ok=True)
     told["tokenizer"] = _kept(tokenizer, folder)
@@ -124,7 +114,7 @@ def load_towers_folder(folder: Path, *, fresh: bool = False) -> Loaded:
 
     Args:
         folder: written by `save_towers`, or by open_clip.
-        fresh: the same architecture, initialised from torch's global seed.
+        fresh: the same architecture, initialized from torch's global seed.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the architecture exactly.
@@ -139,7 +129,7 @@ def load_towers_folder(folder: Path, *, fresh: bool = False) -> Loaded:
             found="neither",
             fix="Name a run of kind clip or siglip, or a folder that open_clip wrote.",
         )
-    encoder, config = load_encoder(folder)
+    encoder, config = load_timm_encoder(folder)
     told = _json(folder / TOWERS / CONFIG)
     state = _weights(folder / TOWERS / WEIGHTS, told)
     if told.get("encoder_sha256") != config.file_sha256:
@@ -186,7 +176,7 @@ def open_clip_by_name(
 
     Args:
         name: as in `open_clip.list_models()`.
-        state: weights under open_clip's names; None: as initialised from torch's global seed.
+        state: weights under open_clip's names; None: as initialized from torch's global seed.
         where: where they come from, for messages.
         published: what open_clip says of published weights, which have a preprocessing and an activation of their own.
 
@@ -213,16 +203,18 @@ def _open_clip(told: dict[str, Any], state: dict[str, Tensor] | None, *, where: 
         encoder_config = EncoderConfig(
             name=name,
             model_args=config,
-            image_size=size,
-            mean=tuple(pixels.get("mean", OPENAI_DATASET_MEAN)),
-            std=tuple(pixels.get("std", OPENAI_DATASET_STD)),
-            interpolation=pixels.get("interpolation", "bicubic"),
-            eval_crop=told.get("eval_crop", 1.0),
+            preprocessing=Preprocessing(
+                image_size=size,
+                mean=tuple(pixels.get("mean", OPENAI_DATASET_MEAN)),
+                std=tuple(pixels.get("std", OPENAI_DATASET_STD)),
+                interpolation=pixels.get("interpolation", "bicubic"),
+                eval_crop=told.get("eval_crop", 1.0),
+                eval_resize="square" if mode == _RESIZE_MODES["square"] else "shorter",
+            ),
             file_sha256=told.get("weights_sha256", ""),
             library="open_clip",
-            eval_resize="square" if mode == "squash" else "shorter",
         )
-    if mode not in ("shortest", "squash") or not isinstance(size, int):
+    if mode not in _RESIZE_MODES.values() or not isinstance(size, int):
         raise CheckpointError(
             where=where,
             expected="square images, resized by their shorter side and cropped, or by both sides",

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import InputError
 from data_pipeline.samples.captions import Tokenizer
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.models.config import Model, ModelConfig, TextTower
 from pretrain.models.encoders import build_encoder
 from pretrain.models.folders import weights_sha256
@@ -27,7 +27,7 @@ SIGLIP_SCALE, SIGLIP_BIAS = math.log(10), -10.0
 
 
 class Parts(NamedTuple):
-    """Of two towers. Embeddings are not normalised.
+    """Of two towers. Embeddings are not normalized.
 
     Attributes:
         encoder: the image tower, an unmodified timm or open_clip module, from images [B, 3, S, S] to [B, E].
@@ -49,7 +49,7 @@ class Parts(NamedTuple):
 
 
 def build_parts(model: ModelConfig, embed_dim: int | None, text: TextTower | None) -> Parts:
-    """Both towers of a recipe, on the CPU, initialised from torch's global seed.
+    """Both towers of a recipe, on the CPU, initialized from torch's global seed.
 
     Args:
         model: a timm encoder, which gets a linear projection (without bias, as open_clip has it) and a text tower
@@ -90,7 +90,7 @@ def build_text(embed_dim: int, config: Mapping[str, Any]) -> nn.Module:
 
 
 def embed_images(parts: Parts, images: Tensor) -> Tensor:
-    """Unit vectors [B, D] of normalised images [B, 3, S, S], in the images' precision whatever autocast computed in."""
+    """Unit vectors [B, D] of normalized images [B, 3, S, S], in the images' precision whatever autocast computed in."""
     return F.normalize(parts.projection(parts.encoder(images)).to(images.dtype), dim=-1)
 
 
@@ -126,9 +126,7 @@ class Towers:
     Attributes:
         module: the weights; evaluation mode is the caller's to set (`evaluating`).
         tokenizer: text -> tokens [L].
-        image_size: S, pixels.
-        mean, std: per channel, of images scaled to [0, 1].
-        views: geometry of evaluation views (`interpolation`, `eval_crop`, `eval_resize`).
+        preprocessing: how images become the input of the image tower, S x S pixels.
         tag: short name among the towers of one run, for file names: encoder, step_00001000, random.
         description: where they come from, for a report.
         run: the run's folder, where there is one; results are kept there.
@@ -137,17 +135,14 @@ class Towers:
 
     module: TwoTowers
     tokenizer: Tokenizer
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    views: ViewSpec
+    preprocessing: Preprocessing
     tag: str
     description: Mapping[str, object] = field(default_factory=dict)
     run: Path | None = None
     notes: tuple[str, ...] = ()
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Unit vectors [B, D], fp32, of normalised images [B, 3, S, S] on the towers' device."""
+        """Unit vectors [B, D], fp32, of normalized images [B, 3, S, S] on the towers' device."""
         return embed_images(self.module.parts, images)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -172,14 +167,10 @@ class Towers:
     def device(self) -> torch.device:
         return self.module.logit_scale.device
 
-    def preprocessing(self) -> dict[str, object]:
+    def described_preprocessing(self) -> dict[str, object]:
+        """The preprocessing of images and captions as a report has it."""
         return {
-            "image_size": self.image_size,
-            "resize": self.views.resizing,
-            "interpolation": self.views.interpolation,
-            "eval_crop": self.views.eval_crop,
-            "mean": list(self.mean),
-            "std": list(self.std),
+            **self.preprocessing.described(),
             "tokenizer": self.tokenizer.name,
             "context_length": self.tokenizer.context_length,
         }

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.errors import CheckpointError
+from data_pipeline.messages import short_list
 
 # What torch raises of damaged files, and of pickles that give arguments which a class does not take.
 _UNREADABLE = (
@@ -76,7 +77,7 @@ def read_part(path: Path, part: Part) -> tuple[dict[str, Tensor], int]:
         raise CheckpointError(
             where=str(path),
             expected=f"names that begin with {part.prefix!r}",
-            found=f"others, such as {', '.join(list(state)[:3])}",
+            found=f"others, such as {short_list(list(state), 3)}",
             fix="Name another with --weights-prefix, or none.",
         )
     return found, len(state) - len(found)
@@ -159,7 +160,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 where=str(index.with_name(name)),
                 expected=f"the {len(told)} tensors that {index.name} says",
-                found=f"{len(held)}, of which these are in one alone: {', '.join(wrong[:8])}",
+                found=f"{len(held)}, of which these are in one alone: {short_list(wrong)}",
             )
     return state
 

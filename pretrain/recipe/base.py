@@ -1,20 +1,17 @@
-"""What every group of a recipe is made of."""
+"""What every group of a recipe is made of: the base that it shares with the settings of the data pipeline."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Annotated, Any, Union
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
-
-class Group(BaseModel):
-    """Base of every group: frozen; an unknown key and a number that is not finite are errors.
-
-    A validator says "expected ..., found ..."; the loader puts the path before it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from data_pipeline.settings import Group as Group
+from data_pipeline.settings import Positive as Positive
+from data_pipeline.settings import Probability as Probability
+from data_pipeline.settings import Share as Share
+from data_pipeline.settings import ordered as ordered
 
 
 def union_by_kind(members: Iterable[type[Group]], default: str | None = None) -> Any:
@@ -32,14 +29,3 @@ def union_by_kind(members: Iterable[type[Group]], default: str | None = None) ->
 
 def _kind_or(default: str) -> Discriminator:
     return Discriminator(lambda v: v.get("kind", default) if isinstance(v, dict) else getattr(v, "kind", default))
-
-
-def ordered(interval: tuple[float, float]) -> tuple[float, float]:
-    if interval[0] > interval[1]:
-        raise ValueError(f"expected [smallest, largest], found {list(interval)}.")
-    return interval
-
-
-Share = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import RecipeError
 from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.renamed import rename_keys
 from pretrain.recipe.resolve import Resolved, identity
 from pretrain.recipe.strict_yaml import StrictYamlError, read_yaml, write_yaml
 from pretrain.recipe.typed import read_tree, validate_tree
@@ -15,35 +18,68 @@ from pretrain.recipe.typed import read_tree, validate_tree
 MAX_PARENTS = 8
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: list[str] | None = None, *, note: Callable[[str], None] | None = None
+) -> Recipe:
     """Reads a recipe with its parents, applies `a.b=c` overrides in their order, and checks it.
 
     `extends: other.yaml` names one parent, relative to the file it stands in. Maps merge key by key, anything
     else replaces what the parent has. The value of an override is YAML; `evals.0.k=5` enters a list.
 
+    Args:
+        note: is called with a sentence for each key that is called otherwise today.
+
     Raises:
         RecipeError: with every problem found, each naming its path, what was expected and what was found.
     """
-    tree, problems = _read_with_parents(Path(path), seen=())
-    return recipe_of(tree, overrides, where=str(path), problems=problems)
+    found = _read_with_parents(Path(path), seen=())
+    if note is not None:
+        for text in found.notes:
+            note(f"{path}: {text}")
+    return recipe_of(found.tree, overrides, where=str(path), problems=found.problems, note=note)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What was read from a file and its parents: today's keys, what is wrong with them, and what was renamed."""
+
+    tree: dict[str, Any]
+    problems: list[str]
+    notes: list[str]
 
 
 def recipe_of(
-    tree: dict[str, Any], overrides: list[str] | None = None, *, where: str, problems: list[str] | None = None
+    tree: dict[str, Any],
+    overrides: list[str] | None = None,
+    *,
+    where: str,
+    problems: list[str] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Recipe:
     """The recipe in a map of groups, with overrides as `load_recipe` takes them; they are applied in place.
 
     Args:
         where: the recipe is from, for messages.
         problems: found before.
+        note: is called with a sentence for each key that is called otherwise today.
 
     Raises:
         RecipeError: with every problem found.
     """
     problems = problems or []
+    notes, twice = rename_keys(tree, Recipe)
+    problems += twice
     for override in overrides or []:
         problems += _apply(tree, override)
+        notes += [f"--set {text}" for text in rename_keys(tree, Recipe, prefer_former=True)[0]]
+    for text in notes if note is not None else ():
+        note(text)  # type: ignore[misc]
     return validate_tree(tree, Recipe, where=where, problems=problems)
+
+
+def print_note(text: str) -> None:
+    """Shows a note of `load_recipe` to whoever gave the recipe."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def dump(recipe: Recipe) -> str:
@@ -62,22 +98,25 @@ def resolved_yaml(recipe: Recipe, resolved: Resolved) -> str:
     )
 
 
-def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], list[str]]:
-    """The merged tree of a file and its parents, without `extends`, and the problems in them."""
+def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> _Read:
+    """The merged tree of a file and its parents, without `extends`."""
     file = path.resolve()
     if file in seen or len(seen) > MAX_PARENTS:
         chain = " -> ".join(p.name for p in (*seen, file))
         raise RecipeError(str(path), [f"extends: expected a chain of parents that ends, found {chain}."])
     tree, problems = read_tree(path)
+    notes, twice = rename_keys(tree, Recipe)  # in each file by itself, or a parent's key would not be replaced
+    problems += twice
     if seen:
         problems = [f"{path}, {problem}" for problem in problems]
+        notes = [f"{path}, {text}" for text in notes]
     parent = tree.pop("extends", None)
     if parent is None:
-        return tree, problems
+        return _Read(tree, problems, notes)
     if not isinstance(parent, str):
         raise RecipeError(str(path), [f"extends: expected the path of one parent, found {parent!r}."])
-    base, base_problems = _read_with_parents(path.parent / parent, (*seen, file))
-    return _merge(base, tree), base_problems + problems
+    base = _read_with_parents(path.parent / parent, (*seen, file))
+    return _Read(_merge(base.tree, tree), base.problems + problems, base.notes + notes)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

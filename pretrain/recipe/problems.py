@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from difflib import SequenceMatcher
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from pretrain.recipe.schema import all_paths, groups_in, kinds, member_of_kind, tag_of
 from pretrain.recipe.strict_yaml import write_inline
 
 _EXPECTED = {
@@ -69,14 +70,14 @@ def _path(details: ErrorDetails, tree: Any, root: type[BaseModel]) -> tuple[str,
         elif details["type"] == "missing" and depth == len(details["loc"]) - 1:
             path.append(str(part))
     if details["type"].startswith("union_tag"):
-        return (*path, _tag_of(_members_at(path, tree, root)[0][0]))
+        return (*path, tag_of(_members_at(path, tree, root)[0][0]))
     return tuple(path)
 
 
 def _expected(details: ErrorDetails, path: tuple[str, ...], tree: dict[str, Any], root: type[BaseModel]) -> str:
     if details["type"] == "union_tag_not_found":
         members, _ = _members_at(path[:-1], tree, root)
-        return f"one of {', '.join(repr(kind) for member in members for kind in _kinds(member))}"
+        return f"one of {', '.join(repr(kind) for member in members for kind in kinds(member))}"
     template = _EXPECTED.get(details["type"])
     return template.format(**details.get("ctx", {})) if template else f"what is valid ({details['msg']})"
 
@@ -97,8 +98,8 @@ def _found(path: tuple[str, ...], tree: Any) -> str:
 def _unknown(path: tuple[str, ...], tree: dict[str, Any], root: type[BaseModel]) -> str:
     """The nearest key at the same level if one is near, else the nearest anywhere, else all of this level."""
     *parents, key = path
-    siblings = [".".join((*parents, name)) for name in _of_kind(*_members_at(parents, tree, root)).model_fields]
-    groups = [name for name in _all_paths(root) if not _within_other_kind(name, parents, siblings)]
+    siblings = [".".join((*parents, name)) for name in member_of_kind(*_members_at(parents, tree, root)).model_fields]
+    groups = [name for name in all_paths(root) if not _within_other_kind(name, parents, siblings)]
     elsewhere = [name for name in groups if name != ".".join(path)]  # another kind's key
     for candidates, cutoff in ((siblings, 0.6), (elsewhere, 0.8)):
         likeness = {name: _likeness(key, name.rpartition(".")[2]) for name in candidates}
@@ -131,34 +132,6 @@ def _members_at(path: Sequence[str], tree: Any, root: type[BaseModel]) -> tuple[
         if isinstance(node, list):
             node = node[int(part)]
         else:
-            members = list(_groups_in(_of_kind(members, node).model_fields[part].annotation))
+            members = list(groups_in(member_of_kind(members, node).model_fields[part].annotation))
             node = node[part]
     return members, node
-
-
-def _of_kind(members: list[type[BaseModel]], node: dict[str, Any]) -> type[BaseModel]:
-    return next((member for member in members if node.get(_tag_of(member)) in _kinds(member)), members[0])
-
-
-def _tag_of(member: type[BaseModel]) -> str:
-    """The key that tells the members of its union apart."""
-    return "library" if "library" in member.model_fields else "kind"
-
-
-def _kinds(member: type[BaseModel]) -> tuple[Any, ...]:
-    field = member.model_fields.get(_tag_of(member))
-    return get_args(field.annotation) if field is not None else ()
-
-
-def _groups_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _groups_in(argument)
-
-
-def _all_paths(group: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in group.model_fields.items():
-        yield prefix + name
-        for inner in _groups_in(field.annotation):
-            yield from _all_paths(inner, f"{prefix}{name}.")

@@ -1,66 +1,25 @@
 """The typed recipe. Imports no torch, so that wrong input is answered at once.
 
-How a recipe is read from YAML and written back: recipe_io.py. What follows from it: resolve.py.
+How a recipe is read from YAML and written back: files.py. What follows from it: resolve.py.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from data_pipeline.remote.cache import CacheSpec
-from pretrain.augment.config import Augment, Mixing
+from data_pipeline.datasets.config import Source
+from data_pipeline.remote.config import CacheConfig
+from data_pipeline.samples.config import Augmentation, Captions, Mixing, Views
+from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.models.config import Model as Model  # where recipes are made in code
 from pretrain.models.config import ModelConfig
 from pretrain.objectives.config import ImageTextConfig
 from pretrain.optim import config as optimizers
 from pretrain.optim.config import Ema, Schedule
-from pretrain.recipe.base import Group, Positive, Probability, Share, ordered
+from pretrain.recipe.base import Group, Positive
 from pretrain.recipe.unions import AnyEvaluation, AnyObjective, AnyOptimizer
-
-
-class Views(Group):
-    """Geometry of a training view (random resized crop, flip) and an evaluation view (resize, centre)."""
-
-    scale: Annotated[tuple[Share, Share], AfterValidator(ordered)] = (0.2, 1.0)  # of the image's area
-    ratio: Annotated[tuple[Positive, Positive], AfterValidator(ordered)] = (0.75, 4 / 3)  # width / height
-    flip: Probability = 0.5
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    eval_crop: Share = 1.0  # side of the centre crop, as a share of the resized shorter side
-
-
-class CacheConfig(Group):
-    """How data behind http://, https:// or s3:// are fetched and kept on this machine."""
-
-    folder: str = "~/.cache/pretrain"  # on a local disk; shared by ranks, workers and runs
-    max_gb: float = Field(50, gt=0)  # the shard used longest ago goes first; 10^9 bytes each
-    timeout_seconds: float = Field(30, gt=0)  # that an answer, or its next bytes, may take
-    retries: int = Field(5, ge=0, le=100)  # attempts after the first
-
-    def spec(self) -> CacheSpec:
-        return CacheSpec(**self.model_dump())
-
-
-class Source(Group):
-    path: str
-    weight: float = Field(1, gt=0)  # share of the samples: this over the sum of all weights, whatever the sizes
-    labels: str | None = None  # a folder of soft labels (`pretrain data label`), which take the place of its own
-    select: str | None = None  # a file (`pretrain data select`): these of its samples only, with repeats and labels
-
-
-class Captions(Group):
-    """Where captions are, for objectives that read them; of several of one image, each epoch draws one."""
-
-    field: str = "txt"  # the member that holds them
-    key: str | None = None  # of a JSON member: the entry that is the caption, or a list of them
-    lines: bool = False  # of a text member: each line is a caption of its own
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Captions:
-        if self.key is not None and self.lines:
-            raise ValueError("expected key (of a JSON member) or lines (of a text member), found both.")
-        return self
 
 
 class Data(Group):
@@ -68,11 +27,11 @@ class Data(Group):
     # of them, mixed. The epoch of a mixture, for the schedule, is as many samples as all of them have together.
     train: str | Annotated[tuple[Source, ...], Field(min_length=1)]
     val: str | None = None
-    lanes: int = Field(16, ge=1)  # contiguous stretches that are read side by side
-    window: int = Field(1024, ge=1)  # samples of a lane that are shuffled among each other
+    read_streams: int = Field(16, ge=1, serialization_alias="lanes")  # contiguous stretches that are read side by side
+    shuffle_window: int = Field(1024, ge=1, serialization_alias="window")  # samples shuffled with each other
     repeats: int = Field(1, ge=1)  # of each sample in a row, drawn anew; an epoch is still as many samples long
     views: Views = Views()
-    augment: tuple[Augment, ...] = ()  # of training views: one entry for all, or one for each
+    augment: tuple[Augmentation, ...] = ()  # of training views: one entry for all, or one for each
     mixing: Mixing = Mixing()
     captions: Captions = Captions()
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -80,6 +39,10 @@ class Data(Group):
     max_pixels: int = Field(50_000_000, ge=1)  # an image of more pixels is refused before it is decoded
     max_bad_samples: int = Field(100, ge=0)  # replaced samples before the run stops
     cache: CacheConfig = CacheConfig()
+
+    def preprocessing(self, image_size: int) -> Preprocessing:
+        """How images become evaluation views of this many pixels a side."""
+        return Preprocessing(image_size, self.mean, self.std, self.views.interpolation, self.views.eval_crop)
 
 
 class BatchSize(Group):

@@ -123,8 +123,13 @@ def identity(recipe: Recipe) -> str:
 
 
 def result_settings(recipe: Recipe, *, with_defaults: bool = False) -> dict[str, Any]:
-    """What the identity is made of, as JSON: all that differs from its default, or all."""
-    return recipe.model_dump(mode="json", include=_INCLUDED, exclude=_EXCLUDED, exclude_defaults=not with_defaults)
+    """What the identity is made of, as JSON: all that differs from its default, or all.
+
+    A key that was renamed stands here under its former name, so that a run stays the run that it was.
+    """
+    return recipe.model_dump(
+        mode="json", include=_INCLUDED, exclude=_EXCLUDED, exclude_defaults=not with_defaults, by_alias=True
+    )
 
 
 def differences(given: Recipe, kept: Recipe) -> list[str]:

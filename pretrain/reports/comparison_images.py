@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.datasets.read import Dataset, open_dataset
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import CheckpointError, InputError, PretrainError
 from pretrain.evals.result import EvalReport
 from pretrain.reports.comparison_figures import draw_principal_axes

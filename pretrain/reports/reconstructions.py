@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.samples.views import ViewSpec
 from pretrain.augment.augment import normalize
 from pretrain.objectives.masked import Painter
 from pretrain.recipe.recipe import Data
@@ -30,7 +29,7 @@ def draw_reconstructions(painter: Painter, dataset: Dataset, data: Data, num_ima
     batches = evaluation_batches(
         dataset,
         painter.needs,
-        ViewSpec(**data.views.model_dump()),
+        data.preprocessing(painter.needs.image_size),
         batch_size=num_images,
         max_pixels=data.max_pixels,
         limit=num_images,

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from data_pipeline.datasets.mixture import open_training
 from data_pipeline.datasets.read import open_dataset
+from data_pipeline.datasets.training import open_training
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import CheckpointError, InputError
 from pretrain.checkpoints.checkpoint import module_state, read_state
@@ -20,7 +20,7 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.result import EvalReport, Interval
 from pretrain.evals.sources.load import load_source
 from pretrain.models.config import ModelConfig
-from pretrain.models.encoders import load_strictly
+from pretrain.models.strict_loading import load_strictly
 from pretrain.monitoring.goodput import read_goodput
 from pretrain.objectives.config import ObjectiveConfig
 from pretrain.objectives.kinds import build_objective
@@ -158,7 +158,7 @@ def _painter(model: ModelConfig, config: ObjectiveConfig, checkpoint: Path) -> P
 
 
 def _reconstructions(data: Data, painter: Painter) -> list[list[Picture]]:
-    dataset = open_training(data.val or data.train, data.cache.spec())
+    dataset = open_training(data.val or data.train, data.cache)
     return draw_reconstructions(painter, dataset, data, NUM_RECONSTRUCTIONS)
 
 
@@ -173,8 +173,8 @@ def _neighbors(run: Path, data: Data, trained: Encoder) -> list[Neighbours]:
         return []
     return neighbours(
         {"trained": trained, "random start": load_source(str(run), random_init=True)},
-        open_training(data.train, data.cache.spec()),
-        open_dataset(data.val, data.cache.spec()),
+        open_training(data.train, data.cache),
+        open_dataset(data.val, data.cache),
         num_queries=NUM_QUERIES,
         bank_size=BANK_SIZE,
         k=NUM_NEIGHBOURS,

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.dataset import Dataset
 
 # Legible on white and on black alike, since an image does not know on which of them it is shown.
 INK, _COLORS = "#808080", ("#3b82c4", "#e08214")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline.batch import BatchSpec
-from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
 from pretrain.augment.augment import normalize
@@ -41,15 +41,16 @@ def look_at(encoder: Encoder, dataset: Dataset, num_images: int, *, max_pixels: 
     count = min(num_images, dataset.num_samples)
     chosen = [i * dataset.num_samples // count for i in range(count)]
     pieces = [chosen[start : start + _BATCH_SIZE] for start in range(0, count, _BATCH_SIZE)]
-    spec = BatchSpec(encoder.image_size, num_classes=num_classes(dataset) or None)
-    batches = batches_of(dataset, spec, encoder.views, pieces, max_pixels=max_pixels)
+    spec = BatchSpec(encoder.preprocessing.image_size, num_classes=num_classes(dataset) or None)
+    batches = batches_of(dataset, spec, encoder.preprocessing, pieces, max_pixels=max_pixels)
     images: list[NDArray[np.uint8]] = []
     values, labels = [], []
     keys: list[str] = []
     with untouched(encoder.module), full_precision():
         for batch in track(batches, label=label, total=len(pieces)):
             images += [_thumbnail(pixels) for pixels in batch.views[0].permute(0, 2, 3, 1).numpy()]
-            views = normalize(batch.to(encoder.device), encoder.mean, encoder.std).views
+            pixels = encoder.preprocessing
+            views = normalize(batch.to(encoder.device), pixels.mean, pixels.std).views
             values.append(encoder.module(views[0]).float().cpu())
             labels.append(batch.labels if batch.labels is not None else torch.full((len(batch),), -1))
             keys += batch.keys

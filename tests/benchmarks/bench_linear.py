@@ -33,8 +33,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, SGDClassifier
 from torch import Tensor
 
-from data_pipeline.datasets.read import Dataset, open_dataset
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.read import open_dataset
+from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.evals.classifiers.augmented import augmented_examples, augmented_views
 from pretrain.evals.classifiers.heads import Heads, Rates, Training, fit_each, train
 from pretrain.evals.classifiers.logistic import fit_logistic
@@ -130,7 +131,7 @@ def against_scikit_learn() -> list[list[str]]:
 
 def vit_small() -> Encoder:
     module = timm.create_model("vit_small_patch16_224", num_classes=0)
-    return Encoder(module, image_size=224, mean=MEAN, std=STD, views=ViewSpec(), tag="vit_small")
+    return Encoder(module, Preprocessing(224, MEAN, STD), tag="vit_small")
 
 
 def write_folders(photos: Path, root: Path) -> None:

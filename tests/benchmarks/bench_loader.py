@@ -35,18 +35,20 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from data_pipeline.batch import BatchSpec
-from data_pipeline.datasets.read import Dataset, open_dataset
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.loader import TrainLoader
 from data_pipeline.order import keyed
 from data_pipeline.order.order import Order
-from data_pipeline.samples.views import Box, ViewSpec, crop_box
+from data_pipeline.samples.config import Views
+from data_pipeline.samples.views import Box, crop_box
 from data_pipeline.shards.scan import index_shards
 
 SIZE, BATCH, SHARD, LANES, WINDOW = 224, 64, 256, 16, 128
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-MAE = ViewSpec(scale=(0.2, 1.0))
-OPEN_CLIP = ViewSpec(scale=(0.9, 1.0), flip=0.0)  # open_clip.image_transform(is_train=True)
+MAE = Views(scale=(0.2, 1.0))
+OPEN_CLIP = Views(scale=(0.9, 1.0), flip=0.0)  # open_clip.image_transform(is_train=True)
 
 Batches = Iterator[object]
 
@@ -74,14 +76,14 @@ def write_shards(photos: Path, folder: Path, samples: int) -> None:
     index_shards(str(folder))
 
 
-def ours(dataset: Dataset, views: ViewSpec, *, normalize: bool = False) -> Batches:
+def ours(dataset: Dataset, views: Views, *, normalize: bool = False) -> Batches:
     loader = TrainLoader(
         dataset,
         BatchSpec(SIZE),
         views,
         seed=0,
-        lanes=LANES,
-        window=WINDOW,
+        read_streams=LANES,
+        shuffle_window=WINDOW,
         global_size=BATCH,
         micro_size=BATCH,
         max_pixels=50_000_000,
@@ -98,9 +100,9 @@ def open_clip_over_webdataset(folder: Path) -> Batches:
     return iter(samples.rename(image="jpg").map_dict(image=transform).to_tuple("image").batched(BATCH))
 
 
-def plain_loop(dataset: Dataset, views: ViewSpec) -> Batches:
+def plain_loop(dataset: Dataset, views: Views) -> Batches:
     """The batches of `ours` in the first epoch, over and over; samples and crops are known beforehand."""
-    order = Order(dataset.shard_sizes, seed=0, lanes=LANES, window=WINDOW)
+    order = Order(dataset.shard_sizes, seed=0, read_streams=LANES, shuffle_window=WINDOW)
     batches = []
     for cursor in range(0, dataset.num_samples - BATCH + 1, BATCH):
         samples = [dataset.read(i) for i in order.locate(order.step_positions(cursor, BATCH)).tolist()]
@@ -110,7 +112,7 @@ def plain_loop(dataset: Dataset, views: ViewSpec) -> Batches:
             yield [view_of(data, box) for data, box in batch]
 
 
-def drawn_box(key: str, data: bytes, views: ViewSpec) -> Box:
+def drawn_box(key: str, data: bytes, views: Views) -> Box:
     draws = keyed.uniforms("view", 0, 0, 0, key)
     next(draws)  # the flip
     height, width, *_ = simplejpeg.decode_jpeg_header(data)

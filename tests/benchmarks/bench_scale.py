@@ -8,7 +8,7 @@ from time import perf_counter
 
 from data_pipeline.batch import BatchSpec
 from data_pipeline.loader import TrainLoader
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.config import Views
 from tests.data_pipeline.huge import NUM_SAMPLES, HugeDataset
 
 BATCH, PAIRS = 256, 15
@@ -17,7 +17,7 @@ BATCH, PAIRS = 256, 15
 def seconds(dataset: HugeDataset, cursor: int) -> float:
     start = perf_counter()
     loader = TrainLoader(
-        dataset, BatchSpec(32), ViewSpec(), seed=0, lanes=16, window=1024,
+        dataset, BatchSpec(32), Views(), seed=0, read_streams=16, shuffle_window=1024,
         global_size=BATCH, micro_size=BATCH, max_pixels=10**6,
     )  # fmt: skip
     with closing(loader.steps(cursor)) as steps:  # type: ignore[type-var]

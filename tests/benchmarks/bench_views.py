@@ -29,17 +29,22 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from data_pipeline.batch import Batch, BatchSpec
-from data_pipeline.datasets.read import Dataset, open_dataset
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.loader import TrainLoader
-from data_pipeline.samples.draws import Augmentation, Blur, Jitter
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.config import Augmentation, Blur, Jitter, Views
 from pretrain.augment.augment import prepare
 from tests.benchmarks.bench_loader import BATCH, LANES, SIZE, WINDOW, Batches, Row, compare, of_arguments, write_shards
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CROP = ViewSpec(scale=(0.08, 1.0))
+CROP = Views(scale=(0.08, 1.0))
 BYOL = tuple(  # arXiv:2006.07733, table 6: the two views differ in blur and solarise
-    Augmentation(jitter=Jitter(0.8, 0.4, 0.4, 0.2, 0.1), grey=0.2, blur=Blur(blur), solarise=solarise)
+    Augmentation(
+        jitter=Jitter(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+        grayscale=0.2,
+        blur=Blur(probability=blur),
+        solarize=solarise,
+    )
     for blur, solarise in ((1.0, 0.0), (0.1, 0.2))
 )
 
@@ -53,8 +58,8 @@ def host(dataset: Dataset) -> Iterator[Batch]:
         CROP,
         BYOL,
         seed=0,
-        lanes=LANES,
-        window=WINDOW,
+        read_streams=LANES,
+        shuffle_window=WINDOW,
         global_size=BATCH,
         micro_size=BATCH,
         max_pixels=50_000_000,
@@ -110,9 +115,9 @@ def pillow_colour(spec: Augmentation) -> Transform:
     return transforms.Compose(  # type: ignore[no-any-return]
         [
             transforms.RandomApply([transforms.ColorJitter(*strengths)], jitter.probability),
-            transforms.RandomGrayscale(spec.grey),
+            transforms.RandomGrayscale(spec.grayscale),
             transforms.RandomApply([blur], spec.blur.probability),
-            transforms.RandomSolarize(128, spec.solarise),
+            transforms.RandomSolarize(128, spec.solarize),
         ]
     )
 

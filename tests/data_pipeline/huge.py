@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.batch import Sample
+from data_pipeline.datasets.dataset import Single
 from tests.data_pipeline.tiny import photo
 
 NUM_SHARDS, PER_SHARD = 10**5, 10**4
 NUM_SAMPLES = NUM_SHARDS * PER_SHARD
 
 
-class HugeDataset:
+class HugeDataset(Single):
     """Every sample is the same photograph; `reads` has the numbers of those asked for, in order."""
 
     def __init__(self) -> None:

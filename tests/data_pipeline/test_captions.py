@@ -16,9 +16,9 @@ from data_pipeline.batch import BatchSpec, TokenSpec
 from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import DataError, FieldError, SampleError
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.samples.captions import Captions, read_captions
-from data_pipeline.samples.views import ViewSpec
-from tests.data_pipeline.tiny import loader, photo, steps, write_shards
+from data_pipeline.samples.captions import CaptionReader, read_captions
+from data_pipeline.samples.config import Captions
+from tests.data_pipeline.tiny import evaluated, loader, photo, steps, write_shards
 
 
 class Codes:
@@ -36,7 +36,7 @@ def text_of(row: Tensor) -> str:
 
 
 SPEC = BatchSpec(8, tokens=TokenSpec("codes", 12))
-CAPTIONS = Captions(Codes())
+CAPTIONS = CaptionReader(Codes(), Captions())
 FIVE = [f"words {n}" for n in range(5)]
 
 
@@ -71,7 +71,7 @@ def test_of_several_captions_each_epoch_draws_one_and_evaluation_takes_the_first
     tmp_path: Path, members: dict[str, bytes], where: dict[str, Any]
 ) -> None:
     dataset = captioned(tmp_path, dict.fromkeys(range(12), members))
-    captions = Captions(Codes(), **where)
+    captions = CaptionReader(Codes(), Captions(**where))
     seen: dict[str, Counter[str]] = {}
     for step in steps(loader(dataset, SPEC, captions=captions, global_size=12), 0, 40):
         for key, row in zip(step.micro_batches[0].keys, step.micro_batches[0].tokens, strict=True):  # type: ignore[arg-type]
@@ -84,7 +84,8 @@ def test_of_several_captions_each_epoch_draws_one_and_evaluation_takes_the_first
     once = captions.tokens(dataset.read(int(again.keys[0])), seed=5, epoch=24)
     assert again.tokens is not None
     assert torch.equal(again.tokens[0], once)
-    for batch in evaluation_batches(dataset, SPEC, ViewSpec(), batch_size=5, max_pixels=10**6, captions=captions):
+    views = evaluated(SPEC.image_size)
+    for batch in evaluation_batches(dataset, SPEC, views, batch_size=5, max_pixels=10**6, captions=captions):
         assert batch.tokens is not None
         assert {text_of(row) for row in batch.tokens} == {FIVE[0]}
 
@@ -129,7 +130,10 @@ def test_data_without_captions_are_refused_before_anything_starts(tmp_path: Path
     with pytest.raises(FieldError, match=r"caption field `txt`: .*found the fields cls, jpg.*data\.captions\.field"):
         loader(plain, SPEC, captions=CAPTIONS)
     with pytest.raises(FieldError, match=r"caption field `json`"):
-        evaluation_batches(plain, SPEC, ViewSpec(), batch_size=1, max_pixels=1, captions=Captions(Codes(), "json"))
+        evaluation_batches(
+            plain, SPEC, evaluated(SPEC.image_size), batch_size=1, max_pixels=1,
+            captions=CaptionReader(Codes(), Captions(field="json")),
+        )  # fmt: skip
 
 
 def test_another_tokenizer_than_the_objective_asks_for_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.datasets import choose
-from data_pipeline.datasets.choose import confident, labelled, ranked
+from data_pipeline.datasets.choose import confident, labeled, ranked
 from data_pipeline.datasets.selection import Selection
 from data_pipeline.datasets.soft_labels import (
     Described,
@@ -153,24 +153,24 @@ def test_ranked_takes_what_a_loop_takes(
 
 def test_of_true_labels_as_many_of_each_and_others_by_another_seed(tmp_path: Path) -> None:
     dataset = write_shards(tmp_path, [5, 0, 7, 18])
-    found = labelled(dataset, per_class=4, seed=0)
+    found = labeled(dataset, per_class=4, seed=0)
     assert found.labels is not None
     assert np.array_equal(found.labels, found.indices % 3), "the labels of the shards"
     assert Counter(found.labels.tolist()) == {0: 4, 1: 4, 2: 4}
     assert len(set(found.indices.tolist())) == 12
-    assert np.array_equal(labelled(dataset, per_class=4, seed=0).indices, found.indices)
-    assert not np.array_equal(labelled(dataset, per_class=4, seed=1).indices, found.indices)
-    rest = labelled(dataset, per_class=6, seed=3, without=found.indices)
+    assert np.array_equal(labeled(dataset, per_class=4, seed=0).indices, found.indices)
+    assert not np.array_equal(labeled(dataset, per_class=4, seed=1).indices, found.indices)
+    rest = labeled(dataset, per_class=6, seed=3, without=found.indices)
     assert not set(rest.indices.tolist()) & set(found.indices.tolist())
     assert len(rest) == 18
     with pytest.raises(DataError, match="--per-class"):
-        labelled(dataset, per_class=7, seed=3, without=found.indices)
+        labeled(dataset, per_class=7, seed=3, without=found.indices)
 
 
 def test_equal_choices_give_equal_bytes(tmp_path: Path) -> None:
     dataset = write_shards(tmp_path / "data", [9, 9])
-    labelled(dataset, per_class=4, seed=0).save(tmp_path / "a")
-    labelled(dataset, per_class=4, seed=0).save(tmp_path / "b")
+    labeled(dataset, per_class=4, seed=0).save(tmp_path / "a")
+    labeled(dataset, per_class=4, seed=0).save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert Selection.load(tmp_path / "a")[0].rule == {"kind": "labelled", "per_class": 4, "seed": 0}
 

@@ -22,7 +22,7 @@ from PIL import Image
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import DataError, RunError, SourceError
 from data_pipeline.ingest.convert import Conversion, ConvertOptions, convert
-from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.load_manifest import load_manifest
 from data_pipeline.shards.write import split_evenly
 from tests.data_pipeline.archives import PACKINGS, as_folder, as_tar_gz, class_folders, contents, jpeg
 

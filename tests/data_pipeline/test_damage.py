@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.batch import BatchSpec, TokenSpec
-from data_pipeline.datasets.mixture import Mixture, Source
+from data_pipeline.datasets.dataset import Part
+from data_pipeline.datasets.mixture import Mixture
 from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.loader import StepData, TrainLoader
-from data_pipeline.samples.captions import Captions
+from data_pipeline.samples.captions import CaptionReader
+from data_pipeline.samples.config import Captions
 from tests.data_pipeline.test_captions import Codes
 from tests.data_pipeline.tiny import Row, loader, photo, rows_of, write_shards
 
@@ -56,8 +58,8 @@ def by_key(steps: list[StepData]) -> dict[str, set[Row]]:
 
 def test_a_mixture_with_labels_and_captions_goes_on_while_its_shards_rot(tmp_path: Path) -> None:
     one, two = source(tmp_path / "one", 8), source(tmp_path / "two", 9)
-    both = Mixture([Source("one", one, 2), Source("two", two, 1)])
-    options = {"global_size": 8, "captions": Captions(Codes())}
+    both = Mixture([Part("one", one, 2), Part("two", two, 1)])
+    options = {"global_size": 8, "captions": CaptionReader(Codes(), Captions())}
     sound = read(loader(both, SPEC, **options), {})
     # Two steps are whole; then a label, an image and a caption go, in either source.
     damage = {2: [(one, 0, 1, "cls"), (one, 1, 2, "jpg"), (two, 0, 3, "txt")]}
@@ -87,7 +89,7 @@ def test_each_kind_of_member_is_checked_at_each_reading(tmp_path: Path, field: s
     dataset = source(tmp_path, 8)
     for row in range(3):
         hit(dataset, 0, row, field)
-    stream = loader(dataset, SPEC, global_size=8, captions=Captions(Codes()), num_workers=num_workers)
+    stream = loader(dataset, SPEC, global_size=8, captions=CaptionReader(Codes(), Captions()), num_workers=num_workers)
     for step in read(stream, {}):
         assert sorted(bad.key for bad in step.bad) == ["0000", "0001", "0002"]
         assert {key for key, _ in rows_of(step)} == {"0003", "0004", "0005", "0006", "0007"}
@@ -95,7 +97,7 @@ def test_each_kind_of_member_is_checked_at_each_reading(tmp_path: Path, field: s
 
 def test_a_shard_cut_short_loses_only_what_was_cut(tmp_path: Path) -> None:
     dataset = source(tmp_path, 8)
-    stream = loader(dataset, SPEC, global_size=8, captions=Captions(Codes()))
+    stream = loader(dataset, SPEC, global_size=8, captions=CaptionReader(Codes(), Captions()))
     index = dataset.manifest.index(1)
     with closing(stream.steps(0)) as steps:  # type: ignore[type-var]
         assert not next(steps).bad

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,18 @@ from timm.data import auto_augment
 from data_pipeline.batch import Batch
 from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import DataError
-from data_pipeline.samples.draws import NO_BOX, Augmentation, Blur, Erasing, Jitter, Mixing, Value, draw, draw_mix
-from data_pipeline.samples.rand_augment import RandAugment, RandOp, argument_of
+from data_pipeline.samples.config import Augmentation, Blur, Erasing, Jitter, Mixing, RandAugment
+from data_pipeline.samples.draws import NO_BOX, Value, draw, draw_mix
+from data_pipeline.samples.rand_augment import RandOp, argument_of
 from tests.data_pipeline.tiny import SPEC, loader, steps, write_shards
 
 EVERYTHING = Augmentation(
-    RandAugment(), Jitter(0.8, 0.4, 0.4, 0.2, 0.1), grey=0.2, blur=Blur(0.5), solarise=0.2, erasing=Erasing(0.25)
+    rand_augment=RandAugment(),
+    jitter=Jitter(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+    grayscale=0.2,
+    blur=Blur(probability=0.5),
+    solarize=0.2,
+    erasing=Erasing(probability=0.25),
 )
 BOTH = Mixing(mixup=0.8, cutmix=1.0)
 
@@ -45,9 +50,9 @@ def test_what_is_drawn_for_a_key_never_changes() -> None:
         "1/rand_augment_arguments": pytest.approx((1.8259645081153675, -26.664323567671797)),
         "1/jitter_order": (1, 2, 0, 3),
         "1/jitter": (0.7724980162605829, 0.9975845683246842, 0.9163444884089877, 5.2307818083185964e-05),
-        "1/grey": False,
+        "1/grayscale": False,
         "1/blur": 1.1664700411373625,
-        "1/solarise": True,
+        "1/solarize": True,
         "1/erasing": (98, 145, 78, 72),
         "1/erasing_noise": 9104325495915822484,
     }
@@ -72,11 +77,11 @@ def test_every_part_of_the_key_counts_and_nothing_else_does() -> None:
     [
         ({"rand_augment": None}, {"rand_augment", "rand_augment_arguments"}),
         ({"jitter": None}, {"jitter", "jitter_order"}),
-        ({"grey": 0.0}, {"grey"}),
+        ({"grayscale": 0.0}, {"grayscale"}),
         ({"blur": None}, {"blur"}),
-        ({"solarise": 0.0}, {"solarise"}),
+        ({"solarize": 0.0}, {"solarize"}),
         ({"erasing": None}, {"erasing", "erasing_noise"}),
-        ({"erasing": Erasing(0.25, mode="const")}, {"erasing_noise"}),
+        ({"erasing": Erasing(probability=0.25, mode="const")}, {"erasing_noise"}),
     ],
 )
 def test_an_operation_that_is_off_is_absent_and_leaves_the_others_their_draws(
@@ -84,15 +89,15 @@ def test_an_operation_that_is_off_is_absent_and_leaves_the_others_their_draws(
 ) -> None:
     for number in range(20):
         everything = drawn(number)
-        rest = drawn(number, replace(EVERYTHING, **change))
+        rest = drawn(number, EVERYTHING.model_copy(update=change))
         assert rest == {name: value for name, value in everything.items() if name.removeprefix("0/") not in gone}
 
 
 def test_probabilities_are_kept() -> None:
     """Within five standard errors."""
     shares = {
-        "grey": (column("grey"), 0.2),
-        "solarise": (column("solarise"), 0.2),
+        "grayscale": (column("grayscale"), 0.2),
+        "solarize": (column("solarize"), 0.2),
         "blur": (column("blur") > 0, 0.5),
         "jitter": (column("jitter_order")[:, 0] >= 0, 0.8),
         "erasing": (column("erasing")[:, 2] > 0, 0.25),
@@ -116,7 +121,7 @@ def test_jitter_is_uniform_in_factors_and_order() -> None:
 
 
 def test_jitter_leaves_out_what_has_no_strength() -> None:
-    order = column("jitter_order", 50, Augmentation(jitter=Jitter(1.0, brightness=0.4, hue=0.1)))
+    order = column("jitter_order", 50, Augmentation(jitter=Jitter(probability=1.0, brightness=0.4, hue=0.1)))
     assert all(sorted(turns) == [-1, -1, 0, 3] for turns in order.tolist())
 
 
@@ -128,7 +133,7 @@ def test_blur_is_uniform_in_sigma() -> None:
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 300), key=st.text(max_size=6), area=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)))
 def test_an_erased_box_lies_within_the_view(size: int, key: str, area: tuple[float, float]) -> None:
-    spec = Augmentation(erasing=Erasing(1.0, area=(min(area), max(area))))
+    spec = Augmentation(erasing=Erasing(probability=1.0, area=(min(area), max(area))))
     box = draw(spec, size=size, seed=0, epoch=0, key=key, view=0)["0/erasing"]
     assert isinstance(box, tuple)
     top, left, height, width = box
@@ -138,7 +143,7 @@ def test_an_erased_box_lies_within_the_view(size: int, key: str, area: tuple[flo
 
 
 def test_erased_areas_are_spread_over_their_range() -> None:
-    spec = Augmentation(erasing=Erasing(1.0, area=(0.02, 1 / 3)))
+    spec = Augmentation(erasing=Erasing(probability=1.0, area=(0.02, 1 / 3)))
     boxes = np.array([drawn(i, spec, size=1000)["0/erasing"] for i in range(2000)])
     shares = boxes[:, 2] * boxes[:, 3] / 1000**2
     assert stats.kstest(shares, "uniform", (0.02, 1 / 3 - 0.02)).pvalue > 1e-4
@@ -162,7 +167,7 @@ def test_arguments_are_timm_s(increasing: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_operations_are_equally_likely_and_magnitudes_normal() -> None:
-    spec = Augmentation(RandAugment(num_ops=3, magnitude=5, magnitude_std=0.5, probability=1.0))
+    spec = Augmentation(rand_augment=RandAugment(num_ops=3, magnitude=5, magnitude_std=0.5, probability=1.0))
     operations, arguments = column("rand_augment", 3000, spec), column("rand_augment_arguments", 3000, spec)
     assert stats.chisquare(np.bincount(operations.flatten(), minlength=15)).pvalue > 1e-4
     degrees = arguments[operations == RandOp.ROTATE]
@@ -194,7 +199,7 @@ def test_cutmix_boxes_have_the_area_that_the_label_says() -> None:
 
 
 def test_a_pair_is_mixed_one_way_or_the_other_or_not_at_all() -> None:
-    lam, boxes = mixes(replace(BOTH, probability=0.6, switch_probability=0.3))
+    lam, boxes = mixes(BOTH.model_copy(update={"probability": 0.6, "switch_probability": 0.3}))
     cut = boxes[:, 2] > 0
     assert abs((lam < 1).mean() - 0.6) < 0.04
     assert abs(cut.sum() / (lam < 1).sum() - 0.3) < 0.04
@@ -209,7 +214,7 @@ class TestInTheLoader:
     """What comes with a sample is the same however many ranks, workers and micro-batches there are."""
 
     options: dict[str, Any] = {  # noqa: RUF012
-        "augment": (EVERYTHING, Augmentation(grey=0.5)), "mixing": BOTH, "global_size": 8,
+        "augment": (EVERYTHING, Augmentation(grayscale=0.5)), "mixing": BOTH, "global_size": 8,
     }  # fmt: skip
 
     def rows(self, batches: list[Batch]) -> list[dict[str, object]]:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.batch import Batch, BatchSpec
-from data_pipeline.datasets.read import Dataset, ShardDataset
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import FieldError, SampleError
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.samples.views import ViewSpec
-from tests.data_pipeline.tiny import SPEC, rows, write_shards
+from tests.data_pipeline.tiny import SPEC, evaluated, rows, write_shards
 
 FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
@@ -29,7 +29,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
 
 
 def evaluation(dataset: Dataset, spec: BatchSpec = SPEC, **options: Any) -> Iterator[Batch]:
-    return evaluation_batches(dataset, spec, ViewSpec(), **({"batch_size": 4, "max_pixels": 10**6} | options))
+    return evaluation_batches(
+        dataset, spec, evaluated(spec.image_size), **({"batch_size": 4, "max_pixels": 10**6} | options)
+    )
 
 
 @FEW

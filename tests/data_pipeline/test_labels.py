@@ -6,7 +6,6 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.batch import BatchSpec
-from data_pipeline.datasets.choose import confident, labelled, ranked
-from data_pipeline.datasets.mixture import open_training
-from data_pipeline.datasets.read import Dataset, ShardDataset
-from data_pipeline.datasets.selection import Selected, Selection, Subset, beneath
+from data_pipeline.datasets.choose import confident, labeled, ranked
+from data_pipeline.datasets.config import Source
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.read import ShardDataset
+from data_pipeline.datasets.selection import Selected, Selection, Subset
 from data_pipeline.datasets.soft_labels import (
     Described,
     ShardLabels,
@@ -29,19 +29,12 @@ from data_pipeline.datasets.soft_labels import (
     read_file,
     write_labels_file,
 )
+from data_pipeline.datasets.training import open_training
 from data_pipeline.errors import DataError, FieldError, ManifestError, SampleError, ShardError
 from tests.data_pipeline.tiny import loader, rows_of, steps, write_shards
 
 SIZES = [5, 0, 7, 6]
 SPEC = BatchSpec(8, num_classes=3)
-
-
-@dataclass(frozen=True)
-class Share:
-    path: str
-    weight: float = 1
-    labels: str | None = None
-    select: str | None = None
 
 
 def label_of(key: str) -> np.ndarray:
@@ -85,7 +78,7 @@ def soft(shards: ShardDataset, tmp_path: Path) -> Path:
 
 
 def test_each_sample_has_the_label_of_its_key(path: str, soft: Path) -> None:
-    dataset = open_training([Share(path, labels=str(soft))])
+    dataset = open_training([Source(path=path, labels=str(soft))])
     for i in range(18):
         sample = dataset.read(i)
         assert isinstance(sample.label, np.ndarray)
@@ -100,16 +93,18 @@ def test_each_sample_has_the_label_of_its_key(path: str, soft: Path) -> None:
 
 
 def test_what_is_drawn_and_in_what_order_does_not_depend_on_the_labels(path: str, soft: Path) -> None:
-    plain, labelled_ = open_training(path), open_training([Share(path, labels=str(soft))])
+    plain, labelled_ = open_training(path), open_training([Source(path=path, labels=str(soft))])
     spec = BatchSpec(8, num_views=2)
     one, other = (steps(loader(d, spec), 5, 6) for d in (plain, labelled_))
     assert [rows_of(step) for step in one] == [rows_of(step) for step in other]
 
 
 def test_hard_and_soft_sources_mix(path: str, soft: Path, shards: ShardDataset, tmp_path: Path) -> None:
-    few = labelled(shards, per_class=2, seed=0)
+    few = labeled(shards, per_class=2, seed=0)
     few.save(tmp_path / "few")
-    mixture = open_training([Share(path, select=str(tmp_path / "few")), Share(path, 3, labels=str(soft))])
+    mixture = open_training(
+        [Source(path=path, select=str(tmp_path / "few")), Source(path=path, weight=3, labels=str(soft))]
+    )
     assert mixture.num_samples == 6 + 18
     seen: Counter[str] = Counter()
     for step in steps(loader(mixture, SPEC, global_size=8, num_workers=0), 0, 12):
@@ -149,7 +144,7 @@ def test_a_selection_is_read_entry_by_entry_and_repeats_are_drawn_anew(
     labels = SoftLabels(soft)
     chosen = confident(labels, threshold=0.3, per_class=9)
     chosen.save(tmp_path / "select")
-    dataset = open_training([Share(path, labels=str(soft), select=str(tmp_path / "select"))])
+    dataset = open_training([Source(path=path, labels=str(soft), select=str(tmp_path / "select"))])
     assert dataset.num_samples == 27
     keys = [dataset.read(i).key for i in range(27)]
     assert len(set(keys)) == 27
@@ -172,7 +167,7 @@ def test_a_selection_is_read_entry_by_entry_and_repeats_are_drawn_anew(
 
 def test_a_selected_source_is_the_same_for_any_ranks_and_workers(path: str, soft: Path, tmp_path: Path) -> None:
     confident(SoftLabels(soft), threshold=0.3, per_class=9).save(tmp_path / "select")
-    dataset = open_training([Share(path, labels=str(soft), select=str(tmp_path / "select"))])
+    dataset = open_training([Source(path=path, labels=str(soft), select=str(tmp_path / "select"))])
     whole = [row for step in steps(loader(dataset, SPEC), 8, 4) for row in rows_of(step)]
     ranks = [steps(loader(dataset, SPEC, rank=r, world_size=2, num_workers=1), 8, 4) for r in range(2)]
     assert [row for pair in zip(*ranks, strict=True) for step in pair for row in rows_of(step)] == whole
@@ -181,7 +176,7 @@ def test_a_selected_source_is_the_same_for_any_ranks_and_workers(path: str, soft
 def test_top_k_samples_have_the_class_they_are_listed_under(path: str, soft: Path, tmp_path: Path) -> None:
     chosen = ranked(SoftLabels(soft), top_k=7, per_sample=3)
     chosen.save(tmp_path / "select")
-    dataset = open_training([Share(path, select=str(tmp_path / "select"))])
+    dataset = open_training([Source(path=path, select=str(tmp_path / "select"))])
     assert dataset.label_counts is not None
     assert dataset.label_counts.tolist() == [7, 7, 7]
     assert chosen.labels is not None
@@ -195,12 +190,12 @@ def test_selection_and_labels_are_in_the_fingerprint(
     path: str, soft: Path, shards: ShardDataset, tmp_path: Path
 ) -> None:
     for name, per_class in (("a", 2), ("b", 3)):
-        labelled(shards, per_class=per_class, seed=0).save(tmp_path / name)
+        labeled(shards, per_class=per_class, seed=0).save(tmp_path / name)
     others = [
         open_training(path),
-        open_training([Share(path, select=str(tmp_path / "a"))]),
-        open_training([Share(path, select=str(tmp_path / "b"))]),
-        open_training([Share(path, labels=str(soft))]),
+        open_training([Source(path=path, select=str(tmp_path / "a"))]),
+        open_training([Source(path=path, select=str(tmp_path / "b"))]),
+        open_training([Source(path=path, labels=str(soft))]),
     ]
     assert len({dataset.fingerprint for dataset in others}) == 4
 
@@ -208,18 +203,18 @@ def test_selection_and_labels_are_in_the_fingerprint(
 def test_shards_hold_what_a_view_counts(path: str, soft: Path, shards: ShardDataset, tmp_path: Path) -> None:
     chosen = confident(SoftLabels(soft), threshold=0.3, per_class=9)
     chosen.save(tmp_path / "select")
-    view = open_training([Share(path, labels=str(soft), select=str(tmp_path / "select"))])
-    base, indices = beneath(view)
+    view = open_training([Source(path=path, labels=str(soft), select=str(tmp_path / "select"))])
+    base, indices = view.beneath()
     assert indices is not None
     assert base.fingerprint == shards.fingerprint
     assert view.shard_sizes.sum() == view.num_samples
     by_shard = np.bincount(shards.shards_of(indices), minlength=4)
     assert view.shard_sizes.tolist() == by_shard.tolist()
-    assert beneath(shards) == (shards, None)
+    assert shards.beneath() == (shards, None)
 
 
 def test_an_opened_view_travels_to_other_processes(path: str, soft: Path) -> None:
-    dataset = open_training([Share(path, labels=str(soft))])
+    dataset = open_training([Source(path=path, labels=str(soft))])
     first = dataset.read(0).label
     again: Dataset = pickle.loads(pickle.dumps(dataset))
     assert np.array_equal(again.read(0).label, first)  # type: ignore[arg-type]
@@ -229,29 +224,29 @@ class TestRefused:
     def test_labels_of_other_shards(self, soft: Path, tmp_path: Path) -> None:
         other = write_shards(tmp_path / "other", [5, 0, 7, 5])
         with pytest.raises(FieldError, match=r"data\.train\.0\.labels"):
-            open_training([Share(str(other.manifest.root), labels=str(soft))])
+            open_training([Source(path=str(other.manifest.root), labels=str(soft))])
 
     def test_a_missing_file(self, path: str, soft: Path) -> None:
         (soft / file_name(2)).unlink()
         with pytest.raises(ManifestError, match=file_name(2)):
-            open_training([Share(path, labels=str(soft))])
+            open_training([Source(path=path, labels=str(soft))])
 
     def test_unfinished_labels(self, path: str, soft: Path) -> None:
         (soft / "labels.json").rename(soft / "plan.json")
         with pytest.raises(ManifestError, match="unfinished"):
-            open_training([Share(path, labels=str(soft))])
+            open_training([Source(path=path, labels=str(soft))])
 
     def test_a_description_that_is_damaged(self, path: str, soft: Path) -> None:
         described = json.loads((soft / "labels.json").read_text())
         for change in ({"num_samples": [1]}, {"top_k": 9}, {"num_classes": "3"}, {"more": 1}):
             (soft / "labels.json").write_text(json.dumps(described | change))
             with pytest.raises(ManifestError, match=r"labels\.json"):
-                open_training([Share(path, labels=str(soft))])
+                open_training([Source(path=path, labels=str(soft))])
 
     def test_changed_bytes(self, path: str, soft: Path) -> None:
         file = soft / file_name(0)
         file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
-        dataset = open_training([Share(path, labels=str(soft))])
+        dataset = open_training([Source(path=path, labels=str(soft))])
         with pytest.raises(ShardError, match=file_name(0)):
             dataset.read(0)
 
@@ -259,33 +254,33 @@ class TestRefused:
         keys = [shards.origin(i)[0] for i in range(18)]
         keys[3], keys[4] = keys[4], keys[3]
         write_labels(tmp_path / "swapped", shards, keys)
-        dataset = open_training([Share(path, labels=str(tmp_path / "swapped"))])
+        dataset = open_training([Source(path=path, labels=str(tmp_path / "swapped"))])
         dataset.read(2)
         for i in (3, 4):
             with pytest.raises(SampleError, match="another key"):
                 dataset.read(i)
 
     def test_another_number_of_classes(self, path: str, soft: Path) -> None:
-        dataset = open_training([Share(path), Share(path, labels=str(soft))])
+        dataset = open_training([Source(path=path), Source(path=path, labels=str(soft))])
         with pytest.raises(FieldError, match="num_classes"):
             loader(dataset, BatchSpec(8, num_classes=4))
 
     def test_a_selection_of_other_data(self, shards: ShardDataset, tmp_path: Path) -> None:
-        labelled(shards, per_class=2, seed=0).save(tmp_path / "few")
+        labeled(shards, per_class=2, seed=0).save(tmp_path / "few")
         other = write_shards(tmp_path / "other", [5, 0, 7, 5])
         with pytest.raises(FieldError, match=r"data\.train\.0\.select"):
-            open_training([Share(str(other.manifest.root), select=str(tmp_path / "few"))])
+            open_training([Source(path=str(other.manifest.root), select=str(tmp_path / "few"))])
 
     def test_a_selection_without_its_labels_or_with_others(
         self, path: str, soft: Path, shards: ShardDataset, tmp_path: Path
     ) -> None:
         confident(SoftLabels(soft), threshold=0.3, per_class=2).save(tmp_path / "soft")
-        labelled(shards, per_class=2, seed=0).save(tmp_path / "hard")
+        labeled(shards, per_class=2, seed=0).save(tmp_path / "hard")
         top = write_labels(tmp_path / "more", shards, teacher={"another": 1}, num_classes=4)
         for share in (
-            Share(path, select=str(tmp_path / "soft")),
-            Share(path, select=str(tmp_path / "hard"), labels=str(soft)),
-            Share(path, select=str(tmp_path / "soft"), labels=str(top.folder)),
+            Source(path=path, select=str(tmp_path / "soft")),
+            Source(path=path, select=str(tmp_path / "hard"), labels=str(soft)),
+            Source(path=path, select=str(tmp_path / "soft"), labels=str(top.folder)),
         ):
             with pytest.raises(FieldError, match=r"data\.train\.0\.select"):
                 open_training([share])
@@ -294,12 +289,12 @@ class TestRefused:
     def test_no_selection(self, path: str, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "select").write_bytes(content)
         with pytest.raises(ManifestError, match="a selection"):
-            open_training([Share(path, select=str(tmp_path / "select"))])
+            open_training([Source(path=path, select=str(tmp_path / "select"))])
 
     def test_labels_beside_an_image_folder(self, soft: Path, tmp_path: Path) -> None:
         (tmp_path / "images").mkdir()
         with pytest.raises(DataError):
-            open_training([Share(str(tmp_path / "images"), labels=str(soft))])
+            open_training([Source(path=str(tmp_path / "images"), labels=str(soft))])
 
 
 def test_a_subset_has_the_chosen_samples_and_an_identity_of_its_own(shards: ShardDataset, tmp_path: Path) -> None:
@@ -310,14 +305,14 @@ def test_a_subset_has_the_chosen_samples_and_an_identity_of_its_own(shards: Shar
     assert len(part.shard_sizes) == len(shards.shard_sizes)
     others = [Subset(shards, np.array(indices), None).fingerprint for indices in ([3, 7, 16], [3, 7])]
     assert len({shards.fingerprint, part.fingerprint, *others}) == 4
-    base, indices = beneath(Subset(part, np.array([0, 2]), None))
+    base, indices = Subset(part, np.array([0, 2]), None).beneath()
     assert base is shards
     assert indices is not None
     assert indices.tolist() == [3, 17]
 
 
 def test_selected_is_a_dataset(shards: ShardDataset, tmp_path: Path) -> None:
-    labelled(shards, per_class=3, seed=1).save(tmp_path / "few")
+    labeled(shards, per_class=3, seed=1).save(tmp_path / "few")
     view: Dataset = Selected(shards, tmp_path / "few")
     selection, _ = Selection.load(tmp_path / "few")
     assert view.classes == shards.classes

@@ -20,7 +20,8 @@ from data_pipeline.datasets.read import ShardDataset, open_dataset
 from data_pipeline.errors import DataError, FieldError, RunError, ShardError
 from data_pipeline.loader import BadSample, StepData
 from data_pipeline.order.order import Order
-from data_pipeline.samples.views import ViewSpec, training_view
+from data_pipeline.samples.config import Views
+from data_pipeline.samples.views import training_view
 from data_pipeline.shards.scan import index_shards
 from tests.data_pipeline.tiny import SPEC, Row, loader, photo, rows_of, steps, write_shards
 
@@ -55,8 +56,8 @@ BAD = {"0002", "0003", "0007", "0009"}
 @FEW
 @given(
     sizes=st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any),
-    lanes=st.integers(1, 40),
-    window=st.integers(1, 9),
+    read_streams=st.integers(1, 40),
+    shuffle_window=st.integers(1, 9),
     local=st.integers(1, 4),
     world=st.integers(1, 8),
     seed=st.integers(0, 2**40),
@@ -64,8 +65,8 @@ BAD = {"0002", "0003", "0007", "0009"}
 def test_each_epoch_has_each_key_once_at_any_number_of_ranks(
     tmp_path_factory: pytest.TempPathFactory,
     sizes: list[int],
-    lanes: int,
-    window: int,
+    read_streams: int,
+    shuffle_window: int,
     local: int,
     world: int,
     seed: int,
@@ -73,7 +74,12 @@ def test_each_epoch_has_each_key_once_at_any_number_of_ranks(
     """Every rank's loader over two epochs: together, position by position, what one rank alone has."""
     dataset = write_shards(tmp_path_factory.mktemp("any"), sizes)
     size, total = world * local, 2 * sum(sizes)
-    options: dict[str, Any] = {"lanes": lanes, "window": window, "global_size": size, "seed": seed}
+    options: dict[str, Any] = {
+        "read_streams": read_streams,
+        "shuffle_window": shuffle_window,
+        "global_size": size,
+        "seed": seed,
+    }
     alone = steps(loader(dataset, **options), 0, -(-total // size))
     ranks = [steps(loader(dataset, rank=rank, world_size=world, **options), 0, len(alone)) for rank in range(world)]
     by_position: dict[int, Row] = {}
@@ -82,7 +88,7 @@ def test_each_epoch_has_each_key_once_at_any_number_of_ranks(
         assert together == rows_of(step)
         assert {rank[number].cursor for rank in ranks} == {step.cursor}
         positions = range(number * size, (number + 1) * size)
-        by_position |= zip(sorted(positions, key=lambda p: (p % lanes, p)), together, strict=True)
+        by_position |= zip(sorted(positions, key=lambda p: (p % read_streams, p)), together, strict=True)
     keys = [by_position[position][0] for position in range(total)]
     for epoch in (0, 1):
         epoch_keys = keys[epoch * sum(sizes) : (epoch + 1) * sum(sizes)]
@@ -132,7 +138,7 @@ def test_workers_change_nothing(dataset: ShardDataset, num_workers: int) -> None
 def test_a_row_is_what_the_parts_make_of_its_sample(dataset: ShardDataset) -> None:
     """Order, reading, decoding and views put together by hand."""
     (step,) = steps(loader(dataset, global_size=6, micro_size=2), 23 * 4, 1)
-    order = Order(dataset.shard_sizes, seed=5, lanes=3, window=4)
+    order = Order(dataset.shard_sizes, seed=5, read_streams=3, shuffle_window=4)
     indices = order.locate(order.step_positions(23 * 4, 6)).tolist()
     batch = step.micro_batches[1]
     for row, i in enumerate(indices[2:4]):
@@ -141,7 +147,7 @@ def test_a_row_is_what_the_parts_make_of_its_sample(dataset: ShardDataset) -> No
         assert batch.labels[row] == i % 3
         pixels = np.array(Image.open(io.BytesIO(dataset.read(i).fields["jpg"])))
         for view in (0, 1):
-            expected = training_view(pixels, 8, ViewSpec(), seed=5, epoch=4, key=f"{i:04d}", view=view)
+            expected = training_view(pixels, 8, Views(), seed=5, epoch=4, key=f"{i:04d}", view=view)
             assert torch.equal(batch.views[view][row], expected)
     assert batch.masks is not None
     assert batch.masks.sum(1).tolist() == [6, 6]
@@ -172,16 +178,16 @@ def test_the_generators_of_the_training_are_left_alone(dataset: ShardDataset) ->
 
 
 def test_one_usable_sample_is_found_however_far_it_is(tmp_path: Path) -> None:
-    """Lanes of one sample each: no window has anything to offer, and the rest of the epoch has one."""
+    """Streams of one sample each: no window has anything to offer, and the rest of the epoch has one."""
     bad = {i: {"jpg": b"no image", "cls": b"0"} for i in range(12) if i != 7}
     dataset = write_shards(tmp_path, [12], replaced=bad)
-    (step,) = steps(loader(dataset, lanes=12, window=1, global_size=12), 0, 1)
+    (step,) = steps(loader(dataset, read_streams=12, shuffle_window=1, global_size=12), 0, 1)
     assert {key for key, _ in rows_of(step)} == {"0007"}
     assert len(step.bad) == 11
 
 
 def test_a_bad_sample_is_replaced_within_its_window_and_reported(bad_dataset: ShardDataset) -> None:
-    order = Order(bad_dataset.shard_sizes, seed=5, lanes=3, window=4)
+    order = Order(bad_dataset.shard_sizes, seed=5, read_streams=3, shuffle_window=4)
     found = steps(loader(bad_dataset, global_size=7), 0, 4)  # two epochs of 14
     reported = [bad for step in found for bad in step.bad]
     assert sorted(bad.key for bad in reported) == sorted([*BAD, *BAD])
@@ -220,7 +226,7 @@ def test_the_reasons_name_what_is_wrong(bad_dataset: ShardDataset) -> None:
 
 def test_an_image_over_the_limit_is_a_bad_sample(tmp_path: Path) -> None:
     large = write_shards(tmp_path, [8], replaced={3: {"jpg": photo(3, side=40), "cls": b"0"}})
-    found = steps(loader(large, global_size=8, lanes=1, window=8, max_pixels=12 * 14), 0, 1)
+    found = steps(loader(large, global_size=8, read_streams=1, shuffle_window=8, max_pixels=12 * 14), 0, 1)
     assert [(bad.key, "40" in bad.reason) for bad in found[0].bad] == [("0003", True)]
 
 
@@ -228,7 +234,7 @@ def test_an_image_over_the_limit_is_a_bad_sample(tmp_path: Path) -> None:
 def test_a_window_without_a_usable_sample_ends_the_run(tmp_path: Path, num_workers: int) -> None:
     bad = {i: {"jpg": b"no image", "cls": b"0"} for i in range(64)}
     dataset = write_shards(tmp_path, [80], replaced=bad)
-    source = loader(dataset, lanes=1, window=64, num_workers=num_workers)
+    source = loader(dataset, read_streams=1, shuffle_window=64, num_workers=num_workers)
     with pytest.raises(RunError, match=r"part-000.tar: .* to stand in.* do not decode.* the next 63 .*verify"):
         steps(source, 0, 2)
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError, ManifestError, ShardError
 from data_pipeline.shards.index import MISSING, NO_LABEL, Keys, ShardIndex
-from data_pipeline.shards.manifest import Manifest, _as_json, load_manifest
+from data_pipeline.shards.load_manifest import load_manifest
+from data_pipeline.shards.manifest import Manifest, _as_json
 from data_pipeline.shards.scan import index_shards
 from tests.data_pipeline.archives import as_tar, contents, jpeg
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.datasets.mixture import PERIOD, MixedOrder, Mixture, Source, _slots, open_training, order_of
+from data_pipeline.datasets.config import Source
+from data_pipeline.datasets.dataset import Part
+from data_pipeline.datasets.mixture import Mixture
 from data_pipeline.datasets.read import ShardDataset
+from data_pipeline.datasets.training import open_training
 from data_pipeline.errors import DataError, FieldError
 from data_pipeline.order import keyed
+from data_pipeline.order.mixture import PERIOD, MixedOrder, slots_of_pattern
 from data_pipeline.order.order import Order
+from data_pipeline.samples.config import Views
 from data_pipeline.samples.decode import decode_image
-from data_pipeline.samples.views import ViewSpec, training_view
+from data_pipeline.samples.views import training_view
 from tests.data_pipeline.tiny import SPEC, loader, rows_of, steps, write_shards
 
 some = settings(max_examples=30, deadline=None)
@@ -26,28 +31,33 @@ some = settings(max_examples=30, deadline=None)
 weights = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
 
 
-def mixed(weights: list[float], seed: int, *, lanes: int = 3, window: int = 4, sizes: int = 7) -> MixedOrder:
+def mixed(
+    weights: list[float], seed: int, *, read_streams: int = 3, shuffle_window: int = 4, sizes: int = 7
+) -> MixedOrder:
     """Source number n has `sizes + n` samples in shards of unequal size."""
-    orders = [Order(np.array([2, sizes - 2 + n]), seed=seed, lanes=lanes, window=window) for n in range(len(weights))]
-    return MixedOrder(orders, _slots(weights, [str(n) for n in range(len(weights))]), seed=seed)
+    orders = [
+        Order(np.array([2, sizes - 2 + n]), seed=seed, read_streams=read_streams, shuffle_window=shuffle_window)
+        for n in range(len(weights))
+    ]
+    return MixedOrder(orders, slots_of_pattern(weights, [str(n) for n in range(len(weights))]), seed=seed)
 
 
 @some
 @given(weights=weights)
 def test_slots_are_the_weights_to_within_one_of_the_period(weights: list[float]) -> None:
-    slots = _slots(weights, [""] * len(weights))
+    slots = slots_of_pattern(weights, [""] * len(weights))
     assert slots.sum() == PERIOD
     assert (np.abs(slots - np.array(weights) / sum(weights) * PERIOD) < 1 + 1e-6).all()
 
 
 def test_shares_that_fit_are_exact_whatever_the_scale_of_the_weights() -> None:
-    assert _slots([3, 1], ["a", "b"]).tolist() == [PERIOD * 3 // 4, PERIOD // 4]
-    assert _slots([3e300, 1e300], ["a", "b"]).tolist() == [PERIOD * 3 // 4, PERIOD // 4]
+    assert slots_of_pattern([3, 1], ["a", "b"]).tolist() == [PERIOD * 3 // 4, PERIOD // 4]
+    assert slots_of_pattern([3e300, 1e300], ["a", "b"]).tolist() == [PERIOD * 3 // 4, PERIOD // 4]
 
 
 def test_a_weight_without_a_slot_is_refused() -> None:
     with pytest.raises(DataError, match=r"weight of tiny: .* found 1e-06.*leave the data set out"):
-        _slots([1, 1e-6, 1], ["a", "tiny", "b"])
+        slots_of_pattern([1, 1e-6, 1], ["a", "tiny", "b"])
 
 
 @some
@@ -105,25 +115,25 @@ def test_each_source_gives_each_of_its_samples_once_in_each_of_its_epochs(
     cursor=st.integers(0, 10**6),
     world=st.integers(1, 6),
     local=st.integers(1, 40),
-    lanes=st.integers(1, 9),
+    read_streams=st.integers(1, 9),
 )
 def test_ranks_share_a_step_out_by_lane(
-    weights: list[float], seed: int, cursor: int, world: int, local: int, lanes: int
+    weights: list[float], seed: int, cursor: int, world: int, local: int, read_streams: int
 ) -> None:
-    order = mixed(weights, seed, lanes=lanes)
+    order = mixed(weights, seed, read_streams=read_streams)
     pieces = [order.step_positions(cursor, world * local, rank, world).tolist() for rank in range(world)]
     assert [len(piece) for piece in pieces] == [local] * world
 
     def place(position: int) -> tuple[int, int, int]:
         source, inner = (int(column[0]) for column in order.split(np.array([position])))
-        return inner % lanes, source, inner
+        return inner % read_streams, source, inner
 
     expected = sorted(range(cursor, cursor + world * local), key=place)
     assert [position for piece in pieces for position in piece] == expected
 
 
 def test_a_rank_reads_its_own_lanes_of_every_source() -> None:
-    order = mixed([1, 1], seed=0, lanes=8, sizes=1000)
+    order = mixed([1, 1], seed=0, read_streams=8, sizes=1000)
     for rank in range(4):
         source, inner = order.split(order.step_positions(0, 4096, rank, 4))
         assert 0.4 < source.mean() < 0.6
@@ -154,14 +164,6 @@ def test_the_pattern_never_changes() -> None:
     assert order.locate(np.arange(16)).tolist() == [3, 6, 0, 10, 2, 5, 1, 4, 12, 3, 7, 5, 0, 9, 4, 6]
 
 
-@dataclass(frozen=True)
-class Share:
-    path: str
-    weight: float
-    labels: str | None = None
-    select: str | None = None
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[ShardDataset]:
     """Equal keys in both, and other labels."""
@@ -170,7 +172,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[ShardDataset]:
 
 def mixture(datasets: list[ShardDataset], weights: list[float]) -> Mixture:
     names = "abcdef"
-    return Mixture([Source(n, d, w) for n, d, w in zip(names, datasets, weights, strict=False)])
+    return Mixture([Part(n, d, w) for n, d, w in zip(names, datasets, weights, strict=False)])
 
 
 def test_a_mixture_reads_what_its_sources_read(pair: list[ShardDataset]) -> None:
@@ -196,14 +198,14 @@ def test_neither_ranks_nor_workers_nor_a_new_start_change_a_mixed_run(pair: list
     for number, step in enumerate(alone):
         assert rows_of(ranks[0][number]) + rows_of(ranks[1][number]) == rows_of(step)
     assert [rows_of(step) for step in workers] == [rows_of(step) for step in alone[2:]]
-    order = order_of(both, seed=5, lanes=3, window=4)
+    order = both.order(seed=5, read_streams=3, shuffle_window=4)
     keys = [f"{'0' if i < 9 else '1'}:{i % 9:04d}" for i in order.locate(order.step_positions(8, 8)).tolist()]
     assert [key for key, _ in rows_of(alone[1])] == keys
 
 
 def test_what_is_drawn_for_a_sample_depends_on_its_sources_own_epoch(pair: list[ShardDataset]) -> None:
     both = mixture(pair, [1, 4])
-    order = order_of(both, seed=5, lanes=3, window=4)
+    order = both.order(seed=5, read_streams=3, shuffle_window=4)
     positions = order.step_positions(32, 8)
     epochs, indices = order.epochs(positions).tolist(), order.locate(positions).tolist()
     assert len(set(epochs)) > 1
@@ -211,14 +213,18 @@ def test_what_is_drawn_for_a_sample_depends_on_its_sources_own_epoch(pair: list[
     for row, (epoch, i) in enumerate(zip(epochs, indices, strict=True)):
         sample = both.read(i)
         image = decode_image(sample.fields["jpg"], max_pixels=10**6, where="")
-        view = training_view(image, 8, ViewSpec(), seed=5, epoch=epoch, key=sample.key, view=0)
+        view = training_view(image, 8, Views(), seed=5, epoch=epoch, key=sample.key, view=0)
         assert torch.equal(step.micro_batches[0].views[0][row], view)
 
 
 def test_a_list_of_one_is_that_data_set(pair: list[ShardDataset]) -> None:
     path = str(pair[0].manifest.root)
-    assert open_training([Share(path, 2)]).fingerprint == pair[0].fingerprint == open_training(path).fingerprint
-    assert open_training([Share(path, 1), Share(path, 1)]).num_samples == 18
+    assert (
+        open_training([Source(path=path, weight=2)]).fingerprint
+        == pair[0].fingerprint
+        == open_training(path).fingerprint
+    )
+    assert open_training([Source(path=path, weight=1), Source(path=path, weight=1)]).num_samples == 18
 
 
 def test_the_shares_and_the_data_make_the_fingerprint(pair: list[ShardDataset]) -> None:
@@ -248,4 +254,4 @@ def test_labels_of_different_classes_are_refused_where_labels_are_needed(pair: l
 def test_an_empty_source_is_refused(pair: list[ShardDataset], tmp_path: Path) -> None:
     empty = write_shards(tmp_path, [0])
     with pytest.raises(DataError, match="b: expected at least one sample"):
-        order_of(mixture([pair[0], empty], [1, 1]), seed=0, lanes=1, window=1)
+        mixture([pair[0], empty], [1, 1]).order(seed=0, read_streams=1, shuffle_window=1)

@@ -25,8 +25,8 @@ def orders(draw: st.DrawFn) -> Order:
     return Order(
         np.array(draw(sizes_of_shards)),
         seed=draw(st.integers(0, 2**63)),
-        lanes=draw(st.integers(1, 40)),
-        window=draw(st.integers(1, 20)),
+        read_streams=draw(st.integers(1, 40)),
+        shuffle_window=draw(st.integers(1, 20)),
     )
 
 
@@ -64,24 +64,24 @@ def permute(x: int, size: int, key: int) -> int:
             return x
 
 
-def rule_by_rule(sizes: list[int], seed: int, lanes: int, window: int, position: int) -> int:
+def rule_by_rule(sizes: list[int], seed: int, read_streams: int, shuffle_window: int, position: int) -> int:
     """Rules 1 to 3 for one position, with whole lists where order.py has arithmetic."""
     samples = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     epoch, q = divmod(position, sum(sizes))
     shards = [permute(shard, len(sizes), key_of(1, seed, epoch)) for shard in range(len(sizes))]
     slots = np.concatenate([samples[shard] for shard in shards]).tolist()
 
-    shortest, longer = divmod(len(slots), lanes)
+    shortest, longer = divmod(len(slots), read_streams)
     stretches, start = [], 0
-    for lane in range(lanes):
+    for lane in range(read_streams):
         stretches.append(slots[start : start + shortest + (lane < longer)])
         start += len(stretches[-1])
-    lane, j = q % lanes, q // lanes
+    lane, j = q % read_streams, q // read_streams
 
-    number = j // window
-    in_window = stretches[lane][number * window : (number + 1) * window]
+    number = j // shuffle_window
+    in_window = stretches[lane][number * shuffle_window : (number + 1) * shuffle_window]
     key = key_of(2, seed, epoch, lane, number)
-    return int(in_window[permute(j - number * window, len(in_window), key)])
+    return int(in_window[permute(j - number * shuffle_window, len(in_window), key)])
 
 
 @many
@@ -102,15 +102,15 @@ def test_a_number_outside_is_refused_rather_than_walked_for_ever(x: int, size: i
 @given(
     sizes=sizes_of_shards,
     seed=st.integers(0, 2**64 - 1),
-    lanes=st.integers(1, 40),
-    window=st.integers(1, 20),
+    read_streams=st.integers(1, 40),
+    shuffle_window=st.integers(1, 20),
     start=st.integers(0, 10**9),
 )
 def test_the_order_is_the_rules_taken_one_by_one(
-    sizes: list[int], seed: int, lanes: int, window: int, start: int
+    sizes: list[int], seed: int, read_streams: int, shuffle_window: int, start: int
 ) -> None:
-    order = Order(np.array(sizes), seed=seed, lanes=lanes, window=window)
-    expected = [rule_by_rule(sizes, seed, lanes, window, p) for p in range(start, start + 10)]
+    order = Order(np.array(sizes), seed=seed, read_streams=read_streams, shuffle_window=shuffle_window)
+    expected = [rule_by_rule(sizes, seed, read_streams, shuffle_window, p) for p in range(start, start + 10)]
     assert sequence(order, start, start + 10) == expected
 
 
@@ -130,7 +130,7 @@ def test_the_ranks_share_a_step_out_in_order_of_lane_and_position(
     pieces = [order.step_positions(cursor, size, rank, world).tolist() for rank in range(world)]
     assert [len(piece) for piece in pieces] == [local] * world
     assert [p for piece in pieces for p in piece] == sorted(
-        range(cursor, cursor + size), key=lambda p: (p % order.lanes, p)
+        range(cursor, cursor + size), key=lambda p: (p % order.read_streams, p)
     )
 
 
@@ -140,7 +140,9 @@ def test_a_run_may_stop_anywhere_and_go_on_with_another_batch_size(order: Order,
     seen, cursor = [], 0
     for number, size in enumerate(cuts):
         if number == split:  # another process, which knows nothing but the cursor
-            order = Order(order.shard_sizes, seed=order.seed, lanes=order.lanes, window=order.window)
+            order = Order(
+                order.shard_sizes, seed=order.seed, read_streams=order.read_streams, shuffle_window=order.shuffle_window
+            )
         positions = np.sort(order.step_positions(cursor, size))
         seen += order.locate(positions).tolist()
         cursor += size
@@ -150,11 +152,20 @@ def test_a_run_may_stop_anywhere_and_go_on_with_another_batch_size(order: Order,
 @many
 @given(order=orders(), epoch=st.integers(0, 3))
 def test_a_lane_stays_in_its_stretch_and_a_sample_in_its_window(order: Order, epoch: int) -> None:
-    """With samples counted in slots (one shard): lane by lane, window by window, the slots come in order."""
-    order = Order(np.array([order.num_samples]), seed=order.seed, lanes=order.lanes, window=order.window)
+    """With samples counted in slots (one shard): stream by stream, window by window, the slots come in order."""
+    order = Order(
+        np.array([order.num_samples]),
+        seed=order.seed,
+        read_streams=order.read_streams,
+        shuffle_window=order.shuffle_window,
+    )
     slots = np.array(sequence(order, epoch * order.num_samples, (epoch + 1) * order.num_samples))
-    lanes = [slots[lane :: order.lanes] for lane in range(order.lanes)]
-    windows = [lane[start : start + order.window] for lane in lanes for start in range(0, len(lane), order.window)]
+    read_streams = [slots[lane :: order.read_streams] for lane in range(order.read_streams)]
+    windows = [
+        lane[start : start + order.shuffle_window]
+        for lane in read_streams
+        for start in range(0, len(lane), order.shuffle_window)
+    ]
     assert np.concatenate([np.sort(window) for window in windows]).tolist() == list(range(order.num_samples))
 
 
@@ -166,7 +177,7 @@ def test_a_stand_in_is_looked_for_in_the_window_and_then_further_on(order: Order
     epoch = range(first, first + order.num_samples)
 
     def window_of(p: int) -> tuple[int, int]:
-        return (p - first) % order.lanes, (p - first) // order.lanes // order.window
+        return (p - first) % order.read_streams, (p - first) // order.read_streams // order.shuffle_window
 
     same = [p for p in epoch if window_of(p) == window_of(position)]
     at = same.index(position)
@@ -176,13 +187,13 @@ def test_a_stand_in_is_looked_for_in_the_window_and_then_further_on(order: Order
 
 
 def test_in_a_long_window_no_stand_in_comes_from_elsewhere() -> None:
-    order = Order(np.array([1000]), seed=0, lanes=2, window=100)
+    order = Order(np.array([1000]), seed=0, read_streams=2, shuffle_window=100)
     assert sorted(order.replacements(205)) == [p for p in range(201, 401, 2) if p != 205]
 
 
 def test_the_order_of_a_data_set_never_changes() -> None:
     """A run that goes on under a later version must go on in its order: these numbers are a promise."""
-    order = Order(np.array([4, 0, 3, 5]), seed=7, lanes=3, window=3)
+    order = Order(np.array([4, 0, 3, 5]), seed=7, read_streams=3, shuffle_window=3)
     first = [1, 7, 4, 0, 9, 11, 2, 8, 5, 3, 10, 6]
     second = [1, 6, 9, 2, 5, 10, 0, 4, 8, 3, 7, 11]
     assert sequence(order, 0, 24) == first + second
@@ -190,8 +201,8 @@ def test_the_order_of_a_data_set_never_changes() -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     sizes = np.full(20, 10)
-    first = Order(sizes, seed=0, lanes=4, window=16)
-    second = Order(sizes, seed=1, lanes=4, window=16)
+    first = Order(sizes, seed=0, read_streams=4, shuffle_window=16)
+    second = Order(sizes, seed=1, read_streams=4, shuffle_window=16)
     starts = [sequence(order, epoch * 200, (epoch + 1) * 200) for order in (first, second) for epoch in range(3)]
     for a in range(len(starts)):
         for b in range(a):
@@ -217,20 +228,20 @@ def test_all_orders_of_four_occur() -> None:
 
 
 def test_a_window_is_shuffled_over_the_whole_of_it() -> None:
-    order = Order(np.array([4096]), seed=0, lanes=1, window=1024)
+    order = Order(np.array([4096]), seed=0, read_streams=1, shuffle_window=1024)
     moved = np.abs(np.array(sequence(order, 0, 4096)) - np.arange(4096))
     assert 1024 / 3 * 0.9 < moved.mean() < 1024 / 3 * 1.1  # two uniform places are a third apart on average
 
 
 def test_positions_far_out_are_exact() -> None:
-    order = Order(np.array([10**9, 3]), seed=0, lanes=5, window=4096)
+    order = Order(np.array([10**9, 3]), seed=0, read_streams=5, shuffle_window=4096)
     far = (10**9 + 3) * 10**8
     assert len(set(sequence(order, far, far + 1000))) == 1000
 
 
 def test_an_empty_data_set_is_refused() -> None:
     with pytest.raises(DataError, match="at least one sample"):
-        Order(np.array([0, 0]), seed=0, lanes=1, window=1)
+        Order(np.array([0, 0]), seed=0, read_streams=1, shuffle_window=1)
 
 
 class SlowTable(dict[int, object]):
@@ -243,7 +254,7 @@ class SlowTable(dict[int, object]):
 
 def test_threads_may_ask_one_order_for_different_epochs() -> None:
     """Fetching ahead asks for epochs that the training has not come to, and only a few layouts are kept."""
-    order, fresh = (Order(np.array([3, 4, 5]), seed=1, lanes=2, window=4) for _ in range(2))
+    order, fresh = (Order(np.array([3, 4, 5]), seed=1, read_streams=2, shuffle_window=4) for _ in range(2))
     order._layouts = SlowTable()  # type: ignore[assignment]
     expected = [sequence(fresh, 12 * epoch, 12 * epoch + 12) for epoch in range(30)]
     with ThreadPoolExecutor(3) as pool:

@@ -13,8 +13,9 @@ import webdataset
 
 from data_pipeline.batch import Sample
 from data_pipeline.datasets import read
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.folders import open_source
-from data_pipeline.datasets.read import Dataset, FolderDataset, ShardDataset, open_dataset
+from data_pipeline.datasets.read import FolderDataset, ShardDataset, open_dataset
 from data_pipeline.datasets.selection import Subset
 from data_pipeline.errors import DataError, SampleError, ShardError
 from data_pipeline.shards.scan import index_shards

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.datasets.mixture import Mixture, Source
+from data_pipeline.datasets.dataset import Part
+from data_pipeline.datasets.mixture import Mixture
 from data_pipeline.datasets.read import ShardDataset, open_dataset
+from data_pipeline.datasets.remote_parts import remote_parts
 from data_pipeline.datasets.selection import Subset
 from data_pipeline.errors import DataError, ManifestError, PretrainError, RunError, ShardError
 from data_pipeline.inspect.stats import stats
 from data_pipeline.inspect.verify import verify
 from data_pipeline.order.order import Order
 from data_pipeline.remote import fetch as remote
-from data_pipeline.remote.cache import Cache, CacheSpec
-from data_pipeline.remote.prefetch import Prefetcher, check_room, remote_parts
-from data_pipeline.shards import manifest
+from data_pipeline.remote.cache import Cache
+from data_pipeline.remote.config import CacheConfig
+from data_pipeline.remote.prefetch import Prefetcher, check_room
+from data_pipeline.shards import load_manifest
 from data_pipeline.shards.scan import index_shards
 from tests.data_pipeline.servers import FolderServer, bucket, served
 from tests.data_pipeline.test_read import all_samples
@@ -52,28 +54,32 @@ def server(local: ShardDataset) -> Iterator[FolderServer]:
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(manifest, "_MAX_BYTES", 10**6)
+    monkeypatch.setattr(load_manifest, "_MAX_BYTES", 10**6)
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> CacheSpec:
-    return CacheSpec(str(tmp_path / "cache"), max_gb=1.0, timeout_seconds=10, retries=2)
+def spec(tmp_path: Path) -> CacheConfig:
+    return CacheConfig(folder=str(tmp_path / "cache"), max_gb=1.0, timeout_seconds=10, retries=2)
 
 
-def files(spec: CacheSpec) -> set[str]:
+def changed(spec: CacheConfig, **values: Any) -> CacheConfig:
+    return spec.model_copy(update=values)
+
+
+def files(spec: CacheConfig) -> set[str]:
     """What lies in the cache, the lock apart."""
     folder = Path(spec.folder)
     return {path.name for path in folder.iterdir() if path.name != ".lock"} if folder.exists() else set()
 
 
-def opened(url: str, spec: CacheSpec) -> ShardDataset:
+def opened(url: str, spec: CacheConfig) -> ShardDataset:
     dataset = open_dataset(url, spec)
     assert isinstance(dataset, ShardDataset)
     return dataset
 
 
 def test_http_gives_the_samples_of_the_disk_and_asks_once(
-    local: ShardDataset, server: FolderServer, spec: CacheSpec
+    local: ShardDataset, server: FolderServer, spec: CacheConfig
 ) -> None:
     dataset = opened(server.url, spec)
     assert all_samples(dataset) == all_samples(local)
@@ -87,7 +93,7 @@ def test_http_gives_the_samples_of_the_disk_and_asks_once(
 
 
 def test_s3_gives_the_samples_of_the_disk(
-    local: ShardDataset, spec: CacheSpec, monkeypatch: pytest.MonkeyPatch
+    local: ShardDataset, spec: CacheConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(local.manifest.root, Path)
     with bucket(local.manifest.root, monkeypatch) as url:
@@ -100,7 +106,7 @@ def test_s3_gives_the_samples_of_the_disk(
 
 
 def test_a_pattern_behind_a_url_opens_its_shards_only(
-    local: ShardDataset, server: FolderServer, spec: CacheSpec
+    local: ShardDataset, server: FolderServer, spec: CacheConfig
 ) -> None:
     whole = all_samples(local)
     assert all_samples(opened(f"{server.url}/part-{{002..003}}.tar", spec)) == whole[3:9]
@@ -111,13 +117,15 @@ def test_a_pattern_behind_a_url_opens_its_shards_only(
         open_dataset(f"http://{{a,b}}.{server.url[7:]}/x.tar", spec)
 
 
-def test_verify_and_stats_read_urls(tmp_path: Path, local: ShardDataset, server: FolderServer, spec: CacheSpec) -> None:
+def test_verify_and_stats_read_urls(
+    tmp_path: Path, local: ShardDataset, server: FolderServer, spec: CacheConfig
+) -> None:
     assert isinstance(local.manifest.root, Path)
     assert verify(server.url, cache=spec) == verify(str(local.manifest.root))
     found = stats(server.url, tmp_path / "sheet.png", cache=spec)
     assert sorted(found.image_bytes) == sorted(len(sample.fields["jpg"]) for sample in all_samples(local))
     server.choose = lambda number, name: "404" if name == "part-002.tar" else None
-    faults = [str(fault) for fault in verify(server.url, cache=replace(spec, folder=str(tmp_path / "fresh"))).faults]
+    faults = [str(fault) for fault in verify(server.url, cache=changed(spec, folder=str(tmp_path / "fresh"))).faults]
     assert len(faults) == 1
     assert "part-002.tar" in faults[0]
     assert "no such file" in faults[0]
@@ -125,9 +133,9 @@ def test_verify_and_stats_read_urls(tmp_path: Path, local: ShardDataset, server:
         index_shards(server.url)
 
 
-def quick(spec: CacheSpec, fault: str, seconds: float = 0.5) -> CacheSpec:
+def quick(spec: CacheConfig, fault: str, seconds: float = 0.5) -> CacheConfig:
     """Not waiting long where nothing will come."""
-    return replace(spec, timeout_seconds=seconds) if fault in ("stall", "trickle") else spec
+    return changed(spec, timeout_seconds=seconds) if fault in ("stall", "trickle") else spec
 
 
 TRANSIENT = ["500", "503", "429", "page", "truncate", "short", "stall", "endless", "trickle"]
@@ -135,7 +143,9 @@ LASTING = ["404", "403", "redirect file:///etc/passwd", "redirect ftp://127.0.0.
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_what_fails_once_is_tried_again(local: ShardDataset, server: FolderServer, spec: CacheSpec, fault: str) -> None:
+def test_what_fails_once_is_tried_again(
+    local: ShardDataset, server: FolderServer, spec: CacheConfig, fault: str
+) -> None:
     """The first request for each file fails; every second one for the same file does not."""
     server.choose = lambda number, name: None if name in server.requests else fault
     dataset = opened(server.url, quick(spec, fault, seconds=2))
@@ -144,7 +154,7 @@ def test_what_fails_once_is_tried_again(local: ShardDataset, server: FolderServe
 
 
 def test_making_a_connection_ready_is_not_counted_as_waiting_for_the_server(
-    server: FolderServer, spec: CacheSpec, monkeypatch: pytest.MonkeyPatch
+    server: FolderServer, spec: CacheConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a process's first transfer, which imports what makes connections."""
     ready = remote._backend
@@ -154,14 +164,14 @@ def test_making_a_connection_ready_is_not_counted_as_waiting_for_the_server(
         return ready(*args)
 
     monkeypatch.setattr(remote, "_backend", slow)
-    opened(server.url, replace(spec, timeout_seconds=2))
+    opened(server.url, changed(spec, timeout_seconds=2))
     assert server.requests == ["manifest.json"]
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "part-002.idx", "part-002.tar"])
 @pytest.mark.parametrize("fault", TRANSIENT + LASTING)
 def test_what_fails_always_is_told_after_bounded_attempts(
-    server: FolderServer, spec: CacheSpec, fault: str, name: str
+    server: FolderServer, spec: CacheConfig, fault: str, name: str
 ) -> None:
     server.choose = lambda number, asked: fault if asked == name else None
     with pytest.raises(PretrainError) as caught:
@@ -177,14 +187,14 @@ def test_what_fails_always_is_told_after_bounded_attempts(
     assert opened(server.url, spec).read(4).key == "0004"
 
 
-def test_other_bytes_of_the_right_size_are_never_used(server: FolderServer, spec: CacheSpec) -> None:
+def test_other_bytes_of_the_right_size_are_never_used(server: FolderServer, spec: CacheConfig) -> None:
     server.choose = lambda number, name: "flip" if name == "part-002.tar" else None
     with pytest.raises(ShardError, match=r"part-002.tar: expected a shard of .* sha256"):
         opened(server.url, spec).read(4)
     assert not [name for name in files(spec) if name.endswith(".tar")]
 
 
-def test_a_redirect_within_http_is_followed(local: ShardDataset, server: FolderServer, spec: CacheSpec) -> None:
+def test_a_redirect_within_http_is_followed(local: ShardDataset, server: FolderServer, spec: CacheConfig) -> None:
     assert isinstance(local.manifest.root, Path)
     with served(local.manifest.root) as other:
         server.choose = lambda number, name: f"redirect {other.url}/{name}"
@@ -195,19 +205,19 @@ def test_a_redirect_within_http_is_followed(local: ShardDataset, server: FolderS
 @pytest.mark.parametrize(
     "url", ["http://me:sesame@host/a", "https://host/a?X-Amz-Signature=sesame", "s3://key:sesame@b/a", "pipe:sesame"]
 )
-def test_what_may_be_a_secret_is_refused_and_not_repeated(url: str, spec: CacheSpec) -> None:
+def test_what_may_be_a_secret_is_refused_and_not_repeated(url: str, spec: CacheConfig) -> None:
     with pytest.raises(DataError) as caught:
         open_dataset(url, spec)
     assert "sesame" not in f"{caught.value}{caught.value!r}"
 
 
 @pytest.mark.parametrize("url", ["http:///a", "s3://", "http://host:abc/a", "http://host:0/a", "http://a b/c"])
-def test_urls_without_a_host_are_refused(url: str, spec: CacheSpec) -> None:
+def test_urls_without_a_host_are_refused(url: str, spec: CacheConfig) -> None:
     with pytest.raises(DataError, match="a URL such as"):
         open_dataset(url, spec)
 
 
-def test_a_signed_url_that_a_server_redirects_to_is_not_told(server: FolderServer, spec: CacheSpec) -> None:
+def test_a_signed_url_that_a_server_redirects_to_is_not_told(server: FolderServer, spec: CacheConfig) -> None:
     server.choose = lambda number, name: "redirect http://127.0.0.1:9/x?Signature=sesame"
     with pytest.raises(RunError) as caught:
         open_dataset(server.url, spec)
@@ -218,15 +228,15 @@ def test_a_signed_url_that_a_server_redirects_to_is_not_told(server: FolderServe
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_training_reads_the_same_rows_through_a_cache_smaller_than_the_data(
-    local: ShardDataset, server: FolderServer, spec: CacheSpec, num_workers: int
+    local: ShardDataset, server: FolderServer, spec: CacheConfig, num_workers: int
 ) -> None:
     """One request in seven fails; the parent has connections of its own when it forks the workers."""
     server.choose = lambda number, name: (None, "500", "truncate")[number % 14 // 7 + 1] if number % 7 == 3 else None
     largest = int(local.manifest.num_bytes.max())
-    small = replace(spec, max_gb=(3 * largest + 2_000) / 1e9, retries=5)
+    small = changed(spec, max_gb=(3 * largest + 2_000) / 1e9, retries=5)
     dataset = opened(server.url, small)
-    got = steps(loader(dataset, lanes=2, window=3, num_workers=num_workers), 4, 24)
-    expected = steps(loader(local, lanes=2, window=3), 4, 24)
+    got = steps(loader(dataset, read_streams=2, shuffle_window=3, num_workers=num_workers), 4, 24)
+    expected = steps(loader(local, read_streams=2, shuffle_window=3), 4, 24)
     assert [rows_of(step) for step in got] == [rows_of(step) for step in expected]
     assert len([name for name in server.requests if name.endswith(".tar")]) > len(SIZES)  # some were dropped
     kept = [path.stat().st_size for path in Path(spec.folder).iterdir() if not path.name.startswith(".")]
@@ -234,34 +244,36 @@ def test_training_reads_the_same_rows_through_a_cache_smaller_than_the_data(
 
 
 def test_a_mixture_of_near_and_far_is_that_of_the_disk(
-    tmp_path: Path, local: ShardDataset, server: FolderServer, spec: CacheSpec
+    tmp_path: Path, local: ShardDataset, server: FolderServer, spec: CacheConfig
 ) -> None:
     near = write_shards(tmp_path / "near", [4, 2])
 
     def mixed(far: ShardDataset) -> Mixture:
-        return Mixture([Source("near", near, 1.0), Source("far", far, 2.0)])
+        return Mixture([Part("near", near, 1.0), Part("far", far, 2.0)])
 
     dataset = mixed(opened(server.url, spec))
-    assert [(part.first, part.dataset.num_samples) for part in remote_parts(dataset)] == [(6, 16)]
+    assert [(part.first, part.num_samples) for part in remote_parts(dataset)] == [(6, 16)]
     assert dataset.fingerprint == mixed(local).fingerprint
-    got, expected = (steps(loader(source, lanes=2, window=3), 4, 12) for source in (dataset, mixed(local)))
+    got, expected = (
+        steps(loader(source, read_streams=2, shuffle_window=3), 4, 12) for source in (dataset, mixed(local))
+    )
     assert [rows_of(step) for step in got] == [rows_of(step) for step in expected]
 
 
-def test_of_a_subset_what_it_reads_is_fetched(server: FolderServer, spec: CacheSpec) -> None:
+def test_of_a_subset_what_it_reads_is_fetched(server: FolderServer, spec: CacheConfig) -> None:
     far = opened(server.url, spec)
     (part,) = remote_parts(Subset(far, np.array([1, far.num_samples - 1]), None))
-    assert part.dataset is far
+    assert part.shards is far
     assert part.shards_of(np.arange(2)).tolist() == far.shards_of(np.array([1, far.num_samples - 1])).tolist()
 
 
-def test_threads_fetch_what_the_next_steps_read(tmp_path: Path, spec: CacheSpec) -> None:
+def test_threads_fetch_what_the_next_steps_read(tmp_path: Path, spec: CacheConfig) -> None:
     """After each step, the shards of the next ones come without being read, and no more than a few."""
     local = write_shards(tmp_path / "many", [8] * 12)
     with served(tmp_path / "many") as server:
         dataset = opened(server.url, spec)
-        order = Order(dataset.shard_sizes, seed=5, lanes=2, window=4)
-        stream = loader(dataset, lanes=2, window=4, global_size=4).steps(0)
+        order = Order(dataset.shard_sizes, seed=5, read_streams=2, shuffle_window=4)
+        stream = loader(dataset, read_streams=2, shuffle_window=4, global_size=4).steps(0)
         for _ in islice(stream, 3):
             pass
         coming = [np.unique(dataset.shards_of(order.locate(order.step_positions(c, 4)))) for c in range(0, 96, 4)]
@@ -298,31 +310,35 @@ def test_looking_ahead_has_an_end_where_nothing_is_to_be_fetched() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
-def test_a_dead_server_ends_the_loader_with_its_url(server: FolderServer, spec: CacheSpec) -> None:
+def test_a_dead_server_ends_the_loader_with_its_url(server: FolderServer, spec: CacheConfig) -> None:
     dataset = opened(server.url, spec)
     server.close()
     with pytest.raises(RunError, match=rf"{server.url}/part-.*3 attempts"):
         steps(loader(dataset, num_workers=1), 0, 5)
 
 
-def test_a_bound_below_what_is_read_at_once_is_told_before_anything_starts(tmp_path: Path, spec: CacheSpec) -> None:
-    """Two lanes, each in two shards with one more to come: six of ten."""
+def test_a_bound_below_what_is_read_at_once_is_told_before_anything_starts(tmp_path: Path, spec: CacheConfig) -> None:
+    """Two streams, each in two shards with one more to come: six of ten."""
     local = write_shards(tmp_path / "ten", [4] * 10)
     largest = int(local.manifest.num_bytes.max())
-    options = {"lanes": 2, "window": 2, "world_size": 1, "local_size": 1}
+    options = {"read_streams": 2, "shuffle_window": 2, "world_size": 1, "local_size": 1}
     with served(tmp_path / "ten") as server:
-        five, six = (opened(server.url, replace(spec, max_gb=(n * largest + 1) / 1e9)) for n in (5, 6))
-        with pytest.raises(DataError, match=r"data.cache.max_gb: expected at least .* 2 lanes"):
-            check_room(five, **options)
-        check_room(six, **options)
-        check_room(five, **(options | {"lanes": 1}))
-        check_room(five, **(options | {"lanes": 4, "world_size": 8, "local_size": 1, "window": 1}))
-        check_room(local, **(options | {"lanes": 1000}))
+        five, six = (opened(server.url, changed(spec, max_gb=(n * largest + 1) / 1e9)) for n in (5, 6))
+        with pytest.raises(DataError, match=r"data.cache.max_gb: expected at least .* 2 streams"):
+            check_room(remote_parts(five), **options)
+        check_room(remote_parts(six), **options)
+        check_room(remote_parts(five), **(options | {"read_streams": 1}))
+        check_room(
+            remote_parts(five), **(options | {"read_streams": 4, "world_size": 8, "local_size": 1, "shuffle_window": 1})
+        )
+        check_room(remote_parts(local), **(options | {"read_streams": 1000}))
         with pytest.raises(DataError, match=r"data.cache.max_gb: expected room"):
-            opened(server.url, replace(spec, max_gb=(largest - 1) / 1e9)).manifest.open(2)
+            opened(server.url, changed(spec, max_gb=(largest - 1) / 1e9)).manifest.open(2)
 
 
-def test_a_reader_closes_what_the_cache_has_dropped(local: ShardDataset, server: FolderServer, spec: CacheSpec) -> None:
+def test_a_reader_closes_what_the_cache_has_dropped(
+    local: ShardDataset, server: FolderServer, spec: CacheConfig
+) -> None:
     dataset = opened(server.url, spec)
     dataset.read(0)
     dataset.read(4)
@@ -335,16 +351,16 @@ def test_a_reader_closes_what_the_cache_has_dropped(local: ShardDataset, server:
     assert all_samples(dataset) == all_samples(local)
 
 
-def test_a_folder_that_cannot_be_written_is_told(server: FolderServer, spec: CacheSpec, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_told(server: FolderServer, spec: CacheConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    dataset = opened(server.url, replace(spec, folder=str(tmp_path / "file")))
+    dataset = opened(server.url, changed(spec, folder=str(tmp_path / "file")))
     with pytest.raises(RunError, match=r"file \(data.cache.folder\)"):
         dataset.read(0)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_told_at_once_and_not_as_the_servers_fault(
-    server: FolderServer, spec: CacheSpec, monkeypatch: pytest.MonkeyPatch
+    server: FolderServer, spec: CacheConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = opened(server.url, spec)
     claimed = Cache._claimed
@@ -364,6 +380,6 @@ def test_a_full_disk_is_told_at_once_and_not_as_the_servers_fault(
 
 
 def test_opening_local_data_loads_no_network_library() -> None:
-    code = "import sys; import data_pipeline.shards.manifest; print(*sys.modules)"
+    code = "import sys; import data_pipeline.shards.load_manifest; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"aiohttp", "s3fs", "botocore"} & set(done.stdout.split())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.order.order import Order
 from data_pipeline.order.repeats import Repeated
-from data_pipeline.samples.draws import Augmentation, Mixing
+from data_pipeline.samples.config import Augmentation, Mixing
 from tests.data_pipeline.tiny import loader, rows_of, steps, write_shards
 
 
@@ -21,22 +21,22 @@ from tests.data_pipeline.tiny import loader, rows_of, steps, write_shards
 @given(
     samples=st.integers(1, 40),
     repeats=st.integers(1, 5),
-    lanes=st.integers(1, 9),
+    read_streams=st.integers(1, 9),
     cursor=st.integers(0, 300),
     local=st.integers(1, 12),
     world=st.integers(1, 4),
 )
 def test_a_step_is_its_stretch_of_positions(
-    samples: int, repeats: int, lanes: int, cursor: int, local: int, world: int
+    samples: int, repeats: int, read_streams: int, cursor: int, local: int, world: int
 ) -> None:
     """Beside the definition: p is repeat p % R of position p // R, in an epoch of its own for what is drawn."""
-    inner = Order(np.array([samples]), seed=1, lanes=lanes, window=4)
+    inner = Order(np.array([samples]), seed=1, read_streams=read_streams, shuffle_window=4)
     order = Repeated(inner, repeats)
     positions = order.step_positions(cursor, local * world)
     assert sorted(positions.tolist()) == list(range(cursor, cursor + local * world))
     ranks = [order.step_positions(cursor, local * world, rank, world).tolist() for rank in range(world)]
     assert [p for rank in ranks for p in rank] == positions.tolist()
-    expected = sorted(positions.tolist(), key=lambda p: (p % repeats, p // repeats % lanes, p))
+    expected = sorted(positions.tolist(), key=lambda p: (p % repeats, p // repeats % read_streams, p))
     assert positions.tolist() == expected
     for p, i, epoch in zip(
         positions.tolist(), order.locate(positions).tolist(), order.epochs(positions).tolist(), strict=True
@@ -58,7 +58,7 @@ def test_every_sample_comes_three_times_and_looks_different_each_time(dataset: S
 
 
 def test_ranks_and_workers_change_nothing(dataset: ShardDataset) -> None:
-    options = {"repeats": 3, "global_size": 8, "augment": (Augmentation(grey=0.5),)}
+    options = {"repeats": 3, "global_size": 8, "augment": (Augmentation(grayscale=0.5),)}
     alone = steps(loader(dataset, **options), 0, 4)
     workers = steps(loader(dataset, **options, num_workers=1), 0, 4)
     ranks = [steps(loader(dataset, **options, rank=rank, world_size=2), 0, 4) for rank in (0, 1)]

@@ -16,7 +16,7 @@ import webdataset
 from data_pipeline.errors import DataError, ShardError, SourceError
 from data_pipeline.ingest.convert import ConvertOptions, convert
 from data_pipeline.inspect.stats import _caption, stats
-from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.load_manifest import load_manifest
 from data_pipeline.shards.scan import index_shards
 from tests.data_pipeline.archives import as_folder, contents, jpeg
 from tests.data_pipeline.test_convert import SMALL, png, samples, shards

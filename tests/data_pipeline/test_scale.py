@@ -35,12 +35,12 @@ def permuted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def first_batch(cursor: int) -> HugeDataset:
     dataset = HugeDataset()
     spec = SPEC.__class__(8)
-    (_,) = steps(loader(dataset, spec, lanes=LANES, window=WINDOW, global_size=BATCH), cursor, 1)
+    (_,) = steps(loader(dataset, spec, read_streams=LANES, shuffle_window=WINDOW, global_size=BATCH), cursor, 1)
     return dataset
 
 
 def test_a_first_batch_does_as_much_at_the_end_of_the_epoch_as_at_its_start(permuted: list[int]) -> None:
-    """The shards once, and the samples of the batch; each sample read once, from as many shards as there are lanes."""
+    """The shards once, and the samples of the batch; each of them is read once, from as many shards as streams."""
     for cursor in (START, END):
         permuted.clear()
         dataset = first_batch(cursor)
@@ -51,9 +51,9 @@ def test_a_first_batch_does_as_much_at_the_end_of_the_epoch_as_at_its_start(perm
 
 @pytest.mark.parametrize("cursor", [START, END, END + 12_345])
 def test_going_on_reads_within_one_window_of_each_lane(cursor: int) -> None:
-    """What the first batch after a resume touches lies, lane by lane, in a stretch of one window of slots."""
+    """What the first batch after a resume touches lies, stream by stream, in a stretch of one window of slots."""
     dataset = first_batch(cursor)
-    order = Order(dataset.shard_sizes, seed=5, lanes=LANES, window=WINDOW)
+    order = Order(dataset.shard_sizes, seed=5, read_streams=LANES, shuffle_window=WINDOW)
     epoch, q = divmod(cursor, NUM_SAMPLES)
     windows = [((q + lane) // LANES) // WINDOW for lane in range(LANES)]
     reachable: set[int] = set()
@@ -71,7 +71,7 @@ def test_a_manifest_and_an_order_take_less_than_50_mb(tmp_path: Path) -> None:
         import ctypes, re, sys
         ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no transparent huge pages, which count what nobody asked for
         import numpy as np
-        from data_pipeline.shards.manifest import load_manifest
+        from data_pipeline.shards.load_manifest import load_manifest
         from data_pipeline.order.order import Order
         from data_pipeline.datasets.read import ShardDataset
 
@@ -80,7 +80,7 @@ def test_a_manifest_and_an_order_take_less_than_50_mb(tmp_path: Path) -> None:
 
         before = highest()
         dataset = ShardDataset(load_manifest(sys.argv[1], check_files=False))
-        order = Order(dataset.shard_sizes, seed=0, lanes=16, window=1024)
+        order = Order(dataset.shard_sizes, seed=0, read_streams=16, shuffle_window=1024)
         for share in (0, 0.99):
             order.locate(order.step_positions(int(dataset.num_samples * share), 4096))
         print(dataset.num_samples, (highest() - before) / 1e6)

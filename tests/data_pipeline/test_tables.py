@@ -21,10 +21,10 @@ from pyarrow import parquet
 
 from data_pipeline.errors import DataError, SourceError
 from data_pipeline.ingest.convert import ConvertOptions, convert
-from data_pipeline.ingest.image_normalizer import Intake
+from data_pipeline.ingest.image_normalizer import ImageNormalizer
 from data_pipeline.ingest.layout import UniqueKeys
 from data_pipeline.ingest.tables import Columns, _number, open_table
-from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.load_manifest import load_manifest
 from tests.data_pipeline.archives import as_folder, contents, jpeg
 from tests.data_pipeline.test_convert import Killed, samples, shards
 
@@ -294,7 +294,7 @@ def test_damaged_anywhere_a_table_gives_rows_or_an_error_of_ours(tmp_path: Path,
             data[rng.randrange(len(data))] = rng.randrange(256)
         (folder / name).write_bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
         with suppress(DataError):
-            assert len(open_table(folder / name, Columns(), Intake(None, 10**6), tmp_path).spool.offsets) > 0
+            assert len(open_table(folder / name, Columns(), ImageNormalizer(None, 10**6), tmp_path).store.offsets) > 0
 
 
 def test_columns_that_are_not_there_or_hold_something_else(tmp_path: Path) -> None:
@@ -367,11 +367,11 @@ def test_of_many_rows_only_keys_and_offsets_stay_in_memory(tmp_path: Path) -> No
     UniqueKeys.of = lambda self, name: name  # type: ignore[method-assign]
     tracemalloc.start()
     try:
-        opened = open_table(tmp_path / "t.csv", Columns(), Intake(None, 10**6), tmp_path)
+        opened = open_table(tmp_path / "t.csv", Columns(), ImageNormalizer(None, 10**6), tmp_path)
         kept, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
         UniqueKeys.of = keys  # type: ignore[method-assign]
-    assert len(opened.spool.offsets) == 10_000
+    assert len(opened.store.offsets) == 10_000
     assert kept < 10**6
     assert peak < 10**6

@@ -101,9 +101,9 @@ import os, signal, sys, time
 from data_pipeline.batch import BatchSpec
 from data_pipeline.loader import TrainLoader
 from data_pipeline.datasets.read import open_dataset
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.config import Views
 stream = TrainLoader(
-    open_dataset(sys.argv[1]), BatchSpec(8), ViewSpec(), seed=0, lanes=1, window=1,
+    open_dataset(sys.argv[1]), BatchSpec(8), Views(), seed=0, read_streams=1, shuffle_window=1,
     global_size=2, micro_size=2, num_workers=2, max_pixels=10**6,
 ).steps(0)
 next(stream)

@@ -15,9 +15,11 @@ import webdataset
 from PIL import Image
 
 from data_pipeline.batch import Batch, BatchSpec, MaskSpec
-from data_pipeline.datasets.read import Dataset, ShardDataset, open_dataset
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.read import ShardDataset, open_dataset
 from data_pipeline.loader import StepData, TrainLoader
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.config import Views
+from data_pipeline.samples.preprocessing import Preprocessing
 from data_pipeline.shards.scan import index_shards
 
 SPEC = BatchSpec(8, num_views=2, num_classes=3, mask=MaskSpec(9, 6))
@@ -64,11 +66,16 @@ def write_shards(
     return dataset
 
 
+def evaluated(size: int, **geometry: Any) -> Preprocessing:
+    """Evaluation views of this size, bicubic and of the whole image unless said otherwise; pixels stay as they are."""
+    return Preprocessing(size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), **geometry)
+
+
 def loader(dataset: Dataset, spec: BatchSpec = SPEC, **options: Any) -> TrainLoader:
-    """One with lanes, windows and steps so short that all of them end within a few samples."""
-    defaults = {"seed": 5, "lanes": 3, "window": 4, "global_size": 4, "max_pixels": 10**6}
+    """One with streams, windows and steps so short that all of them end within a few samples."""
+    defaults = {"seed": 5, "read_streams": 3, "shuffle_window": 4, "global_size": 4, "max_pixels": 10**6}
     defaults["micro_size"] = options.get("global_size", 4) // options.get("world_size", 1)
-    return TrainLoader(dataset, spec, ViewSpec(), **(defaults | options))
+    return TrainLoader(dataset, spec, Views(), **(defaults | options))
 
 
 def steps(source: TrainLoader, cursor: int, count: int) -> list[StepData]:

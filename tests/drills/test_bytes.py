@@ -15,7 +15,8 @@ import pytest
 from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import SampleError, ShardError
 from data_pipeline.inspect.verify import verify
-from data_pipeline.shards.manifest import Manifest, load_manifest
+from data_pipeline.shards.load_manifest import load_manifest
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.scan import scan_shard
 from tests.data_pipeline.tiny import write_shards
 

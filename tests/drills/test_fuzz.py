@@ -21,7 +21,8 @@ from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import PretrainError
 from data_pipeline.inspect.verify import verify
 from data_pipeline.shards.index import ShardIndex
-from data_pipeline.shards.manifest import Manifest, load_manifest
+from data_pipeline.shards.load_manifest import load_manifest
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.scan import index_shards, scan_shard
 from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.strict_yaml import write_yaml

@@ -140,7 +140,7 @@ def test_killed_anywhere_it_goes_on_to_the_bit(tmp_path: Path, figure: Callable[
     val = write_shards(tmp_path / "val", 17)
     recipe = write_recipe(
         tmp_path / "recipe.yaml", shards,
-        data={"train": str(shards), "val": str(val), "lanes": 3, "window": 16},
+        data={"train": str(shards), "val": str(val), "read_streams": 3, "shuffle_window": 16},
         schedule={"steps": STEPS, "warmup": 0.1},
         batch={"global_size": BATCH},
         checkpoint={"every_steps": 3, "every_minutes": None, "keep_last": 2},

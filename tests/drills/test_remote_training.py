@@ -40,10 +40,10 @@ def expected(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int
 
 
 def data_from(train: str, folder: Path, shards: Path, **cache: Any) -> dict[str, Any]:
-    """A cache of just over half of the data: two lanes, each in two shards with one more to come."""
+    """A cache of just over half of the data: two streams, each in two shards with one more to come."""
     largest = max(path.stat().st_size for path in shards.glob("*.tar"))
     room = {"folder": str(folder / "cache"), "max_gb": 6.5 * largest / 1e9, "timeout_seconds": 3}
-    return {"train": train, "lanes": 2, "window": 16, "cache": room | cache}
+    return {"train": train, "read_streams": 2, "shuffle_window": 16, "cache": room | cache}
 
 
 def pretrain(*arguments: object, status: int = 0) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.evals.encoder import Encoder
 
 
@@ -78,10 +78,7 @@ def small_encoder(module: nn.Module | None = None, seed: int = 0) -> Encoder:
         default = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.BatchNorm1d(32), nn.Dropout(0.5))
     return Encoder(
         module or default,
-        image_size=8,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        views=ViewSpec(),
+        Preprocessing(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         tag="small",
         description={"source": "a test", "kind": "test"},
     )

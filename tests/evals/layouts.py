@@ -14,16 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources.load import load_source
 from pretrain.evals.sources.timm_names import Architecture
 from pretrain.evals.sources.towers import load_towers
-from pretrain.models.encoders import save_encoder
+from pretrain.models.encoder_folders import save_encoder
 from pretrain.models.open_clip_models import build_open_clip
 from pretrain.models.tower_folders import save_towers
 from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import dump
-from pretrain.recipe.recipe import Recipe, Views
+from pretrain.recipe.recipe import Recipe
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress, RunState
 from tests.ranks import run_ranks
@@ -200,9 +201,10 @@ def write_layouts(root: Path) -> None:
     (root / "supervised").rename(root / "run")
     (root / "checkpoint").symlink_to(root / "run" / "checkpoints" / "step_00000007")
     r, clip = recipe("supervised"), recipe("clip")
-    save_encoder(root / "run" / "encoder", state, r.model, HALF, HALF, r.data.views)  # type: ignore[arg-type]
-    views = Views(eval_crop=16 / 18)
-    save_towers(root / "clip" / "encoder", towers, clip.model, None, None, "clip", HALF, HALF, views)
+    pixels = Preprocessing(r.model.judged_size, HALF, HALF, eval_crop=r.data.views.eval_crop)
+    save_encoder(root / "run" / "encoder", state, r.model, pixels)  # type: ignore[arg-type]
+    pixels = Preprocessing(clip.model.image_size, HALF, HALF, eval_crop=16 / 18)
+    save_towers(root / "clip" / "encoder", towers, clip.model, None, None, "clip", pixels)
     with_head = timm.create_model("test_vit", num_classes=3)
     with_head.load_state_dict({**with_head.state_dict(), **state})
     timm.models.save_for_hf(with_head, root / "timm", safe_serialization=True)

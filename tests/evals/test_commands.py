@@ -17,7 +17,8 @@ from data_pipeline.errors import InputError
 from launch.cli import main
 from launch.commands.eval import app
 from pretrain.evals.result import EvalReport, compare
-from pretrain.models.encoders import build_encoder, save_encoder
+from pretrain.models.encoder_folders import save_encoder
+from pretrain.models.encoders import build_encoder
 from pretrain.recipe.files import dump
 from pretrain.recipe.recipe import Recipe
 from tests.evals.conftest import Folders
@@ -55,7 +56,7 @@ def run(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     state = build_encoder(recipe.model).state_dict()
     data = recipe.data
-    save_encoder(folder / "encoder", state, recipe.model, data.mean, data.std, data.views)
+    save_encoder(folder / "encoder", state, recipe.model, data.preprocessing(recipe.model.judged_size))
     (folder / "recipe.yaml").write_text(dump(recipe))
     return folder
 

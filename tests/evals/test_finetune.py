@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import CheckpointError, InputError, RecipeError, RunError
+from data_pipeline.samples.preprocessing import Preprocessing
 from launch.commands.eval_training import LocalTrainer
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction
@@ -29,10 +30,11 @@ from pretrain.evals.sources.load import load_source
 from pretrain.evals.sources.timm_names import Architecture
 from pretrain.evals.task import Task
 from pretrain.models.config import Model
-from pretrain.models.encoders import build_encoder, save_encoder
+from pretrain.models.encoder_folders import save_encoder
+from pretrain.models.encoders import build_encoder
 from pretrain.models.folders import weights_sha256
 from pretrain.recipe.files import dump, load_recipe
-from pretrain.recipe.recipe import Recipe, Views
+from pretrain.recipe.recipe import Recipe
 from pretrain.runtime.signals import STOPPED
 from tests import runs
 from tests.evals.conftest import Folders, small_encoder
@@ -52,7 +54,9 @@ SMALL += ["--set", "runtime.peak_tflops=0.1", "--set", "runtime.threads=1", "--s
 def saved(folder: Path, model: Model = MODEL, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     state = build_encoder(model).state_dict()
-    save_encoder(folder, state, model, (0.5, 0.5, 0.5), (0.4, 0.4, 0.4), Views(eval_crop=0.9))
+    save_encoder(
+        folder, state, model, Preprocessing(model.judged_size, (0.5, 0.5, 0.5), (0.4, 0.4, 0.4), eval_crop=0.9)
+    )
     return folder
 
 
@@ -117,7 +121,7 @@ def test_the_paper_s_recipe_is_the_paper_s(tmp_path: Path) -> None:
         "num_ops": 2, "magnitude": 9.0, "magnitude_std": 0.5, "probability": 0.5, "increasing": True,
     }  # fmt: skip
     assert (augment["erasing"]["probability"], augment["erasing"]["mode"]) == (0.25, "pixel")
-    assert (augment["jitter"], augment["blur"], augment["grey"], augment["solarise"]) == (None, None, 0, 0)
+    assert (augment["jitter"], augment["blur"], augment["grayscale"], augment["solarize"]) == (None, None, 0, 0)
     assert recipe["data"]["views"]["scale"] == (0.08, 1.0)
     assert recipe["objective"]["label_smoothing"] == 0.1
     assert recipe["objective"]["classifier_init"] == 2e-5

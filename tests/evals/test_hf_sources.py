@@ -76,7 +76,7 @@ def test_images_are_prepared_as_transformers_does(tmp_path: Path, processor: Any
     processor.save_pretrained(tmp_path)
     found = read_preprocessing(tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    view = evaluation_view(image, found.image_size, found.views) / 255
+    view = evaluation_view(image, found) / 255
     ours = (view - torch.tensor(found.mean)[:, None, None]) / torch.tensor(found.std)[:, None, None]
     theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
@@ -87,10 +87,10 @@ def test_old_and_joint_files_of_processors_are_read(tmp_path: Path) -> None:
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({"feature_extractor_type": "CLIPFeatureExtractor", "size": 20, "crop_size": 16, **kept}))
     clip = read_preprocessing(tmp_path)
-    assert (clip.image_size, clip.views.eval_resize, clip.views.eval_crop) == (16, "shorter", 16 / 20)
+    assert (clip.image_size, clip.eval_resize, clip.eval_crop) == (16, "shorter", 16 / 20)
     path.write_text(json.dumps({"feature_extractor_type": "ViTFeatureExtractor", "size": 20, **kept}))
     vit = read_preprocessing(tmp_path)
-    assert (vit.image_size, vit.views.eval_resize, vit.views.eval_crop) == (20, "square", 1)
+    assert (vit.image_size, vit.eval_resize, vit.eval_crop) == (20, "square", 1)
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": json.loads(path.read_text())}))
     path.unlink()
     assert read_preprocessing(tmp_path) == vit
@@ -114,7 +114,7 @@ def test_an_old_file_is_followed_as_its_processor_does(tmp_path: Path, kind: str
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
     found = read_preprocessing(tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8)
-    ours = (evaluation_view(image, found.image_size, found.views) / 255 - 0.5) / 0.5
+    ours = (evaluation_view(image, found) / 255 - 0.5) / 0.5
     processor = getattr(transformers, f"{kind}ImageProcessor").from_pretrained(tmp_path)
     theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

@@ -62,14 +62,14 @@ def test_a_tag_brings_weights_preprocessing_and_activation(tag: dict[str, object
         torch.testing.assert_close(encoder.module.eval()(images), expected, rtol=0, atol=1e-5)
         plain = load_source(NAME, weights=weights)
         assert not torch.allclose(plain.module.eval()(images), expected, atol=1e-3)
-    told = encoder.preprocessing()
+    told = encoder.described_preprocessing()
     assert (told["mean"], told["interpolation"]) == ([0.1, 0.2, 0.3], "bilinear")
     assert "square" in str(told["resize"])
-    assert plain.preprocessing()["interpolation"] == "bicubic"
+    assert plain.described_preprocessing()["interpolation"] == "bicubic"
     towers = load_towers(TAG)
-    assert (towers.mean, towers.views) == (encoder.mean, encoder.views)
+    assert towers.preprocessing == encoder.preprocessing
     by_hand = load_source(TAG, weights=weights)
-    assert (by_hand.weights_sha256(), by_hand.preprocessing()) == (encoder.weights_sha256(), told)
+    assert (by_hand.weights_sha256(), by_hand.described_preprocessing()) == (encoder.weights_sha256(), told)
 
 
 def test_weights_without_a_tag_are_told_how_those_of_tags_are_used(tag: dict[str, object], weights: Path) -> None:

@@ -92,7 +92,7 @@ def test_another_image_size_interpolates_the_positions_and_says_so(layouts: Path
     name = "test_vit" if layout.startswith("weights") else source
     fresh = layout == "test_vit"
     encoder = load_source(source, architecture=Architecture(name, size), random_init=fresh)
-    assert encoder.image_size == encoder.preprocessing()["image_size"] == size
+    assert encoder.preprocessing.image_size == encoder.described_preprocessing()["image_size"] == size
     _, found = features(encoder, size)
     if fresh:
         return

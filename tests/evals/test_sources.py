@@ -21,7 +21,7 @@ from data_pipeline.errors import CheckpointError, InputError
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources.load import load_source
 from pretrain.evals.sources.timm_names import Architecture
-from pretrain.models.encoders import save_encoder
+from pretrain.models.encoder_folders import save_encoder
 from pretrain.models.weights_files import Part
 from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import dump
@@ -80,7 +80,7 @@ def save_runs(world: World, root: Path) -> None:
         writer.finish()
         weights = objective.encoder.state_dict()
         data = r.data
-        save_encoder(root / kind / "encoder", weights, r.model, data.mean, data.std, data.views)
+        save_encoder(root / kind / "encoder", weights, r.model, data.preprocessing(r.model.judged_size))
         (root / kind / "recipe.yaml").write_text(dump(r))
 
 
@@ -98,7 +98,7 @@ def weights(runs: Path) -> dict[str, Tensor]:
 
 
 def features(encoder: Encoder) -> Tensor:
-    size = encoder.image_size
+    size = encoder.preprocessing.image_size
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     encoder.module.eval()
     with torch.no_grad():
@@ -114,9 +114,9 @@ def test_a_run_its_checkpoint_and_its_encoder_folder_are_one_encoder(runs: Path,
     for other in (checkpoint, folder):
         assert other.weights_sha256() == run.weights_sha256()
         assert torch.equal(features(other), features(run))
-        assert other.preprocessing() == run.preprocessing()
-    assert run.preprocessing()["mean"] == [0.4, 0.5, 0.6]
-    assert run.preprocessing()["eval_crop"] == 0.9
+        assert other.described_preprocessing() == run.described_preprocessing()
+    assert run.described_preprocessing()["mean"] == [0.4, 0.5, 0.6]
+    assert run.described_preprocessing()["eval_crop"] == 0.9
     assert (run.tag, checkpoint.tag) == ("encoder", "step_00000007")
     assert checkpoint.run is not None
     assert checkpoint.run.resolve() == (runs / kind).resolve()
@@ -347,8 +347,8 @@ def test_random_weights_of_a_timm_name(runs: Path) -> None:
     torch.manual_seed(3)
     expected = timm.create_model("resnet10t", num_classes=0)
     assert torch.equal(next(found.module.parameters()), next(expected.parameters()))
-    assert found.image_size == expected.pretrained_cfg["input_size"][-1]
-    assert found.mean == expected.pretrained_cfg["mean"]
+    assert found.preprocessing.image_size == expected.pretrained_cfg["input_size"][-1]
+    assert found.preprocessing.mean == expected.pretrained_cfg["mean"]
 
 
 def test_published_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

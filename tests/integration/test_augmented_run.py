@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_pipeline.loader import TrainLoader
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.config import Views
 from pretrain.augment.augment import augmentations, mixing, prepare
 from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import load_recipe
@@ -20,9 +20,9 @@ from tests.shards import write_shards
 EVERYTHING = {
     "rand_augment": {},
     "jitter": {"probability": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1},
-    "grey": 0.2,
+    "grayscale": 0.2,
     "blur": {"probability": 0.5},
-    "solarise": 0.2,
+    "solarize": 0.2,
     "erasing": {"probability": 0.25},
 }
 
@@ -36,7 +36,7 @@ def test_the_first_loss_is_that_of_the_augmented_batch(tmp_path: Path) -> None:
         objective={"kind": "supervised", "num_classes": 3, "label_smoothing": 0.1},
         batch={"global_size": 16, "micro_size": 2},
         data={
-            "train": str(shards), "lanes": 3, "window": 16, "repeats": 2,
+            "train": str(shards), "read_streams": 3, "shuffle_window": 16, "repeats": 2,
             "augment": [EVERYTHING], "mixing": {"mixup": 0.8, "cutmix": 1.0},
         },
     )  # fmt: skip
@@ -44,8 +44,8 @@ def test_the_first_loss_is_that_of_the_augmented_batch(tmp_path: Path) -> None:
     recipe = load_recipe(path)
     plan = preflight(recipe, 1, tmp_path / "none")
     loader = TrainLoader(
-        plan.train, plan.needs, ViewSpec(), augmentations(recipe, plan.needs), mixing(recipe, plan.needs, 16),
-        seed=0, lanes=3, window=16, repeats=2, global_size=16, micro_size=16, max_pixels=10**6,
+        plan.train, plan.needs, Views(), augmentations(recipe, plan.needs), mixing(recipe, plan.needs, 16),
+        seed=0, read_streams=3, shuffle_window=16, repeats=2, global_size=16, micro_size=16, max_pixels=10**6,
     )  # fmt: skip
     (batch,) = next(loader.steps(0)).micro_batches
     torch.manual_seed(0)

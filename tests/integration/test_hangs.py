@@ -180,7 +180,7 @@ def test_a_run_that_moves_is_left_alone(shards: Path, tmp_path: Path) -> None:
     val = write_shards(tmp_path / "val", 27)
     recipe = write_recipe(
         tmp_path / "r.yaml", shards,
-        data={"train": str(shards), "val": str(val), "lanes": 3, "window": 16},
+        data={"train": str(shards), "val": str(val), "read_streams": 3, "shuffle_window": 16},
         schedule={"steps": 12}, checkpoint={"every_steps": 5}, validation={"every_epochs": 0.4},
         evals=[{"kind": "knn", "train": str(shards), "test": str(val), "every_epochs": 0.4, "k": 5}],
     )  # fmt: skip

@@ -39,7 +39,7 @@ def recipe(path: Path, shards: Path, kind: str, beside_timm: bool, **groups: Any
     return write_recipe(
         path,
         shards,
-        data={"train": str(shards), "val": str(shards), "lanes": 2, "window": 8, "views": {"flip": 0.0}},
+        data={"train": str(shards), "val": str(shards), "read_streams": 2, "shuffle_window": 8, "views": {"flip": 0.0}},
         model=model,
         objective=objective,
         schedule={"steps": 6, "warmup": 0.1},

@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     shards, val = write_shards(folder / "train"), write_shards(folder / "val", 27)  # no multiple of anything
     recipe = write_recipe(
         folder / "r.yaml", shards,
-        data={"train": str(shards), "val": str(val), "lanes": 3, "window": 16},
+        data={"train": str(shards), "val": str(val), "read_streams": 3, "shuffle_window": 16},
         schedule={"steps": STEPS, "warmup": 0.1}, online_probe={"lr": 0.1}, validation={"every_epochs": 0.4},
         checkpoint={"every_steps": SAVED, "keep_last": 9},
     )  # fmt: skip

@@ -81,7 +81,7 @@ def with_data(path: Path, train: object, **more: object) -> Path:
     return write_recipe(
         path,
         "",
-        data={"train": train, "lanes": 3, "window": 16, **more},
+        data={"train": train, "read_streams": 3, "shuffle_window": 16, **more},
         schedule={"steps": 6, "warmup": 0.1},
         checkpoint={"every_steps": 3},
     )

@@ -15,10 +15,10 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.procedural.make import make
-from data_pipeline.samples.views import ViewSpec
 from pretrain.augment.augment import prepare
 from pretrain.checkpoints.checkpoint import Tensors, complete_checkpoints, digests, module_state
-from pretrain.models.encoders import build_encoder, load_strictly
+from pretrain.models.encoders import build_encoder
+from pretrain.models.strict_loading import load_strictly
 from pretrain.preflight import preflight
 from pretrain.recipe.files import load_recipe
 from pretrain.runtime.collectives import World
@@ -45,7 +45,7 @@ def recipe(shards: Path, val: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """MAE, which has no labels of its own, with a probe and a validation set."""
     return write_recipe(
         tmp_path_factory.mktemp("recipe") / "r.yaml", shards,
-        data={"train": str(shards), "val": str(val), "lanes": 3, "window": 16},
+        data={"train": str(shards), "val": str(val), "read_streams": 3, "shuffle_window": 16},
         schedule={"steps": STEPS, "warmup": 0.1}, online_probe={"lr": 0.1}, validation={"every_epochs": 0.4},
         checkpoint={"every_steps": 5, "keep_last": 9},
     )  # fmt: skip
@@ -83,7 +83,7 @@ def test_losses_are_the_same_with_all_that_is_judged_on_the_way_and_with_nothing
     """Drop path draws randomness, batch norm keeps statistics; probe, validation and kNN touch neither."""
     groups = {**groups, "schedule": {"steps": 8}}
     judged = write_recipe(
-        tmp_path / "judged.yaml", shards, **groups, data={"train": str(shards), "val": str(val), "lanes": 3},
+        tmp_path / "judged.yaml", shards, **groups, data={"train": str(shards), "val": str(val), "read_streams": 3},
         online_probe={"every_steps": 1}, validation={"every_epochs": 0.3},
         evals=[
             {"kind": "knn", "train": str(shards), "test": str(val), "every_epochs": 0.3, "k": 5},
@@ -93,7 +93,7 @@ def test_losses_are_the_same_with_all_that_is_judged_on_the_way_and_with_nothing
             },
         ],
     )  # fmt: skip
-    bare = write_recipe(tmp_path / "bare.yaml", shards, **groups, data={"train": str(shards), "lanes": 3})
+    bare = write_recipe(tmp_path / "bare.yaml", shards, **groups, data={"train": str(shards), "read_streams": 3})
     train(judged, tmp_path / "judged", 2)
     train(bare, tmp_path / "bare", 2)
     assert losses(tmp_path / "judged") == losses(tmp_path / "bare")
@@ -161,7 +161,9 @@ def test_validation_is_over_every_sample_once(recipe: Path, finished: Path, val:
     stored = Tensors(saved)
     mean, var, weight, bias = (stored.whole(f"probe/{name}") for name in ("mean", "var", "weight", "bias"))
     spec, data = BatchSpec(16, num_classes=3), given.data
-    batches = evaluation_batches(open_dataset(str(val)), spec, ViewSpec(), batch_size=99, max_pixels=data.max_pixels)
+    batches = evaluation_batches(
+        open_dataset(str(val)), spec, data.preprocessing(spec.image_size), batch_size=99, max_pixels=data.max_pixels
+    )
     (batch,) = (prepare(batch, torch.device("cpu"), data.mean, data.std) for batch in batches)
     assert batch.labels is not None
     with torch.no_grad():
@@ -210,7 +212,7 @@ def test_it_learns_real_handwriting(tmp_path: Path) -> None:
         make("digits", tmp_path / split, split=split, num_samples=number, size=16)
     path = write_recipe(
         tmp_path / "r.yaml", tmp_path / "train",
-        data={"train": str(tmp_path / "train"), "val": str(tmp_path / "test"), "lanes": 3,
+        data={"train": str(tmp_path / "train"), "val": str(tmp_path / "test"), "read_streams": 3,
               "views": {"scale": [0.6, 1.0], "flip": 0.0}},
         schedule={"steps": 80}, batch={"global_size": 64}, online_probe={},
     )  # fmt: skip

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.samples.views import ViewSpec
 from pretrain.augment.augment import prepare
 from pretrain.checkpoints.checkpoint import Tensors
 from pretrain.objectives.kinds import build_objective
@@ -34,7 +33,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(
         folder / "recipe.yaml", shards,
         data={
-            "train": str(shards), "val": str(shards), "lanes": 3, "window": 16, "repeats": 3,
+            "train": str(shards), "val": str(shards), "read_streams": 3, "shuffle_window": 16, "repeats": 3,
             "augment": [{"rand_augment": {"magnitude": 7}, "erasing": {"probability": 0.5}}],
             "mixing": {"mixup": 0.1, "cutmix": 1.0},
         },
@@ -103,7 +102,7 @@ def test_it_is_validated_at_its_own_size(recipe: Path, run: Path) -> None:
     batches = evaluation_batches(
         open_dataset(loaded.data.val),
         replace(objective.needs, image_size=48),
-        ViewSpec(),
+        loaded.data.preprocessing(48),
         batch_size=100,
         max_pixels=10**6,
     )

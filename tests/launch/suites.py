@@ -15,7 +15,8 @@ from launch.commands.eval import app
 from launch.suites import run as suites
 from launch.suites.jobs import Cell, Questions, cells_of
 from pretrain.evals.suite import load_suite
-from pretrain.models.encoders import build_encoder, save_encoder
+from pretrain.models.encoder_folders import save_encoder
+from pretrain.models.encoders import build_encoder
 from pretrain.recipe.files import dump
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.strict_yaml import write_yaml
@@ -50,7 +51,7 @@ def make_run(folder: Path, seed: int) -> Path:
     )
     torch.manual_seed(seed)
     state, data = build_encoder(recipe.model).state_dict(), recipe.data
-    save_encoder(folder / "encoder", state, recipe.model, data.mean, data.std, data.views)
+    save_encoder(folder / "encoder", state, recipe.model, data.preprocessing(recipe.model.judged_size))
     (folder / "recipe.yaml").write_text(dump(recipe))
     return folder
 

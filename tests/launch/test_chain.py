@@ -52,7 +52,7 @@ def tree_of(folder: Path, shards: Path, **changes: Any) -> dict[str, Any]:
         "teacher": {"train": "r.yaml", "set": {"data.train": [data[0]]}},
         "labels": {"label": {"shards": str(shards), "teacher": "${teacher}", "top_k": 2}},
         "chosen": {"select": {"source": "${labels}", "threshold": 0.1, "per_class": 20, "without": "${few}"}},
-        "student": {"train": "r.yaml", "set": {"data.train": data, "data.window": 8}},
+        "student": {"train": "r.yaml", "set": {"data.train": data, "data.shuffle_window": 8}},
     }
     for name, change in changes.items():
         stages[name] = change

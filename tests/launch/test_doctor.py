@@ -181,7 +181,7 @@ def test_disk_space_is_for_what_is_kept_and_one_more(tmp_path: Path, monkeypatch
 
 def test_sound_shards(recipe: Recipe) -> None:
     found = list(checks.training_data(recipe.data, 0, Ranks(2, 2)))
-    assert levels(found) == [("ok", "data"), ("ok", "shards"), ("ok", "lanes")]
+    assert levels(found) == [("ok", "data"), ("ok", "shards"), ("ok", "read streams")]
     assert "4 of 4 read" in found[1].found
 
 
@@ -201,11 +201,11 @@ def test_a_shard_with_one_other_byte(recipe: Recipe, tmp_path: Path) -> None:
     assert "shard-000001.tar has another hash than in the manifest. Copy it again" in found
 
 
-def test_fewer_lanes_or_shards_than_ranks(recipe: Recipe) -> None:
-    assert "Set data.lanes=4" in problems(checks.training_data(recipe.data, 0, Ranks(4, 4)))  # it has 3
-    more = with_groups(recipe, data={"lanes": 16})
+def test_fewer_streams_or_shards_than_ranks(recipe: Recipe) -> None:
+    assert "Set data.read_streams=4" in problems(checks.training_data(recipe.data, 0, Ranks(4, 4)))  # it has 3
+    more = with_groups(recipe, data={"read_streams": 16})
     assert problems(checks.training_data(more.data, 0, Ranks(4, 4))) == ""
-    assert "16 lanes, 4 shards for 8 ranks" in problems(checks.training_data(more.data, 0, Ranks(8, 8)))
+    assert "16 read streams, 4 shards for 8 ranks" in problems(checks.training_data(more.data, 0, Ranks(8, 8)))
 
 
 def test_a_batch_that_the_ranks_do_not_divide(recipe: Recipe, tmp_path: Path) -> None:

@@ -39,14 +39,14 @@ PUBLISHED["byol_resnet50"] = {
     "augment": (
         {
             "jitter": papers.JITTER | {"saturation": 0.2},
-            "grey": 0.2,
+            "grayscale": 0.2,
             "blur": {"probability": 1.0, "sigma": papers.BLUR},
         },
         {
             "jitter": papers.JITTER | {"saturation": 0.2},
-            "grey": 0.2,
+            "grayscale": 0.2,
             "blur": {"probability": 0.1, "sigma": papers.BLUR},
-            "solarise": 0.2,
+            "solarize": 0.2,
         },
     ),
     "model": {"name": "resnet50", "image_size": 224},
@@ -64,7 +64,7 @@ PUBLISHED["byol_cifar10_resnet18"] = {
         "weight_decay": 4 * 5e-4,
     },
     "views": {"scale": (0.08, 1.0), "interpolation": "bilinear", "eval_crop": 1.0},
-    "augment": ({"jitter": papers.JITTER, "grey": 0.2},),
+    "augment": ({"jitter": papers.JITTER, "grayscale": 0.2},),
     **papers.CIFAR10_PIXELS,
     "model": {"name": "resnet18_cifar", "image_size": 32},
     "objective": {"kind": "byol", "hidden_width": 1024, "out_width": 256, "base_decay": 0.99},

@@ -60,7 +60,7 @@ PUBLISHED["simclr_resnet50"] = {
     "augment": (
         {
             "jitter": {"probability": 0.8, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2},
-            "grey": 0.2,
+            "grayscale": 0.2,
             "blur": {"probability": 0.5, "sigma": papers.BLUR},
         },
     ),

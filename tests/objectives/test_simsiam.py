@@ -33,7 +33,7 @@ PUBLISHED["simsiam_resnet50"] = {
     "schedule": {"kind": "cosine", "epochs": 100, "warmup": 0},
     "optim": {"kind": "sgd", "peak_lr": 0.05 * 512 / 256, "lr_batch": 256, "momentum": 0.9, "weight_decay": 1e-4},
     "views": {"scale": (0.2, 1.0), "interpolation": "bilinear", "eval_crop": 0.875},
-    "augment": ({"jitter": papers.JITTER, "grey": 0.2, "blur": {"probability": 0.5, "sigma": papers.BLUR}},),
+    "augment": ({"jitter": papers.JITTER, "grayscale": 0.2, "blur": {"probability": 0.5, "sigma": papers.BLUR}},),
     "model": {"name": "resnet50", "image_size": 224},
     "objective": {
         "kind": "simsiam", "projector_layers": 3, "projector_width": 2048, "predictor_width": 512,
@@ -45,7 +45,7 @@ PUBLISHED["simsiam_cifar10_resnet18"] = {
     "schedule": {"kind": "cosine", "epochs": 200, "warmup": 0},
     "optim": {"kind": "sgd", "peak_lr": 0.03 * 512 / 256, "lr_batch": 256, "momentum": 0.9, "weight_decay": 5e-4},
     "views": {"scale": (0.2, 1.0), "interpolation": "bilinear", "eval_crop": 1.0},
-    "augment": ({"jitter": papers.JITTER, "grey": 0.2},),
+    "augment": ({"jitter": papers.JITTER, "grayscale": 0.2},),
     **papers.CIFAR10_PIXELS,
     "model": {"name": "resnet18_cifar", "image_size": 32},
     "objective": {

@@ -16,17 +16,21 @@ from torchvision.transforms.v2 import functional as reference
 
 from data_pipeline.batch import Batch
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.samples.draws import Augmentation, Blur, Erasing, Jitter, Mixing, Value, draw, draw_mix
-from data_pipeline.samples.rand_augment import RandAugment
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.config import Augmentation, Blur, Erasing, Jitter, Mixing, RandAugment
+from data_pipeline.samples.draws import Value, draw, draw_mix
 from pretrain.augment import augment
 from pretrain.augment.augment import normalize, prepare
-from tests.data_pipeline.tiny import SPEC, loader, steps, write_shards
+from tests.data_pipeline.tiny import SPEC, evaluated, loader, steps, write_shards
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
 EVERYTHING = Augmentation(
-    RandAugment(), Jitter(0.8, 0.4, 0.4, 0.2, 0.1), grey=0.2, blur=Blur(0.5), solarise=0.2, erasing=Erasing(0.5)
+    rand_augment=RandAugment(),
+    jitter=Jitter(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+    grayscale=0.2,
+    blur=Blur(probability=0.5),
+    solarize=0.2,
+    erasing=Erasing(probability=0.5),
 )
 
 
@@ -97,7 +101,7 @@ def test_normalising_twice_is_refused() -> None:
 )
 def test_cutting_a_batch_changes_no_bit(pairs: int, at: int, size: int, seed: int) -> None:
     """At a pair, with everything on, in both views: neither micro-batches nor ranks change a pixel."""
-    whole = drawn_batch(2 * pairs, size, EVERYTHING, EVERYTHING, mix=Mixing(0.8, 1.0), seed=seed)
+    whole = drawn_batch(2 * pairs, size, EVERYTHING, EVERYTHING, mix=Mixing(mixup=0.8, cutmix=1.0), seed=seed)
     parts = [cut(whole, 0, 2 * min(at, pairs)), cut(whole, 2 * min(at, pairs), 2 * pairs)]
     together = prepare(whole, CPU, MEAN, STD, 3)
     apart = [prepare(part, CPU, MEAN, STD, 3) for part in parts if len(part)]
@@ -111,19 +115,22 @@ def test_cutting_a_batch_changes_no_bit(pairs: int, at: int, size: int, seed: in
     ("change", "chosen"),
     [
         ({"rand_augment": RandAugment()}, lambda d: (d["0/rand_augment"] >= 0).any(1)),
-        ({"jitter": Jitter(0.5, 0.4, 0.4, 0.2, 0.1)}, lambda d: d["0/jitter_order"][:, 0] >= 0),
-        ({"grey": 0.5}, lambda d: d["0/grey"]),
-        ({"blur": Blur(0.5, (0.5, 2.0))}, lambda d: d["0/blur"] > 0),
-        ({"solarise": 0.5}, lambda d: d["0/solarise"]),
-        ({"erasing": Erasing(0.5)}, lambda d: d["0/erasing"][:, 2] > 0),
-        ({"erasing": Erasing(0.5, mode="const")}, lambda d: d["0/erasing"][:, 2] > 0),
+        (
+            {"jitter": Jitter(probability=0.5, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)},
+            lambda d: d["0/jitter_order"][:, 0] >= 0,
+        ),
+        ({"grayscale": 0.5}, lambda d: d["0/grayscale"]),
+        ({"blur": Blur(probability=0.5, sigma=(0.5, 2.0))}, lambda d: d["0/blur"] > 0),
+        ({"solarize": 0.5}, lambda d: d["0/solarize"]),
+        ({"erasing": Erasing(probability=0.5)}, lambda d: d["0/erasing"][:, 2] > 0),
+        ({"erasing": Erasing(probability=0.5, mode="const")}, lambda d: d["0/erasing"][:, 2] > 0),
     ],
-    ids=["rand_augment", "jitter", "grey", "blur", "solarise", "erasing pixel", "erasing const"],
+    ids=["rand_augment", "jitter", "grayscale", "blur", "solarize", "erasing pixel", "erasing const"],
 )
 def test_each_operation_changes_the_images_it_was_drawn_for_and_no_other(
     change: dict[str, Any], chosen: Callable[[dict[str, Tensor]], Tensor]
 ) -> None:
-    batch = drawn_batch(24, 20, replace(Augmentation(), **change))
+    batch = drawn_batch(24, 20, Augmentation(**change))
     before = batch.views[0].clone()
     plain = normalize(replace(batch, augment={}), MEAN, STD).views[0]
     found = prepare(batch, CPU, MEAN, STD)
@@ -141,7 +148,7 @@ def test_each_operation_changes_the_images_it_was_drawn_for_and_no_other(
 
 
 def test_each_view_has_its_own_draws() -> None:
-    batch = drawn_batch(4, 8, Augmentation(solarise=1.0), Augmentation(grey=1.0))
+    batch = drawn_batch(4, 8, Augmentation(solarize=1.0), Augmentation(grayscale=1.0))
     plain = normalize(replace(batch, augment={}), (0, 0, 0), (1, 1, 1)).views
     found = prepare(batch, CPU, (0, 0, 0), (1, 1, 1)).views
     assert torch.equal(found[0], reference.solarize(plain[0], 0.5))
@@ -150,7 +157,12 @@ def test_each_view_has_its_own_draws() -> None:
 
 def test_operations_come_in_byol_s_order() -> None:
     """The chain put together by hand from torchvision, for one image that has all of it."""
-    spec = Augmentation(jitter=Jitter(1.0, 0.4, 0.4, 0.2, 0.1), grey=0.5, blur=Blur(1.0, (1.0, 2.0)), solarise=1.0)
+    spec = Augmentation(
+        jitter=Jitter(probability=1.0, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+        grayscale=0.5,
+        blur=Blur(probability=1.0, sigma=(1.0, 2.0)),
+        solarize=1.0,
+    )
     batch = drawn_batch(8, 50, spec)
     found = prepare(batch, CPU, MEAN, STD).views[0]
     adjust = (
@@ -164,17 +176,17 @@ def test_operations_come_in_byol_s_order() -> None:
         image = reference.to_dtype(batch.views[0][row], torch.float32, scale=True)
         for turn in drawn["0/jitter_order"][row].tolist():
             image = adjust[turn](image, float(drawn["0/jitter"][row, turn]))
-        if drawn["0/grey"][row]:
+        if drawn["0/grayscale"][row]:
             image = reference.rgb_to_grayscale(image, 3)
         image = reference.gaussian_blur(image, [5, 5], [float(drawn["0/blur"][row])] * 2)
         near_threshold = (image - 0.5).abs() < 1e-4
         image = reference.normalize(reference.solarize(image, 0.5), list(MEAN), list(STD))
         assert ((found[row] - image).abs()[~near_threshold] < 2e-4).all()
-    assert 0 < drawn["0/grey"].sum() < 8
+    assert 0 < drawn["0/grayscale"].sum() < 8
 
 
 def test_autocast_leaves_it_in_fp32() -> None:
-    batch = drawn_batch(8, 32, EVERYTHING, mix=Mixing(0.8, 1.0))
+    batch = drawn_batch(8, 32, EVERYTHING, mix=Mixing(mixup=0.8, cutmix=1.0))
     expected = prepare(batch, CPU, MEAN, STD, 3)
     with torch.autocast("cpu", torch.bfloat16):
         found = prepare(batch, CPU, MEAN, STD, 3)
@@ -186,14 +198,14 @@ def test_the_generators_of_the_training_are_left_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    prepare(drawn_batch(8, 32, EVERYTHING, mix=Mixing(0.8, 1.0)), CPU, MEAN, STD, 3)
+    prepare(drawn_batch(8, 32, EVERYTHING, mix=Mixing(mixup=0.8, cutmix=1.0)), CPU, MEAN, STD, 3)
     assert torch.equal(torch.rand(4), expected)
 
 
 def test_neither_do_blocks_ranks_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From shards to pixels: the step of one rank in one go, and of two ranks in micro-batches, image by image."""
     dataset = write_shards(tmp_path, [12])
-    options: dict[str, Any] = {"augment": (EVERYTHING,) * 2, "mixing": Mixing(0.8, 1.0), "global_size": 12}
+    options: dict[str, Any] = {"augment": (EVERYTHING,) * 2, "mixing": Mixing(mixup=0.8, cutmix=1.0), "global_size": 12}
     (whole,) = steps(loader(dataset, **options), 0, 1)
     expected = prepare(whole.micro_batches[0], CPU, MEAN, STD, 3)
     monkeypatch.setattr(augment, "_PIXELS_IN_CACHE", 1)
@@ -210,7 +222,7 @@ def test_neither_do_blocks_ranks_and_workers(tmp_path: Path, monkeypatch: pytest
 
 def test_what_is_for_evaluation_has_no_draws_and_plain_labels(tmp_path: Path) -> None:
     dataset = write_shards(tmp_path, [5])
-    for batch in evaluation_batches(dataset, SPEC, ViewSpec(), batch_size=2, max_pixels=10**6):
+    for batch in evaluation_batches(dataset, SPEC, evaluated(SPEC.image_size), batch_size=2, max_pixels=10**6):
         assert batch.augment == {}
         assert batch.labels is not None
         prepared = prepare(batch, CPU, MEAN, STD, 3)

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.batch import Batch
-from data_pipeline.samples.draws import Mixing, draw_mix
+from data_pipeline.samples.config import Mixing
+from data_pipeline.samples.draws import draw_mix
 from pretrain.augment.erasing import erase, noise
 from pretrain.augment.mixing import mix
 
@@ -23,7 +24,7 @@ CLASSES = 7
 
 def pairs(seed: int, count: int, size: int) -> tuple[Batch, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    spec = Mixing(0.8, 1.0, probability=0.8)
+    spec = Mixing(mixup=0.8, cutmix=1.0, probability=0.8)
     drawn = [draw_mix(spec, size=size, seed=seed, cursor=0, pair=i // 2) for i in range(2 * count)]
     batch = Batch(
         tuple(map(str, range(2 * count))),

@@ -13,12 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, InputError
+from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.models.attention import choose_attention
-from pretrain.models.encoders import build_encoder, load_encoder, load_strictly, model_args, save_encoder
-from pretrain.recipe.recipe import Model, Views
+from pretrain.models.encoder_folders import save_encoder
+from pretrain.models.encoders import build_encoder, model_args
+from pretrain.models.load_encoder import load_encoder
+from pretrain.models.strict_loading import load_strictly
+from pretrain.recipe.recipe import Model
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-VIEWS = Views(interpolation="bilinear", eval_crop=0.9)
 AVERAGED = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 VIT = Model(
     name="vit_tiny_patch16_224",
@@ -60,9 +63,13 @@ def images(model: Model) -> Tensor:
     return torch.randn(2, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
 
 
+def pixels(model: Model) -> Preprocessing:
+    return Preprocessing(model.judged_size, MEAN, STD, "bilinear", 0.9)
+
+
 def saved(folder: Path, model: Model = VIT, seed: int = 0) -> nn.Module:
     encoder = built(model, seed)
-    save_encoder(folder, encoder.state_dict(), model, MEAN, STD, VIEWS)
+    save_encoder(folder, encoder.state_dict(), model, pixels(model))
     return encoder
 
 
@@ -94,9 +101,8 @@ def test_saved_encoder_gives_equal_features_wherever_it_is_loaded(model: Model, 
 def test_config_says_how_images_are_prepared(tmp_path: Path) -> None:
     saved(tmp_path)
     _, config = load_encoder(tmp_path)
-    assert (config.name, config.image_size) == ("vit_tiny_patch16_224", 24)
-    assert (config.mean, config.std) == (MEAN, STD)
-    assert (config.interpolation, config.eval_crop) == ("bilinear", 0.9)
+    assert config.name == "vit_tiny_patch16_224"
+    assert config.preprocessing == Preprocessing(24, MEAN, STD, "bilinear", 0.9)
     by_timm = timm.data.resolve_data_config(model=timm.create_model(f"local-dir:{tmp_path}"))
     assert by_timm["input_size"] == (3, 24, 24)
     assert (tuple(by_timm["mean"]), tuple(by_timm["std"]), by_timm["crop_pct"]) == (MEAN, STD, 0.9)
@@ -257,6 +263,6 @@ def test_a_recipe_may_choose_the_attention(sdpa: Any, fused: bool) -> None:
 def test_a_resnet_is_judged_at_a_size_of_its_own_and_a_vit_is_not(tmp_path: Path) -> None:
     model = Model(name="test_resnet", image_size=32, eval_size=48)
     saved(tmp_path, model)
-    assert load_encoder(tmp_path)[1].image_size == 48
+    assert load_encoder(tmp_path)[1].preprocessing.image_size == 48
     with pytest.raises(InputError, match=r"model\.eval_size.*image_size 24 alone"):
         build_encoder(VIT.model_copy(update={"eval_size": 48}))

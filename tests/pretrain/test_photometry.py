@@ -21,9 +21,9 @@ from pretrain.augment.photometry import (
     blur,
     blur_kernels,
     blur_radius,
-    grey,
+    grayscale,
     jitter,
-    solarise,
+    solarize,
 )
 
 FEW = settings(max_examples=60, deadline=None)
@@ -80,8 +80,8 @@ def test_hue(batch: Tensor, values: list[float]) -> None:
 @FEW
 @given(batch=images())
 def test_grey_and_solarise(batch: Tensor) -> None:
-    torch.testing.assert_close(grey(batch), reference.rgb_to_grayscale(batch, 3), rtol=0, atol=CLOSE)
-    torch.testing.assert_close(solarise(batch), reference.solarize(batch, 0.5), rtol=0, atol=0)
+    torch.testing.assert_close(grayscale(batch), reference.rgb_to_grayscale(batch, 3), rtol=0, atol=CLOSE)
+    torch.testing.assert_close(solarize(batch), reference.solarize(batch, 0.5), rtol=0, atol=0)
 
 
 @FEW

@@ -19,7 +19,7 @@ from data_pipeline.datasets.read import ShardDataset, open_dataset
 from data_pipeline.datasets.soft_labels import SoftLabels, file_name
 from data_pipeline.errors import CheckpointError, DataError, InputError, PretrainError, RunError
 from data_pipeline.samples.decode import decode_image
-from data_pipeline.samples.views import ViewSpec, evaluation_view
+from data_pipeline.samples.views import evaluation_view
 from launch import cli
 from pretrain.checkpoints.checkpoint import complete_checkpoints
 from pretrain.evals.pseudo_label import Labelling, Teacher, label, load_teacher
@@ -79,7 +79,7 @@ def naive_probabilities(run: Path, dataset: ShardDataset) -> np.ndarray:
     rows = []
     for i in range(dataset.num_samples):
         pixels = decode_image(dataset.read(i).fields["jpg"], max_pixels=10**6, where="")
-        view = evaluation_view(pixels, recipe.model.image_size, ViewSpec())
+        view = evaluation_view(pixels, recipe.data.preprocessing(recipe.model.image_size))
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (recipe.data.mean, recipe.data.std))
         with torch.no_grad():
             features = encoder((view.float() / 255 - mean)[None] / std)
@@ -233,7 +233,7 @@ def test_a_student_trains_on_labels_and_selection_made_by_commands(
     data.append({"path": str(shards), "weight": 2, "labels": str(labels), "select": str(chosen)})
     recipe = write_recipe(
         tmp_path / "r.yaml", shards, objective=SUPERVISED, schedule={"steps": 6},
-        data={"train": data, "lanes": 3, "window": 16, "mixing": {"mixup": 0.2}},
+        data={"train": data, "read_streams": 3, "shuffle_window": 16, "mixing": {"mixup": 0.2}},
     )  # fmt: skip
     train(recipe, tmp_path / "student", 2, max_steps=3)
     train(recipe, tmp_path / "student")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from data_pipeline.errors import RecipeError
 from pretrain.evals.config import KINDS as PROTOCOLS
 from pretrain.recipe.files import dump, load_recipe
-from pretrain.recipe.problems import _all_paths
 from pretrain.recipe.recipe import Captions, Recipe, Source
 from pretrain.recipe.resolve import identity
+from pretrain.recipe.schema import all_paths
 from pretrain.recipe.strict_yaml import write_yaml
 from tests.pretrain.recipes import (
     KINDS,
@@ -212,7 +212,7 @@ def test_optimizers_that_take_norms_of_parameters_are_refused_where_there_are_on
     assert load(tmp_path, changed("engine.zero_stage", 0, tree)).optim.kind == kind
 
 
-@pytest.mark.parametrize("path", dict.fromkeys(p for p in _all_paths(Recipe) if len(p.split(".")[-1]) > 4))
+@pytest.mark.parametrize("path", dict.fromkeys(p for p in all_paths(Recipe) if len(p.split(".")[-1]) > 4))
 def test_a_slip_in_any_key_names_the_right_one(tmp_path: Path, path: str) -> None:
     """Two letters swapped, at every place of the recipe that a key can stand."""
     path, tree = listed(path)
@@ -228,7 +228,7 @@ def test_a_slip_in_any_key_names_the_right_one(tmp_path: Path, path: str) -> Non
 def test_whatever_stands_in_a_recipe_the_answer_is_a_recipe_or_its_problems(
     tmp_path: Path, data: st.DataObject
 ) -> None:
-    path = data.draw(st.sampled_from([*_all_paths(Recipe), "x", "data.x", "model.options.x"]))
+    path = data.draw(st.sampled_from([*all_paths(Recipe), "x", "data.x", "model.options.x"]))
     value = data.draw(
         st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(words, inner), max_leaves=4)
     )

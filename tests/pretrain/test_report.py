@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from data_pipeline.datasets.read import Dataset, open_dataset
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import CheckpointError, InputError, RecipeError
 from data_pipeline.samples.decode import decode_image
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn.config import KnnConfig
@@ -216,7 +217,7 @@ class Colour(nn.Module):
 
 def test_neighbours_are_the_nearest_by_cosine(data: Path) -> None:
     bank, queries = open_dataset(str(data / "train")), open_dataset(str(data / "test"))
-    encoder = Encoder(Colour(), SIZE, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), ViewSpec(), tag="colour")
+    encoder = Encoder(Colour(), Preprocessing(SIZE, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), tag="colour")
     found = neighbours({"colour": encoder}, bank, queries, num_queries=3, bank_size=60, k=4, max_pixels=10**6)
     chosen = [i * 90 // 60 for i in range(60)]
     images = [stored(bank, i) for i in chosen]
@@ -237,7 +238,7 @@ def test_neighbours_are_the_nearest_by_cosine(data: Path) -> None:
 
 def test_images_without_labels_have_neighbours_without_a_verdict(tmp_path: Path) -> None:
     bank = open_dataset(str(write_shards(tmp_path / "plain", 20, size=SIZE, label=False)))
-    encoder = Encoder(Colour(), SIZE, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), ViewSpec(), tag="colour")
+    encoder = Encoder(Colour(), Preprocessing(SIZE, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), tag="colour")
     found = neighbours({"colour": encoder}, bank, bank, num_queries=2, bank_size=20, k=2, max_pixels=10**6)
     assert [(p.caption, p.good) for item in found for p in item.found["colour"]] == [("", None)] * 4
     assert [item.found["colour"][0] for item in found] == [item.query for item in found], "each is nearest to itself"

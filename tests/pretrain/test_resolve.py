@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import RecipeError
-from pretrain.augment.config import Augment
+from data_pipeline.samples.config import Augmentation
 from pretrain.recipe.files import dump, resolved_yaml
 from pretrain.recipe.resolve import differences, identity, resolve
 from pretrain.recipe.strict_yaml import read_yaml, write_yaml
@@ -123,7 +123,7 @@ def test_every_other_key_of_these_groups_changes_the_identity_and_is_named(tmp_p
         "model.eval_size": 64,
         "schedule.epochs": 4.0,
         "data.views.interpolation": "bilinear",
-        "data.augment": [Augment(grey=0.2).model_dump()],
+        "data.augment": [Augmentation(grayscale=0.2).model_dump()],
         "data.captions.field": "json",
         "data.captions.key": "texts",
         "data.captions.lines": True,

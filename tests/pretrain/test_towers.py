@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import CheckpointError, InputError, RecipeError
+from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.evals.sources.load import load_source
 from pretrain.evals.sources.towers import load_towers
 from pretrain.models.config import Model, OpenClip
-from pretrain.models.encoders import load_encoder
+from pretrain.models.load_encoder import load_encoder
 from pretrain.models.open_clip_models import model_config
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.models.tower_folders import save_towers
@@ -25,7 +26,7 @@ from pretrain.objectives.clip.config import ClipConfig
 from pretrain.objectives.image_text import ImageText
 from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import dump
-from pretrain.recipe.recipe import Recipe, Views
+from pretrain.recipe.recipe import Recipe
 from pretrain.runtime.state import Progress
 from tests.objectives import towers
 from tests.pretrain.test_tokenizers import save_tokenizer
@@ -41,8 +42,8 @@ def saved(folder: Path, kind: str, *, beside_timm: bool = False, seed: int = 0, 
             p.add_(torch.randn_like(p), alpha=0.05)
     model = towers.TIMM if beside_timm else towers.OPEN_CLIP
     given = (towers.BESIDE_TIMM["embed_dim"], towers.TEXT) if beside_timm else (None, None)
-    views = Views(interpolation="bilinear", eval_crop=0.9)
-    save_towers(folder, objective.state_dict(), model, *given, tokenizer, MEAN, STD, views)
+    pixels = Preprocessing(model.image_size, MEAN, STD, "bilinear", 0.9)
+    save_towers(folder, objective.state_dict(), model, *given, tokenizer, pixels)
     return objective
 
 
@@ -103,15 +104,14 @@ def test_loaded_towers_are_those_that_were_saved(tmp_path: Path, kind: str, besi
         torch.testing.assert_close(found.encode_text(batch.tokens), expected.text)
     assert found.logit_scale == pytest.approx(float(expected.logit_scale))
     assert found.logit_bias == pytest.approx(float(expected.logit_bias))
-    assert (found.image_size, found.mean, found.std) == (16, MEAN, STD)
-    assert (found.views.interpolation, found.views.eval_crop) == ("bilinear", 0.9)
+    assert found.preprocessing == Preprocessing(16, MEAN, STD, "bilinear", 0.9)
     assert found.tokenize(["a red star"]).shape == (1, 6)
     assert not found.module.training
     encoder, config = load_encoder(tmp_path)
     with torch.no_grad():
         expected_features = objective.encoder(batch.views[0])
         torch.testing.assert_close(encoder.eval()(batch.views[0]), expected_features)
-    assert (config.image_size, config.mean, config.eval_crop) == (16, MEAN, 0.9)
+    assert config.preprocessing == Preprocessing(16, MEAN, STD, "bilinear", 0.9)
     if beside_timm:
         plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
         with torch.no_grad():
@@ -127,11 +127,11 @@ def test_a_run_is_judged_at_the_size_that_its_folder_says(tmp_path: Path) -> Non
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(dump(Recipe.model_validate(tree)))
     state = build_objective(model, objective).state_dict()
-    given = (towers.BESIDE_TIMM["embed_dim"], towers.TEXT, "clip", MEAN, STD, Views())
+    given = (towers.BESIDE_TIMM["embed_dim"], towers.TEXT, "clip", Preprocessing(model.judged_size, MEAN, STD))
     save_towers(tmp_path / "encoder", state, model, *given)
     for source, fresh in ((tmp_path, False), (tmp_path, True), (tmp_path / "encoder", False)):
-        assert load_towers(str(source), random_init=fresh).image_size == 48
-        assert load_source(str(source), random_init=fresh).image_size == 48
+        assert load_towers(str(source), random_init=fresh).preprocessing.image_size == 48
+        assert load_source(str(source), random_init=fresh).preprocessing.image_size == 48
 
 
 @pytest.mark.parametrize("beside_timm", [False, True])

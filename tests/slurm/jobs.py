@@ -36,7 +36,7 @@ def write_slurm_recipe(folder: Path) -> Path:
     shards, val = write_shards(folder / "train", 96), write_shards(folder / "val", 17)
     return write_recipe(
         folder / "recipe.yaml", shards,
-        data={"train": str(shards), "val": str(val), "lanes": 3, "window": 16},
+        data={"train": str(shards), "val": str(val), "read_streams": 3, "shuffle_window": 16},
         schedule={"steps": STEPS, "warmup": 0.1},
         batch={"global_size": 8},
         checkpoint={"every_steps": SAVED_EVERY, "every_minutes": None, "keep_last": 2},

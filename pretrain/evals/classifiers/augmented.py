@@ -12,29 +12,29 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import BatchSpec
-from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.errors import InputError, RunError
 from data_pipeline.loader import StepData, TrainLoader
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.config import Views
 from pretrain.evals.classifiers.heads import Examples
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction, full_precision, untouched
 from pretrain.evals.features.readout import Reader
 from pretrain.runtime.collectives import gather_rows
 
-LANES, WINDOW = 16, 1024  # of the order of samples
+READ_STREAMS, SHUFFLE_WINDOW = 16, 1024  # of the order of samples
 
 
-def augmented_views(encoder: Encoder, scale: tuple[float, float]) -> ViewSpec:
+def augmented_views(encoder: Encoder, scale: tuple[float, float]) -> Views:
     """Random resized crops of `scale` (share of the area) and flips, resized as the encoder's evaluation views are."""
-    return ViewSpec(scale=scale, interpolation=encoder.views.interpolation)
+    return Views(scale=scale, interpolation=encoder.preprocessing.interpolation)
 
 
 def augmented_examples(
     encoder: Encoder,
     dataset: Dataset,
     extraction: Extraction,
-    views: ViewSpec,
+    views: Views,
     *,
     num_classes: int,
     batch_size: int,
@@ -67,11 +67,11 @@ def augmented_examples(
     micro_size = next(size for size in range(min(share, extraction.batch_size), 0, -1) if share % size == 0)
     loader = TrainLoader(
         dataset,
-        BatchSpec(image_size=encoder.image_size, num_classes=num_classes),
+        BatchSpec(image_size=encoder.preprocessing.image_size, num_classes=num_classes),
         views,
         seed=seed,
-        lanes=LANES,
-        window=WINDOW,
+        read_streams=READ_STREAMS,
+        shuffle_window=SHUFFLE_WINDOW,
         global_size=micro_size * world_size,
         micro_size=micro_size,
         rank=extraction.rank,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
-from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.errors import CheckpointError, RunError
 from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
@@ -96,7 +96,7 @@ class Extraction:
         common = {
             "weights_sha256": asked.encoder.weights_sha256(),
             "architecture_sha256": architecture_sha256(asked.encoder.module),
-            "preprocessing": asked.encoder.preprocessing(),
+            "preprocessing": asked.encoder.preprocessing.described(),
             "data": asked.dataset.state,
             "num_classes": asked.num_classes,
             "precision": self.precision,
@@ -150,8 +150,8 @@ class Extraction:
         encoder = asked.encoder
         batches = batches_of(
             asked.dataset,
-            BatchSpec(image_size=encoder.image_size, num_classes=asked.num_classes),
-            encoder.views,
+            BatchSpec(image_size=encoder.preprocessing.image_size, num_classes=asked.num_classes),
+            encoder.preprocessing,
             [piece for _, piece in pieces],
             num_workers=self.num_workers,
             max_pixels=self.max_pixels,
@@ -165,7 +165,8 @@ class Extraction:
 
     def forward(self, encoder: Encoder, reader: Reader, batch: Batch) -> tuple[Tensor, ...]:
         """Each [B, D] fp32 on the CPU."""
-        images = normalize(batch.to(encoder.device), encoder.mean, encoder.std).views[0]
+        pixels = encoder.preprocessing
+        images = normalize(batch.to(encoder.device), pixels.mean, pixels.std).views[0]
         with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             values = reader(images)
         return tuple(self._checked(value, batch) for value in values)

@@ -32,10 +32,7 @@ def image_side(towers: Towers) -> Encoder:
     """What features are extracted by; the report tells of the towers as a whole."""
     return Encoder(
         ImageSide(towers.module.parts),
-        image_size=towers.image_size,
-        mean=towers.mean,
-        std=towers.std,
-        views=towers.views,
+        towers.preprocessing,
         tag=towers.tag,
         description=towers.description,
         run=towers.run,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.errors import InputError
 from data_pipeline.progress import track
 from pretrain.evals.classifiers.logistic import fit_logistic

@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 from torch import nn
 
-from data_pipeline.datasets.read import Dataset, open_dataset
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError, RecipeError, RunError
-from data_pipeline.samples.views import ViewSpec
 from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.classifiers.probes import topk_share
 from pretrain.evals.encoder import Encoder
@@ -22,9 +22,11 @@ from pretrain.evals.finetune.recipe import finetune_recipe, starting_encoder
 from pretrain.evals.result import EvalReport, Evaluator, outcomes_of, report_of
 from pretrain.evals.task import OpenData, Task
 from pretrain.models.config import Model
-from pretrain.models.encoders import CONFIG, load_encoder, load_strictly, save_encoder
-from pretrain.models.folders import weights_sha256
+from pretrain.models.encoder_folders import save_encoder
+from pretrain.models.folders import CONFIG, weights_sha256
+from pretrain.models.load_encoder import load_encoder
 from pretrain.models.seeded import seeded
+from pretrain.models.strict_loading import load_strictly
 from pretrain.monitoring.goodput import read_goodput
 from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.supervised.objective import Supervised
@@ -124,14 +126,7 @@ class Finetune(Evaluator):
         """
         begun = perf_counter()
         classifier = _classifier(recipe, run)
-        views = recipe.data.views
-        judged = replace(
-            encoder,
-            image_size=recipe.model.judged_size,
-            mean=recipe.data.mean,
-            std=recipe.data.std,
-            views=ViewSpec(interpolation=views.interpolation, eval_crop=views.eval_crop),
-        )
+        judged = replace(encoder, preprocessing=recipe.data.preprocessing(recipe.model.judged_size))
         classified = replace(judged, module=classifier.to(encoder.device))
         (logits,) = self.extraction.extract(
             classified, self.task.test, num_classes=self.task.num_classes, label="test of the fine-tuned"
@@ -203,9 +198,9 @@ def _progress(run: Path) -> Progress | None:
 def _keep_start(folder: Path, module: nn.Module, recipe: Recipe) -> None:
     """Written once; whoever goes on must have started from the same weights."""
     if not (folder / CONFIG).is_file():
-        data = recipe.data
         assert isinstance(recipe.model, Model)
-        save_encoder(folder, module.state_dict(), recipe.model, data.mean, data.std, data.views)
+        pixels = recipe.data.preprocessing(recipe.model.judged_size)
+        save_encoder(folder, module.state_dict(), recipe.model, pixels)
     elif (kept := weights_sha256(load_encoder(folder)[0])) != (given := weights_sha256(module)):
         raise InputError(
             where=str(folder), expected=f"the encoder that is to be fine-tuned, weights {given[:12]}",

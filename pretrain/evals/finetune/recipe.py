@@ -15,8 +15,10 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import full_precision, untouched
 from pretrain.evals.finetune.config import FinetuneConfig, PresetName
 from pretrain.models.config import Model
-from pretrain.models.encoders import build_encoder, load_encoder, load_strictly
+from pretrain.models.encoders import build_encoder
+from pretrain.models.load_encoder import load_encoder
 from pretrain.models.seeded import seeded
+from pretrain.models.strict_loading import load_strictly
 from pretrain.recipe.files import load_recipe, recipe_of
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.typed import as_tuples
@@ -74,7 +76,8 @@ def finetune_recipe(encoder: Encoder, config: FinetuneConfig, *, num_classes: in
             where=f"--paper {config.preset}", expected="a ViT, as the paper's", found=model.name,
             fix="Leave --paper out, and set what you need with --set.",
         )  # fmt: skip
-    views = {"interpolation": encoder.views.interpolation, "eval_crop": encoder.views.eval_crop}
+    own = encoder.preprocessing
+    views = {"interpolation": own.interpolation, "eval_crop": own.eval_crop}
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     schedule = {**preset["schedule"], **({"epochs": config.epochs} if config.epochs is not None else {})}
     tree: dict[str, Any] = {
@@ -82,8 +85,8 @@ def finetune_recipe(encoder: Encoder, config: FinetuneConfig, *, num_classes: in
         "seed": config.seed,
         "data": {
             "train": config.train,
-            "mean": list(encoder.mean),
-            "std": list(encoder.std),
+            "mean": list(own.mean),
+            "std": list(own.std),
             **preset["data"],
             "views": {**views, **preset["data"].get("views", {})},
         },
@@ -132,7 +135,7 @@ def model_of(encoder: Encoder) -> Model:
         build_encoder(model)  # its errors first
     rebuilt = seeded(0, lambda: build_encoder(model)).to(encoder.device)
     load_strictly(rebuilt, encoder.module.state_dict(), where=str(encoder.description.get("source", "encoder")))
-    size = encoder.image_size
+    size = encoder.preprocessing.image_size
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(encoder.device)
     with untouched(encoder.module), untouched(rebuilt), full_precision():
         expected, found = encoder.module(images), rebuilt(images)
@@ -148,19 +151,22 @@ def model_of(encoder: Encoder) -> Model:
 
 def _said(encoder: Encoder) -> object:
     """What its source says of its architecture; whether that is so is found out by building it."""
-    said = encoder.description
+    said, size = encoder.description, encoder.preprocessing.image_size
     if said.get("kind") in ("run", "checkpoint") and encoder.run is not None:
         model = load_recipe(encoder.run / "recipe.yaml").model
-        other = isinstance(model, Model) and model.judged_size != encoder.image_size
+        other = isinstance(model, Model) and model.judged_size != size
         # Asked for another size, it is both trained and judged at that.
-        size = {"image_size": encoder.image_size, "eval_size": None} if other else {}
-        return model.model_copy(update=size)
+        return model.model_copy(update={"image_size": size, "eval_size": None} if other else {})
     if said.get("kind") == "encoder folder":
         _, config = load_encoder(Path(str(said["source"])))
-        return _model(config.name, config.model_args, encoder.image_size) if config.library == "timm" else None
+        return (
+            _model(config.name, config.model_args, encoder.preprocessing.image_size)
+            if config.library == "timm"
+            else None
+        )
     options = said.get("options", {})
     if said.get("kind") in ("timm", "weights file") and isinstance(options, Mapping):
-        return _model(str(said["architecture"]), options, encoder.image_size)
+        return _model(str(said["architecture"]), options, size)
     return None
 
 

@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.errors import InputError
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.errors import InputError, RunError
 from pretrain.evals.classifiers.probes import Probes, scores, topk_share
 from pretrain.evals.encoder import Encoder

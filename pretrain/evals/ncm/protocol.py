@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.ncm.config import NcmConfig

@@ -8,17 +8,17 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.errors import FieldError, InputError
 from data_pipeline.progress import track
 from data_pipeline.samples.captions import read_captions
+from data_pipeline.samples.config import Captions
 from pretrain.evals.features.extract import Extraction, full_precision
 from pretrain.evals.features.pairs import TOWER_LIBRARIES, embed_texts, image_side
 from pretrain.evals.result import EvalReport, outcomes_of, report_of
 from pretrain.evals.retrieval.config import RetrievalConfig
 from pretrain.evals.task import OpenData
 from pretrain.models.towers import Towers
-from pretrain.recipe.recipe import Captions
 
 KS = (1, 5, 10)
 SIMILARITY_BYTES = 256 * 2**20  # of one chunk of queries against all candidates

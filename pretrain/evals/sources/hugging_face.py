@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import nn
 
 from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import CheckpointError
+from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.evals.encoder import Encoder
 from pretrain.models import hf_models
-from pretrain.models.encoders import CONFIG
-from pretrain.models.hf_folders import PREPROCESSOR, Preprocessing, read_config, read_preprocessing, read_weights
+from pretrain.models.folders import CONFIG
+from pretrain.models.hf_folders import PREPROCESSOR, read_config, read_preprocessing, read_weights
 from pretrain.models.seeded import seeded
 from pretrain.models.tokenizers import CLIP, ClipTokenizer
 from pretrain.models.towers import TwoTowers
@@ -86,10 +88,7 @@ def _encoder(
 ) -> Encoder:
     return Encoder(
         module,
-        image_size=_size(module),
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        views=preprocessing.views,
+        replace(preprocessing, image_size=_size(module)),
         tag="encoder" if init_seed is None else "random",
         description=description if init_seed is None else {**description, "init_seed": init_seed},
     )

@@ -13,12 +13,15 @@ from torch import nn
 from data_pipeline.errors import CheckpointError, InputError
 from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.sources.timm_names import Architecture, checked_views, from_file, from_timm, nearest
+from pretrain.evals.sources.timm_names import Architecture, checked, from_file, from_timm, nearest
 from pretrain.evals.sources.trained import TrainedRun
-from pretrain.models.encoders import CONFIG, OPEN_CLIP_CONFIG, EncoderConfig, load_encoder, load_strictly
+from pretrain.models.encoder_folders import EncoderConfig
+from pretrain.models.folders import CONFIG, OPEN_CLIP_CONFIG
 from pretrain.models.hf_folders import is_hf_folder
 from pretrain.models.input_size import set_image_size
+from pretrain.models.load_encoder import load_encoder
 from pretrain.models.seeded import seeded
+from pretrain.models.strict_loading import load_strictly
 from pretrain.models.weights_files import Part
 from pretrain.objectives.kinds import build_objective
 
@@ -126,9 +129,10 @@ def at_size(encoder: Encoder, size: int | None) -> Encoder:
     """For images of `size` pixels; None: of its own."""
     if size is None:
         return encoder
-    told = set_image_size(encoder.module, encoder.image_size, size)
+    told = set_image_size(encoder.module, encoder.preprocessing.image_size, size)
     description = {**encoder.description, "position_embedding": told} if told else encoder.description
-    return replace(encoder, image_size=size, description=description)
+    preprocessing = replace(encoder.preprocessing, image_size=size)
+    return replace(encoder, preprocessing=preprocessing, description=description)
 
 
 def _from_folder(path: Path, random_init: bool, seed: int | None, size: int | None) -> Encoder:
@@ -237,10 +241,7 @@ def of_config(
     where = str(description["source"])
     return Encoder(
         module,
-        image_size=config.image_size,
-        mean=config.mean,
-        std=config.std,
-        views=checked_views(config.interpolation, config.eval_crop, where=where, eval_resize=config.eval_resize),
+        checked(config.preprocessing, where=where),
         tag="random" if random_init else "encoder",
         description=description,
     )

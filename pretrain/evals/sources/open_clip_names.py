@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +10,9 @@ from open_clip.pretrained import download_pretrained, list_pretrained_tags_by_mo
 
 from data_pipeline.batch import TokenSpec
 from data_pipeline.errors import InputError
+from data_pipeline.messages import nearest
 from pretrain.evals.sources.tags import note_on_tags
-from pretrain.models.encoders import EncoderConfig
+from pretrain.models.encoder_folders import EncoderConfig
 from pretrain.models.seeded import seeded
 from pretrain.models.tower_folders import open_clip_by_name
 from pretrain.models.towers import TwoTowers
@@ -65,11 +65,12 @@ def from_open_clip(spec: str, *, random_init: bool, seed: int, weights: Path | N
 
 def _of_other_tags(name: str, config: EncoderConfig) -> tuple[str, ...]:
     """A file does not say whose preprocessing and activation it wants."""
+    pixels = config.preprocessing
     taken = {
-        "mean": config.mean,
-        "std": config.std,
-        "interpolation": config.interpolation,
-        "resize_mode": "squash" if config.eval_resize == "square" else "shortest",
+        "mean": pixels.mean,
+        "std": pixels.std,
+        "interpolation": pixels.interpolation,
+        "resize_mode": "squash" if pixels.eval_resize == "square" else "shortest",
         "quick_gelu": bool(config.model_args.get("quick_gelu")),
     }
     used = {}
@@ -83,12 +84,11 @@ def _published(name: str, tag: str) -> dict[str, Any]:
     found: dict[str, Any] = get_pretrained_cfg(name, tag)
     if not found:
         tags = list_pretrained_tags_by_model(name)
-        near = difflib.get_close_matches(tag, tags, n=3, cutoff=0) or ["none"]
         raise InputError(
             where=f"{name}:{tag}",
             expected=f"a tag of the weights that open_clip has for {name}",
             found=tag,
-            fix=f"Nearest: {', '.join(near)}.",
+            fix=nearest(tag, tags, cutoff=0) or "Nearest: none.",
         )
     return found
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from data_pipeline import messages
 from data_pipeline.errors import InputError
-from data_pipeline.samples.views import ViewSpec
+from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources.tags import note_on_tags
-from pretrain.models.encoders import load_strictly
 from pretrain.models.input_size import set_image_size
 from pretrain.models.seeded import seeded
+from pretrain.models.strict_loading import load_strictly
 from pretrain.models.weights_files import WHOLE, Part, read_part
 
 # With these timm loads what fits of published weights and leaves the rest at random, or the module is no longer one
@@ -151,20 +151,20 @@ def _made_for_own_size(module: nn.Module, architecture: Architecture, state: Map
 
 
 def nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, timm.list_models(), n=3)
-    return f"Nearest timm models: {', '.join(near)}." if near else ""
+    """A sentence with timm's names that are most like `name`; empty where none is like it."""
+    return messages.nearest(name, timm.list_models(), kind="timm models", cutoff=0.6)
 
 
-def checked_views(
-    interpolation: str, eval_crop: float, *, where: str, eval_resize: Literal["shorter", "square"] = "shorter"
-) -> ViewSpec:
-    """
+def checked(preprocessing: Preprocessing, *, where: str) -> Preprocessing:
+    """The same preprocessing, if evaluation views can be made so.
+
     Raises:
         InputError: an interpolation that evaluation views do not have.
     """
-    if interpolation not in ("bilinear", "bicubic"):
-        raise InputError(where=where, expected="bilinear or bicubic interpolation", found=str(interpolation))
-    return ViewSpec(interpolation=interpolation, eval_crop=eval_crop, eval_resize=eval_resize)  # type: ignore[arg-type]
+    if preprocessing.interpolation not in ("bilinear", "bicubic"):
+        found = str(preprocessing.interpolation)
+        raise InputError(where=where, expected="bilinear or bicubic interpolation", found=found)
+    return preprocessing
 
 
 def _fresh(architecture: Architecture, seed: int, description: Mapping[str, object]) -> Encoder:
@@ -180,17 +180,17 @@ def _encoder(module: nn.Module, architecture: Architecture, tag: str, descriptio
         raise InputError(
             where=architecture.name, expected="a model for centre crops or squashed images", found=f"crop_mode {mode}"
         )
-    return Encoder(
-        module,
+    preprocessing = Preprocessing(
         image_size=architecture.image_size or config["input_size"][-1],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        views=checked_views(
-            config["interpolation"],
-            config["crop_pct"],
-            where=architecture.name,
-            eval_resize="square" if mode == "squash" else "shorter",
-        ),
+        interpolation=config["interpolation"],
+        eval_crop=config["crop_pct"],
+        eval_resize="square" if mode == "squash" else "shorter",
+    )
+    return Encoder(
+        module,
+        checked(preprocessing, where=architecture.name),
         tag=tag,
         description={"architecture": architecture.name, "options": dict(architecture.options), **description},
     )

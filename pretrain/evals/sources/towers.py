@@ -15,9 +15,9 @@ from pretrain.evals.sources.hugging_face import hf_towers
 from pretrain.evals.sources.load import at_size, of_config, run_of_checkpoint
 from pretrain.evals.sources.open_clip_names import from_open_clip
 from pretrain.evals.sources.trained import TrainedRun
-from pretrain.models.encoders import load_strictly
 from pretrain.models.hf_folders import is_hf_folder
 from pretrain.models.seeded import seeded
+from pretrain.models.strict_loading import load_strictly
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.models.tower_folders import load_towers_folder
 from pretrain.models.towers import Towers, TwoTowers, build_parts, tokens_of
@@ -82,10 +82,7 @@ def _assembled(towers: TwoTowers, encoder: Encoder, tokens: TokenSpec) -> Towers
     return Towers(
         towers,
         build_tokenizer(tokens),
-        encoder.image_size,
-        encoder.mean,
-        encoder.std,
-        encoder.views,
+        encoder.preprocessing,
         encoder.tag,
         encoder.description,
         encoder.run,

@@ -16,7 +16,7 @@ from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TE
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_pipeline.datasets.read import Dataset
+from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.errors import FieldError, InputError
 from pretrain.evals.features.extract import Extraction, full_precision
 from pretrain.evals.features.neighbors import nearest
