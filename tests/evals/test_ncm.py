@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from data_pipeline.datasets.read import open_dataset
-from data_pipeline.remote.cache import CacheSpec
+from data_pipeline.remote.config import CacheConfig
 from launch.commands.eval import app
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction
@@ -82,7 +82,7 @@ def test_command_suite_recipe_and_report_know_it(folders: Folders, encoder: Enco
     assert run_suite(tmp_path / "suite.yaml", tmp_path / "out", devices=[], run=in_this_process) == 0
     assert EvalReport.load(tmp_path / "out" / "one" / "digits" / "means.json").value == report.value
     entry = {"kind": "ncm", "train": folders.train, "test": folders.test, "max_test": 50}
-    (inline,) = inline_evaluators(load(tmp_path, changed("evals", [entry])).evals, CacheSpec())
+    (inline,) = inline_evaluators(load(tmp_path, changed("evals", [entry])).evals, CacheConfig())
     assert (inline.run(encoder).evaluator, inline.run(encoder).n) == ("ncm", 50)
     (comparison,) = find_protocol_results(out.parent, report.weights_sha256)
     assert comparison.protocol == "nearest class mean"

@@ -12,7 +12,7 @@ import typer
 
 import pretrain.evals
 from data_pipeline.errors import InputError, RecipeError
-from data_pipeline.remote.cache import CacheSpec
+from data_pipeline.remote.config import CacheConfig
 from launch.commands.eval import app
 from launch.commands.protocol_options import config_of
 from pretrain.evals.config import KINDS, ProtocolConfig, config_class
@@ -111,7 +111,7 @@ def test_every_field_that_decides_a_number_has_an_option() -> None:
 def test_an_entry_that_trains_is_refused_beside_a_run_and_checked_apart(folders: Folders, tmp_path: Path) -> None:
     tuned = entry("finetune", train=folders.train, test=folders.test)
     knn = entry("knn", train=folders.train, test=folders.test)
-    cache = CacheSpec()
+    cache = CacheConfig()
     with pytest.raises(InputError, match=r"evals\.1\.kind: expected a protocol that leaves.*\n?.*evals_apart"):
         check_evaluations([knn, tuned], cache, apart=False)
     check_evaluations([knn, tuned], cache, apart=True)
