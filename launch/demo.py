@@ -20,6 +20,7 @@ from data_pipeline.errors import InputError, RecipeError
 from data_pipeline.parallel import num_cores
 from data_pipeline.procedural.make import make
 from launch.ranks.child import Command, started_command
+from pretrain.recipe.configs_folder import configs_folder
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import differences, resolve
@@ -28,7 +29,7 @@ from pretrain.runtime.run_folder import is_claimed
 if TYPE_CHECKING:
     from pretrain.reports.report import ProtocolResult
 
-RECIPE = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "cpu" / "mae_fractals.yaml"
+RECIPE = configs_folder() / "recipes" / "cpu" / "mae_fractals.yaml"
 NUM_RANKS = 2
 NUM_CLASSES = 25
 PROBE_STEPS = 1000  # of the linear probe, where `pretrain eval linear` takes 5,000: enough for so few images
@@ -87,7 +88,7 @@ def _checked_recipe(out: Path, overrides: Sequence[str]) -> Recipe:
     if not RECIPE.is_file():
         raise InputError(
             where="pretrain demo", expected=f"its recipe, {RECIPE}", found="no such file",
-            fix="Run it from a checkout of the repository, installed with `make setup`.",
+            fix="Run it from a checkout of the repository, or from the wheel that `pip wheel --no-deps .` makes there.",
         )  # fmt: skip
     recipe = load_recipe(RECIPE, list(overrides))
     if (out / "recipe.yaml").is_file():

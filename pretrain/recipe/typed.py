@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from data_pipeline.errors import RecipeError
+from pretrain.recipe.configs_folder import where_it_is
 from pretrain.recipe.problems import explain
 from pretrain.recipe.strict_yaml import StrictYamlError, read_yaml
 
@@ -71,7 +72,7 @@ def read_tree(path: Path) -> tuple[dict[str, Any], list[str]]:
         tree, problems = read_yaml(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         found = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
-        raise RecipeError(str(path), [f"expected a file in YAML, found: {found}."]) from None
+        raise RecipeError(str(path), [f"expected a file in YAML, found: {found}.{where_it_is(path)}"]) from None
     except StrictYamlError as error:
         raise RecipeError(str(path), [f"{error}."]) from None
     if not isinstance(tree, dict):

@@ -28,6 +28,8 @@ def commit() -> str | None:
     copied = folder.parent / COPIED_COMMIT
     if copied.is_file():
         return copied.read_text() or None
+    if not (folder.parent / "pyproject.toml").is_file():  # installed, perhaps below a checkout of something else
+        return None
     try:
         head, changed = (
             subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
