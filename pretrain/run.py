@@ -29,11 +29,11 @@ from pretrain.checkpoints.export import export_encoder
 from pretrain.checkpoints.schedule import CheckpointSchedule, check_time_to_save
 from pretrain.checkpoints.start import Start, find_start, resume
 from pretrain.checkpoints.writer import CheckpointWriter
+from pretrain.engine.attention import choose_attention
 from pretrain.engine.engine import Engine
 from pretrain.evals.protocols import inline_evaluators
 from pretrain.evals.sources.trained import TrainedRun
 from pretrain.loop import LoopContext, train
-from pretrain.models.attention import choose_attention
 from pretrain.monitoring.budgets import Budgets
 from pretrain.monitoring.clocks import Clocks
 from pretrain.monitoring.goodput import Timeline, read_goodput
@@ -234,10 +234,9 @@ def _steps(context: RunContext, cursor: int) -> Iterator[StepData]:
     loader = TrainLoader(
         plan.train, plan.needs, data.views, augmentations(recipe, plan.needs),
         mixing(recipe, plan.needs, plan.resolved.micro_size), seed=recipe.seed, read_streams=data.read_streams,
-        shuffle_window=data.shuffle_window,
-        repeats=data.repeats, global_size=recipe.batch.global_size, micro_size=plan.resolved.micro_size,
-        rank=world.rank, world_size=world.size, num_workers=recipe.runtime.num_workers, max_pixels=data.max_pixels,
-        captions=plan.captions,
+        shuffle_window=data.shuffle_window, repeats=data.repeats, global_size=recipe.batch.global_size,
+        micro_size=plan.resolved.micro_size, rank=world.rank, world_size=world.size, captions=plan.captions,
+        num_workers=recipe.runtime.num_workers, max_pixels=data.max_pixels,
     )  # fmt: skip
     if not context.overfit_batch:
         return loader.steps(cursor)

@@ -171,7 +171,7 @@ def _without(taken: Integers, without: Integers | None) -> Integers:
 
 
 def _balanced(taken: Integers, predicted: NDArray[np.int32], confidence: Scores, per_class: int) -> Integers:
-    """Of each class `per_class` samples, the most confident first, and around again where they are too few."""
+    """Takes `per_class` samples of each class, the most confident first, and around again where they are too few."""
     order = np.lexsort((taken, -confidence[taken], predicted[taken]))
     taken = taken[order]
     _, first, counts = np.unique(predicted[taken], return_index=True, return_counts=True)
@@ -203,7 +203,7 @@ def _first_of_each(parts: list[Columns], top_k: int) -> Columns:
 
 
 def _least(kept: Columns, num_classes: int, top_k: int) -> NDArray[np.float32]:
-    """Of each class that is full the lowest score kept; a later sample of the same score ranks behind it."""
+    """Returns, for each class that is full, the lowest score kept; a later sample of the same score ranks behind it."""
     _, classes, scores = kept
     least = np.full(num_classes, np.inf, np.float32)
     np.minimum.at(least, classes, scores.astype(np.float32))
@@ -211,7 +211,7 @@ def _least(kept: Columns, num_classes: int, top_k: int) -> NDArray[np.float32]:
 
 
 def _number_in_class(classes: NDArray[np.integer]) -> Integers:
-    """Of each entry of a sorted column: how many equal ones come before it."""
+    """Counts, for each entry of a sorted column, how many equal ones come before it."""
     first = np.flatnonzero(np.diff(classes, prepend=-1))
     numbers: Integers = np.arange(len(classes)) - np.repeat(first, np.diff(np.append(first, len(classes))))
     return numbers

@@ -22,7 +22,7 @@ from typing import BinaryIO, NamedTuple, Protocol, cast
 from data_pipeline.errors import SampleError, SourceError
 from data_pipeline.shards import strict_tar
 from data_pipeline.shards.index import IMAGE_FIELDS
-from data_pipeline.shards.row_store import nameless_file, path_of
+from data_pipeline.shards.row_store import nameless_file, row_path
 
 IMAGE_SUFFIXES = frozenset(f".{field}" for field in IMAGE_FIELDS)
 MAX_IMAGE_BYTES = 1 << 28  # of one file; a larger one is no photograph but an attack or a mistake
@@ -87,7 +87,7 @@ def open_source(path: Path, temporary_folder: Path) -> Source:
         files, reader = _list_zip(path), ZipReader(path)
     elif _is_gzip(path):
         image_bytes = nameless_file(temporary_folder)
-        files, reader = _list_tar_gz(path, image_bytes), FileReader(path_of(image_bytes))
+        files, reader = _list_tar_gz(path, image_bytes), FileReader(row_path(image_bytes))
     else:
         files, reader = _list_tar(path), FileReader(path)
     try:

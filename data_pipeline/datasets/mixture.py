@@ -51,7 +51,7 @@ class Mixture:
 
     @property
     def label_counts(self) -> NDArray[np.int64] | None:
-        """Of all sources together; None where one has no labels, or a label means two classes."""
+        """The number of classes of all sources together; None where one has no labels, or a label means two classes."""
         counts = [part.dataset.label_counts for part in self.parts]
         if self._differing() is not None:
             return None

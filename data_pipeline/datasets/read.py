@@ -103,7 +103,7 @@ class ShardDataset(Single):
             for shard in [shard for shard, opened in self._open.items() if opened.is_nameless]:
                 del self._open[shard]
 
-    def shards_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    def shards_in(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Number of the shard that each sample lies in, [n]."""
         return self._ends.searchsorted(indices, side="right")
 

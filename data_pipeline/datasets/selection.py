@@ -204,7 +204,7 @@ def _refuse_other(selection: Selection, base: Dataset, path: Path, where: str) -
         )
 
 
-def shards_of(dataset: Dataset) -> ShardDataset:
+def shards_in(dataset: Dataset) -> ShardDataset:
     """`dataset` as one of shards; raises FieldError where it is an image folder, whose samples have no fixed number."""
     if not isinstance(dataset, ShardDataset):
         raise FieldError(

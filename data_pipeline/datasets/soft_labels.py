@@ -70,7 +70,7 @@ def file_name(shard: int) -> str:
 
 
 def crc32_of(keys: Any) -> NDArray[np.uint32]:
-    """Of each key in UTF-8, [n]."""
+    """Returns the CRC-32 of each key in UTF-8, [n]."""
     return np.fromiter((zlib.crc32(key.encode()) for key in keys), np.uint32)
 
 

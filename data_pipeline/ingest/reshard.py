@@ -89,7 +89,7 @@ def open_shards(
 
 
 def _indexes(path: Path, root: Path, names: list[str], workers: int) -> tuple[Iterator[ShardIndex], list[str] | None]:
-    """Of the tars, in their order: from their manifest if they have one, else by reading them."""
+    """Returns the indexes of the tars, in their order: from their manifest if they have one, else by reading them."""
     if (root / FILE_NAME).is_file():
         manifest = load_manifest(str(path))
         numbers = {name: i for i, name in enumerate(manifest.names)}

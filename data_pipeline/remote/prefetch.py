@@ -39,7 +39,7 @@ class Shards(Protocol):
     def shard_sizes(self) -> Integers: ...
     @property
     def shard_bytes(self) -> Integers: ...
-    def shards_of(self, indices: Integers) -> Integers:
+    def shards_in(self, indices: Integers) -> Integers:
         """Number of the shard that each sample lies in, [n]."""
         ...
 
@@ -65,9 +65,9 @@ class RemotePart(NamedTuple):
     first: int
     cache: CacheConfig
 
-    def shards_of(self, own: Integers) -> Integers:
+    def shards_in(self, own: Integers) -> Integers:
         """The shard that each sample, by its number in this part, lies in."""
-        return self.shards.shards_of(own if self.indices is None else self.indices[own])
+        return self.shards.shards_in(own if self.indices is None else self.indices[own])
 
 
 def check_room(
@@ -245,7 +245,7 @@ def _first_uses(parts: Sequence[RemotePart], indices: Integers) -> Iterator[tupl
     """(where in `indices` it is used first, the shard) of each shard of a part."""
     for part in parts:
         rows = np.flatnonzero((indices >= part.first) & (indices < part.first + part.num_samples))
-        shards, at = np.unique(part.shards_of(indices[rows] - part.first), return_index=True)
+        shards, at = np.unique(part.shards_in(indices[rows] - part.first), return_index=True)
         yield from zip(rows[at].tolist(), (Fetch(part.shards, shard) for shard in shards.tolist()), strict=True)
 
 
@@ -254,7 +254,7 @@ def _streams_of_rank(read_streams: int, world_size: int) -> int:
 
 
 def _bytes_of_stream(part: RemotePart, shuffle_window: int) -> int:
-    """Of the shards that a window lies in, and of the next."""
+    """Names the shards that a window lies in, and those of the next window."""
     per_shard = max(1, part.num_samples // max(1, len(part.shards.shard_sizes)))
     num_shards = 1 + math.ceil((shuffle_window - 1) / per_shard) + 1
     return num_shards * int(part.shards.shard_bytes.max())

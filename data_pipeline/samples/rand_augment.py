@@ -41,11 +41,13 @@ def draw_rand_augment(spec: RandAugment, draws: Iterator[float]) -> tuple[tuple[
         magnitude = min(_MAX_MAGNITUDE, max(0.0, spec.magnitude + spec.magnitude_std * noise))
         sign = -1 if next(draws) < 0.5 else 1
         operations.append(int(operation) if applied else -1)
-        arguments.append(argument_of(operation, magnitude / _MAX_MAGNITUDE, sign, spec.increasing) if applied else 0.0)
+        arguments.append(
+            operation_argument(operation, magnitude / _MAX_MAGNITUDE, sign, spec.increasing) if applied else 0.0
+        )
     return tuple(operations), tuple(arguments)
 
 
-def argument_of(operation: RandOp, level: float, sign: int, increasing: bool) -> float:
+def operation_argument(operation: RandOp, level: float, sign: int, increasing: bool) -> float:
     """timm's ranges: the operation's argument at a level in [0, 1], to one side or the other where it has two."""
     match operation:
         case RandOp.ROTATE:

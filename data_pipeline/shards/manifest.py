@@ -123,7 +123,7 @@ class Manifest:
         return digest.hexdigest()
 
     def path(self, i: int) -> Path:
-        """Of shard i, where the shards are files of this machine."""
+        """Returns the path of shard i, where the shards are files of this machine."""
         assert isinstance(self.root, Path), f"{self.root} is no folder of this machine"
         return self.root / self.names[i]
 

@@ -1,6 +1,6 @@
 """What is listed once and read at will: bytes or rows in a temporary file without a name.
 
-The system frees the file when this process ends, however it ends; other processes open it by `path_of`.
+The system frees the file when this process ends, however it ends; other processes open it by `row_path`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def nameless_file(folder: Path) -> BinaryIO:
     return cast(BinaryIO, tempfile.TemporaryFile(dir=folder))
 
 
-def path_of(file: BinaryIO) -> Path:
+def row_path(file: BinaryIO) -> Path:
     """Where other processes can open a file that has no name, as long as this one lives (Linux)."""
     return Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
@@ -51,9 +51,9 @@ class RowStore:
         return self._digest.hexdigest()
 
     def reader(self) -> RowReader:
-        """Of the rows added so far; good as long as this object lives."""
+        """Returns a reader of the rows added so far; good as long as this object lives."""
         self._file.flush()
-        return RowReader(path_of(self._file))
+        return RowReader(row_path(self._file))
 
 
 class RowReader:

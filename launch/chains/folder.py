@@ -109,7 +109,7 @@ class ChainFolder:
         Raises:
             InputError: the stage was begun with other settings or inputs, or its output was changed since.
         """
-        made_of, path = self._made_of(stage), self._record(stage)
+        made_of, path = self._ingredients(stage), self._record(stage)
         try:
             kept = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -132,7 +132,7 @@ class ChainFolder:
 
     def keep(self, stage: Stage) -> None:
         """Writes down that a stage is done."""
-        record = {**self._made_of(stage), "left": self._digest(stage)}
+        record = {**self._ingredients(stage), "left": self._digest(stage)}
         write_text(self._record(stage), json.dumps(record, indent=1) + "\n")
 
     def _other(self, stage: Stage, kept: Mapping[str, Any], given: Mapping[str, Any]) -> InputError:
@@ -147,7 +147,7 @@ class ChainFolder:
     def _record(self, stage: Stage) -> Path:
         return self.out / "chain" / f"{stage.name}.json"
 
-    def _made_of(self, stage: Stage) -> dict[str, Any]:
+    def _ingredients(self, stage: Stage) -> dict[str, Any]:
         """Returns what decides the result of a stage. The place of the chain's folder does not."""
         data: dict[str, str] = {}
         if stage.train is not None:

@@ -10,7 +10,7 @@ import typer
 from launch.commands.eval_options import examples
 from launch.commands.eval_protocols import protocol_command
 from launch.commands.eval_rerun import rerun
-from launch.commands.eval_run import label_of
+from launch.commands.eval_run import result_label
 from launch.commands.eval_suite import suite
 from pretrain.evals.config import config_classes
 
@@ -53,7 +53,7 @@ def compare(
     interval = found.interval
     table = Table("", "encoder", "protocol", "top-1 %", "n")
     for letter, report in (("A", first), ("B", second)):
-        table.add_row(letter, label_of(report), report.evaluator, f"{report.value:.2f}", str(report.n))
+        table.add_row(letter, result_label(report), report.evaluator, f"{report.value:.2f}", str(report.n))
     console = Console(soft_wrap=True)
     console.print(table)
     verdict = "excludes zero" if interval.excludes_zero else "includes zero"

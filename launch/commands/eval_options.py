@@ -128,7 +128,7 @@ class EncoderOptions:
         from pretrain.evals.sources.load import load_source
         from pretrain.models.weights_files import Part
 
-        place = device_of(self.device)
+        place = checked_device(self.device)
         encoder = load_source(
             self.encoder,
             random_init=self.random_init,
@@ -157,7 +157,7 @@ class TowerOptions:
         """The towers on their device."""
         from pretrain.evals.sources.towers import load_towers
 
-        place = device_of(self.device)
+        place = checked_device(self.device)
         towers = load_towers(
             self.towers,
             random_init=self.random_init,
@@ -238,7 +238,7 @@ def check_out(out: Path | None) -> None:
         raise InputError(where="--out", expected="a name that ends in .json", found=str(out))
 
 
-def device_of(device: Device) -> torch.device:
+def checked_device(device: Device) -> torch.device:
     """What --device names; raises InputError where it is not there."""
     import torch
 

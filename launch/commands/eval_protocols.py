@@ -11,8 +11,8 @@ import typer
 
 from launch.commands.eval_options import EncoderOptions, ExecutionOptions, TowerOptions, TrainingOptions, check_out
 from launch.commands.eval_run import judge, keep
-from launch.commands.option_groups import group_of, options_of
-from launch.commands.protocol_options import config_of, parameters
+from launch.commands.option_groups import build_group, command_parameters
+from launch.commands.protocol_options import build_config, parameters
 from pretrain.evals.config import ProtocolConfig
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def protocol_command(config: type[ProtocolConfig]) -> Callable[..., None]:
     execution_options: type[Execution] = TrainingOptions if config.trains else ExecutionOptions
 
     def command(context: typer.Context, **given: Any) -> None:
-        source, execution = group_of(source_options, given), group_of(execution_options, given)
-        asked = config_of(config, given, vars(source))
+        source, execution = build_group(source_options, given), build_group(execution_options, given)
+        asked = build_config(config, given, vars(source))
         if isinstance(execution, TrainingOptions):
             _train(asked, source, execution, context)
         else:
@@ -39,7 +39,7 @@ def protocol_command(config: type[ProtocolConfig]) -> Callable[..., None]:
     told = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     told += [
         *parameters(config),
-        *(option for options in (source_options, execution_options) for option in options_of(options)),
+        *(option for options in (source_options, execution_options) for option in command_parameters(options)),
     ]
     return _as_typer_sees_it(command, told, config.summary)
 

@@ -74,7 +74,7 @@ def keep(report: EvalReport, run: Path | None, out: Path | None, context: typer.
     if path is not None:
         report.save(path)
     console = Console(soft_wrap=True)
-    table = Table("metric", "%", "n", title=f"{report.evaluator}: {label_of(report)}", title_justify="left")
+    table = Table("metric", "%", "n", title=f"{report.evaluator}: {result_label(report)}", title_justify="left")
     for name, value in report.metrics.items():
         table.add_row(name, f"{value:.2f}", str(report.n), style="bold" if name == report.metric else None)
     console.print(table)
@@ -83,5 +83,5 @@ def keep(report: EvalReport, run: Path | None, out: Path | None, context: typer.
     console.print(f"report: {path}" if path else "not kept: name a file with --out FILE.json")
 
 
-def label_of(report: EvalReport) -> str:
+def result_label(report: EvalReport) -> str:
     return f"{report.encoder['source']} ({report.encoder['tag']})"

@@ -49,13 +49,13 @@ def label(
     `data.train: [{path: SHARDS, labels: OUT}]`. Interrupted, it goes on when it is given again.
     """
     from data_pipeline.datasets.read import open_dataset
-    from data_pipeline.datasets.selection import shards_of
-    from launch.commands.eval_options import device_of
+    from data_pipeline.datasets.selection import shards_in
+    from launch.commands.eval_options import checked_device
     from pretrain.evals.pseudo_label import Labelling, load_teacher
     from pretrain.evals.pseudo_label import label as write_labels
 
-    dataset = shards_of(open_dataset(shards))
-    how = Labelling(top_k, precision.value, batch_size, num_workers, device_of(device))
+    dataset = shards_in(open_dataset(shards))
+    how = Labelling(top_k, precision.value, batch_size, num_workers, checked_device(device))
     labels = write_labels(dataset, load_teacher(teacher), out, how)
     kept = f"{labels.described.top_k} of " if labels.described.top_k else ""
     num_bytes = sum(path.stat().st_size for path in out.iterdir())
@@ -129,11 +129,11 @@ def _by_truth(
 ) -> Selection:
     from data_pipeline.datasets.choose import labeled
     from data_pipeline.datasets.read import open_dataset
-    from data_pipeline.datasets.selection import shards_of
+    from data_pipeline.datasets.selection import shards_in
 
     check_choice(source, False, threshold, per_class, top_k)
     assert per_class is not None
-    dataset = shards_of(open_dataset(source))
+    dataset = shards_in(open_dataset(source))
     left_out = None if without is None else _indices(without, dataset.fingerprint)
     return labeled(dataset, per_class=per_class, seed=seed, without=left_out)
 

@@ -22,13 +22,13 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
         if is_dataclass(parameter.annotation):
             groups[parameter.name] = parameter.annotation
-            seen += options_of(parameter.annotation)
+            seen += command_parameters(parameter.annotation)
         else:
             seen.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
     def plain(**given: Any) -> None:
-        built = {name: group_of(group, given) for name, group in groups.items()}
+        built = {name: build_group(group, given) for name, group in groups.items()}
         command(**given, **built)
 
     del plain.__wrapped__  # or its signature would be looked up
@@ -37,12 +37,12 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return plain
 
 
-def group_of(group: type[T], given: dict[str, Any]) -> T:
+def build_group(group: type[T], given: dict[str, Any]) -> T:
     """Makes the group of the parameters of a command, which are taken out of `given`."""
     return group(**{field.name: given.pop(field.name) for field in fields(group)})  # type: ignore[arg-type]
 
 
-def options_of(group: Any) -> list[inspect.Parameter]:
+def command_parameters(group: Any) -> list[inspect.Parameter]:
     """Returns the parameters of a command that has the options of a group."""
     hints = get_type_hints(group, include_extras=True)
     return [

@@ -20,7 +20,7 @@ def parameters(config: type[ProtocolConfig]) -> list[inspect.Parameter]:
     return [_parameter(name, field, option) for name, (field, option) in config.options().items() if not option.shared]
 
 
-def config_of(config: type[ProtocolConfig], given: dict[str, Any], shared: Mapping[str, Any]) -> ProtocolConfig:
+def build_config(config: type[ProtocolConfig], given: dict[str, Any], shared: Mapping[str, Any]) -> ProtocolConfig:
     """The group of what was given, whose parameters are taken out of `given`.
 
     Args:

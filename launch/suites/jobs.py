@@ -31,7 +31,7 @@ _DECIDED = {"out", "cache"}  # by the suite
 
 
 @dataclass(frozen=True)
-class Cell:
+class SuiteJob:
     """One result.
 
     Attributes:
@@ -56,7 +56,7 @@ class Cell:
         return f"{self.encoder} {self.dataset} {self.protocol}"
 
 
-def cells_of(suite: Suite, out: Path, where: str, commands: Commands) -> list[Cell]:
+def suite_jobs(suite: Suite, out: Path, where: str, commands: Commands) -> list[SuiteJob]:
     """All that a suite asks for, each command read by its own parser.
 
     Args:
@@ -80,7 +80,7 @@ def cells_of(suite: Suite, out: Path, where: str, commands: Commands) -> list[Ce
     return cells
 
 
-def _cell(suite: Suite, encoder: str, dataset: str, protocol: str, out: Path, commands: Commands) -> Cell:
+def _cell(suite: Suite, encoder: str, dataset: str, protocol: str, out: Path, commands: Commands) -> SuiteJob:
     judged, data, asked = suite.encoders[encoder], suite.datasets[dataset], suite.protocols[protocol]
     if asked.kind not in KINDS:
         raise InputError(
@@ -113,7 +113,7 @@ def _cell(suite: Suite, encoder: str, dataset: str, protocol: str, out: Path, co
             values[name] = value
     words = ("eval", asked.kind, *command_words(command, values))
     arguments = _read(command, words, f"protocols.{protocol}, with encoder {encoder} and data set {dataset}")
-    return Cell(*names, words, judged.source, arguments, path, result_path(out / KEPT / "asked", *names))
+    return SuiteJob(*names, words, judged.source, arguments, path, result_path(out / KEPT / "asked", *names))
 
 
 def _switches(command: Any) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class Questions:
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], str] = {}
 
-    def of(self, cell: Cell) -> dict[str, Any]:
+    def of(self, cell: SuiteJob) -> dict[str, Any]:
         """
         Raises:
             InputError: a data set is not there or damaged.
@@ -179,7 +179,7 @@ class Questions:
         }
         return _lean(_json(question))
 
-    def answered(self, cell: Cell) -> bool:
+    def answered(self, cell: SuiteJob) -> bool:
         """Whether the result is there."""
         if _asked(cell) != (question := self.of(cell)):
             return False
@@ -194,7 +194,7 @@ class Questions:
             set(question["data"].values()) <= set(_fingerprints(report.data))
         )
 
-    def begin(self, cell: Cell) -> None:
+    def begin(self, cell: SuiteJob) -> None:
         """Makes room for the result; from here on what appears there answers the question as it is now.
 
         What a command keeps beside its report to go on from is kept for the same question alone.
@@ -218,7 +218,7 @@ class Questions:
         return self._known[what, path]
 
 
-def _asked(cell: Cell) -> Any:
+def _asked(cell: SuiteJob) -> Any:
     """The question that was asked last; None: none."""
     try:
         return _lean(json.loads(cell.asked.read_bytes()))

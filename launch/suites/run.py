@@ -21,11 +21,11 @@ from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError
 from launch.ranks.child import start_child
 from launch.ranks.launcher import threads_per_process
-from launch.suites.jobs import Cell, Commands, Questions, cells_of
+from launch.suites.jobs import Commands, Questions, SuiteJob, suite_jobs
 from pretrain.evals.suite import KEPT, Suite, dump_suite, load_suite
 
 Say = Callable[[str], None]
-RunCell = Callable[[Cell, str | None, Say], int]  # a cell and the device it is given; returns the exit status
+RunCell = Callable[[SuiteJob, str | None, Say], int]  # a cell and the device it is given; returns the exit status
 
 
 def run_suite(
@@ -117,7 +117,7 @@ def cuda_devices() -> list[str]:
 
 def _opened(
     path: Path, out: Path | None, commands: Commands, whole: bool = False
-) -> tuple[Suite, Path, list[Cell], Questions]:
+) -> tuple[Suite, Path, list[SuiteJob], Questions]:
     """Opens a suite: every command is read by its parser, every encoder and data set looked for."""
     from pretrain.evals.sources.load import check_source
 
@@ -126,7 +126,7 @@ def _opened(
     folder = folder.resolve() if whole else folder
     if (folder / "recipe.yaml").exists():
         raise InputError(f"--out {folder}", "a folder for the suite alone", "a run in it", "Choose another with --out.")
-    cells, questions = cells_of(suite, folder, str(path), commands), Questions()
+    cells, questions = suite_jobs(suite, folder, str(path), commands), Questions()
     for source, random_init in dict.fromkeys((cell.source, bool(cell.arguments.get("random_init"))) for cell in cells):
         check_source(source, random_init=random_init)
     for cell in cells:
@@ -134,21 +134,21 @@ def _opened(
     return suite, folder, cells, questions
 
 
-def _begin(suite: Suite, out: Path, left: list[Cell], questions: Questions) -> None:
+def _begin(suite: Suite, out: Path, left: list[SuiteJob], questions: Questions) -> None:
     """Makes room for all results at once, so that no older result is left to be compared with a newer one."""
     for cell in left:
         questions.begin(cell)
     write_text(out / KEPT / "suite.yaml", dump_suite(suite))
 
 
-def _run_all(left: list[Cell], devices: Sequence[str | None], questions: Questions, run: RunCell) -> dict[str, str]:
+def _run_all(left: list[SuiteJob], devices: Sequence[str | None], questions: Questions, run: RunCell) -> dict[str, str]:
     """Runs results on devices; returns the reason for each that failed, by its name."""
     free: SimpleQueue[str | None] = SimpleQueue()
     for device in devices:
         free.put(device)
     failed: dict[str, str] = {}
 
-    def one(number: int, cell: Cell) -> str | None:
+    def one(number: int, cell: SuiteJob) -> str | None:
         device, start = free.get(), time.monotonic()
         heard: list[str] = []
 
@@ -186,7 +186,7 @@ def _run_all(left: list[Cell], devices: Sequence[str | None], questions: Questio
     return failed
 
 
-def _in_a_process(cell: Cell, device: str | None, say: Say, *, num_processes: int = 1) -> int:
+def _in_a_process(cell: SuiteJob, device: str | None, say: Say, *, num_processes: int = 1) -> int:
     """Runs a result's command in a process of its own and passes its lines to `say`. Returns its exit status.
 
     Args:
@@ -206,7 +206,7 @@ def _in_a_process(cell: Cell, device: str | None, say: Say, *, num_processes: in
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def _say_results(cells: Sequence[Cell], failed: dict[str, str]) -> None:
+def _say_results(cells: Sequence[SuiteJob], failed: dict[str, str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -224,9 +224,9 @@ def _say_results(cells: Sequence[Cell], failed: dict[str, str]) -> None:
     Console(soft_wrap=True).print(table)
 
 
-def _job(out: Path, cell: Cell) -> Path:
+def _job(out: Path, cell: SuiteJob) -> Path:
     return out / KEPT / "jobs" / f"{cell.encoder}+{cell.dataset}+{cell.protocol}"  # as no name holds a +
 
 
-def _job_name(suite: Suite, cell: Cell) -> str:
+def _job_name(suite: Suite, cell: SuiteJob) -> str:
     return f"{suite.name}-{cell.encoder}-{cell.dataset}-{cell.protocol}"

@@ -90,7 +90,7 @@ def load_teacher(source: str) -> Teacher:
         CheckpointError: no such thing there, or it is torn, damaged, or not exactly of its recipe.
         InputError: the run is none of a classifier.
     """
-    checkpoint = _checkpoint_of(Path(source))
+    checkpoint = _find_checkpoint(Path(source))
     run = run_of_checkpoint(checkpoint)
     if (problem := run.objective.labeling_problem()) is not None:
         expected, found = problem
@@ -102,7 +102,7 @@ def load_teacher(source: str) -> Teacher:
     return Teacher(model.eval(), run, checkpoint, model.num_classes)
 
 
-def _checkpoint_of(path: Path) -> Path:
+def _find_checkpoint(path: Path) -> Path:
     if not (path / "recipe.yaml").is_file():
         return path  # a checkpoint, or nothing: what reads it says so
     if (newest := newest_checkpoint(path)) is None:

@@ -152,8 +152,8 @@ class JudgedModel(Protocol):
     def weights_sha256(self) -> str: ...
 
 
-def outcomes_of(keys: Sequence[str], labels: Tensor, predicted: Tensor) -> Outcomes:
-    """Of samples in any order; labels and predicted [n] int64."""
+def make_outcomes(keys: Sequence[str], labels: Tensor, predicted: Tensor) -> Outcomes:
+    """Makes the outcomes of samples in any order; labels and predicted [n] int64."""
     order = sorted(range(len(keys)), key=keys.__getitem__)
     return Outcomes(
         keys=tuple(keys[i] for i in order),
@@ -162,7 +162,7 @@ def outcomes_of(keys: Sequence[str], labels: Tensor, predicted: Tensor) -> Outco
     )
 
 
-def report_of(
+def make_report(
     evaluator: str,
     judged: JudgedModel,
     outcomes: Outcomes,
@@ -216,10 +216,10 @@ def classification_report(
 
     It is called `metric`; `further` are other measures, percent.
     """
-    return report_of(
+    return make_report(
         evaluator,
         encoder,
-        outcomes_of(splits.test.keys, splits.test.labels, predicted),
+        make_outcomes(splits.test.keys, splits.test.labels, predicted),
         metric=metric,
         further=further,
         protocol={**protocol, "features": splits.protocol},

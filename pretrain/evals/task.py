@@ -105,7 +105,7 @@ class Task:
         return self.extract_each(encoder, replace(extraction, readouts=extraction.readouts[:1]))[0]
 
     def extract_each(self, encoder: Encoder, extraction: Extraction) -> tuple[Splits, ...]:
-        """Of every readout; raises as `extract` does."""
+        """Returns the features of every readout; raises as `extract` does."""
         start = perf_counter()
         train = extraction.extract(
             encoder, self.train, num_classes=self.num_classes, limit=self.max_train, label="features of train"

@@ -126,7 +126,7 @@ def _preprocessing(told: Mapping[str, Any], path: Path) -> Preprocessing:
 
 
 def _resized(told: Mapping[str, Any], path: Path) -> tuple[Literal["shorter", "square"], int]:
-    """Of which sides, and to how many pixels."""
+    """Returns which sides are resized, and to how many pixels."""
     size = told["size"]
     if isinstance(size, dict) and set(size) == {"shortest_edge"}:
         return "shorter", _pixels(size["shortest_edge"], "size", path)

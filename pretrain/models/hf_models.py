@@ -21,7 +21,7 @@ from data_pipeline.errors import CheckpointError
 from pretrain.models.hf_folders import followed
 from pretrain.models.open_clip_models import build_open_clip
 from pretrain.models.strict_loading import check_exactly
-from pretrain.models.towers import Parts, TwoTowers
+from pretrain.models.towers import TowerModules, TwoTowers
 
 VIT, CLIP, CLIP_IMAGE = ("vit", "vit_mae"), "clip", "clip_vision_model"
 
@@ -124,7 +124,7 @@ def build_clip(config: Mapping[str, Any], *, where: str) -> TwoTowers:
     """
     with followed(where, _BUILDABLE):
         both = build_open_clip(_clip_config(config, where), where=where)
-    parts = Parts(both.visual, nn.Identity(), both.text)  # type: ignore[arg-type]
+    parts = TowerModules(both.visual, nn.Identity(), both.text)  # type: ignore[arg-type]
     return TwoTowers(parts, has_bias=False)
 
 

@@ -32,10 +32,10 @@ from pretrain.models.open_clip_models import (
 )  # fmt: skip
 from pretrain.models.strict_loading import load_strictly
 from pretrain.models.tokenizers import CLIP, SAVED, SAVED_CONFIG
-from pretrain.models.towers import SIGLIP_BIAS, Parts, TwoTowers, build_text
+from pretrain.models.towers import SIGLIP_BIAS, TowerModules, TwoTowers, build_text
 from pretrain.runtime.run_folder import sha256_of
 
-BESIDE = "."  # where a saved tokenizer's files lie beside the weights
+SAME_FOLDER = "."  # where a saved tokenizer's files lie beside the weights
 _RESIZE_MODES: dict[Resize, str] = {"shorter": "shortest", "square": "squash"}  # open_clip's words
 _SCALARS = ("logit_scale", "logit_bias")  # of shape [1] here, as in the objective
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", WEIGHTS)
@@ -106,7 +106,7 @@ def _kept(tokenizer: str, folder: Path) -> str:
         return tokenizer
     for path in filter(Path.is_file, files):
         shutil.copyfile(path, folder / path.name)
-    return BESIDE
+    return SAME_FOLDER
 
 
 def load_towers_folder(folder: Path, *, fresh: bool = False) -> Loaded:
@@ -143,8 +143,8 @@ def load_towers_folder(folder: Path, *, fresh: bool = False) -> Loaded:
         width, dim = int(encoder.head_hidden_size), int(told["embed_dim"])  # type: ignore[arg-type]
         if fresh:
             encoder = config.build()
-        parts = Parts(encoder, nn.Linear(width, dim, bias=False), build_text(dim, told["text_cfg"]))
-        tokenizer = str(folder / TOWERS) if told["tokenizer"] == BESIDE else told["tokenizer"]
+        parts = TowerModules(encoder, nn.Linear(width, dim, bias=False), build_text(dim, told["text_cfg"]))
+        tokenizer = str(folder / TOWERS) if told["tokenizer"] == SAME_FOLDER else told["tokenizer"]
         spec = TokenSpec(tokenizer, parts.context_length, parts.vocab_size)
         towers = TwoTowers(parts, has_bias=told["has_bias"])
     if not fresh:
@@ -163,8 +163,8 @@ def load_open_clip(folder: Path, *, fresh: bool = False) -> Loaded:
         )
     with _read(folder / OPEN_CLIP_CONFIG):
         hub = told["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
-        tokenizer = told.get("tokenizer", BESIDE if hub else CLIP)
-        told["tokenizer"] = str(folder) if tokenizer == BESIDE else tokenizer
+        tokenizer = told.get("tokenizer", SAME_FOLDER if hub else CLIP)
+        told["tokenizer"] = str(folder) if tokenizer == SAME_FOLDER else tokenizer
         told["weights_sha256"] = sha256_of(path)
     return _open_clip(told, None if fresh else _weights(path, told), where=str(path))
 
@@ -194,7 +194,7 @@ def open_clip_by_name(
 
 
 def _open_clip(told: dict[str, Any], state: dict[str, Tensor] | None, *, where: str) -> Loaded:
-    """Of what a configuration tells; no state: fresh towers."""
+    """Builds towers as a configuration says; without a state they are fresh."""
     with _read(Path(where)):
         name = told.get("name", "open_clip")
         config = checked_config(deepcopy(told["model_cfg"]), where=where, name=name)
@@ -221,7 +221,7 @@ def _open_clip(told: dict[str, Any], state: dict[str, Tensor] | None, *, where: 
             found=f"resize_mode {mode}, image_size {size}",
         )
     both = build_open_clip(config, where=where)
-    parts = Parts(both.visual, nn.Identity(), both.text)  # type: ignore[arg-type]
+    parts = TowerModules(both.visual, nn.Identity(), both.text)  # type: ignore[arg-type]
     spec = TokenSpec(told["tokenizer"], parts.context_length, parts.vocab_size, cleaning(config["text_cfg"]))
     if state is None:
         return TwoTowers(parts, has_bias="init_logit_bias" in config), encoder_config, spec

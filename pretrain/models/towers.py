@@ -26,8 +26,8 @@ CLIP_SCALE = math.log(1 / 0.07)
 SIGLIP_SCALE, SIGLIP_BIAS = math.log(10), -10.0
 
 
-class Parts(NamedTuple):
-    """Of two towers. Embeddings are not normalized.
+class TowerModules(NamedTuple):
+    """What two towers have in common. Embeddings are not normalized.
 
     Attributes:
         encoder: the image tower, an unmodified timm or open_clip module, from images [B, 3, S, S] to [B, E].
@@ -48,7 +48,7 @@ class Parts(NamedTuple):
         return int(self.text.vocab_size)  # type: ignore[arg-type]
 
 
-def build_parts(model: ModelConfig, embed_dim: int | None, text: TextTower | None) -> Parts:
+def build_parts(model: ModelConfig, embed_dim: int | None, text: TextTower | None) -> TowerModules:
     """Both towers of a recipe, on the CPU, initialized from torch's global seed.
 
     Args:
@@ -69,15 +69,15 @@ def build_parts(model: ModelConfig, embed_dim: int | None, text: TextTower | Non
         assert text is not None
         encoder = build_encoder(model)
         width = int(encoder.head_hidden_size)  # type: ignore[arg-type]
-        return Parts(encoder, nn.Linear(width, embed_dim, bias=False), build_text(embed_dim, text_config(text)))
+        return TowerModules(encoder, nn.Linear(width, embed_dim, bias=False), build_text(embed_dim, text_config(text)))
     for where, value in given.items():
         if value is not None:
             raise InputError(where, "none, as the model has both towers (model.library open_clip)", "one")
     both = build_open_clip(model_config(model))
-    return Parts(both.visual, nn.Identity(), both.text)  # type: ignore[arg-type]
+    return TowerModules(both.visual, nn.Identity(), both.text)  # type: ignore[arg-type]
 
 
-def tokens_of(model: ModelConfig, parts: Parts, tokenizer: str) -> TokenSpec:
+def token_spec(model: ModelConfig, parts: TowerModules, tokenizer: str) -> TokenSpec:
     """What the text tower of a recipe needs of captions."""
     clean = "whitespace" if isinstance(model, Model) else cleaning(model_config(model)["text_cfg"])
     return TokenSpec(tokenizer, parts.context_length, parts.vocab_size, clean)
@@ -89,12 +89,12 @@ def build_text(embed_dim: int, config: Mapping[str, Any]) -> nn.Module:
     return tower
 
 
-def embed_images(parts: Parts, images: Tensor) -> Tensor:
+def embed_images(parts: TowerModules, images: Tensor) -> Tensor:
     """Unit vectors [B, D] of normalized images [B, 3, S, S], in the images' precision whatever autocast computed in."""
     return F.normalize(parts.projection(parts.encoder(images)).to(images.dtype), dim=-1)
 
 
-def embed_tokens(parts: Parts, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+def embed_tokens(parts: TowerModules, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Unit vectors [B, D] of tokens [B, L], in `dtype`."""
     return F.normalize(parts.text(tokens).to(dtype), dim=-1)
 
@@ -107,7 +107,7 @@ class TwoTowers(nn.Module):
         has_bias: whether the logits have one (SigLIP).
     """
 
-    def __init__(self, parts: Parts, *, has_bias: bool) -> None:
+    def __init__(self, parts: TowerModules, *, has_bias: bool) -> None:
         super().__init__()
         self.encoder, self.projection, self.text = parts
         self.logit_scale = nn.Parameter(torch.tensor([SIGLIP_SCALE if has_bias else CLIP_SCALE]))  # log of the factor
@@ -115,8 +115,8 @@ class TwoTowers(nn.Module):
             self.logit_bias = nn.Parameter(torch.tensor([SIGLIP_BIAS]))
 
     @property
-    def parts(self) -> Parts:
-        return Parts(self.encoder, self.projection, self.text)
+    def parts(self) -> TowerModules:
+        return TowerModules(self.encoder, self.projection, self.text)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Goodput:
 
     @property
     def share(self) -> float:
-        """Of the time that was productive; 0 of none."""
+        """The share of the time that was productive; 0 where there is none."""
         return self.productive / self.total if self.total else 0.0
 
     def shares(self) -> dict[str, float]:

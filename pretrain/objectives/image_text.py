@@ -14,7 +14,7 @@ from torch import nn
 from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.errors import InputError
 from pretrain.models.config import ModelConfig
-from pretrain.models.towers import Parts, build_parts, embed_images, embed_tokens, tokens_of
+from pretrain.models.towers import TowerModules, build_parts, embed_images, embed_tokens, token_spec
 from pretrain.objectives.config import ImageTextConfig
 from pretrain.objectives.contract import Contrastive, Features
 from pretrain.runtime.state import Progress
@@ -45,7 +45,7 @@ class ImageText(Contrastive):
         super().__init__()
         parts = build_parts(model, config.embed_dim, config.text)
         self.encoder, self.projection, self.text = parts
-        self.needs = BatchSpec(model.image_size, tokens=tokens_of(model, parts, config.tokenizer))
+        self.needs = BatchSpec(model.image_size, tokens=token_spec(model, parts, config.tokenizer))
         # Of one dimension, as DeepSpeed cannot broadcast what has none.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(initial_scale)]))
         bias = None if initial_bias is None else nn.Parameter(torch.tensor([initial_bias]))
@@ -60,7 +60,7 @@ class ImageText(Contrastive):
         images, tokens = batch.views[0], batch.tokens
         if tokens is None:
             raise ValueError("batch.tokens: expected [B, L] int64, found none")
-        parts = Parts(self.encoder, self.projection, self.text)
+        parts = TowerModules(self.encoder, self.projection, self.text)
         return Features(
             embed_images(parts, images),
             embed_tokens(parts, tokens, images.dtype),

@@ -36,7 +36,7 @@ def load_recipe(
     if note is not None:
         for text in found.notes:
             note(f"{path}: {text}")
-    return recipe_of(found.tree, overrides, where=str(path), problems=found.problems, note=note)
+    return make_recipe(found.tree, overrides, where=str(path), problems=found.problems, note=note)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class _Read:
     notes: list[str]
 
 
-def recipe_of(
+def make_recipe(
     tree: dict[str, Any],
     overrides: list[str] | None = None,
     *,

@@ -69,7 +69,7 @@ def is_suite(folder: Path) -> bool:
 
 
 def compare_results(paths: Sequence[Path], baseline: str | None = None) -> Comparison:
-    """Of suites' folders and reports (.json).
+    """Reads the results in suites' folders and reports (.json).
 
     Args:
         baseline: name of an encoder; None: the first.

@@ -27,7 +27,7 @@ Load = Callable[[EvalReport], "Encoder"]  # the encoder that a report is of, on 
 
 @dataclass(frozen=True)
 class Looks:
-    """Of one data set.
+    """The images of one data set.
 
     Attributes:
         about: how many images were taken, in words.

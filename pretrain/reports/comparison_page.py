@@ -34,11 +34,11 @@ def write_comparison(comparison: Comparison, out: Path, load: Load) -> Path:
     """
     write_text(out / "table.md", table_markdown(comparison))
     write_text(out / "table.csv", table_csv(comparison))
-    write_text(out / "report.html", render("comparison.html.j2", page_of(comparison, load)))
+    write_text(out / "report.html", render("comparison.html.j2", build_page(comparison, load)))
     return out / "report.html"
 
 
-def page_of(comparison: Comparison, load: Load) -> dict[str, Any]:
+def build_page(comparison: Comparison, load: Load) -> dict[str, Any]:
     """What the template is given."""
     shown = [_of_column(comparison, column) for column in track(comparison.columns, label="figures", total=None)]
     return {
@@ -169,7 +169,7 @@ def _details(result: Result) -> dict[str, Any]:
 
 
 def _arguments(report: EvalReport) -> str:
-    """Of the command, those that say anything."""
+    """Returns those arguments of the command that say anything."""
     first = [key for key in ("command", "encoder", "towers") if key in report.arguments]
     ordered = {key: report.arguments[key] for key in dict.fromkeys([*first, *report.arguments])}
     given = {key: value for key, value in ordered.items() if value not in (None, False, [], ())}

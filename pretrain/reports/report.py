@@ -28,7 +28,7 @@ from pretrain.objectives.masked import Painter, find_painter
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Data
 from pretrain.reports.comparison import difference
-from pretrain.reports.page import render as page_of
+from pretrain.reports.page import render as build_page
 from pretrain.reports.reconstructions import draw_reconstructions
 from pretrain.reports.report_figures import Neighbours, Picture, Series, curve
 from pretrain.reports.sample_images import neighbours
@@ -96,7 +96,7 @@ def write_report(run: Path, *, notes: Sequence[str] = ()) -> Path:
 
 
 def render(page: dict[str, Any]) -> str:
-    return page_of(TEMPLATE, page)
+    return build_page(TEMPLATE, page)
 
 
 def find_protocol_results(evals: Path, weights_sha256: str) -> list[ProtocolResult]:

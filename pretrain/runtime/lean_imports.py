@@ -173,11 +173,11 @@ def timm_muon(_: ModuleType) -> Iterator[None]:
     """`timm.optim.muon` loads distributed tensors, and sympy with them, to ask whether a gradient is one of them."""
     tensors = "torch.distributed.tensor"
 
-    class Asked(type):
+    class DTensorCheck(type):
         def __instancecheck__(cls, instance: object) -> bool:
             return _loaded(tensors) and isinstance(instance, sys.modules[tensors].DTensor)
 
-    class DTensor(metaclass=Asked):
+    class DTensor(metaclass=DTensorCheck):
         """Nothing is one before they are loaded."""
 
     with _in_place(_StandIn(tensors, __path__=[], DTensor=DTensor)):

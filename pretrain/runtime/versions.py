@@ -23,7 +23,7 @@ def installed() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of the code that runs, with `+` where the tree differs from it; None outside a checkout or a copy of one."""
+    """Returns the commit of this code, with `+` where the tree differs; None outside a checkout or a copy of one."""
     folder = Path(__file__).resolve().parents[1]
     copied = folder.parent / COPIED_COMMIT
     if copied.is_file():

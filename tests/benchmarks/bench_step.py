@@ -17,8 +17,8 @@ from dataclasses import replace
 import torch
 
 from data_pipeline.batch import Batch
+from pretrain.engine.attention import choose_attention
 from pretrain.engine.engine import Engine
-from pretrain.models.attention import choose_attention
 from pretrain.monitoring.metrics import blank_batch as flops_batch
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective

@@ -11,7 +11,7 @@ import pytest
 
 from launch.chains.folder import ChainFolder
 from pretrain.evals.finetune.recipe import PRESETS
-from pretrain.recipe.files import load_recipe, recipe_of
+from pretrain.recipe.files import load_recipe, make_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import resolve
 from tests.contracts.published import MAE_FINETUNING, PUBLISHED, USUAL, student
@@ -111,4 +111,4 @@ def test_the_fine_tuning_of_mae_is_one_in_its_chain_and_its_preset() -> None:
     pooling = {"global_pool": "avg", "fc_norm": True}  # which a chain cannot change
     options = {"options": MAE_FINETUNING["model"]["options"] | pooling}
     wanted = MAE_FINETUNING | {"model": MAE_FINETUNING["model"] | options}
-    assert differences(numbers(recipe_of(tree, where="preset"), IMAGENET), wanted) == []
+    assert differences(numbers(make_recipe(tree, where="preset"), IMAGENET), wanted) == []

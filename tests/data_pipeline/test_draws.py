@@ -19,7 +19,7 @@ from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import DataError
 from data_pipeline.samples.config import Augmentation, Blur, Erasing, Jitter, Mixing, RandAugment
 from data_pipeline.samples.draws import NO_BOX, Value, draw, draw_mix
-from data_pipeline.samples.rand_augment import RandOp, argument_of
+from data_pipeline.samples.rand_augment import RandOp, operation_argument
 from tests.data_pipeline.tiny import SPEC, loader, steps, write_shards
 
 EVERYTHING = Augmentation(
@@ -163,7 +163,7 @@ def test_arguments_are_timm_s(increasing: bool, monkeypatch: pytest.MonkeyPatch)
                 expected = to_argument(tenth, {})[0] if to_argument else 0.0
                 if operation is RandOp.POSTERIZE:
                     expected = max(1, expected)
-                assert argument_of(operation, tenth / 10, sign, increasing) == pytest.approx(expected)
+                assert operation_argument(operation, tenth / 10, sign, increasing) == pytest.approx(expected)
 
 
 def test_operations_are_equally_likely_and_magnitudes_normal() -> None:

@@ -37,20 +37,20 @@ SIZES = [5, 0, 7, 6]
 SPEC = BatchSpec(8, num_classes=3)
 
 
-def label_of(key: str) -> np.ndarray:
+def result_label(key: str) -> np.ndarray:
     """Soft, of a key: the largest is not at the true class."""
     row = np.roll([0.5, 0.25, 0.25], int(key) % 3 + 1)
     return np.array(row, np.float16)
 
 
 def write_labels(folder: Path, dataset: ShardDataset, keys: Sequence[str] | None = None, **other: object) -> SoftLabels:
-    """Labels of each sample as `label_of` has them; `keys` in the place of the samples' own."""
+    """Labels of each sample as `result_label` has them; `keys` in the place of the samples' own."""
     folder.mkdir(parents=True, exist_ok=True)
     keys = keys or [dataset.origin(i)[0] for i in range(dataset.num_samples)]
     digests, end = [], 0
     for shard, size in enumerate(dataset.shard_sizes.tolist()):
         own, end = keys[end : end + size], end + size
-        values = np.array([label_of(key) for key in own], np.float16).reshape(size, 3)
+        values = np.array([result_label(key) for key in own], np.float16).reshape(size, 3)
         (folder / file_name(shard)).write_bytes(ShardLabels(values, None, crc32_of(own)).to_bytes({}))
         digests.append(read_file(folder / file_name(shard))[2])
     described = {
@@ -83,13 +83,13 @@ def test_each_sample_has_the_label_of_its_key(path: str, soft: Path) -> None:
         sample = dataset.read(i)
         assert isinstance(sample.label, np.ndarray)
         assert sample.label.dtype == np.float32
-        assert np.array_equal(sample.label, label_of(sample.key).astype(np.float32))
+        assert np.array_equal(sample.label, result_label(sample.key).astype(np.float32))
     (step,) = steps(loader(dataset, SPEC, global_size=9), 0, 1)
     (batch,) = step.micro_batches
     assert batch.labels is not None
     assert batch.labels.dtype == torch.float32
     for key, row in zip(batch.keys, batch.labels, strict=True):
-        assert np.array_equal(row.numpy(), label_of(key).astype(np.float32))
+        assert np.array_equal(row.numpy(), result_label(key).astype(np.float32))
 
 
 def test_what_is_drawn_and_in_what_order_does_not_depend_on_the_labels(path: str, soft: Path) -> None:
@@ -113,7 +113,7 @@ def test_hard_and_soft_sources_mix(path: str, soft: Path, shards: ShardDataset, 
             for key, row in zip(batch.keys, batch.labels, strict=True):
                 source, own = key.split(":")
                 hard = np.eye(3)[int(own) % 3]
-                assert np.array_equal(row.numpy(), hard if source == "0" else label_of(own).astype(np.float32))
+                assert np.array_equal(row.numpy(), hard if source == "0" else result_label(own).astype(np.float32))
                 seen[source] += 1
     assert seen["0"] > 0
     assert seen["1"] > 2 * seen["0"]
@@ -152,7 +152,7 @@ def test_a_selection_is_read_entry_by_entry_and_repeats_are_drawn_anew(
     assert [dataset.origin(i)[0] for i in range(27)] == keys
     for i in range(27):
         sample = dataset.read(i)
-        assert np.array_equal(sample.label, label_of(sample.key.partition("#")[0]).astype(np.float32))  # type: ignore[arg-type]
+        assert np.array_equal(sample.label, result_label(sample.key.partition("#")[0]).astype(np.float32))  # type: ignore[arg-type]
     seen: dict[str, list[torch.Tensor]] = {}
     epoch: Counter[str] = Counter()
     for step in steps(loader(dataset, SPEC, global_size=3), 0, 9):
@@ -208,7 +208,7 @@ def test_shards_hold_what_a_view_counts(path: str, soft: Path, shards: ShardData
     assert indices is not None
     assert base.fingerprint == shards.fingerprint
     assert view.shard_sizes.sum() == view.num_samples
-    by_shard = np.bincount(shards.shards_of(indices), minlength=4)
+    by_shard = np.bincount(shards.shards_in(indices), minlength=4)
     assert view.shard_sizes.tolist() == by_shard.tolist()
     assert shards.beneath() == (shards, None)
 

@@ -264,7 +264,7 @@ def test_of_a_subset_what_it_reads_is_fetched(server: FolderServer, spec: CacheC
     far = opened(server.url, spec)
     (part,) = remote_parts(Subset(far, np.array([1, far.num_samples - 1]), None))
     assert part.shards is far
-    assert part.shards_of(np.arange(2)).tolist() == far.shards_of(np.array([1, far.num_samples - 1])).tolist()
+    assert part.shards_in(np.arange(2)).tolist() == far.shards_in(np.array([1, far.num_samples - 1])).tolist()
 
 
 def test_threads_fetch_what_the_next_steps_read(tmp_path: Path, spec: CacheConfig) -> None:
@@ -276,7 +276,7 @@ def test_threads_fetch_what_the_next_steps_read(tmp_path: Path, spec: CacheConfi
         stream = loader(dataset, read_streams=2, shuffle_window=4, global_size=4).steps(0)
         for _ in islice(stream, 3):
             pass
-        coming = [np.unique(dataset.shards_of(order.locate(order.step_positions(c, 4)))) for c in range(0, 96, 4)]
+        coming = [np.unique(dataset.shards_in(order.locate(order.step_positions(c, 4)))) for c in range(0, 96, 4)]
         in_order = list(dict.fromkeys(int(shard) for shards in coming for shard in shards))
         taken = {int(shard) for shards in coming[:3] for shard in shards}
         expected = [f"part-{shard:03d}.tar" for shard in in_order[: len(taken) + 2]]

@@ -27,7 +27,7 @@ from pretrain.evals.fewshot import protocol as fewshot
 from pretrain.evals.fewshot.config import Classifier, FewshotConfig, Shots
 from pretrain.evals.fewshot.protocol import (
     Fewshot,
-    first_of,
+    first_samples,
     nearest_centroid,
     ranked,
 )
@@ -40,7 +40,7 @@ KEYS = [f"{i:03d}" for i in range(len(LABELS))]
 
 
 def draw(keys: Sequence[str], labels: torch.Tensor, shots: Shots, seed: int) -> torch.Tensor:
-    return first_of(ranked(keys, labels, seed), shots)
+    return first_samples(ranked(keys, labels, seed), shots)
 
 
 @settings(max_examples=50, deadline=None)

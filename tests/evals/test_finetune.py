@@ -23,7 +23,7 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.finetune.config import FinetuneConfig
 from pretrain.evals.finetune.protocol import Finetune, _unseen, _watched
-from pretrain.evals.finetune.recipe import finetune_recipe, model_of, starting_encoder
+from pretrain.evals.finetune.recipe import finetune_recipe, finetuned_model, starting_encoder
 from pretrain.evals.pseudo_label import load_teacher
 from pretrain.evals.result import EvalReport
 from pretrain.evals.sources.load import load_source
@@ -80,7 +80,7 @@ def encoder(tmp_path: Path) -> Encoder:
     ids=lambda model: model.name,
 )
 def test_the_model_of_a_folder_is_that_of_the_recipe(model: Model, tmp_path: Path) -> None:
-    found = model_of(load_source(str(saved(tmp_path / "encoder", model))))
+    found = finetuned_model(load_source(str(saved(tmp_path / "encoder", model))))
     assert found.model_dump() == model.model_dump()
 
 
@@ -90,15 +90,15 @@ def test_the_model_of_a_timm_name_and_of_a_file(tmp_path: Path) -> None:
     save_file(fresh.module.state_dict(), tmp_path / "weights.safetensors")
     of_file = load_source(str(tmp_path / "weights.safetensors"), architecture=architecture)
     for encoder in (fresh, of_file):
-        assert model_of(encoder).model_dump() == MODEL.model_copy(update={"options": {"depth": 1}}).model_dump()
+        assert finetuned_model(encoder).model_dump() == MODEL.model_copy(update={"options": {"depth": 1}}).model_dump()
 
 
 def test_an_encoder_that_recipes_cannot_build_is_refused(encoder: Encoder) -> None:
     with pytest.raises(InputError, match="timm ViT, Swin or ResNet"):
-        model_of(small_encoder())
+        finetuned_model(small_encoder())
     encoder.module.norm.eps = 0.5  # type: ignore[union-attr, assignment]
     with pytest.raises(CheckpointError, match="the same features"):
-        model_of(encoder)
+        finetuned_model(encoder)
 
 
 def test_the_paper_s_recipe_is_the_paper_s(tmp_path: Path) -> None:
@@ -250,9 +250,9 @@ def test_it_is_trained_at_the_size_that_is_asked_for(kind: str, model: Model, tm
         recipe = load_recipe(path / "recipe.yaml").model_copy(update={"model": model})
         (path / "recipe.yaml").write_text(dump(recipe))
         saved(path / "encoder", model)
-        assert model_of(load_source(str(path))) == model
+        assert finetuned_model(load_source(str(path))) == model
     encoder = load_source(str(path), architecture=Architecture(str(path), 64))
-    found = model_of(encoder)
+    found = finetuned_model(encoder)
     assert (found.image_size, found.judged_size) == (64, 64)
     module, new, left = starting_encoder(encoder, found, seed=1)
     assert (weights_sha256(module), new, left) == (encoder.weights_sha256(), (), ())

@@ -22,7 +22,7 @@ from pretrain.evals.features.extract import Extraction, Features
 from pretrain.evals.features.readout import Readout
 from pretrain.evals.linear import fits as linear_fits
 from pretrain.evals.linear.config import LinearConfig
-from pretrain.evals.linear.fits import FitRequest, fit_of
+from pretrain.evals.linear.fits import FitRequest, choose_fit
 from pretrain.evals.linear.protocol import Choice, Linear, choose
 from pretrain.evals.task import Splits
 from tests.evals.conftest import Digits, Folders, small_encoder
@@ -36,7 +36,7 @@ def splits_of(values: Tensor, labels: Tensor) -> Splits:
 
 def choice_of(config: LinearConfig, *splits: Splits, num_classes: int) -> Choice:
     task: Any = SimpleNamespace(num_classes=num_classes)
-    fit = fit_of(config, small_encoder(), task, Extraction(), splits)
+    fit = choose_fit(config, small_encoder(), task, Extraction(), splits)
     return choose(fit, splits, len(config.described), val_share=config.val_share, seed=config.seed)
 
 
@@ -46,7 +46,7 @@ def test_accuracy_on_real_digits_is_that_of_scikit_learn(digits: Digits, solver:
     config = LinearConfig(train="", test="", solver=solver, **grid)
     splits = (splits_of(digits.train, digits.train_labels),)
     task: Any = SimpleNamespace(num_classes=10)
-    fit = fit_of(config, small_encoder(), task, Extraction(), splits)
+    fit = choose_fit(config, small_encoder(), task, Extraction(), splits)
     choice = choose(fit, splits, len(config.described), val_share=0.1, seed=0)
     (probe,) = fit(FitRequest([0], [choice.setting], None, "")).probes
     found = 100 * scores(probe, digits.test, digits.test_labels)[0].item()

@@ -131,7 +131,7 @@ def test_on_cifar10_loss_and_accuracy_are_scikit_learns(cifar10: dict[str, list[
         torch.manual_seed(0)
         module = timm.create_model("resnet18", num_classes=0)
     encoder = small_encoder(module.eval())
-    encoder = type(encoder)(**{**vars(encoder), "image_size": 32})
+    encoder = replace(encoder, preprocessing=replace(encoder.preprocessing, image_size=32))
     data = open_dataset(str(tmp_path / "train")), open_dataset(str(tmp_path / "test"))
     train, test = (Extraction().extract(encoder, part, num_classes=10, label="")[0] for part in data)
     c = 0.003

@@ -14,7 +14,7 @@ import pretrain.evals
 from data_pipeline.errors import InputError, RecipeError
 from data_pipeline.remote.config import CacheConfig
 from launch.commands.eval import app
-from launch.commands.protocol_options import config_of
+from launch.commands.protocol_options import build_config
 from pretrain.evals.config import KINDS, ProtocolConfig, config_class
 from pretrain.evals.protocols import check_evaluations
 from pretrain.recipe.files import dump
@@ -62,7 +62,7 @@ def problems(folder: Path, tree: dict[str, Any]) -> list[str]:
 def asked_by(kind: str, words: list[str]) -> ProtocolConfig:
     """What a command line asks for, read by the parser of its command."""
     params = dict(COMMANDS.commands[kind].make_context(kind, ["encoder", *words]).params)
-    return config_of(config_class(kind), dict(params), params)
+    return build_config(config_class(kind), dict(params), params)
 
 
 def test_the_table_has_every_folder_with_a_protocol() -> None:

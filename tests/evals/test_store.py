@@ -21,7 +21,7 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import store as store_module
 from pretrain.evals.features.extract import Extraction, Features
 from pretrain.evals.features.readout import OWN, Readout
-from pretrain.evals.features.store import FeatureStore, Shelf, architecture_sha256
+from pretrain.evals.features.store import CacheEntry, FeatureStore, architecture_sha256
 from pretrain.runtime import versions
 from pretrain.runtime.collectives import World
 from tests.evals.conftest import Folders, small_encoder
@@ -161,8 +161,8 @@ def test_whatever_features_depend_on_is_part_of_the_question(
     smoother = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.BatchNorm1d(32, eps=0.1), nn.Dropout(0.5))
     smoother.load_state_dict(base.module.state_dict())
     ask(base)
-    ask(replace(base, views=replace(base.views, eval_crop=0.5)))
-    ask(replace(base, mean=(0.4, 0.5, 0.5)))
+    ask(replace(base, preprocessing=replace(base.preprocessing, eval_crop=0.5)))
+    ask(replace(base, preprocessing=replace(base.preprocessing, mean=(0.4, 0.5, 0.5))))
     ask(replace(base, module=smoother))
     ask(base, num_classes=11)
     ask(base, precision="bf16")
@@ -201,17 +201,17 @@ def both_readouts(world: World, folder: str, store: str) -> tuple[tuple[Features
     """Features of each readout, images that went through on this rank, and how often it read the store for gaps."""
     store_module.CHUNK = 16
     images, looks = [0], [0]
-    encoder, look = vit_encoder(), Shelf.missing
+    encoder, look = vit_encoder(), CacheEntry.missing
 
     def count(_: nn.Module, given: tuple[Tensor]) -> None:
         images[0] += len(given[0])
 
-    def counted(shelf: Shelf) -> list[int]:
+    def counted(shelf: CacheEntry) -> list[int]:
         looks[0] += 1
         return look(shelf)
 
     encoder.module.patch_embed.register_forward_pre_hook(count)  # type: ignore[union-attr]
-    Shelf.missing = counted  # type: ignore[method-assign]
+    CacheEntry.missing = counted  # type: ignore[method-assign]
     extraction = Extraction(
         batch_size=10,
         readouts=(OWN, MEAN),

@@ -24,9 +24,9 @@ from pretrain.evals.zeroshot.protocol import (
     Prompts,
     ZeroShot,
     class_vectors,
-    lines_of,
     mean_per_class,
     named_classes,
+    nonempty_lines,
 )
 from pretrain.models.towers import Towers
 from tests.pretrain.test_towers import saved
@@ -166,7 +166,7 @@ def test_classes_that_share_all_their_vectors_are_no_luck(towers: Towers, shapes
 
 
 def test_the_prompts_for_shapes_are_those_of_the_scenes() -> None:
-    assert lines_of(PROMPTS / "shapes_held_out.txt", "") == tuple(f"{color} {shape}" for color, shape in HELD_OUT)
+    assert nonempty_lines(PROMPTS / "shapes_held_out.txt", "") == tuple(f"{color} {shape}" for color, shape in HELD_OUT)
     assert Prompts.named(str(PROMPTS / "shapes.txt")).texts("red star") == ["a large red star"]
 
 

@@ -48,7 +48,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def report_of(folder: Path) -> tuple[Path, dict[str, Any]]:
+def make_report(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The only evaluation of the run, and what it says."""
     (path,) = (folder / RUN / "evals").glob("*.json")
     return path, json.loads(path.read_text())
@@ -85,7 +85,7 @@ def test_features_that_are_kept_are_not_computed_again(older: Path, capsys: pyte
     (question, *_) = (json.loads(path.read_text()) for path in Path("cache").glob("*/question.json"))
     if other := {name: version(name) for name in question["versions"]}.items() - question["versions"].items():
         pytest.skip(f"features of other versions than {dict(other)} are rightly computed anew")
-    path, before = report_of(older)
+    path, before = make_report(older)
     kept = files(Path("cache"))
     for tar in Path("data").rglob("*.tar"):
         tar.write_bytes(bytes(tar.stat().st_size))
@@ -94,7 +94,7 @@ def test_features_that_are_kept_are_not_computed_again(older: Path, capsys: pyte
     assert "shard-000000.tar" in capsys.readouterr().err
     path.unlink()
     assert pretrain(*knn, "--cache", "cache") == 0
-    again, after = report_of(older)
+    again, after = make_report(older)
     assert again == path
     for key in ("metrics", "n", "protocol", "data", "seeds", "weights_sha256"):
         assert after[key] == before[key], key
@@ -106,7 +106,7 @@ def test_features_that_are_kept_are_not_computed_again(older: Path, capsys: pyte
 
 
 def test_an_evaluation_is_asked_again_compared_and_reported(older: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, before = report_of(older)
+    path, before = make_report(older)
     assert pretrain("report", str(RUN)) == 0
     assert "kNN, k = 3" in (older / RUN / "report.html").read_text()
     capsys.readouterr()
@@ -129,4 +129,4 @@ def test_the_folder_and_its_encoder_are_still_understood(older: Path, capsys: py
     (state,) = json.loads(capsys.readouterr().out)
     assert (state["step"], state["total_steps"]) == (10, 20)
     assert pretrain("eval", "knn", str(RUN / "encoder"), *KNN, "--out", "encoder.json") == 0
-    assert json.loads(Path("encoder.json").read_text())["weights_sha256"] == report_of(older)[1]["weights_sha256"]
+    assert json.loads(Path("encoder.json").read_text())["weights_sha256"] == make_report(older)[1]["weights_sha256"]

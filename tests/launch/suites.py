@@ -13,7 +13,7 @@ import typer
 from data_pipeline.errors import PretrainError
 from launch.commands.eval import app
 from launch.suites import run as suites
-from launch.suites.jobs import Cell, Questions, cells_of
+from launch.suites.jobs import Questions, SuiteJob, suite_jobs
 from pretrain.evals.suite import load_suite
 from pretrain.models.encoder_folders import save_encoder
 from pretrain.models.encoders import build_encoder
@@ -78,7 +78,7 @@ def write_suite(folder: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
-def in_this_process(cell: Cell, device: str | None, say: Any) -> int:
+def in_this_process(cell: SuiteJob, device: str | None, say: Any) -> int:
     """A cell without the seconds that another process takes to begin."""
     try:
         status = app(list(cell.words[1:]), standalone_mode=False)
@@ -88,8 +88,8 @@ def in_this_process(cell: Cell, device: str | None, say: Any) -> int:
     return int(status or 0)
 
 
-def cells(tmp_path: Path, tree: dict[str, Any]) -> list[Cell]:
-    return cells_of(load_suite(write_suite(tmp_path, tree)), tmp_path / "out", "suite.yaml", COMMANDS)
+def cells(tmp_path: Path, tree: dict[str, Any]) -> list[SuiteJob]:
+    return suite_jobs(load_suite(write_suite(tmp_path, tree)), tmp_path / "out", "suite.yaml", COMMANDS)
 
 
 def with_option(tree: dict[str, Any], group: str, name: str, **options: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def with_option(tree: dict[str, Any], group: str, name: str, **options: Any) -> 
     return {**tree, group: {**tree[group], name: {**before, **options}}}
 
 
-def refused(cell: Cell, device: str | None, say: Callable[[str], None]) -> int:
+def refused(cell: SuiteJob, device: str | None, say: Callable[[str], None]) -> int:
     raise AssertionError(f"{cell.name} was started")
 
 

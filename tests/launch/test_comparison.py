@@ -31,7 +31,7 @@ from pretrain.reports.comparison_figures import (
     principal_axes,
 )
 from pretrain.reports.comparison_images import look
-from pretrain.reports.comparison_page import page_of, write_comparison
+from pretrain.reports.comparison_page import build_page, write_comparison
 from pretrain.reports.sample_images import look_at
 from tests.launch.suites import in_this_process, make_run, run_suite, tree_of, write_suite
 
@@ -301,14 +301,14 @@ def test_outcomes_that_are_no_classes_have_no_figures_by_class(suite: Path, tmp_
     own = load(suite, "first")
     data = {key: value for key, value in own.data.items() if key != "num_classes"}
     comparison = compare_results([kept(tmp_path, "a.json", own, data=data)])
-    (column,) = page_of(comparison, load_judged)["columns"]
+    (column,) = build_page(comparison, load_judged)["columns"]
     assert column["by_class"] is None
     assert "nothing by class" in column["skipped"]
 
 
 def test_of_too_many_classes_there_is_no_matrix(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pretrain.reports.comparison_page.MAX_PAIRED", 2)
-    column, *_ = page_of(compare_results([suite]), load_judged)["columns"]
+    column, *_ = build_page(compare_results([suite]), load_judged)["columns"]
     assert column["matrices"] == []
     assert "more than 2 classes" in column["unpaired"]
 

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from data_pipeline.errors import DataError, InputError, RecipeError
-from launch.suites.jobs import Cell, Questions
+from launch.suites.jobs import Questions, SuiteJob
 from launch.suites.run import _in_a_process, cuda_devices
 from pretrain.evals.result import EvalReport
 from tests.launch.suites import (
@@ -174,7 +174,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(
     (out / "second" / "colours" / "linear.json").unlink()
     run: list[str] = []
 
-    def noted(cell: Cell, device: str | None, say: Callable[[str], None]) -> int:
+    def noted(cell: SuiteJob, device: str | None, say: Callable[[str], None]) -> int:
         run.append(cell.name)
         return in_this_process(cell, device, say)
 
@@ -221,7 +221,7 @@ def test_no_answer_to_an_older_question_is_left_beside_a_newer_one(tmp_path: Pat
     assert run_suite(path, out, devices=[], run=in_this_process) == 0
     write_suite(tmp_path, with_option(tree, "protocols", "knn", k=[1]))
 
-    def interrupted(cell: Cell, device: str | None, say: Callable[[str], None]) -> int:
+    def interrupted(cell: SuiteJob, device: str | None, say: Callable[[str], None]) -> int:
         assert not list(out.glob("*/*/knn.json"))
         return 130
 
@@ -251,7 +251,7 @@ def test_each_device_has_one_process_at_a_time(tmp_path: Path, tree: dict[str, A
     seen: list[str | None] = []
     lock = threading.Lock()
 
-    def run(cell: Cell, device: str | None, say: Callable[[str], None]) -> int:
+    def run(cell: SuiteJob, device: str | None, say: Callable[[str], None]) -> int:
         with lock:
             assert device not in at_work
             at_work.add(device)
@@ -282,7 +282,7 @@ def test_a_process_of_its_own_gets_its_device_and_is_heard(tmp_path: Path, monke
     (tmp_path / "launch" / "ranks" / "rank.py").write_text(rank + "os.kill(os.getpid(), signal.SIGKILL)\n")
     monkeypatch.setattr("launch.ranks.child.ROOT", tmp_path)
     heard: list[str] = []
-    cell = Cell("a", "b", "c", ("eval", "knn"), "encoder", {}, tmp_path, tmp_path)
+    cell = SuiteJob("a", "b", "c", ("eval", "knn"), "encoder", {}, tmp_path, tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     assert _in_a_process(cell, "3", heard.append, num_processes=4) == 137

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, InputError
 from data_pipeline.samples.preprocessing import Preprocessing
-from pretrain.models.attention import choose_attention
+from pretrain.engine.attention import choose_attention
 from pretrain.models.encoder_folders import save_encoder
 from pretrain.models.encoders import build_encoder, model_args
 from pretrain.models.load_encoder import load_encoder

@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
 PROBE = ProbeShape(width=32, num_classes=3)
 
 
-def recipe_of(case: str, folder: Path) -> Recipe:
+def make_recipe(case: str, folder: Path) -> Recipe:
     return load_recipe(write_recipe(folder / "recipe.yaml", "shards", **{"model": MODEL, **CASES[case]}))
 
 
@@ -65,32 +65,32 @@ def saved_bytes(world: World, recipes: dict[str, Recipe]) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_a_checkpoint_is_as_large_as_planned(tmp_path: Path) -> None:
-    recipes = {case: recipe_of(case, tmp_path) for case in CASES}
+    recipes = {case: make_recipe(case, tmp_path) for case in CASES}
     (found,) = run_ranks(saved_bytes, 1, recipes)
     assert {case: planned(recipe, 4, PROBE).checkpoint for case, recipe in recipes.items()} == found
 
 
 def test_what_a_rank_keeps(tmp_path: Path) -> None:
-    plain = planned(recipe_of("adamw", tmp_path), 2)
+    plain = planned(make_recipe("adamw", tmp_path), 2)
     assert plain.device == pytest.approx(model_state_bytes(plain.num_trained, 2, 2) + 4 * plain.num_frozen, rel=0.01)
     assert plain.host == plain.checkpoint / 2
-    averaged = planned(recipe_of("adamw, average", tmp_path), 2)
+    averaged = planned(make_recipe("adamw, average", tmp_path), 2)
     assert averaged.device - plain.device == pytest.approx(4 * plain.num_trained / 2, rel=0.01)
-    taught = planned(recipe_of("momentum, teacher", tmp_path), 2)
+    taught = planned(make_recipe("momentum, teacher", tmp_path), 2)
     states = model_state_bytes(taught.num_trained, 2, 2, moments=1)
     assert taught.num_frozen > 0
     assert taught.device == pytest.approx(states + 4 * taught.num_frozen, rel=0.01)
 
 
 def test_a_probe_is_kept_by_every_rank(tmp_path: Path) -> None:
-    recipe = recipe_of("momentum, probe", tmp_path)
+    recipe = make_recipe("momentum, probe", tmp_path)
     assert recipe.online_probe is not None
     probe = probe_bytes(recipe.online_probe, PROBE)
     assert planned(recipe, 2, PROBE).device - planned(recipe, 2).device == probe
 
 
 def test_what_is_offloaded_moves_to_the_host(tmp_path: Path) -> None:
-    recipe = recipe_of("adamw", tmp_path)
+    recipe = make_recipe("adamw", tmp_path)
     before = planned(recipe, 2)
     engine = recipe.engine.model_copy(update={"offload_optimizer": True})
     after = planned(recipe.model_copy(update={"engine": engine}), 2)

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import auto_augment as timm
 from torch import Tensor
 
-from data_pipeline.samples.rand_augment import RandOp, argument_of
+from data_pipeline.samples.rand_augment import RandOp, operation_argument
 from pretrain.augment.rand_augment import rand_augment
 
 FILL = (0.485, 0.456, 0.406)
@@ -71,7 +71,7 @@ arguments = {
 @settings(max_examples=40, deadline=None)
 @given(picture=pictures(), **arguments)
 def test_colour(operation: RandOp, picture: np.ndarray, level: float, sign: int, increasing: bool) -> None:
-    argument = float(np.float32(argument_of(operation, level, sign, increasing)))
+    argument = float(np.float32(operation_argument(operation, level, sign, increasing)))
     expected = np.array(COLOUR[operation](Image.fromarray(picture), argument))
     batch = planes(picture)
     rand_augment(batch, torch.tensor([[operation]]), torch.tensor([[argument]]), FILL)
@@ -83,7 +83,7 @@ def test_colour(operation: RandOp, picture: np.ndarray, level: float, sign: int,
 @given(picture=pictures(), **arguments)
 def test_geometry(operation: RandOp, picture: np.ndarray, level: float, sign: int, increasing: bool) -> None:
     """One level at most, but where a pixel's source lies on the border of the image, to fp32's precision."""
-    argument = float(np.float32(argument_of(operation, level, sign, increasing)))
+    argument = float(np.float32(operation_argument(operation, level, sign, increasing)))
     options: dict[str, Any] = {
         "resample": Image.Resampling.BILINEAR,
         "fillcolor": tuple(round(255 * share) for share in FILL),
@@ -114,7 +114,9 @@ def test_each_image_has_its_own_operations_layer_by_layer() -> None:
     rng = np.random.default_rng(0)
     batch = torch.from_numpy(rng.integers(0, 256, (60, 3, 12, 14), np.uint8))
     operations = torch.from_numpy(rng.integers(-1, 15, (60, 3)))
-    levels = torch.tensor([[argument_of(RandOp(max(o, 0)), 0.6, 1, True) for o in row] for row in operations.tolist()])
+    levels = torch.tensor(
+        [[operation_argument(RandOp(max(o, 0)), 0.6, 1, True) for o in row] for row in operations.tolist()]
+    )
     expected = batch.clone()
     for row in range(60):
         for layer in range(3):

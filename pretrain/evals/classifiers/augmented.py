@@ -93,7 +93,7 @@ def augmented_examples(
 def _forward(
     encoder: Encoder, reader: Reader, extraction: Extraction, step: StepData
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Of one forward pass on this rank: features of each readout, and labels."""
+    """Runs one forward pass on this rank and returns features of each readout, and labels."""
     for bad in step.bad:
         raise RunError(where=f"{bad.shard}: {bad.key}", expected="a sample that can be used", found=bad.reason)
     (batch,) = step.micro_batches

@@ -83,7 +83,7 @@ class Objective:
         return self.num_classes, self.values.shape[1] + 1
 
     def loss_and_gradient(self, theta: Tensor, inverse_penalty: float) -> tuple[Tensor, Tensor]:
-        """Of weights and, in the last column, biases, which are not penalised: theta [K, D + 1] fp64.
+        """Computes the loss of theta [K, D + 1] fp64: weights and, in the last column, biases, which are not penalized.
 
         Mean cross entropy plus |weights|^2 / (2 C N), and its gradient, [K, D + 1].
         """

@@ -35,7 +35,7 @@ class Probes:
         return flat.view(-1, *self.bias.shape).transpose(1, 2)
 
     def logits_of_all(self, values: Tensor) -> Tensor:
-        """Of a single classifier, S = 1, and of features that may lie elsewhere, [N, D] -> [N, K] on the CPU."""
+        """Returns a single classifier's logits of features that may lie elsewhere: [N, D] -> [N, K] on the CPU."""
         chunk = max(1, LOGITS_PER_CHUNK // self.bias.numel())
         parts = [self.logits(x.to(self.bias.device)).squeeze(2).cpu() for x in torch.split(values, chunk)]
         return torch.cat(parts)
@@ -73,7 +73,7 @@ def _parts(values: Tensor, rows: Tensor | None) -> Iterator[Tensor]:
 
 
 def scores(probes: Probes, values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each classifier, the share of right labels and the mean cross entropy, each [S] fp64 on the CPU.
+    """Returns, for each classifier, the share of right labels and the mean cross entropy, each [S] fp64 on the CPU.
 
     Args:
         values: [N, D]; may lie elsewhere than the classifiers.

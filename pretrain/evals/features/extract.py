@@ -18,8 +18,8 @@ from data_pipeline.progress import track
 from pretrain.augment.augment import normalize
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.readout import OWN, Reader, Readout
+from pretrain.evals.features.store import CacheEntry, FeatureStore, architecture_sha256, joined
 from pretrain.evals.features.store import Features as Features
-from pretrain.evals.features.store import FeatureStore, Shelf, architecture_sha256, joined
 from pretrain.runtime.collectives import barrier, from_main
 from pretrain.runtime.versions import LIBRARIES, of
 
@@ -78,7 +78,7 @@ class Extraction:
         """
         total = dataset.num_samples if limit is None else min(limit, dataset.num_samples)
         asked = _Asked(encoder, dataset, num_classes, total, label)
-        found = self._in_memory(asked) if self.store is None else self._out_of(self.store, asked)
+        found = self._in_memory(asked) if self.store is None else self._read_output(self.store, asked)
         if any(len(set(features.keys)) != total for features in found):
             num_keys = len(set(found[0].keys))
             raise RunError(where=label, expected=f"features of {total} samples, each once", found=f"{num_keys} keys")
@@ -91,7 +91,7 @@ class Extraction:
         self._compute(asked, self.readouts, [range(asked.total)], lambda _, part: parts.append(part))
         return tuple(joined(of_readout) for of_readout in zip(*parts, strict=True))
 
-    def _out_of(self, store: FeatureStore, asked: _Asked) -> tuple[Features, ...]:
+    def _read_output(self, store: FeatureStore, asked: _Asked) -> tuple[Features, ...]:
         """Every rank first puts its share of what is missing there."""
         common = {
             "weights_sha256": asked.encoder.weights_sha256(),
@@ -116,7 +116,7 @@ class Extraction:
         return tuple(shelf.features() for shelf in shelves)
 
     def _fill(
-        self, shelves: Sequence[Shelf], asked: _Asked, readouts: Sequence[Readout], missing: Sequence[int]
+        self, shelves: Sequence[CacheEntry], asked: _Asked, readouts: Sequence[Readout], missing: Sequence[int]
     ) -> None:
         """Computes this rank's share of the missing chunks, a shelf for each readout."""
         numbers = missing[self.rank :: self.world_size]

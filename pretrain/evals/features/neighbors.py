@@ -218,12 +218,12 @@ def _greater(blocks: Tensor, above: Tensor, least: Tensor) -> tuple[Tensor, Tens
 
 
 def _nearest_first(bank: Vectors, queries: Vectors, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each query its `rows` of the bank, [q, C], and their cosines, the nearest first."""
+    """Compares each query with its `rows` of the bank, [q, C], and their cosines, the nearest first."""
     return _ordered(_cosines(bank, queries, rows), rows)
 
 
 def _cosines(bank: Vectors, queries: Vectors, rows: Tensor) -> Tensor:
-    """Of each query to its `rows` of the bank, [q, C], in fp64 on the grid: of each pair, whatever stands beside it."""
+    """Returns the cosines of queries to their `rows` of the bank, [q, C], in fp64, whatever stands beside a pair."""
     cosines = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
     for part in _parts(len(rows), max(1, PRODUCTS // (rows.shape[1] * bank.values.shape[1]))):
         products = bank.values[rows[part]].double().mul_(queries.values[part].double().unsqueeze(1))

@@ -11,7 +11,7 @@ from data_pipeline.errors import CheckpointError
 from data_pipeline.progress import track
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction, full_precision, untouched
-from pretrain.models.towers import Parts, Towers, embed_images
+from pretrain.models.towers import TowerModules, Towers, embed_images
 from pretrain.runtime.versions import LIBRARIES
 
 TOWER_LIBRARIES = (*LIBRARIES, "open_clip_torch")
@@ -20,12 +20,12 @@ TOWER_LIBRARIES = (*LIBRARIES, "open_clip_torch")
 class ImageSide(nn.Module):
     """From normalised images [B, 3, S, S] to unit vectors [B, D]."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: TowerModules) -> None:
         super().__init__()
         self.encoder, self.projection, self.text = parts
 
     def forward(self, images: Tensor) -> Tensor:
-        return embed_images(Parts(self.encoder, self.projection, self.text), images)
+        return embed_images(TowerModules(self.encoder, self.projection, self.text), images)
 
 
 def image_side(towers: Towers) -> Encoder:

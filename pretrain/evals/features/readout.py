@@ -82,13 +82,13 @@ class Reader(nn.Module):
 
 
 def _norm_of_head(trunk: nn.Module) -> nn.Module | None:
-    """Of a pooled map [B, D, 1, 1], as ConvNeXt's head has one."""
+    """Flattens a pooled map [B, D, 1, 1], as ConvNeXt's head has one."""
     norm = getattr(getattr(trunk, "head", None), "norm", None)
     return norm if isinstance(norm, nn.Module) else None
 
 
 def _last_blocks(trunk: Any, images: Tensor, blocks: int) -> list[tuple[Tensor | None, Tensor]]:
-    """Of each of the last blocks its prefix tokens [B, P, D], where it shows any, and its patches [B, N, D]."""
+    """Returns the prefix tokens [B, P, D], if there are any, and the patches [B, N, D] of each of the last blocks."""
     if _is_open_clip(trunk):
         found = trunk.forward_intermediates(
             images, indices=blocks, normalize_intermediates=True, intermediates_only=True, output_extra_tokens=True

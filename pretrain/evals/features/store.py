@@ -61,14 +61,14 @@ class FeatureStore:
             raise InputError(where="--cache", expected="a folder", found=f"a file, {folder}")
         self.folder = folder
 
-    def shelf(self, question: Mapping[str, object], total: int) -> Shelf:
+    def shelf(self, question: Mapping[str, object], total: int) -> CacheEntry:
         """Where the features of `total` samples are kept that answer `question`: whatever they depend on."""
         asked = json.dumps({"format": FORMAT, **question, "n": total}, sort_keys=True, indent=2)
-        return Shelf(self.folder / hashlib.sha256(asked.encode()).hexdigest()[:32], asked, total)
+        return CacheEntry(self.folder / hashlib.sha256(asked.encode()).hexdigest()[:32], asked, total)
 
 
 @dataclass(frozen=True)
-class Shelf:
+class CacheEntry:
     """The features of one data set, [N, D] fp32 in one file that is mapped into memory, and a record per chunk of it.
 
     A record is written once its rows are on disk, and carries their checksum: what a stop tore, or a disk damaged, is

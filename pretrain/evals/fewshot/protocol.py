@@ -72,7 +72,7 @@ class Fewshot(Evaluator):
         for seed in shown:
             classes = ranked(train.keys, train.labels, seed)
             for shots in values:
-                chosen = first_of(classes, shots)
+                chosen = first_samples(classes, shots)
                 sizes[called(shots)] = len(chosen)
                 predicted, told = self._predict(train, chosen, queries, seed)
                 notes += [f"{called(shots)}, seed {seed}: {note}" for note in told]
@@ -149,7 +149,7 @@ def build(config: FewshotConfig, extraction: Extraction, open_data: OpenData) ->
 
 
 def ranked(keys: Sequence[str], labels: Tensor, seed: int) -> list[list[int]]:
-    """Of each class, the numbers of its samples in the order in which they are drawn; classes by their labels.
+    """Returns the numbers of each class's samples in the order in which they are drawn; classes by their labels.
 
     A function of seed, keys and labels, whatever the order of the samples.
 
@@ -166,7 +166,7 @@ def ranked(keys: Sequence[str], labels: Tensor, seed: int) -> list[list[int]]:
     return list(classes.values())
 
 
-def first_of(classes: Sequence[Sequence[int]], shots: Shots) -> Tensor:
+def first_samples(classes: Sequence[Sequence[int]], shots: Shots) -> Tensor:
     """What is learned from, class after class, [n] int64.
 
     A larger number of shots has what a smaller one has, so that curves over it are of growing sets.

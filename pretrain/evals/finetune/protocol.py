@@ -19,7 +19,7 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.finetune.config import FinetuneConfig
 from pretrain.evals.finetune.recipe import finetune_recipe, starting_encoder
-from pretrain.evals.result import EvalReport, Evaluator, outcomes_of, report_of
+from pretrain.evals.result import EvalReport, Evaluator, make_outcomes, make_report
 from pretrain.evals.task import OpenData, Task
 from pretrain.models.config import Model
 from pretrain.models.encoder_folders import save_encoder
@@ -135,10 +135,10 @@ class Finetune(Evaluator):
         if (goodput := read_goodput(run)) is not None:
             seconds |= {f"train_{kind}": value for kind, value in asdict(goodput).items()}
         several = self.task.num_classes >= 10
-        report = report_of(
+        report = make_report(
             self.name,
             judged,
-            outcomes_of(logits.keys, logits.labels, logits.values.argmax(dim=1)),
+            make_outcomes(logits.keys, logits.labels, logits.values.argmax(dim=1)),
             metric="top1",
             further={"top5": 100 * topk_share(logits.values, logits.labels, 5)} if several else {},
             protocol={**self._protocol(recipe, run), "device": encoder.device.type, **start},
@@ -209,7 +209,7 @@ def _keep_start(folder: Path, module: nn.Module, recipe: Recipe) -> None:
 
 
 def _classifier(recipe: Recipe, run: Path) -> nn.Module:
-    """Of the last step, on the CPU: normalised images [B, 3, S, S] to logits [B, K]."""
+    """The classifier of the last step, on the CPU: normalised images [B, 3, S, S] to logits [B, K]."""
     if not is_finished(run):
         progress = _progress(run)
         raise RunError(

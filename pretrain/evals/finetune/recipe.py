@@ -19,7 +19,7 @@ from pretrain.models.encoders import build_encoder
 from pretrain.models.load_encoder import load_encoder
 from pretrain.models.seeded import seeded
 from pretrain.models.strict_loading import load_strictly
-from pretrain.recipe.files import load_recipe, recipe_of
+from pretrain.recipe.files import load_recipe, make_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.typed import as_tuples
 
@@ -68,7 +68,7 @@ def finetune_recipe(encoder: Encoder, config: FinetuneConfig, *, num_classes: in
     Raises:
         InputError: an encoder that recipes cannot train, or a wrong override.
     """
-    model = model_of(encoder)
+    model = finetuned_model(encoder)
     preset = deepcopy(PRESETS[config.preset])
     wanted: Mapping[str, Any] = preset["model"]["options"]
     if "fc_norm" in wanted and not model.name.startswith(("vit_", "deit_")):
@@ -100,7 +100,7 @@ def finetune_recipe(encoder: Encoder, config: FinetuneConfig, *, num_classes: in
         "engine": {"precision": config.precision or ("bf16" if on_gpu else "fp32")},
         "runtime": {"device": config.device, "num_workers": config.num_workers},
     }
-    recipe = recipe_of(tree, list(config.overrides), where="the fine-tuning's recipe")
+    recipe = make_recipe(tree, list(config.overrides), where="the fine-tuning's recipe")
     said = {
         "data.train": (recipe.data.train, config.train),
         "init_from": (recipe.init_from, str(start)),
@@ -118,7 +118,7 @@ def finetune_recipe(encoder: Encoder, config: FinetuneConfig, *, num_classes: in
     return recipe
 
 
-def model_of(encoder: Encoder) -> Model:
+def finetuned_model(encoder: Encoder) -> Model:
     """The `model` group of a recipe that builds this encoder; that it gives the same features is tried.
 
     Raises:

@@ -173,7 +173,7 @@ class LinearConfig(ClassificationConfig):
         return max(self.min_steps, math.ceil(self.epochs * per_epoch))
 
     def training(self, num_samples: int) -> Training:
-        """Of SGD and LARS, on so many samples."""
+        """Returns how SGD and LARS train on so many samples."""
         assert self.solver != "lbfgs"
         num_steps = self.num_steps(num_samples)
         return Training(

@@ -10,7 +10,7 @@ from pretrain.evals.linear.config import LinearConfig
 
 
 def describe(config: LinearConfig, num_train: int, encoder: Encoder) -> dict[str, object]:
-    """Of a probe that is retrained on so many samples."""
+    """Describes a probe that is retrained on so many samples."""
     preset = {"paper": config.paper} if config.paper else {}
     common = {"classifier": "multinomial logistic regression", **preset, "standardised": _normalisation(config)}
     if config.solver == "lbfgs":

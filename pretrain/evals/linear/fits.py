@@ -38,7 +38,7 @@ class FitRequest:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Of each readout of a job its classifiers, in the order of the settings, and what a reader should know."""
+    """The classifiers of each readout of a job, in the order of the settings, and what a reader should know."""
 
     probes: tuple[Probes, ...]
     notes: tuple[str, ...] = ()
@@ -47,7 +47,9 @@ class Fitted:
 Fit = Callable[[FitRequest], Fitted]
 
 
-def fit_of(config: LinearConfig, encoder: Encoder, task: Task, extraction: Extraction, splits: Sequence[Splits]) -> Fit:
+def choose_fit(
+    config: LinearConfig, encoder: Encoder, task: Task, extraction: Extraction, splits: Sequence[Splits]
+) -> Fit:
     """The way that the configuration asks for; `splits` has the features of each readout of the extraction."""
     num_classes, device = task.num_classes, encoder.device
     labels = splits[0].train.labels
@@ -59,18 +61,12 @@ def fit_of(config: LinearConfig, encoder: Encoder, task: Task, extraction: Extra
         return len(labels) if job.rows is None else len(job.rows)
 
     def to_features(job: FitRequest) -> Fitted:
-        return Fitted(
-            fit_each(
-                values(job),
-                labels,
-                [config.settings[i] for i in job.settings],
-                config.training(num_samples(job)),
-                rows=job.rows,
-                num_classes=num_classes,
-                device=device,
-                label=job.label,
-            )
-        )
+        settings, training = [config.settings[i] for i in job.settings], config.training(num_samples(job))
+        probes = fit_each(
+            values(job), labels, settings, training,
+            rows=job.rows, num_classes=num_classes, device=device, label=job.label,
+        )  # fmt: skip
+        return Fitted(probes)
 
     def to_views(job: FitRequest) -> Fitted:
         training = config.training(num_samples(job))

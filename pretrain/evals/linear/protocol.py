@@ -17,7 +17,7 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction, full_precision
 from pretrain.evals.linear.config import LinearConfig
 from pretrain.evals.linear.description import describe
-from pretrain.evals.linear.fits import Fit, FitRequest, fit_of
+from pretrain.evals.linear.fits import Fit, FitRequest, choose_fit
 from pretrain.evals.result import EvalReport, Evaluator, classification_report
 from pretrain.evals.task import OpenData, Splits, Task, with_readouts
 from pretrain.runtime.collectives import from_main
@@ -77,7 +77,7 @@ class Linear(Evaluator):
         splits = self.task.extract_each(encoder, self.extraction)
         start = perf_counter()
         with full_precision():
-            fit = fit_of(self.config, encoder, self.task, self.extraction, splits)
+            fit = choose_fit(self.config, encoder, self.task, self.extraction, splits)
             choice = self._agreed(self._choose(fit, splits))
             chosen = splits[choice.readout]
             fitted = fit(FitRequest([choice.readout], [choice.setting], None, "linear probe: retraining"))
@@ -151,7 +151,7 @@ def choose(fit: Fit, splits: Sequence[Splits], num_settings: int, *, val_share: 
     """Fits all on one part of the training set; on the other the best top-1 wins, then the loss.
 
     Args:
-        fit: see `fit_of`.
+        fit: see `choose_fit`.
         splits: of each readout; their training sets alone are looked at.
         num_settings: of each readout.
         val_share: share of the training set to choose on.

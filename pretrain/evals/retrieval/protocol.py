@@ -15,7 +15,7 @@ from data_pipeline.samples.captions import read_captions
 from data_pipeline.samples.config import Captions
 from pretrain.evals.features.extract import Extraction, full_precision
 from pretrain.evals.features.pairs import TOWER_LIBRARIES, embed_texts, image_side
-from pretrain.evals.result import EvalReport, outcomes_of, report_of
+from pretrain.evals.result import EvalReport, make_outcomes, make_report
 from pretrain.evals.retrieval.config import RetrievalConfig
 from pretrain.evals.task import OpenData
 from pretrain.models.towers import Towers
@@ -73,10 +73,10 @@ class Retrieval:
         seconds = {"texts": between - start, "images": perf_counter() - between}
         further = {f"image_to_text_r{k}": recall(text_ranks, k) for k in KS}
         further |= {f"text_to_image_r{k}": recall(image_ranks, k) for k in KS}
-        return report_of(
+        return make_report(
             self.name,
             towers,
-            outcomes_of(features.keys, torch.ones_like(text_ranks), (text_ranks < 1).long()),
+            make_outcomes(features.keys, torch.ones_like(text_ranks), (text_ranks < 1).long()),
             metric="image_to_text_r1",
             further=further,
             protocol={

@@ -95,7 +95,7 @@ def check_source(spec: str, *, random_init: bool = False) -> None:
     """
     path = Path(spec)
     if path.is_dir():
-        if _kind_of(path) == "run" and not random_init and not (path / "encoder").is_dir():
+        if _source_kind(path) == "run" and not random_init and not (path / "encoder").is_dir():
             raise CheckpointError(
                 where=spec, expected="a run with an encoder, which it writes when it saves", found="no folder encoder/",
                 fix="Train it first.",
@@ -136,7 +136,7 @@ def at_size(encoder: Encoder, size: int | None) -> Encoder:
 
 
 def _from_folder(path: Path, random_init: bool, seed: int | None, size: int | None) -> Encoder:
-    match _kind_of(path):
+    match _source_kind(path):
         case "run":
             return _from_run(path, random_init, seed)
         case "checkpoint":
@@ -149,7 +149,7 @@ def _from_folder(path: Path, random_init: bool, seed: int | None, size: int | No
             return _from_encoder_folder(path, random_init, seed or 0)
 
 
-def _kind_of(path: Path) -> Literal["run", "checkpoint", "transformers", "encoder"]:
+def _source_kind(path: Path) -> Literal["run", "checkpoint", "transformers", "encoder"]:
     if (path / "recipe.yaml").is_file():
         return "run"
     if (path / "state.json").is_file() or (path / "COMPLETE").is_file():

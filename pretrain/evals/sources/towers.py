@@ -20,7 +20,7 @@ from pretrain.models.seeded import seeded
 from pretrain.models.strict_loading import load_strictly
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.models.tower_folders import load_towers_folder
-from pretrain.models.towers import Towers, TwoTowers, build_parts, tokens_of
+from pretrain.models.towers import Towers, TwoTowers, build_parts, token_spec
 from pretrain.objectives.config import ImageTextConfig
 from pretrain.objectives.kinds import build_objective
 
@@ -136,7 +136,7 @@ def _start_of_run(run: TrainedRun, description: dict[str, object], seed: int | N
 
 def _trained(towers: TwoTowers, run: TrainedRun, tag: str, description: Mapping[str, object]) -> _Found:
     encoder = Encoder.of_recipe(towers.encoder, run.model, run.data, tag=tag, run=run.folder, description=description)
-    return _Found(towers, encoder, tokens_of(run.model, towers.parts, _image_text(run).tokenizer))
+    return _Found(towers, encoder, token_spec(run.model, towers.parts, _image_text(run).tokenizer))
 
 
 def _image_text(run: TrainedRun) -> ImageTextConfig:

@@ -21,7 +21,7 @@ from data_pipeline.errors import FieldError, InputError
 from pretrain.evals.features.extract import Extraction, full_precision
 from pretrain.evals.features.neighbors import nearest
 from pretrain.evals.features.pairs import TOWER_LIBRARIES, embed_texts, image_side
-from pretrain.evals.result import EvalReport, outcomes_of, report_of
+from pretrain.evals.result import EvalReport, make_outcomes, make_report
 from pretrain.evals.task import OpenData, untested
 from pretrain.evals.zeroshot.config import ZeroShotConfig
 from pretrain.models.towers import Towers
@@ -59,7 +59,7 @@ class Prompts:
         """
         if given in TEMPLATES:
             return cls(given, TEMPLATES[given])
-        templates = lines_of(Path(given), f"{' or '.join(TEMPLATES)}, or a file of templates")
+        templates = nonempty_lines(Path(given), f"{' or '.join(TEMPLATES)}, or a file of templates")
         wrong = [line for line in templates if line.count("{}") != 1 or set("{}") & set(line.replace("{}", ""))]
         if wrong:
             raise InputError(
@@ -123,7 +123,7 @@ class ZeroShot:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all classes, by their labels."""
+        """Returns the names of all classes, by their labels."""
         return tuple(self.classes or self.test.classes or ())
 
     def run(self, towers: Towers) -> EvalReport:
@@ -143,10 +143,10 @@ class ZeroShot:
         further = {"mean_per_class": 100 * mean_per_class(top1, features.labels)}
         if len(classes) >= 5:
             further["top5"] = 100 * hits.any(1).double().mean().item()
-        return report_of(
+        return make_report(
             self.name,
             towers,
-            outcomes_of(features.keys, features.labels, ranked[:, 0]),
+            make_outcomes(features.keys, features.labels, ranked[:, 0]),
             metric="top1",
             further={**further, **self._by_group(top1, features.labels)},
             protocol={
@@ -215,7 +215,7 @@ def named_groups(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
         name, equals, path = pair.partition("=")
         if not equals or not name or name in found:
             raise InputError(where="--group", expected="NAME=FILE, each name once", found=pair)
-        found[name] = lines_of(Path(path), "a file of class names, one a line")
+        found[name] = nonempty_lines(Path(path), "a file of class names, one a line")
     return found
 
 
@@ -225,7 +225,11 @@ def named_classes(given: str) -> tuple[str, ...]:
     Raises:
         InputError: neither.
     """
-    return tuple(IMAGENET_CLASSNAMES) if given == IMAGENET else lines_of(Path(given), f"{IMAGENET}, or a file of names")
+    return (
+        tuple(IMAGENET_CLASSNAMES)
+        if given == IMAGENET
+        else nonempty_lines(Path(given), f"{IMAGENET}, or a file of names")
+    )
 
 
 def _alike(classes: Sequence[str]) -> list[str]:
@@ -240,7 +244,7 @@ def class_vectors(towers: Towers, classes: Sequence[str], prompts: Prompts, extr
     return F.normalize(vectors.view(len(classes), len(prompts.templates), -1).mean(dim=1), dim=1)
 
 
-def lines_of(path: Path, expected: str) -> tuple[str, ...]:
+def nonempty_lines(path: Path, expected: str) -> tuple[str, ...]:
     """The lines of a text file that are not empty; InputError if there is none."""
     try:
         lines = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())

@@ -152,15 +152,6 @@ def _check_sizes(width: int, num_patches: int, num_hidden: int, config: MaeConfi
             expected=f"to hide some and show some of {num_patches} patches",
             found=f"{config.mask_ratio}, which hides {num_hidden}",
         )
-    if config.decoder_width % config.decoder_heads:
-        raise InputError(
-            where="objective.decoder_heads",
-            expected=f"a divisor of decoder_width {config.decoder_width}",
-            found=str(config.decoder_heads),
-        )
-    for where, value in (
-        ("model.options.embed_dim", width),
-        ("objective.decoder_width", config.decoder_width),
-    ):
+    for where, value in (("model.options.embed_dim", width), ("objective.decoder_width", config.decoder_width)):
         if value % 4:
             raise InputError(where, "a multiple of 4, for sine-cosine positions in two dimensions", str(value))
