@@ -19,8 +19,8 @@ from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
 from tests.combinations import drawn
 from tests.contracts.test_objectives import CASES
+from tests.engine.test_engine import STAGES, make_engine, whole_state
 from tests.objectives.cases import batch_for
-from tests.pretrain.test_engine import STAGES, make_engine, whole_state
 from tests.ranks import run_ranks
 
 ADAMW = AdamW(base_lr=1e-2, weight_decay=0.1)

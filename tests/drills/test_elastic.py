@@ -18,9 +18,9 @@ from pretrain.optim.config import Ema, OptimConfig
 from pretrain.optim.sgd.config import Sgd
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState
+from tests.checkpoints.test_checkpoint import save
+from tests.engine.test_engine import make_engine
 from tests.optim.cases import of_other_kinds
-from tests.pretrain.test_checkpoint import save
-from tests.pretrain.test_engine import make_engine
 from tests.ranks import run_ranks
 from tests.toy import Toy, split, toy_batch
 

@@ -8,9 +8,9 @@ import pytest
 
 from pretrain.optim.config import Ema
 from pretrain.runtime.collectives import World
-from tests.pretrain.test_ema import averaged
-from tests.pretrain.test_engine import STAGES
-from tests.pretrain.test_engine_options import outcome
+from tests.engine.test_engine import STAGES
+from tests.engine.test_engine_options import outcome
+from tests.optim.test_ema import averaged
 from tests.ranks import run_ranks
 
 

@@ -14,6 +14,7 @@ from pretrain.engine.engine import Engine
 from pretrain.monitoring.metrics import flops_per_sample
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState
+from tests.checkpoints.test_checkpoint import save
 from tests.contracts.test_cut_batches import (
     CUTS,
     GLOBAL_SIZE,
@@ -24,9 +25,8 @@ from tests.contracts.test_cut_batches import (
     share,
 )
 from tests.contracts.test_objectives import CASES
+from tests.engine.test_engine import STAGES
 from tests.objectives.cases import batch_for
-from tests.pretrain.test_checkpoint import save
-from tests.pretrain.test_engine import STAGES
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow

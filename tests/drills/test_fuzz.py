@@ -27,7 +27,7 @@ from data_pipeline.shards.scan import index_shards, scan_shard
 from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.strict_yaml import write_yaml
 from tests.data_pipeline.tiny import write_shards
-from tests.pretrain.recipes import SMALL
+from tests.recipe.recipes import SMALL
 
 FUZZ = settings(
     max_examples=500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.checkpoints.checkpoint import complete_checkpoints, digests, module_state, read_state
+from tests.checkpoints.test_checkpoint import train_and_save
 from tests.drills.test_fuzz import FUZZ, Tries, bounded_memory, mutated
-from tests.pretrain.test_checkpoint import train_and_save
 from tests.ranks import run_ranks
 
 __all__ = ["bounded_memory"]

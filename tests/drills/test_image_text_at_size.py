@@ -19,9 +19,9 @@ from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
 from tests.contracts.test_cut_batches import SGD, rows
 from tests.contracts.test_objectives import batch_for
+from tests.engine.test_engine import make_engine, whole_state
+from tests.engine.test_two_passes import Kept
 from tests.objectives.test_image_text import CUTS, STAGES, check_cuts
-from tests.pretrain.test_engine import make_engine, whole_state
-from tests.pretrain.test_two_passes import Kept
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow

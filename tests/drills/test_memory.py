@@ -20,7 +20,7 @@ from pretrain.plan import model_state_bytes
 from pretrain.recipe import recipe
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
-from tests.pretrain.test_engine import STAGES, make_engine
+from tests.engine.test_engine import STAGES, make_engine
 from tests.ranks import run_ranks
 from tests.toy import split, toy_batch
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.pretrain.test_engine import STAGES
-from tests.pretrain.test_momentum import check_followed, followed
+from tests.engine.test_engine import STAGES
+from tests.engine.test_momentum import check_followed, followed
 from tests.ranks import started
 
 pytestmark = pytest.mark.slow

@@ -22,7 +22,7 @@ from tests.evals.conftest import Digits, Folders
 from tests.evals.test_commands import evaluate
 from tests.evals.test_finetune import saved
 from tests.launch.suites import in_this_process, run_suite
-from tests.pretrain.recipes import changed, load
+from tests.recipe.recipes import changed, load
 
 
 def naive(values: list[list[float]], labels: list[int], queries: list[list[float]], num_classes: int) -> list[int]:

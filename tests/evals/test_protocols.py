@@ -19,7 +19,7 @@ from pretrain.evals.config import KINDS, ProtocolConfig, config_class
 from pretrain.evals.protocols import check_evaluations
 from pretrain.recipe.files import dump
 from tests.evals.conftest import Folders
-from tests.pretrain.recipes import changed, load
+from tests.recipe.recipes import changed, load
 
 COMMANDS: Any = typer.main.get_command(app)
 # Beside the defaults, something else for each field that a command has an option for.

@@ -20,7 +20,7 @@ from pretrain.evals.retrieval.protocol import Retrieval, ranks_of_own
 from pretrain.evals.sources.towers import load_towers
 from pretrain.models.towers import Towers
 from pretrain.recipe.recipe import Captions
-from tests.pretrain.test_towers import saved
+from tests.models.test_towers import saved
 from tests.shards import jpeg
 
 TEXTS = ["a red star", "a blue cross", "two pink circles", "a green square", "a cyan diamond", "nothing at all"]

@@ -13,8 +13,8 @@ from launch.commands.eval import app
 from pretrain.evals.result import EvalReport
 from pretrain.recipe.files import dump
 from pretrain.recipe.recipe import Recipe
+from tests.models.test_towers import saved
 from tests.objectives import towers
-from tests.pretrain.test_towers import saved
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -29,7 +29,7 @@ from pretrain.evals.zeroshot.protocol import (
     nonempty_lines,
 )
 from pretrain.models.towers import Towers
-from tests.pretrain.test_towers import saved
+from tests.models.test_towers import saved
 from tests.shards import write_shards
 
 PROMPTS = Path(__file__).resolve().parents[2] / "configs" / "prompts"

@@ -20,7 +20,7 @@ from pretrain.recipe.resolve import resolve
 from pretrain.record import claim
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress, RunState
-from tests.pretrain.recipes import SMALL, load
+from tests.recipe.recipes import SMALL, load
 
 TOTAL_STEPS = 30
 

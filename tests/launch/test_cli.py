@@ -23,7 +23,7 @@ from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.strict_yaml import read_yaml
 from pretrain.train_options import TrainOptions, add_arguments, options_from
 from tests.commands import begun, program
-from tests.pretrain.recipes import SMALL, changed
+from tests.recipe.recipes import SMALL, changed
 
 Outcome = tuple[int, str, str]  # exit status, stdout, stderr
 

@@ -25,7 +25,7 @@ from pretrain.objectives.supervised.config import SupervisedConfig
 from pretrain.recipe import recipe
 from pretrain.runtime.state import Progress
 from tests.objectives import naive
-from tests.pretrain.recipes import changed, load
+from tests.recipe.recipes import changed, load
 
 START = Progress(0, 1, 0)
 VIT = recipe.Model(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pretrain.optim.config import OptimConfig
 from pretrain.optim.lion.config import Lion
-from tests.pretrain.recipes import SMALL, changed, load
+from tests.recipe.recipes import SMALL, changed, load
 
 CASES: dict[str, OptimConfig] = {
     "lion": Lion(kind="lion", base_lr=1.0, betas=(0.8, 0.7), weight_decay=0.3),

@@ -13,7 +13,7 @@ from pretrain.plan import Footprint, build_on_meta, footprint, model_state_bytes
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime.collectives import World
-from tests.pretrain.test_engine import make_engine
+from tests.engine.test_engine import make_engine
 from tests.ranks import run_ranks
 from tests.runs import MODEL, write_recipe
 

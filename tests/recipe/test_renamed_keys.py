@@ -11,7 +11,7 @@ from data_pipeline.errors import RecipeError
 from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import differences, identity
-from tests.pretrain.recipes import SMALL, changed, write
+from tests.recipe.recipes import SMALL, changed, write
 
 FORMER: dict[str, Any] = {"lanes": 3, "window": 5, "augment": [{"grey": 0.2, "solarise": 0.1}]}
 TODAY: dict[str, Any] = {"read_streams": 3, "shuffle_window": 5, "augment": [{"grayscale": 0.2, "solarize": 0.1}]}

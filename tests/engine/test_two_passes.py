@@ -13,7 +13,7 @@ from data_pipeline.batch import Batch, BatchSpec
 from pretrain.objectives.contract import Contrastive, Features, LossOutput
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
-from tests.pretrain.test_engine import OPTIM, make_engine, whole_state
+from tests.engine.test_engine import OPTIM, make_engine, whole_state
 from tests.ranks import run_ranks
 
 STAGES = (0, 1, 2, 3)

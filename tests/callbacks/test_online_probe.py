@@ -23,7 +23,7 @@ from pretrain.recipe.recipe import OnlineProbe as Config
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress, RunState
 from tests.contracts.test_objectives import CASES, batch_for
-from tests.pretrain.test_engine import make_engine
+from tests.engine.test_engine import make_engine
 from tests.ranks import run_ranks
 from tests.shards import write_images
 from tests.toy import split, toy_batch

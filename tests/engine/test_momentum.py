@@ -25,8 +25,8 @@ from pretrain.optim.sgd.config import Sgd
 from pretrain.recipe import recipe
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState
-from tests.pretrain.test_checkpoint import save
-from tests.pretrain.test_engine import OPTIM, STAGES, make_engine, whole_state
+from tests.checkpoints.test_checkpoint import save
+from tests.engine.test_engine import OPTIM, STAGES, make_engine, whole_state
 from tests.ranks import run_ranks
 
 SIZE = 12  # samples of a global batch: 1, 2 and 3 ranks divide it

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.recipe.strict_yaml import StrictYamlError, read_yaml, write_yaml
-from tests.pretrain.recipes import bounded, scalars, words
+from tests.recipe.recipes import bounded, scalars, words
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from pretrain.optim.config import Ema
 from pretrain.optim.optimizers import build_optimizer
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress, RunState
-from tests.pretrain.test_checkpoint import save
-from tests.pretrain.test_engine import OPTIM, STAGES, make_engine, spoil, step, whole_state
+from tests.checkpoints.test_checkpoint import save
+from tests.engine.test_engine import OPTIM, STAGES, make_engine, spoil, step, whole_state
 from tests.ranks import run_ranks
 from tests.toy import Toy, split, toy_batch
 

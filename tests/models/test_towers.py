@@ -28,8 +28,8 @@ from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import dump
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime.state import Progress
+from tests.models.test_tokenizers import save_tokenizer
 from tests.objectives import towers
-from tests.pretrain.test_tokenizers import save_tokenizer
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 PROGRESS = Progress(0, 1, 0)

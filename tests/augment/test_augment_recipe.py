@@ -16,7 +16,7 @@ from pretrain.recipe import recipe
 from pretrain.recipe.resolve import identity
 from pretrain.run import preflight
 from tests.data_pipeline.tiny import write_shards
-from tests.pretrain.recipes import SMALL, changed
+from tests.recipe.recipes import SMALL, changed
 
 LABELS = BatchSpec(32, num_classes=3)
 

@@ -16,7 +16,7 @@ from data_pipeline.samples.config import Augmentation
 from pretrain.recipe.files import dump, resolved_yaml
 from pretrain.recipe.resolve import differences, identity, resolve
 from pretrain.recipe.strict_yaml import read_yaml, write_yaml
-from tests.pretrain.recipes import SMALL, bounded, changed, load
+from tests.recipe.recipes import SMALL, bounded, changed, load
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64), st.integers(1, 10**7), st.data())

@@ -18,19 +18,7 @@ from pretrain.recipe.recipe import Captions, Recipe, Source
 from pretrain.recipe.resolve import identity
 from pretrain.recipe.schema import all_paths
 from pretrain.recipe.strict_yaml import write_yaml
-from tests.pretrain.recipes import (
-    KINDS,
-    OPTIMIZERS,
-    SMALL,
-    bounded,
-    changed,
-    listed,
-    load,
-    scalars,
-    trees,
-    words,
-    write,
-)
+from tests.recipe.recipes import KINDS, OPTIMIZERS, SMALL, bounded, changed, listed, load, scalars, trees, words, write
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

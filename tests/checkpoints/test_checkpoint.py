@@ -17,7 +17,7 @@ from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.training_state import Fragment
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState
-from tests.pretrain.test_engine import make_engine, whole_state
+from tests.engine.test_engine import make_engine, whole_state
 from tests.ranks import run_ranks
 from tests.toy import split, toy_batch
 

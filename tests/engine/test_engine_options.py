@@ -22,8 +22,8 @@ from pretrain.recipe import recipe
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress, RunState
-from tests.pretrain.test_checkpoint import save
-from tests.pretrain.test_engine import make_engine, part, whole_state
+from tests.checkpoints.test_checkpoint import save
+from tests.engine.test_engine import make_engine, part, whole_state
 from tests.ranks import run_ranks
 
 VIT = recipe.Model(
