@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
@@ -191,13 +192,17 @@ def test_reconstruct_shows_visible_patches_and_fills_the_hidden(normalize: bool)
         ({"embed_dim": 10}, {}, "model.options.embed_dim"),
         ({}, {"mask_ratio": 0.01}, "objective.mask_ratio"),
         ({}, {"mask_ratio": 0.99}, "objective.mask_ratio"),
-        ({}, {"decoder_heads": 5}, "objective.decoder_heads"),
         ({}, {"decoder_width": 9, "decoder_heads": 3}, "objective.decoder_width"),
     ],
 )
 def test_refuses_what_it_cannot_train(changes: dict[str, Any], config: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         make(CONFIG.model_copy(update=config), **changes)
+
+
+def test_heads_that_do_not_divide_the_decoder_are_refused_in_the_recipe() -> None:
+    with pytest.raises(ValidationError, match=r"decoder_width that decoder_heads 5 divides, found 12\."):
+        MaeConfig(kind="mae", decoder_width=12, decoder_heads=5)
 
 
 def test_refuses_an_encoder_without_patches() -> None:
