@@ -19,7 +19,9 @@ TO_READ_FIRST = (
 REPLACED = {
     "Parts": "LoopContext, TowerModules", "Judged": "one name per idea", "Demand": "SignalRequests",
     "Asked": "Request", "TimedCheckpoints": "CheckpointSchedule", "Lasting": "Debounced", "Advise": "HealthCheck",
-    "untagged": "what it does", "hurry": "shorten_requeue_delay", "FRUITLESS": "MAX_ATTEMPTS_WITHOUT_CHECKPOINT",
+    "Looked": "what it holds", "looks": "what it does", "untagged": "what it does", "spool": "RowStore",
+    "intake": "ImageNormalizer", "Inline": "Validation", "ema": "teachers, averages",
+    "hurry": "shorten_requeue_delay", "FRUITLESS": "MAX_ATTEMPTS_WITHOUT_CHECKPOINT",
     "BESIDE": "AUXILIARY_PREFIX", "Word": "RankStatus", "blame": "stalled_ranks", "Shelf": "CacheEntry",
     "Canvas": "BatchBuffer", "Cell": "SuiteJob", "How": "ExecutionOptions", "undecayed": "constant_lr_modules",
     "_see": "verify_shared_folder", "_host": "host_rendezvous", "_meet": "join_rendezvous",

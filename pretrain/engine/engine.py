@@ -18,7 +18,7 @@ from pretrain.engine.training_state import TrainingState
 from pretrain.engine.two_passes import loss_and_gradients, poisoned
 from pretrain.models.batch_norm import synchronise_batch_norms
 from pretrain.models.strict_loading import load_strictly
-from pretrain.objectives.contract import Contrastive, Features, LossOutput, Objective
+from pretrain.objectives.contract import Contrastive, LossOutput, Objective, PairFeatures
 from pretrain.optim.averages import follow
 from pretrain.optim.config import Ema, OptimConfig
 from pretrain.optim.optimizers import CONSTANT_LR, build_optimizer
@@ -59,7 +59,7 @@ class Engine:
         optim: optimizer and clipping.
         config: ZeRO stage, precision, and how a step is computed.
         ema: moving average of the trained weights; None: there is none.
-        world: this process among the ranks; the process group is initialised already.
+        world: this process among the ranks; the process group is initialized already.
         device: where this rank computes.
         micro_size: samples of a micro-batch on one rank.
         accumulation: micro-batches of a step on one rank.
@@ -222,7 +222,7 @@ class Engine:
         self, objective: Contrastive, micro_batches: Sequence[Batch], progress: Progress
     ) -> dict[str, Tensor]:
         """Gradients of a loss over the whole batch, in the memory of one micro-batch; its metrics."""
-        parts: list[Features] = []
+        parts: list[PairFeatures] = []
         with self.clock.part("forward"), torch.no_grad():
             for i, batch in enumerate(micro_batches):
                 self._seed(progress.step, i)
@@ -230,11 +230,13 @@ class Engine:
             output, gradients = loss_and_gradients(objective, parts, progress)
         for i, (batch, gradient) in enumerate(zip(micro_batches, gradients, strict=True)):
             # DeepSpeed divides by the number of micro-batches, and these gradients add up.
-            scaled = Features(*(g * len(micro_batches) for g in gradient))
+            scaled = PairFeatures(*(g * len(micro_batches) for g in gradient))
             self._forward_backward(i, i == len(micro_batches) - 1, batch, progress, scaled)
         return {"loss": output.loss.detach(), **output.metrics}
 
-    def _forward_backward(self, i: int, last: bool, batch: Batch, progress: Progress, *more: Features) -> LossOutput:
+    def _forward_backward(
+        self, i: int, last: bool, batch: Batch, progress: Progress, *more: PairFeatures
+    ) -> LossOutput:
         self._seed(progress.step, i)
         self._deepspeed.set_gradient_accumulation_boundary(last)
         with self.clock.part("forward"):

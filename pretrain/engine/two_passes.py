@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pretrain.objectives.contract import Contrastive, Features, LossOutput
+from pretrain.objectives.contract import Contrastive, LossOutput, PairFeatures
 from pretrain.runtime.state import Progress
 
 
 @torch.enable_grad()
 def loss_and_gradients(
-    objective: Contrastive, parts: Sequence[Features], progress: Progress
-) -> tuple[LossOutput, list[Features]]:
+    objective: Contrastive, parts: Sequence[PairFeatures], progress: Progress
+) -> tuple[LossOutput, list[PairFeatures]]:
     """The loss of all micro-batches together, and its gradient with respect to the features of each.
 
     Gao et al. 2021 (arXiv:2101.06983), section 3.2. What all micro-batches share, as the scale of the logits, gets an
@@ -27,13 +27,13 @@ def loss_and_gradients(
     """
     first = parts[0]
     image, text = (torch.cat(column) for column in list(zip(*parts, strict=True))[:2])
-    whole = Features(image, text, first.logit_scale, first.logit_bias)
-    leaves = Features(*(value.detach().requires_grad_() for value in whole))
+    whole = PairFeatures(image, text, first.logit_scale, first.logit_bias)
+    leaves = PairFeatures(*(value.detach().requires_grad_() for value in whole))
     output = objective.loss(leaves, progress)
     of_images, of_texts, *shared = torch.autograd.grad(poisoned(output.loss), leaves, materialize_grads=True)
     sizes = [len(part.image) for part in parts]
     rows = zip(torch.split(of_images, sizes), torch.split(of_texts, sizes), strict=True)
-    return output, [Features(*row, *(gradient / len(parts) for gradient in shared)) for row in rows]
+    return output, [PairFeatures(*row, *(gradient / len(parts) for gradient in shared)) for row in rows]
 
 
 def poisoned(loss: Tensor) -> Tensor:

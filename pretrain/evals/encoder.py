@@ -20,7 +20,7 @@ class Encoder:
     """A frozen encoder and the preprocessing that belongs to it.
 
     Attributes:
-        module: from normalised images [B, 3, S, S] to features [B, D].
+        module: from normalized images [B, 3, S, S] to features [B, D].
         preprocessing: how images become its input, S x S pixels.
         tag: short name among the encoders of one run, for file names: encoder, step_00001000, random.
         description: where it comes from, for the report.

@@ -53,7 +53,7 @@ class Teacher:
     """A classifier and the preprocessing that belongs to it.
 
     Attributes:
-        model: from normalised images [B, 3, S, S] to logits [B, K], through its encoder and its head.
+        model: from normalized images [B, 3, S, S] to logits [B, K], through its encoder and its head.
         run: that trained it.
         checkpoint: where its weights come from.
         num_classes: K.

@@ -1,4 +1,4 @@
-"""A labelled training and test set that belong together: what kNN and the linear probe are run on."""
+"""A labeled training and test set that belong together: what kNN and the linear probe are run on."""
 
 from __future__ import annotations
 

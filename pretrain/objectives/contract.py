@@ -89,7 +89,7 @@ class Classifier(Protocol):
         """Logits of normalized images [B, 3, S, S], [B, K]."""
 
 
-class Features(NamedTuple):
+class PairFeatures(NamedTuple):
     """What a contrastive loss is made of, all fp32; a tuple, as `LossOutput` is.
 
     Attributes:
@@ -116,11 +116,11 @@ class Contrastive(Objective):
     coupling = "a term that relates all samples of a batch to each other"
 
     @abstractmethod
-    def features(self, batch: Batch, progress: Progress) -> Features:
+    def features(self, batch: Batch, progress: Progress) -> PairFeatures:
         """Those of one micro-batch; every parameter of the objective acts through them."""
 
     @abstractmethod
-    def loss(self, features: Features, progress: Progress) -> LossOutput:
+    def loss(self, features: PairFeatures, progress: Progress) -> LossOutput:
         """The loss of the local batch against those of all ranks; a function of the features alone.
 
         Its mean over ranks is the loss of the global batch.
@@ -130,10 +130,10 @@ class Contrastive(Objective):
         self,
         batch: Batch,
         progress: Progress,
-        gradient: Features | None = None,
+        gradient: PairFeatures | None = None,
         *,
         features_only: bool = False,
-    ) -> LossOutput | Features:
+    ) -> LossOutput | PairFeatures:
         """The loss, or one of the two passes over a micro-batch, which go this way for ZeRO 3 to see them.
 
         Args:
@@ -143,7 +143,7 @@ class Contrastive(Objective):
                 <features, gradient>, whose gradients are the true loss's.
             features_only: return the features.
         """
-        features = Features(*(_at_least_fp32(value) for value in self.features(batch, progress)))
+        features = PairFeatures(*(_at_least_fp32(value) for value in self.features(batch, progress)))
         if features_only:
             return features
         with torch.autocast(features.image.device.type, enabled=False):

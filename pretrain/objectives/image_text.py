@@ -16,7 +16,7 @@ from data_pipeline.errors import InputError
 from pretrain.models.config import ModelConfig
 from pretrain.models.towers import TowerModules, build_parts, embed_images, embed_tokens, token_spec
 from pretrain.objectives.config import ImageTextConfig
-from pretrain.objectives.contract import Contrastive, Features
+from pretrain.objectives.contract import Contrastive, PairFeatures
 from pretrain.runtime.state import Progress
 
 
@@ -55,13 +55,13 @@ class ImageText(Contrastive):
         locked = [m for tower in (self.encoder, self.text) for m in tower.modules() if _is_locked(m)]
         self._locked = list(dict.fromkeys(child for module in locked for child in module.modules()))
 
-    def features(self, batch: Batch, progress: Progress) -> Features:
+    def features(self, batch: Batch, progress: Progress) -> PairFeatures:
         """Embeddings of images and captions, with the factor and the bias of their logits."""
         images, tokens = batch.views[0], batch.tokens
         if tokens is None:
             raise ValueError("batch.tokens: expected [B, L] int64, found none")
         parts = TowerModules(self.encoder, self.projection, self.text)
-        return Features(
+        return PairFeatures(
             embed_images(parts, images),
             embed_tokens(parts, tokens, images.dtype),
             self.logit_scale.exp().squeeze(),

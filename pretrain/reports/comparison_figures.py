@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pretrain.evals.result import Outcomes
 from pretrain.reports.report_figures import INK, Picture, drawn, in_ink
 
-# Told apart on white and on black, and by shape where colours are not seen.
+# Told apart on white and on black, and by shape where colors are not seen.
 COLORS = ("#3b82c4", "#e08214", "#2e9e5b", "#c94f7c", "#8a6fd1", "#a3872a", "#2aa3a3", "#d2543f", "#7a8b99", "#b07aa1")
 MARKERS = "osD^vPX<>*"
 MAX_CLASSES, MAX_WRITTEN, MAX_NAMED, MAX_COLORED = 20, 12, 40, 10
@@ -95,7 +95,7 @@ def principal_axes(values: NDArray[np.float32]) -> tuple[NDArray[np.float64], tu
 def draw_principal_axes(
     title: str, values: NDArray[np.float32], labels: NDArray[np.int64], classes: Sequence[str]
 ) -> Picture:
-    """Features [N, D] on their first two axes, coloured by class; of many classes, the most frequent ones."""
+    """Features [N, D] on their first two axes, colored by class; of many classes, the most frequent ones."""
     points, shares = principal_axes(values)
     present, counts = np.unique(labels[labels >= 0], return_counts=True)
     colored = np.sort(present[np.argsort(-counts, kind="stable")[:MAX_COLORED]])

@@ -13,11 +13,11 @@ from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import CheckpointError, InputError, PretrainError
 from pretrain.evals.result import EvalReport
 from pretrain.reports.comparison_figures import draw_principal_axes
-from pretrain.reports.report_figures import Neighbours, Picture, class_name, num_classes
+from pretrain.reports.report_figures import Neighbors, Picture, class_name, num_classes
 
 if TYPE_CHECKING:
     from pretrain.evals.encoder import Encoder
-    from pretrain.reports.sample_images import Looked
+    from pretrain.reports.sample_images import SampleImages
 
 NUM_QUERIES, NUM_NEIGHBOURS, BANK_SIZE, NUM_POINTS = 6, 5, 1000, 400
 _MAX_PIXELS = 50_000_000
@@ -26,7 +26,7 @@ Load = Callable[[EvalReport], "Encoder"]  # the encoder that a report is of, on 
 
 
 @dataclass(frozen=True)
-class Looks:
+class ImageComparison:
     """The images of one data set.
 
     Attributes:
@@ -36,20 +36,22 @@ class Looks:
 
     dataset: str
     about: str
-    neighbours: list[Neighbours] = field(default_factory=list)
+    neighbours: list[Neighbors] = field(default_factory=list)
     axes: list[Picture] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
-def look(dataset: str, by_encoder: Mapping[str, EvalReport], load: Load) -> Looks:
+def look(dataset: str, by_encoder: Mapping[str, EvalReport], load: Load) -> ImageComparison:
     """What the encoders of these reports, of one data set, see in some of its images; what cannot be shown is told."""
     arguments = next(iter(by_encoder.values())).arguments
     try:
         train, test = _opened(arguments.get("train")), _opened(arguments.get("test"))
     except PretrainError as error:
-        return Looks(dataset, "", skipped=[f"neighbours and features: {error}"])
+        return ImageComparison(dataset, "", skipped=[f"neighbours and features: {error}"])
     if test is None:
-        return Looks(dataset, "", skipped=["neighbours and features: the reports do not say where their images are"])
+        return ImageComparison(
+            dataset, "", skipped=["neighbours and features: the reports do not say where their images are"]
+        )
     import torch  # only where there are images: a comparison of numbers alone needs no model
 
     from pretrain.reports.sample_images import look_at, nearest_pictures, shown
@@ -58,7 +60,7 @@ def look(dataset: str, by_encoder: Mapping[str, EvalReport], load: Load) -> Look
     if train is not None:
         pool_size = min(BANK_SIZE, train.num_samples)
         about.append(f"neighbours among {pool_size:,} of {train.num_samples:,} training images")
-    looks = Looks(dataset, f"{', '.join(about)}, each from all over their order.")
+    found = ImageComparison(dataset, f"{', '.join(about)}, each from all over their order.")
     queries = np.linspace(0, min(NUM_POINTS, test.num_samples) - 1, NUM_QUERIES).round().astype(int).tolist()
     rows: list[dict[str, list[Picture]]] = [{} for _ in queries]
     asked: list[Picture] = []
@@ -67,7 +69,7 @@ def look(dataset: str, by_encoder: Mapping[str, EvalReport], load: Load) -> Look
             encoder = _same_weights(load(report), report)
             told = f"{name}: features of {dataset}"
             seen = look_at(encoder, test, NUM_POINTS, max_pixels=_MAX_PIXELS, label=told)
-            looks.axes.append(_axes(name, seen, test))
+            found.axes.append(_axes(name, seen, test))
             if train is not None:
                 told = f"{name}: neighbours in {dataset}"
                 pool = look_at(encoder, train, BANK_SIZE, max_pixels=_MAX_PIXELS, label=told)
@@ -76,16 +78,16 @@ def look(dataset: str, by_encoder: Mapping[str, EvalReport], load: Load) -> Look
                     row[name] = near
                 asked = asked or shown(seen, queries, test)
         except (PretrainError, torch.OutOfMemoryError) as error:
-            looks.skipped.append(f"neighbours and features of {name}: {error}")
-    looks.neighbours.extend(Neighbours(query, row) for query, row in zip(asked, rows, strict=False))
-    return looks
+            found.skipped.append(f"neighbours and features of {name}: {error}")
+    found.neighbours.extend(Neighbors(query, row) for query, row in zip(asked, rows, strict=False))
+    return found
 
 
 def _opened(path: object) -> Dataset | None:
     return open_dataset(str(path)) if path is not None else None
 
 
-def _axes(name: str, seen: Looked, test: Dataset) -> Picture:
+def _axes(name: str, seen: SampleImages, test: Dataset) -> Picture:
     classes = [class_name(test, label) for label in range(num_classes(test))]
     return draw_principal_axes(name, seen.features.values.numpy(), seen.features.labels.numpy(), classes)
 

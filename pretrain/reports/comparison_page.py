@@ -20,7 +20,7 @@ from pretrain.reports.comparison import (
     value_text,
 )
 from pretrain.reports.comparison_figures import MAX_PAIRED, draw_class_accuracy, draw_confusion
-from pretrain.reports.comparison_images import Load, Looks, look
+from pretrain.reports.comparison_images import ImageComparison, Load, look
 from pretrain.reports.page import render
 from pretrain.runtime.run_folder import sha256_of
 
@@ -128,7 +128,7 @@ def _classes(reports: Sequence[EvalReport]) -> list[str]:
     return [*known, *(f"class {label}" for label in range(len(known), largest + 1))]
 
 
-def _looks(comparison: Comparison, load: Load) -> list[Looks]:
+def _looks(comparison: Comparison, load: Load) -> list[ImageComparison]:
     """For each data set, of one report of each encoder: first those of an image encoder alone."""
     found: dict[str, dict[str, EvalReport]] = {}
     for result in sorted(_in_order(comparison), key=lambda r: "encoder" not in r.report.arguments):

@@ -44,7 +44,7 @@ def draw_reconstructions(painter: Painter, dataset: Dataset, data: Data, num_ima
 
 
 def _pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
-    """A normalised image [3, H, W] as uint8 [H, W, 3]."""
+    """A normalized image [3, H, W] as uint8 [H, W, 3]."""
     scaled = image * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     pixels: NDArray[np.uint8] = (scaled * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     return pixels

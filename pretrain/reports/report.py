@@ -30,7 +30,7 @@ from pretrain.recipe.recipe import Data
 from pretrain.reports.comparison import difference
 from pretrain.reports.page import render as build_page
 from pretrain.reports.reconstructions import draw_reconstructions
-from pretrain.reports.report_figures import Neighbours, Picture, Series, curve
+from pretrain.reports.report_figures import Neighbors, Picture, Series, curve
 from pretrain.reports.sample_images import neighbours
 from pretrain.runtime.run_folder import newest_checkpoint
 
@@ -167,7 +167,7 @@ def _hidden_share(painter: Painter | None) -> float:
     return mask.num_hidden / mask.num_patches if mask is not None else 0.0
 
 
-def _neighbors(run: Path, data: Data, trained: Encoder) -> list[Neighbours]:
+def _neighbors(run: Path, data: Data, trained: Encoder) -> list[Neighbors]:
     """Nothing where no data is kept apart from training."""
     if data.val is None:
         return []

@@ -41,7 +41,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
     """A query and the images nearest to it, by one or several encoders."""
 
     query: Picture
@@ -67,7 +67,7 @@ def curve(title: str, series: Sequence[Series], *, from_zero: bool = True) -> Pi
 
 @contextmanager
 def in_ink(salt: str) -> Iterator[None]:
-    """Figures in a colour that is legible on white and on black; `salt` makes their SVG the same each time."""
+    """Figures in a color that is legible on white and on black; `salt` makes their SVG the same each time."""
     colored = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     with rc_context({**dict.fromkeys(colored, INK), "font.size": 9, "svg.hashsalt": salt}):
         yield

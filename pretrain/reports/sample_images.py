@@ -18,20 +18,20 @@ from pretrain.augment.augment import normalize
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Features, full_precision, untouched
 from pretrain.evals.features.neighbors import search
-from pretrain.reports.report_figures import Neighbours, Picture, class_name, num_classes, picture, same_class
+from pretrain.reports.report_figures import Neighbors, Picture, class_name, num_classes, picture, same_class
 
 _BATCH_SIZE, _THUMBNAIL = 100, 64
 
 
 @dataclass(frozen=True)
-class Looked:
+class SampleImages:
     """N images: thumbnails uint8 [H, W, 3], and their features."""
 
     images: list[NDArray[np.uint8]]
     features: Features
 
 
-def look_at(encoder: Encoder, dataset: Dataset, num_images: int, *, max_pixels: int, label: str) -> Looked:
+def look_at(encoder: Encoder, dataset: Dataset, num_images: int, *, max_pixels: int, label: str) -> SampleImages:
     """Images from all over the data set's order, since that may be by class.
 
     Args:
@@ -54,10 +54,12 @@ def look_at(encoder: Encoder, dataset: Dataset, num_images: int, *, max_pixels: 
             values.append(encoder.module(views[0]).float().cpu())
             labels.append(batch.labels if batch.labels is not None else torch.full((len(batch),), -1))
             keys += batch.keys
-    return Looked(images, Features(torch.cat(values), torch.cat(labels), tuple(keys)))
+    return SampleImages(images, Features(torch.cat(values), torch.cat(labels), tuple(keys)))
 
 
-def nearest_pictures(seen: Looked, queries: Sequence[int], pool: Looked, bank: Dataset, k: int) -> list[list[Picture]]:
+def nearest_pictures(
+    seen: SampleImages, queries: Sequence[int], pool: SampleImages, bank: Dataset, k: int
+) -> list[list[Picture]]:
     """For each query, a row of `seen`, the k of `pool`, images of `bank`, that are nearest by cosine, nearest first."""
     _, columns = search(pool.features.values, seen.features.values[queries], min(k, len(pool.images)))
     labels, known = seen.features.labels[queries].tolist(), pool.features.labels.tolist()
@@ -67,7 +69,7 @@ def nearest_pictures(seen: Looked, queries: Sequence[int], pool: Looked, bank: D
     ]
 
 
-def shown(seen: Looked, queries: Sequence[int], dataset: Dataset) -> list[Picture]:
+def shown(seen: SampleImages, queries: Sequence[int], dataset: Dataset) -> list[Picture]:
     labels = seen.features.labels.tolist()
     return [picture(seen.images[i], class_name(dataset, labels[i])) for i in queries]
 
@@ -81,7 +83,7 @@ def neighbours(
     bank_size: int,
     k: int,
     max_pixels: int,
-) -> list[Neighbours]:
+) -> list[Neighbors]:
     """The k images of `bank` nearest to queries, by the cosine of their features.
 
     Args:
@@ -97,7 +99,7 @@ def neighbours(
         asked, rows = shown(seen, every, queries), rows or [{} for _ in every]
         for row, near in zip(rows, nearest_pictures(seen, every, pool, bank, k), strict=True):
             row[name] = near
-    return [Neighbours(query, row) for query, row in zip(asked, rows, strict=True)]
+    return [Neighbors(query, row) for query, row in zip(asked, rows, strict=True)]
 
 
 def _thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

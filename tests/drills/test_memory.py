@@ -55,7 +55,7 @@ def storages() -> dict[int, int]:
 def kept_while_stepping(world: World, width: int) -> dict[int, tuple[int, int]]:
     """Number of parameters, and bytes of tensors that are new since before the engine was built, by stage.
 
-    Looked at as the optimizer begins on each parameter group; gradients of a group are let go of after its step.
+    SampleImages at as the optimizer begins on each parameter group; gradients of a group are let go of after its step.
     """
     found = {}
     for stage in STAGES:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pretrain.objectives.contract import Features
+from pretrain.objectives.contract import PairFeatures
 from pretrain.objectives.siglip.loss import sigmoid_loss
 from pretrain.runtime.collectives import World
 from tests.ranks import run_ranks
@@ -37,7 +37,7 @@ def loss_and_backward(world: World) -> tuple[int, float, float]:
 def both_passes(world: World, size: int) -> float:
     generator = torch.Generator().manual_seed(world.rank)
     image, text = (F.normalize(torch.randn(size, WIDTH, generator=generator), dim=1) for _ in range(2))
-    features = Features(
+    features = PairFeatures(
         image.requires_grad_(), text.requires_grad_(), torch.tensor(10.0, requires_grad=True),
         torch.tensor(-10.0, requires_grad=True),
     )  # fmt: skip

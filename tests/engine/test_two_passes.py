@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec
-from pretrain.objectives.contract import Contrastive, Features, LossOutput
+from pretrain.objectives.contract import Contrastive, LossOutput, PairFeatures
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
 from tests.engine.test_engine import OPTIM, make_engine, whole_state
@@ -34,12 +34,12 @@ class ToyPair(Contrastive):
         self.scale = nn.Parameter(torch.ones(1))  # DeepSpeed cannot broadcast a parameter without dimensions
         self.bias = nn.Parameter(-torch.ones(1))
 
-    def features(self, batch: Batch, progress: Progress) -> Features:
+    def features(self, batch: Batch, progress: Progress) -> PairFeatures:
         image = nn.functional.normalize(self.dropout(self.encoder(batch.views[0])), dim=1)
         text = nn.functional.normalize(self.text(batch.labels), dim=1)
-        return Features(image, text, self.scale.exp().squeeze(), self.bias.squeeze())
+        return PairFeatures(image, text, self.scale.exp().squeeze(), self.bias.squeeze())
 
-    def loss(self, features: Features, progress: Progress) -> LossOutput:
+    def loss(self, features: PairFeatures, progress: Progress) -> LossOutput:
         assert {value.dtype for value in features} == {torch.float32}
         logits = features.logit_scale * features.image @ features.text.T + features.logit_bias
         assert logits.dtype == torch.float32  # autocast is off
@@ -95,7 +95,7 @@ def dropped(world: World) -> list[float]:
     objective, seen = engine.objective, []
     features = objective.features  # type: ignore[attr-defined]
 
-    def recorded(batch: Batch, progress: Progress) -> Features:
+    def recorded(batch: Batch, progress: Progress) -> PairFeatures:
         found = features(batch, progress)
         seen.append(found.image.detach().clone())
         return found  # type: ignore[no-any-return]

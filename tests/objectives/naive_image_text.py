@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from pretrain.objectives.contract import Features
+from pretrain.objectives.contract import PairFeatures
 from tests.objectives.naive import Weights
 
 
 def objective_loss(kind: str, w: Weights, batch: Batch) -> Tensor:
     """The loss of a whole objective on the towers of towers.py."""
     assert batch.tokens is not None
-    features = Features(
+    features = PairFeatures(
         torch.stack([embed_image(w, image) for image in batch.views[0]]),
         torch.stack([embed_text(w, tokens) for tokens in batch.tokens]),
         torch.exp(w["logit_scale"][0]),
@@ -22,7 +22,7 @@ def objective_loss(kind: str, w: Weights, batch: Batch) -> Tensor:
     return pairs_loss(kind, features)
 
 
-def pairs_loss(kind: str, f: Features) -> Tensor:
+def pairs_loss(kind: str, f: PairFeatures) -> Tensor:
     """Pair by pair: the definitions in the papers."""
     size = len(f.image)
     logits = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError
 from pretrain.objectives.clip.loss import clip_loss
-from pretrain.objectives.contract import Features
+from pretrain.objectives.contract import PairFeatures
 from pretrain.objectives.image_text import ImageText
 from pretrain.objectives.siglip.loss import sigmoid_loss
 from pretrain.optim.adamw.config import AdamW
@@ -31,16 +31,16 @@ START = Progress(0, 10, 0)
 KINDS = ["clip", "siglip"]
 
 
-def unit_features(kind: str, size: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Features:
+def unit_features(kind: str, size: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> PairFeatures:
     """Leaves; far from the start, so that no term of the loss is negligible."""
     generator = torch.Generator().manual_seed(seed)
     image, text = torch.randn(2, size, 5, generator=generator, dtype=torch.float64).to(dtype).unbind()
     scale, bias = torch.tensor([7.0, -3.0 if kind == "siglip" else 0.0], dtype=dtype).unbind()
     values = (nn.functional.normalize(image, dim=1), nn.functional.normalize(text, dim=1), scale, bias)
-    return Features(*(value.clone().requires_grad_() for value in values))
+    return PairFeatures(*(value.clone().requires_grad_() for value in values))
 
 
-def compute(kind: str, features: Features, **options: Any) -> Tensor:
+def compute(kind: str, features: PairFeatures, **options: Any) -> Tensor:
     """block 3 divides neither the batch nor the texts."""
     if kind == "clip":
         return clip_loss(features, across_ranks=True).loss
@@ -55,15 +55,15 @@ def test_loss_and_gradients_equal_the_naive_twin(kind: str, size: int) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     (3 * loss).backward()
     (3 * expected).backward()
-    for name, a, b in zip(Features._fields, ours, theirs, strict=True):
+    for name, a, b in zip(PairFeatures._fields, ours, theirs, strict=True):
         if name != "logit_bias" or kind == "siglip":
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-11, msg=name)
 
 
-def local(features: Features, world: World) -> Features:
+def local(features: PairFeatures, world: World) -> PairFeatures:
     rows = slice(world.rank * len(features.image) // world.size, (world.rank + 1) * len(features.image) // world.size)
     parts = (features.image[rows], features.text[rows], features.logit_scale, features.logit_bias)
-    return Features(*(value.detach().clone().requires_grad_() for value in parts))
+    return PairFeatures(*(value.detach().clone().requires_grad_() for value in parts))
 
 
 def theirs_of(kind: str, world: World, implementation: str) -> nn.Module:

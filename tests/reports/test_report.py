@@ -39,7 +39,7 @@ from pretrain.objectives.mae.objective import Mae
 from pretrain.recipe.files import load_recipe
 from pretrain.reports import report
 from pretrain.reports.reconstructions import draw_reconstructions
-from pretrain.reports.report_figures import Neighbours, Picture, curve, picture
+from pretrain.reports.report_figures import Neighbors, Picture, curve, picture
 from pretrain.reports.sample_images import neighbours
 from tests import runs
 from tests.shards import write_shards
@@ -262,7 +262,7 @@ def sample_page(text: str) -> dict[str, Any]:
         ],
         "num_classes": 3, "curves": [shown], "triples": [[shown] * 3], "mask_ratio": 0.75, "normalized": True,
         "goodput": Goodput(productive=3.0, lost=1.0),
-        "neighbours": [Neighbours(shown, {text: [shown]})],
+        "neighbours": [Neighbors(shown, {text: [shown]})],
     }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ class Training:
         seed: of the order of samples, and of the initial weights where they are random.
         warmup_steps: steps over which the learning rates rise linearly first.
         optimizer: SGD, or LARS (arXiv:1708.03888), which adapts the step of a setting's weights, not of its biases.
-        batch_norm: features are normalised by the batch, in the end by running statistics (arXiv:2111.06377, sec. A.1);
+        batch_norm: features are normalized by the batch, in the end by running statistics (arXiv:2111.06377, sec. A.1);
             else by fixed statistics.
         initial_std: of the initial weights, normal and cut off at 2; 0: they are zero.
     """

@@ -194,7 +194,7 @@ def fit_each(
     device: torch.device,
     label: str,
 ) -> tuple[Probes, ...]:
-    """`train` on features at hand, standardised by their own mean and deviation.
+    """`train` on features at hand, standardized by their own mean and deviation.
 
     Args:
         values: of each readout, [N, D of that readout]; may be mapped into memory.

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression to its optimum: L-BFGS in fp64 on the penalised loss, as scikit-learn has it."""
+"""Multinomial logistic regression to its optimum: L-BFGS in fp64 on the penalized loss, as scikit-learn has it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Optimum:
 
 
 class Objective:
-    """The penalised loss of features that are standardised by the mean and deviation of what is fitted on.
+    """The penalized loss of features that are standardized by the mean and deviation of what is fitted on.
 
     Args:
         values: [N, D]; may be mapped into memory.
@@ -133,7 +133,7 @@ def fit_logistic(
         values: features, [N, D]; may be mapped into memory.
         labels: [N] int64, in [0, K).
         inverse_penalties: C, each above 0.
-        rows: the samples to fit on, by whose mean and deviation features are standardised; None: all.
+        rows: the samples to fit on, by whose mean and deviation features are standardized; None: all.
         num_classes: K.
         device: to compute on, in fp64.
         tolerance: where the search ends: largest absolute entry of the gradient of the mean loss.

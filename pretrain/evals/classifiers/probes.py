@@ -14,7 +14,7 @@ VALUES_PER_CHUNK = 2**25  # bounds the memory of statistics
 
 @dataclass(frozen=True)
 class Probes:
-    """S linear classifiers of D standardised features into K classes, all of the features' precision.
+    """S linear classifiers of D standardized features into K classes, all of the features' precision.
 
     Attributes:
         mean: subtracted from the features, [D].

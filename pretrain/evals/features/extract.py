@@ -27,7 +27,7 @@ DECODERS_AND_TOWERS = ("simplejpeg", "pillow", "open_clip_torch")
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _ExtractionRequest:
     """What `Extraction.extract` is asked for; `total`: the first so many samples."""
 
     encoder: Encoder
@@ -77,21 +77,21 @@ class Extraction:
             RunError: not every sample arrived exactly once.
         """
         total = dataset.num_samples if limit is None else min(limit, dataset.num_samples)
-        asked = _Asked(encoder, dataset, num_classes, total, label)
+        asked = _ExtractionRequest(encoder, dataset, num_classes, total, label)
         found = self._in_memory(asked) if self.store is None else self._read_output(self.store, asked)
         if any(len(set(features.keys)) != total for features in found):
             num_keys = len(set(found[0].keys))
             raise RunError(where=label, expected=f"features of {total} samples, each once", found=f"{num_keys} keys")
         return found
 
-    def _in_memory(self, asked: _Asked) -> tuple[Features, ...]:
+    def _in_memory(self, asked: _ExtractionRequest) -> tuple[Features, ...]:
         if self.world_size > 1:
             raise ValueError("ranks share features through a store")
         parts: list[tuple[Features, ...]] = []
         self._compute(asked, self.readouts, [range(asked.total)], lambda _, part: parts.append(part))
         return tuple(joined(of_readout) for of_readout in zip(*parts, strict=True))
 
-    def _read_output(self, store: FeatureStore, asked: _Asked) -> tuple[Features, ...]:
+    def _read_output(self, store: FeatureStore, asked: _ExtractionRequest) -> tuple[Features, ...]:
         """Every rank first puts its share of what is missing there."""
         common = {
             "weights_sha256": asked.encoder.weights_sha256(),
@@ -116,7 +116,11 @@ class Extraction:
         return tuple(shelf.features() for shelf in shelves)
 
     def _fill(
-        self, shelves: Sequence[CacheEntry], asked: _Asked, readouts: Sequence[Readout], missing: Sequence[int]
+        self,
+        shelves: Sequence[CacheEntry],
+        asked: _ExtractionRequest,
+        readouts: Sequence[Readout],
+        missing: Sequence[int],
     ) -> None:
         """Computes this rank's share of the missing chunks, a shelf for each readout."""
         numbers = missing[self.rank :: self.world_size]
@@ -134,7 +138,7 @@ class Extraction:
 
     def _compute(
         self,
-        asked: _Asked,
+        asked: _ExtractionRequest,
         readouts: Sequence[Readout],
         rows: Sequence[range],
         keep: Callable[[int, tuple[Features, ...]], None],

@@ -18,7 +18,7 @@ TOWER_LIBRARIES = (*LIBRARIES, "open_clip_torch")
 
 
 class ImageSide(nn.Module):
-    """From normalised images [B, 3, S, S] to unit vectors [B, D]."""
+    """From normalized images [B, 3, S, S] to unit vectors [B, D]."""
 
     def __init__(self, parts: TowerModules) -> None:
         super().__init__()

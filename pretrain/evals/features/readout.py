@@ -14,7 +14,7 @@ from data_pipeline.errors import InputError
 
 Pooling = Literal["own", "cls", "mean", "both"]
 
-# Of timm: a last activation stands between NormFreeNet's last map and its pooling; the others' maps come unnormalised.
+# Of timm: a last activation stands between NormFreeNet's last map and its pooling; the others' maps come unnormalized.
 WITHOUT_MEAN = ("NormFreeNet", "Hiera", "HieraDet")
 
 
@@ -39,7 +39,7 @@ OWN = Readout()
 
 
 class Reader(nn.Module):
-    """From normalised images [B, 3, S, S] to one feature per readout, each [B, D of that readout].
+    """From normalized images [B, 3, S, S] to one feature per readout, each [B, D of that readout].
 
     All readouts of blocks come from one forward pass; the module's own output costs one of its own.
 

@@ -183,7 +183,7 @@ def nearest_centroid(values: Tensor, labels: Tensor, queries: Tensor, num_classe
     """The class with the nearest centroid, by cosine; of equally near ones the smaller label.
 
     Args:
-        values: features, [N, D]; normalised here, and their means again.
+        values: features, [N, D]; normalized here, and their means again.
         labels: [N] int64; a class without a sample is never given.
         queries: features, [Q, D]; their lengths have no say.
         num_classes: K.

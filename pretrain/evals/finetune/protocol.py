@@ -209,7 +209,7 @@ def _keep_start(folder: Path, module: nn.Module, recipe: Recipe) -> None:
 
 
 def _classifier(recipe: Recipe, run: Path) -> nn.Module:
-    """The classifier of the last step, on the CPU: normalised images [B, 3, S, S] to logits [B, K]."""
+    """The classifier of the last step, on the CPU: normalized images [B, 3, S, S] to logits [B, K]."""
     if not is_finished(run):
         progress = _progress(run)
         raise RunError(

@@ -21,7 +21,7 @@ VOTES = 2**22  # counted at a time: 32 MiB
 
 
 class Knn(Evaluator):
-    """Exact weighted kNN on the L2-normalised features of a frozen encoder.
+    """Exact weighted kNN on the L2-normalized features of a frozen encoder.
 
     Wu et al. 2018 (arXiv:1805.01978), section 3.4: cosine similarity s, weights exp(s / temperature).
 

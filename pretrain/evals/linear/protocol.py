@@ -46,7 +46,7 @@ class Choice:
 class Linear(Evaluator):
     """A linear classifier: chosen on a split of the training set, retrained on all of it, tested once.
 
-    Features are standardised by mean and deviation of what is fitted on: the batch norm without affine of
+    Features are standardized by mean and deviation of what is fitted on: the batch norm without affine of
     MAE's probe (arXiv:2111.06377) with fixed statistics. The grid, trained side by side, is DINOv2's.
 
     With several ranks each of them trains the same classifiers, on the same features; only the encoder's work is

@@ -73,7 +73,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Top-1, top-5 and the mean over classes of a labelled test set, and top-1 of groups of its classes.
+    """Top-1, top-5 and the mean over classes of a labeled test set, and top-1 of groups of its classes.
 
     Attributes:
         test: with labels, and names of its classes, unless they are given.
@@ -238,7 +238,7 @@ def _alike(classes: Sequence[str]) -> list[str]:
 
 
 def class_vectors(towers: Towers, classes: Sequence[str], prompts: Prompts, extraction: Extraction) -> Tensor:
-    """Unit vectors [K, D]: those of a class's prompts averaged, then normalised again."""
+    """Unit vectors [K, D]: those of a class's prompts averaged, then normalized again."""
     texts = [text for name in classes for text in prompts.texts(name)]
     vectors = embed_texts(towers, texts, extraction, label="embeddings of classes")
     return F.normalize(vectors.view(len(classes), len(prompts.templates), -1).mean(dim=1), dim=1)

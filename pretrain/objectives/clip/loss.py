@@ -9,14 +9,14 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.objectives.contract import Features, LossOutput
+from pretrain.objectives.contract import LossOutput, PairFeatures
 from pretrain.runtime.collectives import rank_and_size
 
 # open_clip gathers by a function that torch has deprecated, which would be said at every step.
 warnings.filterwarnings("ignore", message=r"torch\.distributed\.nn\.functional\.all_gather", category=FutureWarning)
 
 
-def clip_loss(features: Features, *, across_ranks: bool) -> LossOutput:
+def clip_loss(features: PairFeatures, *, across_ranks: bool) -> LossOutput:
     """Radford et al. 2021 (arXiv:2103.00020), Figure 3: the mean of the cross entropies over rows and over columns.
 
     Logits are open_clip's: each rank has the rows of its own samples only, and gradients return to where features

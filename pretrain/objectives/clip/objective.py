@@ -9,7 +9,7 @@ from torch import nn
 from pretrain.models.config import ModelConfig
 from pretrain.objectives.clip.config import ClipConfig
 from pretrain.objectives.clip.loss import clip_loss
-from pretrain.objectives.contract import Features, LossOutput
+from pretrain.objectives.contract import LossOutput, PairFeatures
 from pretrain.objectives.image_text import ImageText
 from pretrain.runtime.state import Progress
 
@@ -26,7 +26,7 @@ class Clip(ImageText):
         super().__init__(model, config, initial_scale=config.initial_scale)
         self.max_scale = config.max_scale
 
-    def loss(self, features: Features, progress: Progress) -> LossOutput:
+    def loss(self, features: PairFeatures, progress: Progress) -> LossOutput:
         """Metrics: `image_to_text` and `text_to_image`, the share of local images whose caption is the nearest of all
         and the other way round; `logit_scale`."""
         return clip_loss(features, across_ranks=self.training)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.objectives.contract import Features, LossOutput
+from pretrain.objectives.contract import LossOutput, PairFeatures
 from pretrain.runtime.collectives import gather_rows, rank_and_size, sum_over_ranks
 
 BLOCK = 2048  # images, and texts, of a block: 17 MB in fp32
 
 
-def sigmoid_loss(features: Features, *, across_ranks: bool, block: int = BLOCK) -> LossOutput:
+def sigmoid_loss(features: PairFeatures, *, across_ranks: bool, block: int = BLOCK) -> LossOutput:
     """-1/B sum_ij log sigmoid(z_ij (t x_i . y_j + b)), where z is 1 for an image and its own text, else -1.
 
     Zhai et al. 2023 (arXiv:2303.15343), section 3.2; in blocks as in section 3.3, whatever the number of ranks.

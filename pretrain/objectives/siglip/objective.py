@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pretrain.models.config import ModelConfig
-from pretrain.objectives.contract import Features, LossOutput
+from pretrain.objectives.contract import LossOutput, PairFeatures
 from pretrain.objectives.image_text import ImageText
 from pretrain.objectives.siglip.config import SiglipConfig
 from pretrain.objectives.siglip.loss import sigmoid_loss
@@ -21,7 +21,7 @@ class Siglip(ImageText):
     def __init__(self, model: ModelConfig, config: SiglipConfig) -> None:
         super().__init__(model, config, initial_scale=config.initial_scale, initial_bias=config.initial_bias)
 
-    def loss(self, features: Features, progress: Progress) -> LossOutput:
+    def loss(self, features: PairFeatures, progress: Progress) -> LossOutput:
         """Metrics: `image_to_text`, the share of local images whose caption is the nearest of all; `logit_scale` and
         `logit_bias`."""
         return sigmoid_loss(features, across_ranks=self.training)
