@@ -89,6 +89,7 @@ assert torch._dynamo.config.cache_size_limit == 1_000_000  # timm.optim.kron's, 
 assert torch.equal(before, trained(lambda optimizer: optimizer.step))
 compiled = trained(lambda optimizer: torch.compile(optimizer.step, backend="eager"))
 torch.testing.assert_close(compiled, before, rtol=1e-5, atol=1e-5)  # its operations are others
+print("equal")
 """
 
 
@@ -109,7 +110,7 @@ def test_each_door_is_needed_and_closed() -> None:
 
 
 def test_what_is_compiled_is_compiled_and_steps_are_the_same() -> None:
-    python(_COMPILE)
+    assert python(_COMPILE).splitlines()[-1] == "equal"
 
 
 @pytest.mark.parametrize("name", [name for name in DOORS if name not in ("torch._dynamo", "timm.layers.typing")])
