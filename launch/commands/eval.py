@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launch.commands.eval_options import examples
+from launch.commands.arguments import examples
 from launch.commands.eval_protocols import protocol_command
 from launch.commands.eval_rerun import rerun
 from launch.commands.eval_run import result_label

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from pretrain.models.towers import Towers
 
 
-def examples(*lines: str) -> str:
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
 class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
