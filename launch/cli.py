@@ -22,7 +22,7 @@ COMMANDS = {
     "chain": "Runs stages one after another: train, label, select, evaluate; or goes on where they were interrupted.",
     "status": "Shows a table of runs: state, progress, speed, time left, last checkpoint, requeues, last error.",
     "logs": "Prints what a run's newest job wrote.",
-    "doctor": "ImageComparison at machine, cluster, storage, data and memory, before anything is started.",
+    "doctor": "Looks at machine, cluster, storage, data and memory, before anything is started.",
     "demo": "Makes images and shards, trains MAE on two processes, judges it, writes a report: a few minutes.",
     "report": "Writes report.html: a page about a run, or tables, figures and differences of several encoders.",
     "data": "Makes, converts, checks, describes and labels shards.",

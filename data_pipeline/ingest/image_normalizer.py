@@ -28,7 +28,7 @@ JPEG_QUALITY = 95  # of what is made smaller; the loss is below what one more re
 
 @dataclass(frozen=True)
 class ImageNormalizer:
-    """ImageComparison at each image's header; makes larger ones smaller where that is asked for.
+    """Looks at each image's header; makes larger ones smaller where that is asked for.
 
     Attributes:
         short_side: images whose shorter side is longer become this small, as JPEG; None: bytes are kept.

@@ -30,7 +30,7 @@ def doctor(
     num_ranks: NumRanks = 1,
     out: RunFolder = None,
 ) -> None:
-    """ImageComparison at machine, cluster, storage, data and memory, before anything is started.
+    """Looks at machine, cluster, storage, data and memory, before anything is started.
 
     Each line is ok, a warning, or an error with what to do. Starts nothing and leaves nothing behind.
     The exit status is 1 where there is an error.

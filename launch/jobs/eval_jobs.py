@@ -54,7 +54,7 @@ class EvalJobs:
 
     @contextmanager
     def while_training(self) -> Iterator[None]:
-        """ImageComparison for new checkpoints every few seconds for as long as the block runs."""
+        """Looks for new checkpoints every few seconds for as long as the block runs."""
         over = threading.Event()
 
         def keep_looking() -> None:
@@ -110,7 +110,7 @@ class EvalJobs:
             return self._rests_until == before
 
     def finish(self) -> None:
-        """ImageComparison a last time, and again as often as may be where that fails, as nobody looks later."""
+        """Looks a last time, and again as often as may be where that fails, as nobody looks later."""
         for _ in range(_TRIES):
             time.sleep(max(0.0, self._rests_until - time.monotonic()))
             if self.look():

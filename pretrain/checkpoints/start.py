@@ -51,7 +51,7 @@ class Start:
 def find_start(
     objective: Objective, checkpoints: Path | None, world: World, *, resume_from: str | None, init_from: str | None
 ) -> Start:
-    """ImageComparison in the order of precedence; weights of `init_from` are loaded at once. Every rank calls it.
+    """Looks in the order of precedence; weights of `init_from` are loaded at once. Every rank calls it.
 
     Args:
         objective: still whole, on the CPU.
