@@ -6,6 +6,7 @@ Any fsspec backend could serve; these two are tested. Credentials come from wher
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import os
@@ -29,6 +30,7 @@ _thread = threading.local()
 SCHEMES = ("http", "https", "s3")
 _WORTH_A_RETRY = (408, 425, 429)  # of the 4xx; the others say that the request is wrong
 _LEAST_RATE = 50_000  # bytes a second; a server that trickles is as good as dead
+_LOOK_SECONDS = 0.25  # between looks at a transfer from which nothing comes
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
 _LOCAL_TROUBLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EFBIG, errno.ENOMEM,
@@ -172,7 +174,7 @@ class Remote:
             _RefusedError: trying again would not help.
             _FailedError: it might.
         """
-        import fsspec
+        import fsspec.asyn
 
         scheme, _, rest = self.join(name).partition("://")
         # Our names hold no escapes; what a URL cannot hold as it is, such as a space, has to be one.
@@ -181,23 +183,43 @@ class Remote:
         if stop.is_set():
             raise _RefusedError("nobody who waits for it")
 
-        def bound(size: int | None, value: int, **_: object) -> None:
-            if max(size or 0, value) > max_bytes:
+        received = 0
+
+        def check_bounds(size: int | None = None, value: int | None = None, **_: object) -> None:
+            nonlocal received
+            received = received if value is None else value
+            if max(size or 0, received) > max_bytes:
                 raise _FailedError(f"more than the {max_bytes:,} bytes that were expected")
             if stop.is_set():
                 raise _RefusedError("nobody who waits for it")
             seconds = time.monotonic() - started
-            if seconds > self.cache_config.timeout_seconds + value / _LEAST_RATE:
-                raise _FailedError(f"{value:,} bytes in {seconds:.0f} s")
+            if seconds > self.cache_config.timeout_seconds + received / _LEAST_RATE:
+                raise _FailedError(f"{received:,} bytes in {seconds:.0f} s")
+
+        async def get() -> None:
+            """The transfer, its bounds checked as bytes come and also while none do, such as in the middle of a header
+            that is sent letter by letter, which no time limit of the libraries ends.
+            """
+            callback = fsspec.Callback(hooks={"bounds": check_bounds})
+            transfer = asyncio.ensure_future(backend._get_file(target, str(path), callback=callback))
+            try:
+                while not transfer.done():
+                    await asyncio.wait({transfer}, timeout=_LOOK_SECONDS)
+                    if not transfer.done():
+                        check_bounds()
+                await transfer
+            finally:
+                transfer.cancel()
+                await asyncio.wait({transfer}, timeout=_LOOK_SECONDS)  # it writes to the file no more
 
         backend = _backend(scheme, self.cache_config.timeout_seconds, os.getpid(), threading.get_ident())
         started = time.monotonic()  # the first to come here imports a library, which may take longer than a file
         try:
-            backend.get_file(target, str(path), callback=fsspec.Callback(hooks={"bound": bound}))
+            fsspec.asyn.sync(backend.loop, get)
         except (_FailedError, _RefusedError):
             raise
         except Exception as problem:  # each backend has a tree of its own
-            if isinstance(problem, OSError) and problem.errno in _LOCAL_TROUBLE:
+            if isinstance(problem, OSError) and (problem.errno in _LOCAL_TROUBLE or problem.filename == str(path)):
                 raise
             raise _explained(problem, self.cache_config.timeout_seconds) from None
 

@@ -135,10 +135,10 @@ def test_verify_and_stats_read_urls(
 
 def quick(spec: CacheConfig, fault: str, seconds: float = 0.5) -> CacheConfig:
     """Not waiting long where nothing will come."""
-    return changed(spec, timeout_seconds=seconds) if fault in ("stall", "trickle") else spec
+    return changed(spec, timeout_seconds=seconds) if fault in ("stall", "trickle", "drip") else spec
 
 
-TRANSIENT = ["500", "503", "429", "page", "truncate", "short", "stall", "endless", "trickle"]
+TRANSIENT = ["500", "503", "429", "page", "truncate", "short", "stall", "endless", "trickle", "drip"]
 LASTING = ["404", "403", "redirect file:///etc/passwd", "redirect ftp://127.0.0.1/x"]
 
 
