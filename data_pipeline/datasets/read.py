@@ -64,7 +64,17 @@ class ShardDataset(Single):
 
     def read(self, i: int) -> Sample:
         shard, row = self._find(i)
-        opened = self._opened(shard)
+        try:
+            return self._sample(self._opened(shard), row)
+        except SampleError:
+            root = self.manifest.root
+            if not isinstance(root, Remote):
+                raise
+            root.distrust_shard(self.manifest.sha256[shard])  # it is the cached copy that may be damaged
+            del self._open[shard]
+            return self._sample(self._opened(shard), row)
+
+    def _sample(self, opened: _OpenShard, row: int) -> Sample:
         index = opened.index
         key = index.keys[row]
         members = {}
@@ -75,7 +85,7 @@ class ShardDataset(Single):
             data = opened.read(offset, size)
             if zlib.crc32(data) != crc32:
                 raise SampleError(
-                    where=f"{self.manifest.where(shard)}: {key}.{name}",
+                    where=f"{opened.where}: {key}.{name}",
                     expected=f"{size} bytes with the crc32 of the index",
                     found="other bytes" if len(data) == size else f"{len(data)} bytes",
                     fix=f"Run `pretrain data verify {self.manifest.root}`.",
@@ -123,7 +133,7 @@ class _OpenShard:
     """A file descriptor and the shard's index; closed when the cache lets go of it."""
 
     def __init__(self, manifest: Manifest, shard: int) -> None:
-        self._where = manifest.where(shard)
+        self.where = manifest.where(shard)
         self.index = manifest.index(shard)
         self._file = manifest.open(shard)
 
@@ -137,7 +147,7 @@ class _OpenShard:
             return os.pread(self._file.fileno(), size, offset)
         except OSError as error:
             raise ShardError(
-                where=self._where, expected="a readable shard", found=error.strerror or str(error)
+                where=self.where, expected="a readable shard", found=error.strerror or str(error)
             ) from error
 
     def __del__(self) -> None:

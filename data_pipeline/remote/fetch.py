@@ -6,6 +6,7 @@ Any fsspec backend could serve; these two are tested. Credentials come from wher
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import os
@@ -13,13 +14,14 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit
 
 from data_pipeline.errors import DataError, ManifestError, PretrainError, RunError, ShardError
+from data_pipeline.remote.backends import FailedError, RefusedError, backend, explained
 from data_pipeline.remote.cache import Cache
 from data_pipeline.remote.config import CacheConfig
 
@@ -27,8 +29,8 @@ T = TypeVar("T")
 
 _thread = threading.local()
 SCHEMES = ("http", "https", "s3")
-_WORTH_A_RETRY = (408, 425, 429)  # of the 4xx; the others say that the request is wrong
 _LEAST_RATE = 50_000  # bytes a second; a server that trickles is as good as dead
+_LOOK_SECONDS = 0.25  # between looks at a transfer from which nothing comes
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
 _LOCAL_TROUBLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EFBIG, errno.ENOMEM,
@@ -110,7 +112,11 @@ class Remote:
         def fetch(path: Path) -> None:
             self.fetch(name, path, max_bytes=num_bytes, check=check, error=ShardError)
 
-        return self.cache.open(f"{sha256}.tar", num_bytes, fetch)
+        return self.cache.open(f"{sha256}.tar", num_bytes, fetch, check)
+
+    def distrust_shard(self, sha256: str) -> None:
+        """The shard with this hash is checked again when it is opened next."""
+        self.cache.distrust(f"{sha256}.tar")
 
     def load_index(self, name: str, sha256: str, num_bytes: int, parse: Callable[[bytes], T]) -> T:
         """What `parse` makes of the index `name`, that of the shard with this hash and size, by way of the cache.
@@ -121,10 +127,16 @@ class Remote:
         """
         most = num_bytes + 2**20  # each member has a header of 512 bytes in the tar, and fewer in the index
 
-        def fetch(path: Path) -> None:
-            self.fetch(name, path, max_bytes=most, check=lambda part: parse(part.read_bytes()), error=ManifestError)
+        def check(path: Path) -> T:
+            return parse(path.read_bytes())
 
-        with self.cache.open(f"{sha256}.idx", 0, fetch) as file:
+        def fetch(path: Path) -> None:
+            self.fetch(name, path, max_bytes=most, check=check, error=ManifestError)
+
+        with self.cache.open(key := f"{sha256}.idx", 0, fetch, check) as file, suppress(ManifestError):
+            return parse(file.read())
+        self.cache.distrust(key)  # it was changed in place, with its size
+        with self.cache.open(key, 0, fetch, check) as file:
             return parse(file.read())
 
     def fetch(self, name: str, path: Path, *, max_bytes: int, check: Callable[[Path], T], error: type[DataError]) -> T:
@@ -144,7 +156,7 @@ class Remote:
             try:
                 self._transfer(name, path, max_bytes)
                 return check(path)
-            except _RefusedError as refused:
+            except RefusedError as refused:
                 raise error(
                     where=self.join(name),
                     expected="a file that can be fetched",
@@ -152,7 +164,7 @@ class Remote:
                     fix="Correct the URL, or give credentials in the environment. Beside the shards there must be "
                     "their manifest.json and indexes (`pretrain data index`, before they are uploaded).",
                 ) from None
-            except _FailedError as failed:
+            except FailedError as failed:
                 last: PretrainError = RunError(
                     where=self.join(name),
                     expected="the file to be sent",
@@ -169,37 +181,57 @@ class Remote:
         """One attempt.
 
         Raises:
-            _RefusedError: trying again would not help.
-            _FailedError: it might.
+            RefusedError: trying again would not help.
+            FailedError: it might.
         """
-        import fsspec
+        import fsspec.asyn
 
         scheme, _, rest = self.join(name).partition("://")
         # Our names hold no escapes; what a URL cannot hold as it is, such as a space, has to be one.
         target = rest if scheme == "s3" else f"{scheme}://{quote(rest, safe='/:[]')}"
         stop = _stop_of_thread()
         if stop.is_set():
-            raise _RefusedError("nobody who waits for it")
+            raise RefusedError("nobody who waits for it")
 
-        def bound(size: int | None, value: int, **_: object) -> None:
-            if max(size or 0, value) > max_bytes:
-                raise _FailedError(f"more than the {max_bytes:,} bytes that were expected")
+        received = 0
+
+        def check_bounds(size: int | None = None, value: int | None = None, **_: object) -> None:
+            nonlocal received
+            received = received if value is None else value
+            if max(size or 0, received) > max_bytes:
+                raise FailedError(f"more than the {max_bytes:,} bytes that were expected")
             if stop.is_set():
-                raise _RefusedError("nobody who waits for it")
+                raise RefusedError("nobody who waits for it")
             seconds = time.monotonic() - started
-            if seconds > self.cache_config.timeout_seconds + value / _LEAST_RATE:
-                raise _FailedError(f"{value:,} bytes in {seconds:.0f} s")
+            if seconds > self.cache_config.timeout_seconds + received / _LEAST_RATE:
+                raise FailedError(f"{received:,} bytes in {seconds:.0f} s")
 
-        backend = _backend(scheme, self.cache_config.timeout_seconds, os.getpid(), threading.get_ident())
+        async def get() -> None:
+            """The transfer, its bounds checked as bytes come and also while none do, such as in the middle of a header
+            that is sent letter by letter, which no time limit of the libraries ends.
+            """
+            callback = fsspec.Callback(hooks={"bounds": check_bounds})
+            transfer = asyncio.ensure_future(files._get_file(target, str(path), callback=callback))
+            try:
+                while not transfer.done():
+                    await asyncio.wait({transfer}, timeout=_LOOK_SECONDS)
+                    if not transfer.done():
+                        check_bounds()
+                await transfer
+            finally:
+                transfer.cancel()
+                await asyncio.wait({transfer}, timeout=_LOOK_SECONDS)  # it writes to the file no more
+
+        files = backend(scheme, self.cache_config.timeout_seconds, os.getpid(), threading.get_ident())
         started = time.monotonic()  # the first to come here imports a library, which may take longer than a file
         try:
-            backend.get_file(target, str(path), callback=fsspec.Callback(hooks={"bound": bound}))
-        except (_FailedError, _RefusedError):
+            fsspec.asyn.sync(files.loop, get)
+        except (FailedError, RefusedError):
             raise
         except Exception as problem:  # each backend has a tree of its own
-            if isinstance(problem, OSError) and problem.errno in _LOCAL_TROUBLE:
+            if isinstance(problem, OSError) and (problem.errno in _LOCAL_TROUBLE or problem.filename == str(path)):
                 raise
-            raise _explained(problem, self.cache_config.timeout_seconds) from None
+            raise explained(problem, self.cache_config.timeout_seconds) from None
 
 
 def stop_thread_with(stop: threading.Event) -> None:
@@ -210,63 +242,3 @@ def stop_thread_with(stop: threading.Event) -> None:
 def _stop_of_thread() -> threading.Event:
     stop: threading.Event = getattr(_thread, "stop", None) or threading.Event()
     return stop
-
-
-class _FailedError(Exception):
-    """An attempt that failed; the reason, without anything secret."""
-
-
-class _RefusedError(Exception):
-    """An answer that another attempt would not change."""
-
-
-@lru_cache(maxsize=16)
-def _backend(scheme: str, timeout_seconds: float, _process: int, _thread: int) -> Any:
-    """fsspec's file system of a thread: its connections survive no fork, and opening them no second thread."""
-    import fsspec
-
-    if scheme == "s3":
-        config = {"connect_timeout": timeout_seconds, "read_timeout": timeout_seconds, "retries": {"max_attempts": 0}}
-        s3 = fsspec.filesystem("s3", skip_instance_cache=True, config_kwargs=config, max_concurrency=1)
-        s3.retries = 1  # ours are the retries
-        return s3
-    import aiohttp
-
-    trace = aiohttp.TraceConfig()
-    trace.on_request_redirect.append(_same_scheme)
-    timeout = aiohttp.ClientTimeout(
-        total=None, connect=timeout_seconds, sock_connect=timeout_seconds, sock_read=timeout_seconds
-    )
-    client = {"timeout": timeout, "trace_configs": [trace], "trust_env": True}
-    return fsspec.filesystem(
-        scheme, skip_instance_cache=True, client_kwargs=client, headers={"Accept-Encoding": "identity"}
-    )
-
-
-async def _same_scheme(_session: object, _context: object, redirect: Any) -> None:
-    """Raises unless a redirect stays with its scheme, or goes from http to https."""
-    target = urlsplit(redirect.response.headers.get("Location", "")).scheme.lower()
-    if target not in ("", "https", redirect.url.scheme):
-        raise _RefusedError(f"a redirect from {redirect.url.scheme}: to {target}:")
-
-
-def _explained(problem: Exception, timeout_seconds: float) -> Exception:
-    """What went wrong in our words: a library's own would show signed URLs."""
-    status = getattr(problem, "status", None)
-    if isinstance(problem, FileNotFoundError):
-        return _RefusedError("no such file")
-    if isinstance(problem, PermissionError):
-        return _RefusedError("no permission to read it")
-    if type(problem).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
-        return _RefusedError("no credentials in the environment")
-    if isinstance(status, int) and 400 <= status < 500 and status not in _WORTH_A_RETRY:
-        return _RefusedError(f"HTTP status {status}")
-    if isinstance(status, int) and status:
-        return _FailedError(f"HTTP status {status}")
-    if isinstance(problem, TimeoutError) or "Timeout" in type(problem).__name__:
-        return _FailedError(f"no answer for {timeout_seconds:g} s")
-    if isinstance(problem, OSError) and problem.errno and "://" not in (problem.strerror or "://"):
-        return _FailedError(problem.strerror)
-    if "ConnectionError" in type(problem).__name__:
-        return _FailedError("no connection")
-    return _FailedError(f"a broken answer ({type(problem).__name__})")

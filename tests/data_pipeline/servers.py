@@ -25,7 +25,8 @@ class FolderServer:
 
     Faults: "STATUS" such as "500"; "page": 200 with HTML; "truncate": half of what was announced; "short": half of
     the file, announced as such; "flip": one byte changed; "stall": nothing more comes after half; "endless": bytes
-    without end; "trickle": ten bytes a second; "redirect URL".
+    without end; "trickle": ten bytes a second; "drip": the response's header at ten bytes a second, without end;
+    "redirect URL".
 
     Attributes:
         requests: names asked for, in order.
@@ -89,6 +90,11 @@ class FolderServer:
             handler.send_header("Content-Length", "0")
             handler.end_headers()
             return
+        if fault == "drip":
+            handler.close_connection = True
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            while not self._ended.wait(0.1):
+                handler.wfile.write(b"X: x\r\n")
         handler.send_response(status)
         if fault in ("endless", "trickle"):
             handler.send_header("Connection", "close")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -67,9 +69,10 @@ def changed(spec: CacheConfig, **values: Any) -> CacheConfig:
 
 
 def files(spec: CacheConfig) -> set[str]:
-    """What lies in the cache, the lock apart."""
+    """What lies in the cache, the lock and the notes of what was checked apart."""
     folder = Path(spec.folder)
-    return {path.name for path in folder.iterdir() if path.name != ".lock"} if folder.exists() else set()
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    return {name for name in names if name != ".lock" and not name.endswith(".ok")}
 
 
 def opened(url: str, spec: CacheConfig) -> ShardDataset:
@@ -135,10 +138,10 @@ def test_verify_and_stats_read_urls(
 
 def quick(spec: CacheConfig, fault: str, seconds: float = 0.5) -> CacheConfig:
     """Not waiting long where nothing will come."""
-    return changed(spec, timeout_seconds=seconds) if fault in ("stall", "trickle") else spec
+    return changed(spec, timeout_seconds=seconds) if fault in ("stall", "trickle", "drip") else spec
 
 
-TRANSIENT = ["500", "503", "429", "page", "truncate", "short", "stall", "endless", "trickle"]
+TRANSIENT = ["500", "503", "429", "page", "truncate", "short", "stall", "endless", "trickle", "drip"]
 LASTING = ["404", "403", "redirect file:///etc/passwd", "redirect ftp://127.0.0.1/x"]
 
 
@@ -157,13 +160,13 @@ def test_making_a_connection_ready_is_not_counted_as_waiting_for_the_server(
     server: FolderServer, spec: CacheConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a process's first transfer, which imports what makes connections."""
-    ready = remote._backend
+    ready = remote.backend
 
     def slow(*args: Any) -> Any:
         time.sleep(2.2)
         return ready(*args)
 
-    monkeypatch.setattr(remote, "_backend", slow)
+    monkeypatch.setattr(remote, "backend", slow)
     opened(server.url, changed(spec, timeout_seconds=2))
     assert server.requests == ["manifest.json"]
 
@@ -349,6 +352,76 @@ def test_a_reader_closes_what_the_cache_has_dropped(
     descriptors = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
     assert not [name for name in descriptors if name.startswith(spec.folder) and name.endswith("(deleted)")]
     assert all_samples(dataset) == all_samples(local)
+
+
+@pytest.mark.parametrize("suffix", ["tar", "idx"])
+@pytest.mark.parametrize("harm", ["emptied", "cut", "one byte", "another file"])
+def test_a_damaged_file_of_the_cache_is_fetched_again(
+    local: ShardDataset,
+    server: FolderServer,
+    spec: CacheConfig,
+    harm: str,
+    suffix: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert all_samples(opened(server.url, spec)) == all_samples(local)
+    shards = [local.manifest.index(i) for i in range(len(SIZES))]
+    first = {index.shard_sha256: int(index.offsets[0, 0]) if len(index) else 0 for index in shards}
+    for path in Path(spec.folder).glob(f"*.{suffix}"):
+        whole = path.read_bytes()
+        if harm == "another file":
+            path.with_suffix(".new").write_bytes(bytes(len(whole)))
+            path.with_suffix(".new").replace(path)
+            continue
+        with path.open("r+b") as file:
+            if harm == "one byte":
+                file.seek(first[path.stem] if suffix == "tar" else len(whole) // 2)
+                file.write(b"\x00\x00")
+            else:
+                file.truncate(0 if harm == "emptied" else len(whole) - 1)
+    asked = len(server.requests)
+    again = opened(server.url, spec)
+    assert all_samples(again) == all_samples(local)
+    fetched = [name for name in server.requests[asked:] if name.endswith(suffix)]
+    assert 4 <= len(fetched) <= len(SIZES), "each one of which something was read, once"
+    assert capfd.readouterr().err.count("damaged on this disk and is fetched again") == len(fetched)
+    asked = len(server.requests)
+    assert all_samples(opened(server.url, spec)) == all_samples(local)
+    assert server.requests[asked:] == ["manifest.json"]
+
+
+def test_a_cache_that_is_cleaned_while_it_is_read_costs_no_sample(
+    local: ShardDataset, server: FolderServer, spec: CacheConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is removed now and then as a file of it is about to be opened, makes room, or gets its name."""
+    expected, chance = all_samples(local), random.Random(7)
+    for name in ("_open_own", "_make_room", "_finish"):
+        before = getattr(Cache, name)
+        calls = 0
+
+        def cleaned(*arguments: Any, before: Any = before) -> Any:
+            nonlocal calls
+            calls += 1
+            if chance.random() < 0.06:
+                shutil.rmtree(spec.folder, ignore_errors=True)
+            return before(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Cache, name, cleaned)
+            for _ in range(5):
+                shutil.rmtree(spec.folder, ignore_errors=True)
+                assert all_samples(opened(server.url, spec)) == expected
+        assert calls >= 50
+
+
+def test_a_cache_that_is_cleaned_during_each_transfer_is_named(server: FolderServer, spec: CacheConfig) -> None:
+    def clean(number: int, name: str) -> None:
+        if name != "manifest.json":
+            shutil.rmtree(spec.folder, ignore_errors=True)
+
+    server.choose = clean
+    with pytest.raises(RunError, match=r"data.cache.folder.*removed it 10 times.*nothing else cleans"):
+        opened(server.url, spec).read(0)
 
 
 def test_a_folder_that_cannot_be_written_is_told(server: FolderServer, spec: CacheConfig, tmp_path: Path) -> None:
