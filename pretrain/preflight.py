@@ -10,6 +10,7 @@ import torch
 
 from data_pipeline.assemble import check
 from data_pipeline.batch import BatchSpec
+from data_pipeline.datasets.classes import label_notes, match_classes
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.datasets.remote_parts import remote_parts
@@ -29,6 +30,7 @@ from pretrain.plan import build_on_meta
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import Resolved, resolve
 from pretrain.record import refuse_other_run
+from pretrain.runtime.data_record import DataRecord
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Plan:
         objective: its shapes, on the meta device.
         probe: sizes of the online probe; None: there is none.
         probe_bytes: of its state; 0: there is none.
+        data: what the run's folder keeps of the data.
+        notes: for the run's log, a line each.
     """
 
     train: Dataset
@@ -54,6 +58,8 @@ class Plan:
     objective: Objective
     probe: ProbeShape | None
     probe_bytes: int
+    data: DataRecord
+    notes: tuple[str, ...]
 
 
 def preflight(
@@ -90,6 +96,8 @@ def preflight(
     )
     val = open_dataset(data.val, cache) if data.val else None
     if val is not None:
+        if needs.num_classes is not None or recipe.online_probe is not None:
+            val = match_classes(val, train_data, "data.val", "data.train")
         check(val, needs, captions)
         if val.num_samples < world_size:
             problem = f"data.val: expected a sample for each of {world_size} processes, found {val.num_samples}."
@@ -99,10 +107,29 @@ def preflight(
         probe = find_probe_shape(objective, train_data, val)
         num_bytes = probe_bytes(recipe.online_probe, probe)
         needs = replace(needs, num_classes=probe.num_classes)
-    check_evaluations(recipe.evals, cache, apart=evals_apart)
+    measured_on = check_evaluations(recipe.evals, cache, apart=evals_apart)
+    if val is not None:
+        measured_on["data.val"] = (val.fingerprint,)
     refuse_missing_wandb(recipe.logging, recipe.name)
-    refuse_other_run(recipe, train_data.fingerprint, resolved.total_steps, out)
-    return Plan(train_data, val, needs, captions, resolved, objective, probe, num_bytes)
+    with_labels = needs.num_classes is not None
+    record = DataRecord(train_data.fingerprint, train_data.classes if with_labels else None, measured_on)
+    notes = [
+        *refuse_other_run(recipe, record, resolved.total_steps, out),
+        *(label_notes(train_data, val) if with_labels else ()),
+        *_batch_notes(resolved),
+    ]
+    return Plan(train_data, val, needs, captions, resolved, objective, probe, num_bytes, record, tuple(notes))
+
+
+def _batch_notes(resolved: Resolved) -> list[str]:
+    """A sentence where a step takes samples more than once."""
+    size, samples = resolved.global_size, resolved.num_samples
+    if size <= samples:
+        return []
+    return [
+        f"batch.global_size {size} is larger than the data set of {samples} samples: each step takes samples "
+        f"{size / samples:.3g} times on average, and an epoch is {resolved.steps_per_epoch:.3g} of a step"
+    ]
 
 
 def _captions(config: Captions, needs: BatchSpec) -> CaptionReader | None:

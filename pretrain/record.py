@@ -16,40 +16,52 @@ from pretrain.recipe.resolve import Resolved, differences, is_longer
 from pretrain.recipe.strict_yaml import read_yaml
 from pretrain.runtime.agreement import agree
 from pretrain.runtime.collectives import World
+from pretrain.runtime.data_record import DataRecord
 from pretrain.runtime.run_folder import LOCK, newest_checkpoint
 
 
-def refuse_other_run(recipe: Recipe, fingerprint: str, total_steps: int, out: Path) -> None:
-    """A folder goes on with its own run only: what changes results must be what it was, the data included.
+def refuse_other_run(recipe: Recipe, data: DataRecord, total_steps: int, out: Path) -> list[str]:
+    """A folder goes on with its own run only: what changes results must be what it was, the data included, and what it
+    is measured on.
 
     One that has finished may go on for longer.
 
     Args:
         recipe: that is to be run in the folder.
-        fingerprint: of its training data.
+        data: of its run.
         total_steps: of its run.
         out: the folder.
+
+    Returns:
+        Sentences on what could not be compared.
 
     Raises:
         RecipeError: with everything that differs.
     """
     given, resolved = out / "recipe.yaml", out / "resolved.yaml"
     if not given.is_file():
-        return
+        return []
     kept_recipe = load_recipe(given)
     kept = read_yaml(resolved.read_text())[0] if resolved.is_file() else {}
     problems = differences(recipe, kept_recipe)
     if is_longer(recipe, kept_recipe):
         newest = newest_checkpoint(out)
         problems = length_problems(total_steps, read_state(newest).progress) if newest is not None else []
-    if not problems and kept.get("data_fingerprint", fingerprint) != fingerprint:
+    if not problems and kept.get("data_fingerprint", data.train) != data.train:
         problems = [
             f"data.train: expected the data (and weights, of a mixture) with fingerprint {kept['data_fingerprint']}, "
-            f"found {fingerprint}."
+            f"found {data.train}."
         ]
+    kept_data = DataRecord.load(out)
+    if kept_data is not None:
+        problems += data.problems(kept_data, out)
     if problems:
         problems.append("Choose another folder with --out, or take this run's own recipe.")
         raise RecipeError(f"{out} holds another run", problems)
+    if kept_data is None and data.measured_on:
+        names = ", ".join(data.measured_on)
+        return [f"this run does not say which data {names} had before, so that they could not be compared; now it does"]
+    return []
 
 
 def changed_settings(recipe: Recipe, checkpoint: Path) -> tuple[str, ...]:
@@ -86,22 +98,23 @@ def claim(out: Path, world: World) -> BinaryIO | None:
     return agree(lambda: lock() if world.is_main else None)
 
 
-def record_run(out: Path, recipe: Recipe, resolved: Resolved, fingerprint: str, environment: str) -> None:
-    """Writes `environment.json`, `resolved.yaml` and `recipe.yaml`; rank 0 only.
+def record_run(out: Path, recipe: Recipe, resolved: Resolved, data: DataRecord, environment: str) -> None:
+    """Writes `environment.json`, `data.json`, `resolved.yaml` and `recipe.yaml`; rank 0 only.
 
     Args:
         out: the run's folder.
         recipe: of the run.
         resolved: what follows from it.
-        fingerprint: of the training data.
+        data: of the run.
         environment: JSON that describes the hardware and software.
     """
     out.mkdir(parents=True, exist_ok=True)
     _keep_the_shorter(out, recipe)
+    data.save(out)
     # The recipe last: it is what makes the folder this run's.
     texts = {
         "environment.json": environment,
-        "resolved.yaml": f"{resolved_yaml(recipe, resolved)}data_fingerprint: {fingerprint}\n",
+        "resolved.yaml": f"{resolved_yaml(recipe, resolved)}data_fingerprint: {data.train}\n",
         "recipe.yaml": dump(recipe),
     }
     for name, text in texts.items():

@@ -134,7 +134,7 @@ def run(
         with claim(out, world) or nullcontext():
             hosts = gather_objects(platform.node())
             if world.is_main:
-                record_run(out, recipe, plan.resolved, plan.train.fingerprint, describe(world, device, threads, hosts))
+                record_run(out, recipe, plan.resolved, plan.data, describe(world, device, threads, hosts))
             try:
                 return _train(context, engine, throughput, probe, start, state)
             except InputError as error:  # what was given was right when it was looked at
@@ -170,7 +170,7 @@ def _train(
     sinks = open_sinks(recipe.logging, out, recipe.name, first_step) if world.is_main else ()
     log = MetricLog(out, step=first_step, total_steps=total_steps, active=world.is_main, sinks=sinks)
     with closing(log):
-        for line in (_opening(context, state, start), *start.notes):
+        for line in (_opening(context, state, start), *context.plan.notes, *start.notes):
             log.say(line)
         writer = CheckpointWriter(
             out / "checkpoints", engine.state, world=world, keep_last=recipe.checkpoint.keep_last, say=log.say,

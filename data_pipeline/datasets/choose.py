@@ -152,6 +152,7 @@ def _origin(labels: SoftLabels) -> dict[str, object]:
         "num_classes": labels.num_classes,
         "data_fingerprint": labels.described.data_fingerprint,
         "labels_fingerprint": labels.described.fingerprint,
+        "classes": labels.classes,
     }
 
 

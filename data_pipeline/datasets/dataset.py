@@ -69,7 +69,7 @@ class Dataset(Protocol):
         ...
 
     def check_classes(self) -> None:
-        """Raises FieldError where two parts have different classes, so that a label means two things."""
+        """Raises FieldError where a label means two things: names of classes do not say which are the same."""
         ...
 
 

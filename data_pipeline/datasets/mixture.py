@@ -12,15 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.batch import Sample
+from data_pipeline.datasets.classes import check_shared_classes, share_classes
 from data_pipeline.datasets.dataset import Dataset, Part
-from data_pipeline.errors import DataError, FieldError
-from data_pipeline.messages import short_list
+from data_pipeline.errors import DataError
 from data_pipeline.order.mixture import MixedOrder, slots_of_pattern
 from data_pipeline.order.order import Integers, Order, SampleOrder
 
 
 class Mixture:
     """The samples of all sources, numbered one source after the other.
+
+    Labels are numbered as the first source has them that has the classes of all (classes.py); where none has, samples
+    can be read without labels alone.
 
     A sample's key is `SOURCE:KEY`, SOURCE counted from 0 on: equal keys of two sources stay apart, and nothing
     that is drawn by key depends on where the data lie.
@@ -30,7 +33,7 @@ class Mixture:
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = tuple(parts)
+        self.parts = share_classes(parts)
         self.slots = slots_of_pattern([part.weight for part in parts], [part.name for part in parts])
         datasets = [part.dataset for part in parts]
         self.shard_sizes = np.concatenate([dataset.shard_sizes for dataset in datasets])
@@ -41,19 +44,18 @@ class Mixture:
     @property
     def classes(self) -> tuple[str, ...] | None:
         """Those of the sources that know theirs; None where they differ."""
-        known = [part.dataset.classes for part in self.parts if part.dataset.classes is not None]
-        return known[0] if known and self._differing() is None else None
+        known = self._lists()
+        return known[0] if len(known) == 1 else None
 
     def check_classes(self) -> None:
-        """Raises FieldError where two sources have different classes, so that a label means two things."""
-        if (differing := self._differing()) is not None:
-            raise _different_classes(*differing)
+        """Raises FieldError where a label means two things, or may."""
+        check_shared_classes(self.parts)
 
     @property
     def label_counts(self) -> NDArray[np.int64] | None:
         """The number of classes of all sources together; None where one has no labels, or a label means two classes."""
         counts = [part.dataset.label_counts for part in self.parts]
-        if self._differing() is not None:
+        if len(self._lists()) > 1:
             return None
         total = np.zeros(max((0 if count is None else len(count) for count in counts), default=0), np.int64)
         for count in counts:
@@ -103,26 +105,12 @@ class Mixture:
         key, file = self.parts[number].dataset.origin(inner)
         return f"{number}:{key}", f"{self.parts[number].name}: {file}"
 
-    def _differing(self) -> tuple[Part, Part] | None:
-        known = [part for part in self.parts if part.dataset.classes is not None]
-        return next(((known[0], other) for other in known if other.dataset.classes != known[0].dataset.classes), None)
+    def _lists(self) -> list[tuple[str, ...]]:
+        """The different lists of classes that sources have."""
+        return list(dict.fromkeys(part.dataset.classes for part in self.parts if part.dataset.classes is not None))
 
     def _find(self, i: int) -> tuple[int, int]:
         if not 0 <= i < self.num_samples:
             raise IndexError(f"sample {i} of {self.num_samples}")
         number = int(self._ends.searchsorted(i, side="right"))
         return number, i - int(self._ends[number] - self.parts[number].dataset.num_samples)
-
-
-def _different_classes(one: Part, other: Part) -> FieldError:
-    return FieldError(
-        where=f"labels of {one.name} and {other.name}",
-        expected="the same classes in the same order, as label 0 must mean the same in both",
-        found=f"{_shown(one.dataset.classes)} and {_shown(other.dataset.classes)}",
-        fix="Convert them together, or train an objective without labels.",
-    )
-
-
-def _shown(classes: tuple[str, ...] | None) -> str:
-    names = classes or ()
-    return f"{len(names)} ({short_list(names, 3)})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Selection:
         data_fingerprint: of the data set that was chosen from.
         labels_fingerprint: of the soft labels that it was chosen by; None: by true labels.
         rule: how, for people and for reports.
+        classes: names of the teacher's classes, where it was chosen by soft labels that have them.
     """
 
     indices: Integers
@@ -50,6 +51,7 @@ class Selection:
     data_fingerprint: str
     labels_fingerprint: str | None
     rule: Mapping[str, Any]
+    classes: Sequence[str] | None = None
 
     @classmethod
     def of(cls, indices: Integers, labels: Integers, *, keep_labels: bool, **described: Any) -> Selection:
@@ -75,6 +77,7 @@ class Selection:
             "data_fingerprint": self.data_fingerprint,
             "labels_fingerprint": self.labels_fingerprint,
             "rule": dict(self.rule),
+            **({} if self.classes is None else {"classes": list(self.classes)}),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         with durable_file(path) as file:
@@ -108,6 +111,8 @@ class Selection:
             raise ValueError("indices that fall")
         if self.labels is not None and not 0 <= self.labels.min() <= self.labels.max() < self.num_classes:
             raise ValueError(f"labels outside [0, {self.num_classes})")
+        if self.classes is not None and len(self.classes) != self.num_classes:
+            raise ValueError(f"{len(self.classes)} names of {self.num_classes} classes")
 
 
 class Subset(Single):
@@ -166,8 +171,8 @@ class Selected(Subset):
         super().__init__(base, selection.indices, counts, digest=digest)
         self.selection = selection
         self.num_soft_classes = selection.num_classes if selection.labels is None else None
-        if selection.labels_fingerprint is not None:
-            self.classes = None  # the teacher's, which knows them by number
+        if selection.labels_fingerprint is not None and selection.labels is not None:
+            self.classes = None if selection.classes is None else tuple(selection.classes)  # the teacher's
 
     def read(self, i: int) -> Sample:
         sample = super().read(i)

@@ -30,7 +30,7 @@ class SoftLabeled(Single):
         labels.refuse_other_data(base, where)
         self.base, self.labels, self.num_soft_classes = base, labels, labels.num_classes
         self.num_samples, self.shard_sizes, self.fields = base.num_samples, base.shard_sizes, base.fields
-        self.classes: tuple[str, ...] | None = None  # the teacher's, which knows them by number
+        self.classes: tuple[str, ...] | None = labels.classes
         self.label_counts: NDArray[np.int64] | None = None
         parts = [base.fingerprint, labels.described.fingerprint]
         self.fingerprint = self.state = hashlib.sha256(json.dumps(parts).encode()).hexdigest()

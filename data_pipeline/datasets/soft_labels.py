@@ -44,6 +44,7 @@ class Described(BaseModel):
         data_fingerprint: of the data set that was labeled.
         num_classes: K.
         top_k: the k largest probabilities of each row are kept; None: all K.
+        classes: names of the K classes, where the teacher's run knew them.
         teacher: what made them; `weights_sha256` and more.
         num_samples: of each shard, [S].
         sha256: of each file, [S].
@@ -54,6 +55,7 @@ class Described(BaseModel):
     data_fingerprint: Sha256
     num_classes: int = Field(ge=2)
     top_k: int | None = Field(ge=1)
+    classes: list[str] | None = None
     teacher: dict[str, Any]
     num_samples: list[Annotated[int, Field(ge=0, lt=2**62)]]
     sha256: list[Sha256]
@@ -130,6 +132,7 @@ class SoftLabels:
     def __init__(self, folder: Path) -> None:
         self.folder, self.described = folder, _described(folder)
         self.num_classes = self.described.num_classes
+        self.classes = None if self.described.classes is None else tuple(self.described.classes)
         self.ends = np.cumsum(self.described.num_samples, dtype=np.int64)
         self.num_samples = int(self.ends[-1]) if len(self.ends) else 0
         self._open: OrderedDict[int, ShardLabels] = OrderedDict()  # the one used last at the end
@@ -246,6 +249,8 @@ def _described(folder: Path) -> Described:
         found = Described.model_validate_json(path.read_bytes())
         if len(found.num_samples) != len(found.sha256) or (found.top_k or 1) > found.num_classes:
             raise ValueError("its columns differ in length, or top_k exceeds num_classes")
+        if found.classes is not None and len(found.classes) != found.num_classes:
+            raise ValueError(f"{len(found.classes)} names of {found.num_classes} classes")
     except FileNotFoundError:
         unfinished = (folder / PLAN_NAME).is_file()
         raise ManifestError(

@@ -63,6 +63,8 @@ def label(
         f"{out}: {labels.num_samples:,} samples, {kept}{labels.num_classes:,} classes, "
         f"{len(labels.ends):,} files, {num_bytes / 1e6:,.1f} MB"
     )
+    if labels.classes is None:
+        print("the teacher's run does not name its classes: these labels mean the same to others by number alone")
 
 
 def select(

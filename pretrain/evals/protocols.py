@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from pretrain.evals.config import ProtocolConfig
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.result import EvalReport
 from pretrain.evals.task import OpenData, Task
+from pretrain.runtime.run_folder import eval_name
 
 
 class AnyEvaluator(Protocol):
@@ -40,12 +41,15 @@ def build_evaluator(config: ProtocolConfig, extraction: Extraction, open_data: O
     return found
 
 
-def inline_evaluators(configs: Sequence[ProtocolConfig], cache: CacheConfig) -> list[AnyEvaluator]:
+def inline_evaluators(
+    configs: Sequence[ProtocolConfig], cached: CacheConfig, open_data: OpenData | None = None
+) -> list[AnyEvaluator]:
     """An evaluator for each entry of a recipe's `evals`, which judges in between steps; its data sets are checked.
 
     Args:
         configs: the entries.
-        cache: where data behind URLs are kept.
+        cached: where data behind URLs are kept.
+        open_data: opens a data set by its path; None: each time anew.
 
     Raises:
         InputError: a data set is wrong, or an entry trains the encoder beside the run that trains it.
@@ -59,22 +63,33 @@ def inline_evaluators(configs: Sequence[ProtocolConfig], cache: CacheConfig) -> 
                 found=config.kind,
                 fix="Set evals_apart in the cluster file, or fine-tune a checkpoint: `pretrain eval finetune`.",
             )
-    return [build_evaluator(config, Extraction(), partial(open_dataset, cache=cache)) for config in configs]
+    open_data = open_data or partial(open_dataset, cache=cached)
+    return [build_evaluator(config, Extraction(), open_data) for config in configs]
 
 
-def check_evaluations(configs: Sequence[ProtocolConfig], cache: CacheConfig, *, apart: bool) -> None:
+def check_evaluations(
+    configs: Sequence[ProtocolConfig], cached: CacheConfig, *, apart: bool
+) -> dict[str, tuple[str, ...]]:
     """Checks the entries of a recipe's `evals` and their data sets.
 
     Args:
         configs: the entries.
-        cache: where data behind URLs are kept.
+        cached: where data behind URLs are kept.
         apart: whether each evaluation is a job of its own, which may train.
+
+    Returns:
+        Fingerprints of the data sets of each entry, by the name of its curve.
 
     Raises:
         InputError: an entry cannot be answered.
     """
-    inline_evaluators([config for config in configs if not (apart and config.trains)], cache)
+    open_once = cache(partial(open_dataset, cache=cached))
+    inline_evaluators([config for config in configs if not (apart and config.trains)], cached, open_once)
     for config in configs:
         if apart and config.trains:
-            train, test = (open_dataset(path, cache) for path in config.datasets)
+            train, test = map(open_once, config.datasets)
             Task(train, test)
+    return {
+        eval_name(index, config.kind): tuple(open_once(path).fingerprint for path in config.datasets)
+        for index, config in enumerate(configs)
+    }

@@ -57,12 +57,14 @@ class Teacher:
         run: that trained it.
         checkpoint: where its weights come from.
         num_classes: K.
+        classes: their names; None: its run does not know them.
     """
 
     model: Objective
     run: TrainedRun
     checkpoint: Path
     num_classes: int
+    classes: tuple[str, ...] | None = None
 
     def describe(self) -> dict[str, Any]:
         """What decides its labels."""
@@ -99,7 +101,7 @@ def load_teacher(source: str) -> Teacher:
     model = seeded(0, lambda: build_objective(run.model, run.objective))
     assert isinstance(model, Classifier)
     load_strictly(model, module_state(checkpoint), where=str(checkpoint))
-    return Teacher(model.eval(), run, checkpoint, model.num_classes)
+    return Teacher(model.eval(), run, checkpoint, model.num_classes, run.class_names(model.num_classes))
 
 
 def _find_checkpoint(path: Path) -> Path:
@@ -160,6 +162,7 @@ def label(dataset: ShardDataset, teacher: Teacher, out: Path, how: Labelling) ->
             data_fingerprint=dataset.fingerprint,
             num_classes=teacher.num_classes,
             top_k=how.top_k,
+            classes=None if teacher.classes is None else list(teacher.classes),
             teacher=plan["teacher"],
             num_samples=dataset.shard_sizes.tolist(),
             sha256=[digest for digest in digests if digest],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
 
 from torch import Tensor
 
+from data_pipeline.datasets.classes import Relabeled, match_classes
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.errors import FieldError, InputError
 from pretrain.evals.config import Pooling
@@ -41,11 +42,11 @@ class Task:
     """Classification of `test` by what is learned on `train`.
 
     Attributes:
-        train, test: data sets with labels of the same classes.
+        train, test: data sets with labels; those of `test` are numbered as `train` has its classes, by their names.
         max_train, max_test: the first samples only; None: all.
 
     Raises:
-        InputError: no labels, classes that differ, or names of them in one set alone.
+        InputError: no labels, classes of `test` that `train` does not have, or names of them in one set alone.
     """
 
     train: Dataset
@@ -62,26 +63,8 @@ class Task:
                     found="none",
                     fix="Give class folders, or shards with `cls` members.",
                 )
-        ours, theirs = self.train.classes, self.test.classes
-        if (ours is None) != (theirs is None):
-            named, other = ("training", "test") if theirs is None else ("test", "training")
-            raise InputError(
-                where="classes of the training and the test set",
-                expected="names in both, or in neither, as numbers alone may mean other classes",
-                found=f"names in the {named} set alone: {', '.join(_some(ours or theirs or ()))}",
-                fix=f"Index the {other} set again, with names: `pretrain data index SHARDS --classes FILE`.",
-            )
-        if ours is not None and theirs is not None and ours != theirs:
-            only = [
-                f"{name} only: {', '.join(_some(rest))}"
-                for name, rest in (("train", set(ours) - set(theirs)), ("test", set(theirs) - set(ours)))
-                if rest
-            ]
-            raise InputError(
-                where="classes of the training and the test set",
-                expected="the same, in the same order",
-                found=f"{len(ours)} and {len(theirs)}; {'; '.join(only) or 'the same in another order'}",
-            )
+        test = match_classes(self.test, self.train, "the test set", "the training set")
+        object.__setattr__(self, "test", test)
 
     @property
     def num_train(self) -> int:
@@ -130,7 +113,7 @@ class Task:
                 found=f"{len(train)} samples of class {known.pop()}",
                 fix="Take more of it (--limit-train takes the first), or shards with classes mixed.",
             )
-        notes = self.same_set()
+        notes = self.data_notes()
         if unknown := asked - known:
             num_lost = sum(label in unknown for label in test.labels.tolist())
             notes.append(
@@ -139,11 +122,15 @@ class Task:
             )
         return (*notes, *untested(test.labels, self.num_classes))
 
-    def same_set(self) -> list[str]:
-        """A note where what is asked is what was learned."""
+    def data_notes(self) -> list[str]:
+        """Notes where labels were numbered anew, and where what is asked is what was learned."""
+        numbered = [self.test.note] if isinstance(self.test, Relabeled) else []
         if self.train.fingerprint != self.test.fingerprint:
-            return []
-        return ["the training and the test set are the same data: the number says nothing of images not seen before"]
+            return numbered
+        return [
+            *numbered,
+            "the training and the test set are the same data: the number says nothing of images not seen before",
+        ]
 
     def describe(self) -> dict[str, object]:
         """Identity and size of both sets, for the report."""
@@ -189,7 +176,3 @@ def _protocol(encoder: Encoder, extraction: Extraction, readout: Readout, *, wid
         "precision": extraction.precision,
         "device": encoder.device.type,
     }
-
-
-def _some(names: Collection[str], shown: int = 5) -> list[str]:
-    return [*sorted(names)[:shown], *(["..."] if len(names) > shown else [])]

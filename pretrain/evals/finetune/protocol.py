@@ -145,7 +145,7 @@ class Finetune(Evaluator):
             data=self.task.describe(),
             seconds=seconds,
             seeds={"finetune": recipe.seed},
-            notes=[*self.task.same_set(), *_unseen(self.task), *_watched(recipe, self.task)],
+            notes=[*self.task.data_notes(), *_unseen(self.task), *_watched(recipe, self.task)],
             libraries=(*LIBRARIES, "deepspeed"),
         )
         return report, classifier

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.datasets.training import open_training
+from data_pipeline.errors import PretrainError
 from pretrain.models.config import ModelConfig
 from pretrain.objectives.config import ObjectiveConfig
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Data
+from pretrain.runtime.data_record import DataRecord
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,15 @@ class TrainedRun:
         """
         recipe = load_recipe(folder / "recipe.yaml")
         return cls(folder, recipe.name, recipe.seed, recipe.model, recipe.objective, recipe.data)
+
+    def class_names(self, num_classes: int) -> tuple[str, ...] | None:
+        """Names of the classes that the run learned, by label, [num_classes]; None: they are not known.
+
+        An older run did not keep them, and its data are asked, if they are still there.
+        """
+        record = DataRecord.load(self.folder)
+        try:
+            names = record.classes if record is not None else open_training(self.data.train, self.data.cache).classes
+        except PretrainError:
+            return None
+        return names if names is not None and len(names) == num_classes else None
