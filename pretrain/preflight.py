@@ -12,6 +12,7 @@ from data_pipeline.assemble import check
 from data_pipeline.batch import BatchSpec
 from data_pipeline.datasets.classes import label_notes, match_classes
 from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.mixture import overlap_notes
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.datasets.remote_parts import remote_parts
 from data_pipeline.datasets.training import open_training
@@ -116,6 +117,7 @@ def preflight(
     notes = [
         *refuse_other_run(recipe, record, resolved.total_steps, out),
         *(label_notes(train_data, val) if with_labels else ()),
+        *overlap_notes(train_data),
         *_batch_notes(resolved),
     ]
     return Plan(train_data, val, needs, captions, resolved, objective, probe, num_bytes, record, tuple(notes))

@@ -14,9 +14,29 @@ from numpy.typing import NDArray
 from data_pipeline.batch import Sample
 from data_pipeline.datasets.classes import check_shared_classes, share_classes
 from data_pipeline.datasets.dataset import Dataset, Part
+from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import DataError
 from data_pipeline.order.mixture import MixedOrder, slots_of_pattern
 from data_pipeline.order.order import Integers, Order, SampleOrder
+
+
+def overlap_notes(dataset: Dataset) -> list[str]:
+    """Sentences on sources of a mixture that have shards in common; labels or a selection beside them are a reason to.
+
+    Args:
+        dataset: a mixture, or another data set, which has no sources.
+    """
+    hashes = [
+        (part.name, set(part.dataset.manifest.sha256))
+        for part in dataset.parts
+        if isinstance(part.dataset, ShardDataset)
+    ]
+    return [
+        f"data.train: {len(both)} shards of {name} are in {earlier} too: their samples are seen by the weights of both"
+        for number, (name, own) in enumerate(hashes)
+        for earlier, others in hashes[:number]
+        if (both := own & others)
+    ]
 
 
 class Mixture:

@@ -91,11 +91,11 @@ class ShardDataset(Single):
                     fix=f"Run `pretrain data verify {self.manifest.root}`.",
                 )
             members[name] = data
-        return Sample(key, members)
+        return Sample(self.manifest.sample_key(shard, key), members)
 
     def origin(self, i: int) -> tuple[str, str]:
         shard, row = self._find(i)
-        return self._opened(shard).index.keys[row], self.manifest.names[shard]
+        return self.manifest.sample_key(shard, self._opened(shard).index.keys[row]), self.manifest.names[shard]
 
     def _opened(self, shard: int) -> _OpenShard:
         opened = self._open.get(shard)

@@ -18,6 +18,7 @@ from data_pipeline.progress import track
 from data_pipeline.remote.config import DEFAULT, CacheConfig
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.shards.index import IMAGE_FIELDS, LABEL_FIELD, MISSING, ShardIndex
+from data_pipeline.shards.keys import repeated_key
 from data_pipeline.shards.load_manifest import load_manifest
 from data_pipeline.shards.manifest import Manifest, ShardSummary
 from data_pipeline.shards.scan import mapped, scan
@@ -161,7 +162,7 @@ def _equal(one: ShardIndex, other: ShardIndex) -> bool:
 def _check_totals(manifest: Manifest, summaries: list[ShardSummary]) -> str:
     """What the manifest says wrongly of shards that are sound one by one; empty if nothing."""
     try:
-        actual = Manifest.of(manifest.root, manifest.names, summaries, manifest.classes)
+        actual = Manifest.of(manifest.root, manifest.names, summaries, manifest.classes, manifest.keys)
     except DataError as error:
         return str(error)
     if len(set(actual.sha256)) < len(actual.sha256):
@@ -173,6 +174,8 @@ def _check_totals(manifest: Manifest, summaries: list[ShardSummary]) -> str:
         return "the manifest's counts are not those of the shards"
     if _counts(actual) != _counts(manifest):
         return "the manifest's histogram of labels is not that of the shards"
+    if found := repeated_key(manifest):
+        return f"{found}: samples of one key get the same crops and masks, and cannot be evaluated; index them again"
     return ""
 
 

@@ -18,6 +18,7 @@ from data_pipeline.errors import ManifestError
 
 FORMAT = "pretrain shard index 1"
 SUFFIX = ".idx"
+_MAX_HEADER = 1 << 24  # bytes; one names the columns and the fields
 NO_LABEL = -1
 MISSING = -1  # the offset of a member that a sample lacks
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")  # in order of preference
@@ -156,6 +157,20 @@ class ShardIndex:
         last_start = self.shard_bytes - self.sizes  # sizes are checked first, so this cannot overflow
         if (self.sizes < 0).any() or (present & ((self.offsets < 0) | (self.offsets > last_start))).any():
             raise ValueError("members lie outside the shard")
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file is an index of ours, of whatever version; it is judged by its header."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            size = int.from_bytes(start, "little")
+            if len(start) < 8 or size > _MAX_HEADER:
+                return False
+            header = json.loads(json.loads(file.read(size))["__metadata__"]["index"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return isinstance(header, dict) and str(header.get("format")).startswith("pretrain shard index ")
 
 
 def _no_index(where: str, found: str) -> ManifestError:

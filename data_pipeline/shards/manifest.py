@@ -26,6 +26,7 @@ FILE_NAME = "manifest.json"
 PLAN_NAME = "plan.json"  # written first by what makes shards; without a manifest beside it they are unfinished
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
+KeyScope = Literal["unique", "by shard"]
 
 
 class _File(BaseModel):
@@ -40,6 +41,7 @@ class _File(BaseModel):
     num_samples: list[Count]
     num_bytes: list[Count]
     sha256: list[Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]]
+    keys: KeyScope | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Manifest:
         fields: every extension that occurs, sorted, e.g. ("cls", "jpg", "txt").
         classes: their names, by label; None: not known.
         label_counts: histogram of the labels, [K]; None: no sample has one.
+        keys: whether the keys in the tars are unique over all of them, or repeat, so that a sample's key is
+            SHARD.tar/KEY; None: an older manifest, which does not say, and whose keys are taken as they are.
     """
 
     root: Path | Remote
@@ -81,10 +85,16 @@ class Manifest:
     fields: tuple[str, ...]
     classes: tuple[str, ...] | None
     label_counts: npt.NDArray[np.int64] | None
+    keys: KeyScope | None = None
 
     @classmethod
     def of(
-        cls, root: Path | Remote, names: Sequence[str], shards: Iterable[ShardSummary], classes: Sequence[str] | None
+        cls,
+        root: Path | Remote,
+        names: Sequence[str],
+        shards: Iterable[ShardSummary],
+        classes: Sequence[str] | None,
+        keys: KeyScope | None,
     ) -> Manifest:
         """The manifest of `shards`, one per name; raises ManifestError where a label has no class name."""
         shards = tuple(shards)
@@ -107,6 +117,7 @@ class Manifest:
             fields=tuple(sorted({field for shard in shards for field in shard.fields})),
             classes=None if classes is None else tuple(classes),
             label_counts=counts if len(counts) else None,
+            keys=keys,
         )
 
     @property
@@ -116,11 +127,17 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 in hex over names, counts and hashes of the shards: the identity of the data."""
-        digest = hashlib.sha256()
+        """SHA-256 in hex over names, counts and hashes of the shards: the identity of the data. What is drawn for a
+        sample goes by its key, so that data whose keys go by shard are others.
+        """
+        digest = hashlib.sha256(b"keys by shard" if self.keys == "by shard" else b"")
         for piece in _as_json([self.names, self.num_samples.tolist(), self.sha256]):
             digest.update(piece.encode())
         return digest.hexdigest()
+
+    def sample_key(self, i: int, key: str) -> str:
+        """The key of a sample in this data set, given that in its tar, shard i."""
+        return f"{self.names[i]}/{key}" if self.keys == "by shard" else key
 
     def path(self, i: int) -> Path:
         """Returns the path of shard i, where the shards are files of this machine."""
@@ -184,6 +201,7 @@ class Manifest:
             num_samples=self.num_samples.tolist(),
             num_bytes=self.num_bytes.tolist(),
             sha256=list(self.sha256),
+            keys=self.keys,
         )
         with durable_file(self.root / FILE_NAME) as out:
             out.write(file.model_dump_json(indent=1).encode() + b"\n")
@@ -214,6 +232,7 @@ class Manifest:
             fields=tuple(file.fields),
             classes=None if file.classes is None else tuple(file.classes),
             label_counts=None if file.label_counts is None else np.array(file.label_counts, dtype=np.int64),
+            keys=file.keys,
         )
 
     def select(self, wanted: Sequence[str]) -> Manifest:
@@ -237,7 +256,7 @@ class Manifest:
             sha256=tuple(self.sha256[i] for i in chosen),
         )
         summaries = (ShardSummary.of(part.index(i)) for i in range(len(chosen)))
-        return Manifest.of(self.root, part.names, summaries, self.classes)
+        return Manifest.of(self.root, part.names, summaries, self.classes, self.keys)
 
 
 def _as_json(columns: Sequence[Sequence[str] | Sequence[int]], at_once: int = 4096) -> Iterator[str]:

@@ -21,7 +21,8 @@ from data_pipeline.errors import DataError, ManifestError, ShardError
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
 from data_pipeline.shards import strict_tar
-from data_pipeline.shards.index import LABEL_FIELD, MISSING, NO_LABEL, SUFFIX, Keys, ShardIndex
+from data_pipeline.shards.index import LABEL_FIELD, MISSING, NO_LABEL, SUFFIX, Keys, ShardIndex, is_index
+from data_pipeline.shards.keys import KeyHashes, first_repeat, hash_keys
 from data_pipeline.shards.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardSummary
 from data_pipeline.shards.specs import find_tars
 
@@ -53,7 +54,7 @@ def scan(file: BinaryIO, where: str) -> ShardIndex:
     content = mapped(file)
     keys: list[str] = []
     samples: list[dict[str, Member]] = []
-    seen: set[str] = set()
+    seen: dict[str, int] = {}  # key -> its number
     for member in strict_tar.members(file, where, error=ShardError):
         parts = _SAMPLE_NAME.match(member.name)
         if parts is None or _META_NAME.match(member.name):
@@ -61,8 +62,8 @@ def scan(file: BinaryIO, where: str) -> ShardIndex:
         key, field = parts[1], parts[2].lower()
         if not keys or key != keys[-1]:
             if key in seen:
-                raise _refused(where, member, "the members of a sample side by side", "its key a second time")
-            seen.add(key)
+                raise _key_again(where, member, also=field in samples[seen[key]])
+            seen[key] = len(keys)
             keys.append(key)
             samples.append({})
         if field in samples[-1]:
@@ -90,7 +91,8 @@ def index_shards(spec: str, *, classes: Sequence[str] | None = None, workers: in
 
     Raises:
         ShardError: a tar cannot be read whole, or holds what is refused.
-        ManifestError: a manifest is there already, or the folder is an unfinished output of ours.
+        ManifestError: a manifest is there already, or the folder is an unfinished output of ours; a file that is no
+            index of ours has the name of one.
     """
     root, names = find_tars(spec)
     for name, found, fix in (
@@ -104,22 +106,60 @@ def index_shards(spec: str, *, classes: Sequence[str] | None = None, workers: in
         if (root / name).exists():
             where = str(root / FILE_NAME)
             raise ManifestError(where=where, expected="no manifest yet", found=found, fix=fix)
-    results = run_parallel(index_shard, [root / name for name in names], workers=workers)
-    summaries = dict(track(results, label="indexing shards", total=len(names)))
-    manifest = Manifest.of(root, names, [summaries[root / name] for name in names], classes)
+    paths = [root / name for name in names]
+    _refuse_foreign_indexes(paths)
+    results = run_parallel(_index_with_keys, paths, workers=workers)
+    done = dict(track(results, label="indexing shards", total=len(names)))
+    repeated = first_repeat([done[path][1] for path in paths]) is not None
+    manifest = Manifest.of(
+        root, names, [done[path][0] for path in paths], classes, "by shard" if repeated else "unique"
+    )
     manifest.save()
     return manifest
 
 
-def index_shard(path: Path) -> ShardSummary:
-    """Scan one tar and write its index beside it."""
+def _refuse_foreign_indexes(paths: Sequence[Path]) -> None:
+    """DALI's wds2idx writes its own beside the tars, under the same name."""
+    for index in (path.with_suffix(SUFFIX) for path in paths):
+        if index.exists() and not is_index(index):
+            raise ManifestError(
+                where=str(index),
+                expected="no file of this name, which the index of the shard beside it has, or an earlier one of ours",
+                found="a file of another program, such as DALI's wds2idx writes",
+                fix="Make a folder with links to the tars (ln -s), and index that; or move the file elsewhere.",
+            )
+
+
+def _index_with_keys(path: Path) -> tuple[ShardSummary, KeyHashes]:
     index = scan_shard(path)
     index.save(path.with_suffix(SUFFIX))
-    return ShardSummary.of(index)
+    return ShardSummary.of(index), hash_keys(index.keys)
+
+
+def index_shard(path: Path) -> ShardSummary:
+    """Scan one tar and write its index beside it."""
+    return _index_with_keys(path)[0]
 
 
 def _refused(where: str, member: tarfile.TarInfo, expected: str, found: str) -> DataError:
     return strict_tar.refused(member, where, expected, found, ShardError)
+
+
+def _key_again(where: str, member: tarfile.TarInfo, *, also: bool) -> ShardError:
+    """The error that a key comes back after others.
+
+    Args:
+        also: whether the sample has such a member already, so that there are two samples.
+    """
+    return ShardError(
+        where=f"{where}, offset {member.offset}, member {member.name!r}",
+        expected="one sample of a key in a tar" if also else "the members of a sample side by side",
+        found="its key a second time" if also else "this one behind members of other samples",
+        fix="Give one of them another name."
+        if also
+        else "Write the tar again in the order of names, which loses "
+        "nothing: mkdir unpacked && tar -xf OLD.tar -C unpacked && tar -cf NEW.tar --sort=name -C unpacked .",
+    )
 
 
 def _index(where: str, content: memoryview, keys: list[str], samples: list[dict[str, Member]]) -> ShardIndex:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
 
 from data_pipeline.errors import DataError, ShardError
+from data_pipeline.messages import short_list
 
 MAX_NAMES = 10_000_000  # of a brace pattern; two more digits in it would fill the memory
 
@@ -35,7 +37,11 @@ def local_path(spec: str) -> Path:
 
 
 def find_tars(spec: str) -> tuple[Path, list[str]]:
-    """(folder, names in it) of the tars in a folder, or of a tar or a brace pattern; ShardError if none."""
+    """(folder, names in it) of the tars in a folder, or of a tar or a brace pattern.
+
+    Raises:
+        ShardError: there is none, or a pattern names one twice.
+    """
     path = local_path(spec)
     if path.is_dir():
         root, names = path, sorted(entry.name for entry in path.glob("[!.]*.tar"))
@@ -54,6 +60,7 @@ def find_tars(spec: str) -> tuple[Path, list[str]]:
             found=f"no file {missing[0]}" if missing else f"{wrong[0]}, not a tar" if wrong else "no tar",
             fix="Correct the path or pattern.",
         )
+    _refuse_twice(spec, names)
     return root, names
 
 
@@ -62,7 +69,7 @@ def split_url(url: str) -> tuple[str, list[str] | None]:
 
     Raises:
         DataError: not a brace pattern.
-        ShardError: what the pattern names are not tars of one folder.
+        ShardError: what the pattern names are not tars of one folder, or one of them twice.
     """
     folder, _, last = url.rpartition("/")
     if last.endswith(".json"):
@@ -81,7 +88,21 @@ def split_url(url: str) -> tuple[str, list[str] | None]:
             found=wrong[0] if together else "several hosts or buckets",
             fix="Correct the pattern.",
         )
+    _refuse_twice(url, names)
     return folder, names
+
+
+def _refuse_twice(pattern: str, names: Sequence[str]) -> None:
+    """Whoever names a shard twice has mistyped: its samples would be there twice, or it would be passed over."""
+    if len(set(names)) < len(names):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        raise ShardError(
+            where=pattern,
+            expected="each shard once",
+            found=f"{short_list(twice, 3)} named more than once",
+            fix="Correct the pattern. To see samples more often in training, give sources a weight (data.train as a "
+            "list).",
+        )
 
 
 def is_inside(name: str) -> bool:

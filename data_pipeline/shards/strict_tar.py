@@ -57,6 +57,8 @@ def members(
             end = tar.offset
         _check_end(file, headers.last, end, max_bytes, where, error)
     except (tarfile.TarError, ValueError, OverflowError, EOFError, zlib.error, OSError) as problem:
+        if end == 0 and (other := _no_tar(where, headers.last, error)) is not None:
+            raise other from None
         raise _damaged(where, end, str(problem) or type(problem).__name__, error) from problem
 
 
@@ -105,6 +107,28 @@ def _check_size(size: int, max_bytes: int | None, where: str, error: type[DataEr
             found="more",
             fix="If it is to be trusted, unpack it and give the folder.",
         )
+
+
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ\0": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"PK\x03\x04": ("zip", ""),
+}  # by their first bytes: what they are, and what unpacks them
+
+
+def _no_tar(where: str, first: bytes, error: type[DataError]) -> DataError | None:
+    """The error that a file is compressed, or another archive; None: its first bytes do not say so."""
+    for magic, (kind, command) in _COMPRESSED.items():
+        if first.startswith(magic):
+            return error(
+                where=where,
+                expected="an uncompressed tar, which can be read at any place",
+                found=f"a {kind} file, whatever its name",
+                fix=f"Unpack it: {command} < FILE > SHARD.tar" if command else "Write its files as a tar.",
+            )
+    return None
 
 
 def _damaged(where: str, offset: int, found: str, error: type[DataError]) -> DataError:

@@ -38,7 +38,9 @@ _SHOWN = 10  # bad samples in a message
 
 
 class Producer(Protocol[Item_contra]):
-    """Makes the samples of one shard. Travels to worker processes; a pure function of the items."""
+    """Makes the samples of one shard, each of a key of its own. Travels to worker processes; a pure function of the
+    items.
+    """
 
     def produce(self, items: Sequence[Item_contra]) -> Iterator[Record | SampleError]:
         """One record per item in order, or the reason why there is none."""
@@ -116,7 +118,7 @@ def write_dataset(
         summaries = [summary for name in names if (summary := made[name].summary)]
         if (bad and not skip_bad) or not any(summary.num_samples for summary in summaries):
             raise _bad_samples(out, bad)
-        manifest = Manifest.of(out, names, summaries, classes)
+        manifest = Manifest.of(out, names, summaries, classes, "unique")
         manifest.save()
     return manifest, tuple(bad)
 

@@ -14,6 +14,7 @@ from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.datasets.training import open_training
 from data_pipeline.errors import PretrainError
 from data_pipeline.remote.fetch import remote_url
+from data_pipeline.shards.keys import repeated_key
 from data_pipeline.shards.load_manifest import load_manifest
 from data_pipeline.shards.manifest import Manifest
 from launch.doctor import machine
@@ -95,6 +96,7 @@ def training_data(data: Data, num_workers: int, ranks: Ranks) -> Iterator[Findin
     num_shards = len(dataset.shard_sizes)
     yield ok("data", f"{dataset.num_samples:,} samples in {num_shards:,} shards or files")
     yield from hashes(_manifests(dataset))
+    yield from _keys(_manifests(dataset))
     yield from _read_streams(data.read_streams, num_workers, num_shards, ranks)
 
 
@@ -123,6 +125,18 @@ def hashes(manifests: Sequence[Manifest]) -> Iterator[Finding]:
                 break
         else:
             yield ok("shards", f"{manifest.root}: {len(drawn)} of {len(manifest.names)} read, as the manifest has them")
+
+
+def _keys(manifests: Sequence[Manifest]) -> Iterator[Finding]:
+    """Finds samples of one key, where a manifest does not say that there are none."""
+    for manifest in manifests:
+        try:
+            found = "" if manifest.keys is not None else repeated_key(manifest)
+        except PretrainError:
+            continue  # an index is missing or damaged, which others tell
+        if found:
+            fix = f"For new runs remove {manifest.root}/manifest.json and index the shards again; one at work goes on."
+            yield warning("keys", f"{manifest.root}: {found}: they get the same crops and masks", fix)
 
 
 def _read_streams(streams: int, num_workers: int, num_shards: int, ranks: Ranks) -> Iterator[Finding]:

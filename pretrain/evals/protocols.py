@@ -7,9 +7,11 @@ from functools import cache, partial
 from importlib import import_module
 from typing import Any, Protocol
 
-from data_pipeline.datasets.read import open_dataset
+from data_pipeline.datasets.dataset import Dataset
+from data_pipeline.datasets.read import ShardDataset, open_dataset
 from data_pipeline.errors import InputError
 from data_pipeline.remote.config import CacheConfig
+from data_pipeline.shards.keys import refuse_repeated_keys
 from pretrain.evals.config import ProtocolConfig
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.result import EvalReport
@@ -37,8 +39,18 @@ def build_evaluator(config: ProtocolConfig, extraction: Extraction, open_data: O
         InputError: data sets or what is chosen do not go together.
     """
     module = import_module(f"pretrain.evals.{config.kind}.protocol")  # open_clip alone takes seconds
-    found: AnyEvaluator = module.build(config, extraction, open_data, **more)
+    found: AnyEvaluator = module.build(config, extraction, partial(_open_checked, config, open_data), **more)
     return found
+
+
+def _open_checked(config: ProtocolConfig, open_data: OpenData, path: str) -> Dataset:
+    """A data set whose samples can be told apart by their keys, as far as features are taken of them."""
+    dataset = open_data(path)
+    is_test = path == config.test
+    if isinstance(dataset, ShardDataset) and (is_test or not config.trains):
+        limit: int | None = getattr(config, "max_test" if is_test else "max_train", None)
+        refuse_repeated_keys(dataset.manifest, limit)
+    return dataset
 
 
 def inline_evaluators(

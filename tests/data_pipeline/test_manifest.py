@@ -12,11 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.datasets.training import open_training
 from data_pipeline.errors import DataError, ManifestError, ShardError
+from data_pipeline.ingest.convert import ConvertOptions, convert
 from data_pipeline.shards.index import MISSING, NO_LABEL, Keys, ShardIndex
 from data_pipeline.shards.load_manifest import load_manifest
 from data_pipeline.shards.manifest import Manifest, _as_json
 from data_pipeline.shards.scan import index_shards
+from data_pipeline.shards.specs import split_url
 from tests.data_pipeline.archives import as_tar, contents, jpeg
 
 
@@ -233,3 +236,22 @@ def test_index_that_cannot_be_is_refused(tmp_path: Path, field: str, value: obje
     replace(good, **{field: value}).save(tmp_path / "bad.idx")  # type: ignore[arg-type]
     with pytest.raises(ManifestError, match=r"bad\.idx"):
         ShardIndex.load(tmp_path / "bad.idx")
+
+
+def test_a_pattern_that_names_a_shard_twice_is_refused_by_all_alike(dataset: Path, tmp_path: Path) -> None:
+    """Reading, indexing and converting; nothing is written. The same word for shards behind a URL."""
+    folder = copy(dataset, tmp_path / "data")
+    name = load_manifest(str(folder)).names[0]
+    pattern = f"{folder}/{{{name.removesuffix('.tar')},{name.removesuffix('.tar')}}}.tar"
+    told = []
+    for refused in (
+        lambda: open_training(pattern),
+        lambda: index_shards(pattern),
+        lambda: convert(Path(pattern), tmp_path / "out", ConvertOptions()),
+        lambda: split_url(f"http://host{pattern}"),
+    ):
+        with pytest.raises(ShardError, match=f"expected each shard once, found {name} named more than once") as caught:
+            refused()
+        told.append(str(caught.value).replace("http://host", ""))
+    assert len(set(told)) == 1
+    assert not (tmp_path / "out").exists()

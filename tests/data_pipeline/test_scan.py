@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
+import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +212,54 @@ def test_index_leaves_a_manifest_and_an_unfinished_dataset_alone(sound: Path, tm
     with pytest.raises(ManifestError, match="there already"):
         index_shards(str(tmp_path), classes=["a"])
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", [b"v1.2 3\njpg 0 512 a.jpg\n", b"", b"\xff" * 40])
+def test_a_foreign_file_under_the_name_of_an_index_stays(sound: Path, tmp_path: Path, content: bytes) -> None:
+    """DALI's wds2idx writes SHARD.idx too. Nothing is written, not even for the other shards."""
+    for i in range(2):
+        (tmp_path / f"{i}.tar").write_bytes(sound.read_bytes())
+    (tmp_path / "1.idx").write_bytes(content)
+    before = contents(tmp_path)
+    with pytest.raises(ManifestError, match=r"1\.idx: expected no file of this name.*wds2idx.*links to the tars"):
+        index_shards(str(tmp_path))
+    assert contents(tmp_path) == before
+    links = tmp_path / "links"
+    links.mkdir()
+    for i in range(2):
+        (links / f"{i}.tar").symlink_to(tmp_path / f"{i}.tar")
+    assert index_shards(str(links)).total == 2 * index_shards(str(tmp_path / "0.tar")).total
+    (tmp_path / "manifest.json").unlink()
+    index_shards(str(tmp_path / "0.tar"))  # over one of ours
+
+
+def test_members_that_are_not_side_by_side_are_brought_together_by_name(tmp_path: Path) -> None:
+    """Nobody is told to leave the label out; the command that is told mends the tar."""
+    names = ["a.jpg", "b.jpg", "c.jpg", "a.cls", "b.cls", "c.cls"]
+    with tarfile.open(tmp_path / "OLD.tar", "w") as tar:
+        for name in names:
+            header = member(name, size=1)
+            tar.addfile(header, io.BytesIO(b"0"))
+    with pytest.raises(ShardError, match=r"member 'a\.cls': expected the members of a sample side by side") as caught:
+        scan_shard(tmp_path / "OLD.tar")
+    command = caught.value.fix.partition("nothing: ")[2]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    index = scan_shard(tmp_path / "NEW.tar")
+    assert [key.removeprefix("./") for key in index.keys] == ["a", "b", "c"]
+    assert index.fields == ("cls", "jpg")
+
+
+def test_two_samples_of_one_key_are_told_apart_from_members_astray(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.jpg", "b.jpg", "a.jpg"):
+            tar.addfile(member(name, size=1), io.BytesIO(b"0"))
+    with pytest.raises(ShardError, match=r"expected one sample of a key in a tar.*Give one of them another name"):
+        scan_shard(tmp_path / "0.tar")
+
+
+@pytest.mark.parametrize(("pack", "kind"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")])
+def test_a_compressed_tar_is_called_so(sound: Path, tmp_path: Path, pack: Callable[[bytes], bytes], kind: str) -> None:
+    path = tmp_path / "0.tar"
+    path.write_bytes(pack(sound.read_bytes()))
+    with pytest.raises(ShardError, match=f"expected an uncompressed tar, .*found a {kind} file.*Unpack it: "):
+        scan_shard(path)
