@@ -162,7 +162,8 @@ def fits(name: str, preflight: Callable[[], Plan]) -> tuple[Plan | None, list[Fi
         return None, [from_error("recipe", raised)]
     size = plan.resolved
     batch = f"batch {size.global_size} = {size.world_size} x {size.accumulation} x {size.micro_size}"
-    return plan, [ok("recipe", f"{name}: {batch}, {size.total_steps:,} steps")]
+    notes = [ok("recipe", note) for note in plan.notes]
+    return plan, [ok("recipe", f"{name}: {batch}, {size.total_steps:,} steps"), *notes]
 
 
 @dataclass(frozen=True)

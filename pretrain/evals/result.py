@@ -271,7 +271,7 @@ def compare(a: EvalReport, b: EvalReport) -> Interval:
     Raises:
         InputError: they are not of the same test samples.
     """
-    if a.outcomes.keys != b.outcomes.keys or not np.array_equal(a.outcomes.labels, b.outcomes.labels):
+    if a.outcomes.keys != b.outcomes.keys or not _same_labels(a, b):
         shared = len(set(a.outcomes.keys) & set(b.outcomes.keys))
         raise InputError(
             where="the two reports",
@@ -280,3 +280,18 @@ def compare(a: EvalReport, b: EvalReport) -> Interval:
             fix="Judge both on the same test set, with the same --limit-test.",
         )
     return paired_interval(a.outcomes.correct, b.outcomes.correct)
+
+
+def _same_labels(a: EvalReport, b: EvalReport) -> bool:
+    """Whether the labels of the same samples in two reports are equal, or else the names of their classes, which each
+    training set numbers its own way.
+    """
+    if np.array_equal(a.outcomes.labels, b.outcomes.labels):
+        return True
+    one, other = (_label_names(report) for report in (a, b))
+    return one is not None and one == other
+
+
+def _label_names(report: EvalReport) -> list[str] | None:
+    names, labels = report.data.get("classes"), report.outcomes.labels.tolist()
+    return [names[label] for label in labels] if isinstance(names, list) and max(labels) < len(names) else None

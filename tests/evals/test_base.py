@@ -125,6 +125,10 @@ def test_reports_of_other_samples_are_not_compared(folders: Folders, encoder: En
     relabelled = Outcomes(report.outcomes.keys, report.outcomes.labels + 1, report.outcomes.predicted)
     with pytest.raises(InputError, match="same labels"):
         compare(report, replace(report, outcomes=relabelled))
+    names = report.data["classes"]
+    assert isinstance(names, list)
+    further = replace(report, outcomes=relabelled, data={**report.data, "classes": ["none", *names]})
+    assert compare(report, further).difference != 0, "the same classes under other numbers; none of them was found"
     other_keys = tuple(f"{key}x" for key in report.outcomes.keys)
     renamed = Outcomes(other_keys, report.outcomes.labels, report.outcomes.predicted)
     with pytest.raises(InputError, match="0 keys"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,19 @@ import pytest
 import typer
 
 import pretrain.evals
+from data_pipeline.datasets.read import open_dataset
 from data_pipeline.errors import InputError, RecipeError
 from data_pipeline.remote.config import CacheConfig
+from data_pipeline.shards.scan import index_shards
 from launch.commands.eval import app
 from launch.commands.protocol_options import build_config
 from pretrain.evals.config import KINDS, ProtocolConfig, config_class
-from pretrain.evals.protocols import check_evaluations
+from pretrain.evals.features.extract import Extraction
+from pretrain.evals.protocols import build_evaluator, check_evaluations
 from pretrain.recipe.files import dump
-from tests.evals.conftest import Folders
+from tests.evals.conftest import Folders, small_encoder
 from tests.recipe.recipes import changed, load
+from tests.shards import write_shards
 
 COMMANDS: Any = typer.main.get_command(app)
 # Beside the defaults, something else for each field that a command has an option for.
@@ -138,3 +144,23 @@ def test_older_entries_are_what_they_were(tmp_path: Path) -> None:
     given = {"kind": "knn", "train": "a", "test": "b", "every_epochs": 2, "k": 5, "temperature": 0.1, "max_test": 9}
     (config,) = load(tmp_path, changed("evals", [given])).evals
     assert config.model_dump(include=given.keys()) == given
+
+
+def test_samples_of_one_key_are_told_before_any_feature_is_computed(tmp_path: Path) -> None:
+    """In an older manifest, which took keys as they are; a new one makes them unique by their shard."""
+    write_shards(tmp_path / "test", 6, per_shard=6)
+    shutil.copy(tmp_path / "test" / "shard-000000.tar", tmp_path / "test" / "shard-000001.tar")
+    (tmp_path / "test" / "manifest.json").unlink()
+    write_shards(tmp_path / "train", 6)
+    knn = config_class("knn").model_validate(
+        {"kind": "knn", "train": str(tmp_path / "train"), "test": str(tmp_path / "test"), "k": 3}
+    )
+    manifest = index_shards(str(tmp_path / "test"), classes=["class0", "class1", "class2"])
+    report = build_evaluator(knn, Extraction(), open_dataset).run(small_encoder())
+    assert report.n == 12
+    assert report.outcomes.keys[0] == "shard-000000.tar/000000"
+    replace(manifest, keys=None).save()
+    with pytest.raises(InputError, match=r"found the key 000000 in shard-000000\.tar and again in shard-000001\.tar"):
+        check_evaluations([knn], CacheConfig(), apart=False)
+    first = knn.model_copy(update={"max_test": 6})
+    check_evaluations([first], CacheConfig(), apart=False)

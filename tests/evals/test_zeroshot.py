@@ -190,3 +190,13 @@ def test_a_set_without_classes_and_a_group_without_a_class_are_told(shapes: str,
 
 def test_classes_without_a_sample_have_no_part_in_the_mean_over_classes() -> None:
     assert mean_per_class(torch.tensor([1.0, 1.0, 0.0]).double(), torch.tensor([0, 3, 3])) == 0.75
+
+
+def test_names_that_are_given_in_another_order_are_told(shapes: str) -> None:
+    """By number they would be said of other classes."""
+    dataset = open_dataset(shapes)
+    assert dataset.classes is not None
+    with pytest.raises(
+        InputError, match=r"--classes: expected names in the order .* label 0 is .*which is label 1"
+    ):
+        ZeroShot(dataset, classes=[dataset.classes[1], dataset.classes[0], *dataset.classes[2:]])

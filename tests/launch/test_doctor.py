@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -18,6 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
+from data_pipeline.shards.load_manifest import load_manifest
+from data_pipeline.shards.scan import index_shards
 from launch.doctor import doctor, machine, storage
 from launch.doctor import recipe as checks
 from launch.doctor.recipe import Free, Ranks
@@ -199,6 +202,18 @@ def test_a_shard_with_one_other_byte(recipe: Recipe, tmp_path: Path) -> None:
     path.write_bytes(content)
     found = problems(checks.training_data(recipe.data, 0, Ranks(1, 1)))
     assert "shard-000001.tar has another hash than in the manifest. Copy it again" in found
+
+
+def test_samples_of_one_key_that_an_older_manifest_does_not_tell(recipe: Recipe, tmp_path: Path) -> None:
+    assert isinstance(recipe.data.train, str)
+    manifest = load_manifest(recipe.data.train)
+    shutil.copy(manifest.path(0), tmp_path / "0.tar")
+    shutil.copy(manifest.path(0), tmp_path / "1.tar")
+    dataclasses.replace(index_shards(str(tmp_path)), keys=None).save()
+    data = recipe.data.model_copy(update={"train": str(tmp_path)})
+    found = problems(checks.training_data(data, 0, Ranks(1, 1)))
+    assert "in 0.tar and again in 1.tar: they get the same crops and masks" in found
+    assert "again in" not in problems(checks.training_data(recipe.data, 0, Ranks(1, 1)))
 
 
 def test_fewer_streams_or_shards_than_ranks(recipe: Recipe) -> None:

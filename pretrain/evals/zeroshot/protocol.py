@@ -112,6 +112,7 @@ class ZeroShot:
                 expected=f"{num_classes} names, one for each class of the test set",
                 found=str(len(self.classes)),
             )
+        _refuse_names_elsewhere(self.classes, self.test.classes)
         for group, names in self.groups.items():
             unknown = [name for name in names if name not in self.names]
             if unknown or not names:
@@ -202,6 +203,20 @@ def build(config: ZeroShotConfig, extraction: Extraction, open_data: OpenData) -
         groups=named_groups(config.group),
         extraction=extraction,
     )
+
+
+def _refuse_names_elsewhere(given: Sequence[str] | None, own: Sequence[str] | None) -> None:
+    """Names that are given take the place of a test set's own by their number, and may be other words for the same; one
+    that the test set has too must stand for the same class.
+    """
+    for number, (name, known) in enumerate(zip(given or (), own or (), strict=False)):
+        if name != known and own is not None and name in own:
+            raise InputError(
+                where="--classes",
+                expected=f"names in the order of the test set's classes, where label {number} is {known!r}",
+                found=f"{name!r} there, which is label {own.index(name)}",
+                fix="Leave --classes out, or give the names in that order.",
+            )
 
 
 def named_groups(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
