@@ -32,7 +32,7 @@ def overlap_notes(dataset: Dataset) -> list[str]:
         if isinstance(part.dataset, ShardDataset)
     ]
     return [
-        f"data.train: {len(both)} shards of {name} are in {earlier} too: their samples are seen by the weights of both"
+        f"data.train: {name} shares {len(both)} of its shards with {earlier}: they are seen by the weights of both"
         for number, (name, own) in enumerate(hashes)
         for earlier, others in hashes[:number]
         if (both := own & others)

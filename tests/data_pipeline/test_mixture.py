@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.datasets.config import Source
 from data_pipeline.datasets.dataset import Part
-from data_pipeline.datasets.mixture import Mixture
+from data_pipeline.datasets.mixture import Mixture, overlap_notes
 from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.datasets.training import open_training
 from data_pipeline.errors import DataError, FieldError
@@ -249,6 +249,14 @@ def test_labels_of_different_classes_are_refused_where_labels_are_needed(pair: l
     assert (both.classes, both.label_counts) == (None, None)
     loader(both, replace(SPEC, num_classes=None))
     assert mixture([known[0], pair[1]], [1, 1]).classes == ("c", "x", "y")
+
+
+def test_shards_that_two_sources_have_are_told(pair: list[ShardDataset]) -> None:
+    one, other = pair
+    again = ShardDataset(one.manifest.select(one.manifest.names[:1]))
+    told = "data.train: c shares 1 of its shards with a: they are seen by the weights of both"
+    assert overlap_notes(Mixture([Part("a", one, 1), Part("b", other, 1), Part("c", again, 1)])) == [told]
+    assert overlap_notes(Mixture([Part("a", one, 1), Part("b", other, 1)])) == overlap_notes(one) == []
 
 
 def test_an_empty_source_is_refused(pair: list[ShardDataset], tmp_path: Path) -> None:

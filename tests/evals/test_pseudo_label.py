@@ -95,6 +95,7 @@ def test_labels_are_what_the_averaged_classifier_says(
     found = np.array([labels.row(i, dataset.origin(i)[0]) for i in range(70)])
     assert np.abs(found - wanted).max() < 1e-3, "fp16 has eleven bits"
     assert np.abs(wanted - wanted.mean(0)).max() > 0.02, "the teacher tells images apart"
+    assert labels.classes == ("class0", "class1", "class2"), "of the data that the teacher learned from"
     two = label(dataset, teacher, tmp_path / "two", replace(HOW, top_k=2, batch_size=7))
     pairs = np.array([two.row(i, dataset.origin(i)[0]) for i in range(70)])
     assert np.abs(pairs - wanted).max() < 2e-3, "of three classes the third has all of the rest"

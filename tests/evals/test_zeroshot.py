@@ -196,7 +196,5 @@ def test_names_that_are_given_in_another_order_are_told(shapes: str) -> None:
     """By number they would be said of other classes."""
     dataset = open_dataset(shapes)
     assert dataset.classes is not None
-    with pytest.raises(
-        InputError, match=r"--classes: expected names in the order .* label 0 is .*which is label 1"
-    ):
+    with pytest.raises(InputError, match=r"--classes: expected names in the order .* label 0 is .*which is label 1"):
         ZeroShot(dataset, classes=[dataset.classes[1], dataset.classes[0], *dataset.classes[2:]])

@@ -72,6 +72,7 @@ def test_a_run_goes_on_where_it_was(older: Path) -> None:
     new = log.removeprefix((FIXTURE / RUN / "log-rank0.txt").read_text())
     assert f"steps 10 to 20, from {older / RUN / 'checkpoints' / 'step_00000010'}" in new
     assert "starts anew" not in new  # the online probe
+    assert "this run does not say which data" in new
     assert identity(older) == identity(FIXTURE)
     after = losses(older / RUN)
     assert {step: after[step] for step in before} == before
