@@ -33,7 +33,10 @@ def index(
     from data_pipeline.shards.scan import index_shards
 
     names = None if classes is None else _class_names(classes)
-    print(summary(index_shards(shards, classes=names, workers=workers or num_cores())))
+    manifest = index_shards(shards, classes=names, workers=workers or num_cores())
+    print(summary(manifest))
+    if manifest.keys == "by shard":
+        print(f"keys come again in several shards: each goes by its shard, such as {manifest.names[0]}/KEY")
 
 
 def verify(shards: Shards, max_pixels: MaxPixels = 50_000_000, workers: Workers = 0) -> None:
