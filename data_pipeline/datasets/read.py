@@ -65,16 +65,17 @@ class ShardDataset(Single):
     def read(self, i: int) -> Sample:
         shard, row = self._find(i)
         try:
-            return self._sample(self._opened(shard), row)
+            return self._sample(shard, row)
         except SampleError:
             root = self.manifest.root
             if not isinstance(root, Remote):
                 raise
             root.distrust_shard(self.manifest.sha256[shard])  # it is the cached copy that may be damaged
             del self._open[shard]
-            return self._sample(self._opened(shard), row)
+            return self._sample(shard, row)
 
-    def _sample(self, opened: _OpenShard, row: int) -> Sample:
+    def _sample(self, shard: int, row: int) -> Sample:
+        opened = self._opened(shard)
         index = opened.index
         key = index.keys[row]
         members = {}
