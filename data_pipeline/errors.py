@@ -15,6 +15,8 @@
 A message names the field or path, what was expected, what was found, and the next step.
 """
 
+from data_pipeline.messages import visible
+
 
 class PretrainError(Exception):
     """Base of all errors that are told to a user as one message, without a traceback.
@@ -34,7 +36,7 @@ class PretrainError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: expected {self.expected}, found {self.found}."
-        return f"{text} {self.fix}" if self.fix else text
+        return visible(f"{text} {self.fix}" if self.fix else text, lines=True)
 
 
 class InputError(PretrainError):
@@ -51,7 +53,8 @@ class RecipeError(InputError):
 
     def __str__(self) -> str:
         head = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        return "\n".join([f"{self.where}: {head}", *(f"  {problem}" for problem in self.problems)])
+        told = "\n".join([f"{self.where}: {head}", *(f"  {problem}" for problem in self.problems)])
+        return visible(told, lines=True)
 
 
 class CheckpointError(InputError):

@@ -27,7 +27,7 @@ from pretrain.recipe.resolve import differences, resolve
 from pretrain.runtime.run_folder import is_claimed
 
 if TYPE_CHECKING:
-    from pretrain.reports.report import ProtocolResult
+    from pretrain.reports.run_results import ProtocolResult
 
 RECIPE = configs_folder() / "recipes" / "cpu" / "mae_fractals.yaml"
 NUM_RANKS = 2
@@ -192,7 +192,7 @@ def _judge(out: Path, train: Path, test: Path) -> list[ProtocolResult]:
     from pretrain.evals.linear.config import LinearConfig
     from pretrain.evals.linear.protocol import Linear
     from pretrain.evals.sources.load import load_source
-    from pretrain.reports.report import find_protocol_results
+    from pretrain.reports.run_results import find_protocol_results, kept_results
 
     bank, queries = open_dataset(str(train)), open_dataset(str(test))
     knn = Knn(bank, queries, KnnConfig(train=str(train), test=str(test)))
@@ -203,7 +203,7 @@ def _judge(out: Path, train: Path, test: Path) -> list[ProtocolResult]:
             report = evaluator.run(encoder)
             report.save(out / "evals" / report.file_name)
             print(f"{report.evaluator} of the {encoder.tag} one: {report.value:.1f} %", flush=True)
-    return find_protocol_results(out / "evals", trained.weights_sha256())
+    return find_protocol_results(kept_results(out / "evals", ()), {trained.weights_sha256()})
 
 
 def _notes(command: Sequence[str], zero_stage: int, interruption: Interruption | None) -> list[str]:
@@ -212,8 +212,9 @@ def _notes(command: Sequence[str], zero_stage: int, interruption: Interruption |
 
 
 def _print_table(comparisons: Sequence[ProtocolResult]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from launch.terminal import terminal
 
     table = Table("top-1 on the test images", title_justify="left")
     for column in ("trained", "random start", "difference", "95 % interval"):
@@ -225,7 +226,7 @@ def _print_table(comparisons: Sequence[ProtocolResult]) -> None:
             c.protocol, f"{c.trained.value:.1f} %", f"{c.random.value:.1f} %", f"{c.interval.difference:+.1f}",
             f"{c.interval.low:+.1f} to {c.interval.high:+.1f}",
         )  # fmt: skip
-    Console(soft_wrap=True).print(table)
+    terminal().print(table)
 
 
 class _Watch:

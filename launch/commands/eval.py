@@ -42,9 +42,9 @@ def compare(
     b: Annotated[Path, typer.Argument(help="Another, on the same test samples.")],
 ) -> None:
     """The difference A - B with its 95 % interval: over the seeds both have, else paired sample by sample."""
-    from rich.console import Console
     from rich.table import Table
 
+    from launch.terminal import terminal
     from pretrain.evals.result import EvalReport
     from pretrain.reports.comparison import difference
 
@@ -54,7 +54,7 @@ def compare(
     table = Table("", "encoder", "protocol", "top-1 %", "n")
     for letter, report in (("A", first), ("B", second)):
         table.add_row(letter, result_label(report), report.evaluator, f"{report.value:.2f}", str(report.n))
-    console = Console(soft_wrap=True)
+    console = terminal()
     console.print(table)
     verdict = "excludes zero" if interval.excludes_zero else "includes zero"
     console.print(

@@ -26,8 +26,7 @@ def rerun(
 
     Features are computed anew, whatever a cache holds.
     """
-    from rich.console import Console
-
+    from launch.terminal import terminal
     from pretrain.evals.finetune.protocol import RUN, is_finished
     from pretrain.evals.result import EvalReport
 
@@ -57,7 +56,7 @@ def rerun(
     if status := command.main(command_words(command, asked), prog_name=f"pretrain eval {name}", standalone_mode=False):
         raise typer.Exit(status)
     after = EvalReport.load(out)
-    console = Console(soft_wrap=True)
+    console = terminal()
     for line in differences(before, after):
         console.print(f"not as it was: {line}")
     verdict = "the same number" if after.value == before.value else "ANOTHER NUMBER"

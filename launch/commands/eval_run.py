@@ -65,15 +65,16 @@ def keep(report: EvalReport, run: Path | None, out: Path | None, context: typer.
     """Writes the report where it belongs, and prints what it says."""
     from dataclasses import replace
 
-    from rich.console import Console
     from rich.table import Table
+
+    from launch.terminal import terminal
 
     plain = {name: str(v) if isinstance(v, (Path, Enum)) else v for name, v in context.params.items()}
     report = replace(report, arguments={"command": f"eval {report.evaluator}", **plain})
     path = out or (run / "evals" / report.file_name if run else None)
     if path is not None:
         report.save(path)
-    console = Console(soft_wrap=True)
+    console = terminal()
     table = Table("metric", "%", "n", title=f"{report.evaluator}: {result_label(report)}", title_justify="left")
     for name, value in report.metrics.items():
         table.add_row(name, f"{value:.2f}", str(report.n), style="bold" if name == report.metric else None)

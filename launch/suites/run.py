@@ -207,9 +207,9 @@ def _in_a_process(cell: SuiteJob, device: str | None, say: Say, *, num_processes
 
 
 def _say_results(cells: Sequence[SuiteJob], failed: dict[str, str]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from launch.terminal import terminal
     from pretrain.evals.result import EvalReport
 
     table = Table("encoder", "data set", "protocol", "metric", "%", "±", "n")
@@ -221,7 +221,7 @@ def _say_results(cells: Sequence[SuiteJob], failed: dict[str, str]) -> None:
         spread = "" if report.spread is None else f"{report.spread:.2f}"
         row = (cell.encoder, cell.dataset, cell.protocol, report.metric, f"{report.value:.2f}", spread, str(report.n))
         table.add_row(*row)
-    Console(soft_wrap=True).print(table)
+    terminal().print(table)
 
 
 def _job(out: Path, cell: SuiteJob) -> Path:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from data_pipeline.durable import durable_file
+from data_pipeline.durable import durable_file, from_json
 from data_pipeline.errors import InputError
 from pretrain.runtime.versions import LIBRARIES, of
 
@@ -114,7 +114,7 @@ class EvalReport:
             InputError: no report, one of another format, or its outcomes are missing.
         """
         try:
-            described = json.loads(path.read_text("utf-8"))
+            described = from_json(path.read_text("utf-8"))
             if described.pop("format") != FORMAT:
                 raise ValueError(f"another format than {FORMAT}")
             tensors = load(path.with_suffix(".safetensors").read_bytes())
