@@ -1,4 +1,4 @@
-"""`pretrain demo`: images made on the spot, MAE that is killed and resumed, an evaluated encoder, a report."""
+"""`pretrain demo`: images made on the spot, SimCLR that is killed and resumed, an evaluated encoder, a report."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from pretrain.runtime.run_folder import is_claimed
 if TYPE_CHECKING:
     from pretrain.reports.run_results import ProtocolResult
 
-RECIPE = configs_folder() / "recipes" / "cpu" / "mae_fractals.yaml"
+RECIPE = configs_folder() / "recipes" / "cpu" / "simclr_fractals.yaml"
 NUM_RANKS = 2
-NUM_CLASSES = 25
+NUM_CLASSES = 6
 PROBE_STEPS = 1000  # of the linear probe, where `pretrain eval linear` takes 5,000: enough for so few images
 
 
-def main(out: Path, *, num_train: int = 8000, num_test: int = 2000, overrides: Sequence[str] = ()) -> None:
+def main(out: Path, *, num_train: int = 6000, num_test: int = 1200, overrides: Sequence[str] = ()) -> None:
     """Runs the whole demo in `out`, which becomes the run's folder; what is complete there is kept.
 
     Args:

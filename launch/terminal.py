@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.table import Column
 from rich.text import Text
 
 from data_pipeline.messages import visible
@@ -20,3 +21,8 @@ class _Plain(Console):
 def terminal() -> Console:
     """The console of a command: lines are wrapped by the terminal alone, strings are shown as they are."""
     return _Plain(soft_wrap=True, markup=False, emoji=False)
+
+
+def columns(*names: str) -> list[Column]:
+    """Columns of a table, in which a long name is broken over lines and not cut."""
+    return [Column(name, overflow="fold") for name in names]

@@ -44,14 +44,14 @@ def compare(
     """The difference A - B with its 95 % interval: over the seeds both have, else paired sample by sample."""
     from rich.table import Table
 
-    from launch.terminal import terminal
+    from launch.terminal import columns, terminal
     from pretrain.evals.result import EvalReport
     from pretrain.reports.comparison import difference
 
     first, second = EvalReport.load(a), EvalReport.load(b)
     found = difference(first, second)
     interval = found.interval
-    table = Table("", "encoder", "protocol", "top-1 %", "n")
+    table = Table(*columns("", "encoder", "protocol", "top-1 %", "n"))
     for letter, report in (("A", first), ("B", second)):
         table.add_row(letter, result_label(report), report.evaluator, f"{report.value:.2f}", str(report.n))
     console = terminal()

@@ -67,7 +67,7 @@ def keep(report: EvalReport, run: Path | None, out: Path | None, context: typer.
 
     from rich.table import Table
 
-    from launch.terminal import terminal
+    from launch.terminal import columns, terminal
 
     plain = {name: str(v) if isinstance(v, (Path, Enum)) else v for name, v in context.params.items()}
     report = replace(report, arguments={"command": f"eval {report.evaluator}", **plain})
@@ -75,7 +75,9 @@ def keep(report: EvalReport, run: Path | None, out: Path | None, context: typer.
     if path is not None:
         report.save(path)
     console = terminal()
-    table = Table("metric", "%", "n", title=f"{report.evaluator}: {result_label(report)}", title_justify="left")
+    table = Table(
+        *columns("metric", "%", "n"), title=f"{report.evaluator}: {result_label(report)}", title_justify="left"
+    )
     for name, value in report.metrics.items():
         table.add_row(name, f"{value:.2f}", str(report.n), style="bold" if name == report.metric else None)
     console.print(table)

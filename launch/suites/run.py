@@ -209,10 +209,10 @@ def _in_a_process(cell: SuiteJob, device: str | None, say: Say, *, num_processes
 def _say_results(cells: Sequence[SuiteJob], failed: dict[str, str]) -> None:
     from rich.table import Table
 
-    from launch.terminal import terminal
+    from launch.terminal import columns, terminal
     from pretrain.evals.result import EvalReport
 
-    table = Table("encoder", "data set", "protocol", "metric", "%", "±", "n")
+    table = Table(*columns("encoder", "data set", "protocol", "metric", "%", "±", "n"))
     for cell in cells:
         if cell.name in failed:
             table.add_row(cell.encoder, cell.dataset, cell.protocol, "failed", "", "", "")

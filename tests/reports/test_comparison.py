@@ -264,7 +264,10 @@ def test_sizes_that_do_not_divide_leave_no_end_out(suite: Path) -> None:
         keys = look_at(encoder, test, count, max_pixels=10**6, label="").features.keys
         chosen = [i for i in range(24) if test.read(i).key in keys]
         assert len(chosen) == len(keys) == min(count, 24)
-        assert max(np.diff([*chosen, 24])) <= -(-24 // count), "no longer gap than there must be"
+        edges = [i * 24 // len(keys) for i in range(len(keys))] + [24]
+        assert all(low <= i < high for low, i, high in zip(edges, chosen, edges[1:], strict=False)), (
+            "one of each stretch"
+        )
 
 
 def test_what_cannot_be_shown_is_told_with_its_reason(suite: Path, tmp_path: Path) -> None:
