@@ -119,17 +119,19 @@ def curves_over_steps(kept: Sequence[KeptResult]) -> list[Picture]:
     """A figure for each question that was asked at several steps; the random start is step 0 of it."""
     values: dict[str, dict[int, float]] = {}
     first: dict[str, KeptResult] = {}
+    data: dict[str, str] = {}
     for result in kept:
         step = 0 if result.report.encoder["tag"] == "random" else result.report.encoder.get("step")
         if isinstance(step, int):
             values.setdefault(result.question, {})[step] = result.report.value
             first.setdefault(result.question, result)
-    return [_curve(first[question], found) for question, found in values.items() if len(found) > 1]
+            data[result.question] = data.get(result.question) or result.data
+    return [_curve(first[question], data[question], found) for question, found in values.items() if len(found) > 1]
 
 
-def _curve(result: KeptResult, by_step: Mapping[int, float]) -> Picture:
+def _curve(result: KeptResult, data: str, by_step: Mapping[int, float]) -> Picture:
     report, chance = result.report, chance_level(result.report)
-    where = f" on {result.data}" if result.data else ""
+    where = f" on {data}" if data else ""
     steps = sorted(by_step)
     lines = {"chance": chance} if chance is not None else {}
     title = f"{result.protocol}{where}: {report.metric}, %"

@@ -103,12 +103,15 @@ def test_many_encoders_and_long_words_leave_the_page_as_wide_as_it_is(
 def test_what_is_broken_is_seen(browser: Browser, tmp_path: Path) -> None:
     page = {
         "name": "x",
-        "summary": "",
+        "verdict": "",
+        "facts": {},
+        "packages": {},
+        "eval_curves": [],
         "comparisons": [],
         "notes": [],
         "goodput": None,
         "triples": [],
-        "neighbours": [],
+        "neighbours": None,
     }
     path = tmp_path / "run.html"
     whole = render("report.html.j2", {**page, "curves": [], "environment": {}, "recipe": ""})
