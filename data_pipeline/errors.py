@@ -44,16 +44,16 @@ class InputError(PretrainError):
 
 
 class RecipeError(InputError):
-    """A recipe is wrong. `problems` holds all of them, each already a full sentence with its path."""
+    """A recipe is wrong. `problems` holds all of them, each already a full sentence with its path; `fix` is none."""
 
-    def __init__(self, where: str, problems: list[str]) -> None:
+    def __init__(self, where: str, problems: list[str], fix: str = "") -> None:
         self.problems = problems
-        PretrainError.__init__(self, where, "a valid recipe", f"{len(problems)} problem(s)")
-        self.args = (where, problems)
+        PretrainError.__init__(self, where, "a valid recipe", f"{len(problems)} problem(s)", fix)
+        self.args = (where, problems, fix)
 
     def __str__(self) -> str:
         head = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        told = "\n".join([f"{self.where}: {head}", *(f"  {problem}" for problem in self.problems)])
+        told = "\n".join([f"{self.where}: {head}", *(f"  {line}" for line in [*self.problems, self.fix] if line)])
         return visible(told, lines=True)
 
 

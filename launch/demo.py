@@ -94,7 +94,7 @@ def _checked_recipe(out: Path, overrides: Sequence[str]) -> Recipe:
     if (out / "recipe.yaml").is_file():
         problems = differences(recipe, load_recipe(out / "recipe.yaml"))
         if problems:
-            raise RecipeError(f"{out} holds another run", [*problems, "Choose another folder with --out."])
+            raise RecipeError(f"{out} holds another run", problems, "Choose another folder with --out.")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -16,7 +16,6 @@ from data_pipeline.errors import CheckpointError, InputError
 from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources.load import load_source
-from pretrain.evals.sources.towers import load_towers
 from pretrain.models.config import ModelConfig
 from pretrain.models.strict_loading import load_strictly
 from pretrain.monitoring.goodput import read_goodput
@@ -128,6 +127,8 @@ def _judged_weights(recipe: Recipe, checkpoint: Path, trained: Encoder) -> set[s
     """SHA-256 of what evaluations may have judged: the encoder, and both towers where the run trains two."""
     found = {trained.weights_sha256()}
     if isinstance(recipe.objective, ImageTextConfig):
+        from pretrain.evals.sources.towers import load_towers  # open_clip alone takes seconds
+
         found.add(load_towers(str(checkpoint)).weights_sha256())
     return found
 
