@@ -36,9 +36,10 @@ from pretrain.evals.sources.trained import TrainedRun
 from pretrain.loop import LoopContext, train
 from pretrain.monitoring.budgets import Budgets
 from pretrain.monitoring.clocks import Clocks
-from pretrain.monitoring.goodput import Timeline, read_goodput
+from pretrain.monitoring.goodput import read_goodput
 from pretrain.monitoring.metrics import MetricLog, Throughput, flops_per_sample
 from pretrain.monitoring.sinks import open_sinks
+from pretrain.monitoring.timeline import Timeline
 from pretrain.monitoring.watchdog import Watchdog
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
@@ -200,7 +201,7 @@ def _train(
             writer.finish()
             if state.progress.step == first_step and start.checkpoint is not None and world.is_main:
                 export(start.checkpoint.path)  # the process before may have died between a checkpoint and its export
-            timeline.end(finished=True)
+            timeline.end(finished=True, done=state.progress.step >= stop_at)
             if world.is_main and (goodput := read_goodput(out)) is not None:
                 log.say(str(goodput))
             log.say(_closing(context, state))

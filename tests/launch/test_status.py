@@ -16,7 +16,7 @@ from launch.jobs.record import load_job
 from launch.jobs.run_state import find_state
 from launch.jobs.status import find_runs, productive_share, run_status, show_status
 from launch.slurm.commands import job_states
-from pretrain.monitoring.goodput import Timeline
+from pretrain.monitoring.timeline import Timeline
 from pretrain.runtime.run_folder import is_claimed
 from tests.launch.run_folders import TOTAL_STEPS, Commands, claimed, event, make_run, submit
 
