@@ -15,6 +15,8 @@
 A message names the field or path, what was expected, what was found, and the next step.
 """
 
+import os
+
 from data_pipeline.messages import visible
 
 
@@ -87,3 +89,12 @@ class SampleError(DataError):
 
 class RunError(PretrainError):
     pass
+
+
+def os_reason(error: OSError) -> str:
+    """What the system says about a failed operation, and the file, without error numbers."""
+    reason = error.strerror or str(error) or type(error).__name__
+    files = [
+        os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)
+    ]
+    return ": ".join([reason, *files[-1:]])

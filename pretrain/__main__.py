@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_pipeline.errors import InputError, PretrainError
+from pretrain.monitoring.outlets import flush_streams
 from pretrain.recipe.files import load_recipe, print_note
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime import lean_imports
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         _print_error(traceback.format_exc())
         return _end(1)
+    flush_streams()
     return 0 if whole else _end(STOPPED)  # at once: Python, tidying up, would die of a second SIGTERM
 
 
@@ -70,9 +72,8 @@ def _end(status: int) -> int:
 
     To tear the process group down is to wait for the others, and they wait for this one.
     """
+    flush_streams()
     if WORLD_SIZE > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     return status
 

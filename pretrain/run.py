@@ -18,6 +18,7 @@ import torch
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError, RunError
 from data_pipeline.loader import StepData, TrainLoader
+from pretrain.announce import closing_line, opening
 from pretrain.augment.augment import augmentations, mixing, prepare
 from pretrain.callbacks.callback import Callback
 from pretrain.callbacks.evaluations import ProtocolEvaluation, Validation, ValidationData, steps_between
@@ -37,7 +38,8 @@ from pretrain.loop import LoopContext, train
 from pretrain.monitoring.budgets import Budgets
 from pretrain.monitoring.clocks import Clocks
 from pretrain.monitoring.goodput import read_goodput
-from pretrain.monitoring.metrics import MetricLog, Throughput, flops_per_sample
+from pretrain.monitoring.log import MetricLog
+from pretrain.monitoring.metrics import Throughput, flops_per_sample
 from pretrain.monitoring.sinks import open_sinks
 from pretrain.monitoring.timeline import Timeline
 from pretrain.monitoring.watchdog import Watchdog
@@ -168,10 +170,11 @@ def _train(
     stop_at, first_step = min(total_steps, context.max_steps or total_steps), state.progress.step
     peak_lr, warmup = context.plan.resolved.peak_lr, context.plan.resolved.warmup_steps
     export = partial(export_encoder, recipe.model, recipe.objective, recipe.data, folder=out / "encoder")
-    sinks = open_sinks(recipe.logging, out, recipe.name, first_step) if world.is_main else ()
+    sinks = open_sinks(recipe.logging, out, recipe.name, first_step) if world.is_main else {}
     log = MetricLog(out, step=first_step, total_steps=total_steps, active=world.is_main, sinks=sinks)
     with closing(log):
-        for line in (_opening(context, state, start), *context.plan.notes, *start.notes):
+        first_line = opening(recipe, context.plan, world, context.device, first_step, start)
+        for line in (first_line, *context.plan.notes, *start.notes):
             log.say(line)
         writer = CheckpointWriter(
             out / "checkpoints", engine.state, world=world, keep_last=recipe.checkpoint.keep_last, say=log.say,
@@ -182,7 +185,7 @@ def _train(
             every_steps=recipe.checkpoint.every_steps, every_minutes=recipe.checkpoint.every_minutes,
         )  # fmt: skip
         timeline = Timeline(out, step=first_step, active=world.is_main)
-        traces = profiled(context.profile_steps, out / "profile" / f"rank{world.rank}.json.gz")
+        traces = profiled(context.profile_steps, out / "profile" / f"rank{world.rank}.json.gz", log)
         with timeline, writer, traces as profilers:
             loop = LoopContext(
                 engine=engine,
@@ -204,7 +207,7 @@ def _train(
             timeline.end(finished=True, done=state.progress.step >= stop_at)
             if world.is_main and (goodput := read_goodput(out)) is not None:
                 log.say(str(goodput))
-            log.say(_closing(context, state))
+            log.say(closing_line(out, state.progress))
     return state.progress.step >= stop_at
 
 
@@ -223,7 +226,7 @@ def _callbacks(context: RunContext, engine: Engine, probe: OnlineProbe | None, l
     evaluators = () if context.evals_apart else inline_evaluators(recipe.evals, data.cache)
     for i, (config, evaluator) in enumerate(zip(recipe.evals, evaluators, strict=not context.evals_apart)):
         every = steps_between(config.every_epochs, epoch)
-        yield ProtocolEvaluation(every, i, config, evaluator, engine, trained, context.watchdog.alive)
+        yield ProtocolEvaluation(every, i, config, evaluator, engine, trained, context.watchdog.alive, log)
     if (every_steps := recipe.logging.images_every_steps) is not None:
         rebuild = partial(build_objective, recipe.model, recipe.objective)
         yield Pictures(every_steps, engine, rebuild, data.mean, data.std, log, context.out)
@@ -244,19 +247,3 @@ def _steps(context: RunContext, cursor: int) -> Iterator[StepData]:
     first = next(loader.steps(0))
     again = replace(first, bad=(), seconds=dict.fromkeys(first.seconds, 0.0))
     return (replace(again if step > 1 else first, cursor=first.cursor * step) for step in count(1))
-
-
-def _opening(context: RunContext, state: RunState, start: Start) -> str:
-    recipe, resolved, world = context.recipe, context.plan.resolved, context.world
-    size = f"{resolved.global_size} = {world.size} x {resolved.accumulation} x {resolved.micro_size}"
-    return (
-        f"{recipe.name}: {recipe.objective.kind} {recipe.model.name}, {context.plan.train.num_samples} samples, batch "
-        f"{size}, ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}, {world.size} x {context.device.type}; "
-        f"steps {state.progress.step} to {resolved.total_steps}, {start.source}"
-    )
-
-
-def _closing(context: RunContext, state: RunState) -> str:
-    step, total_steps, encoder = state.progress.step, state.progress.total_steps, context.out / "encoder"
-    where = f"; the encoder is in {encoder}" if encoder.is_dir() else ""
-    return f"{'finished' if step == total_steps else 'stopped'} at step {step} of {total_steps}{where}"

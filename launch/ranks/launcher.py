@@ -221,8 +221,9 @@ def _print_lines(rank: int, process: subprocess.Popen[str]) -> None:
     prefix = f"[rank {rank}] "
     assert process.stdout is not None
     for line in process.stdout:
-        sys.stderr.write(line if line.startswith(prefix) else prefix + line)
-        sys.stderr.flush()
+        with suppress(OSError):  # a full disk costs lines; a rank whose pipe nobody empties would wait for ever
+            sys.stderr.write(line if line.startswith(prefix) else prefix + line)
+            sys.stderr.flush()
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

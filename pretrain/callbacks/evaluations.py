@@ -25,6 +25,7 @@ from pretrain.evals.config import ProtocolConfig
 from pretrain.evals.protocols import AnyEvaluator
 from pretrain.evals.sources.copies import build_copy, judged_copy
 from pretrain.evals.sources.trained import TrainedRun
+from pretrain.monitoring.log import MetricLog
 from pretrain.runtime.collectives import from_main, side_group, sum_over_ranks
 from pretrain.runtime.run_folder import eval_name, folder_name
 from pretrain.runtime.state import RunState
@@ -130,6 +131,7 @@ class ProtocolEvaluation(Periodic):
         engine: holds the objective, whose encoder or whose two towers are judged.
         run: as it is described in reports, which go to `evals/` in its folder.
         alive: called with every batch.
+        log: keeps the reports.
     """
 
     def __init__(
@@ -141,8 +143,10 @@ class ProtocolEvaluation(Periodic):
         engine: Engine,
         run: TrainedRun,
         alive: Callable[[], None],
+        log: MetricLog,
     ) -> None:
         super().__init__(every_steps)
+        self._log = log
         self._name, self._judges, self._evaluator = eval_name(index, config.kind), config.judges, evaluator
         self._engine, self._run, self._alive = engine, run, alive
         self._group = side_group()  # rank 0 may take long, and NCCL's patience is short
@@ -161,6 +165,7 @@ class ProtocolEvaluation(Periodic):
                 part.register_forward_pre_hook(lambda *_: self._alive())
             judged = judged_copy(self._run, self._judges, module, tag=folder_name(step), description={"step": step})
             report = self._evaluator.run(judged)
-            report.save(self._run.folder / "evals" / f"{self._name}_{folder_name(step)}.json")
+            path = self._run.folder / "evals" / f"{self._name}_{folder_name(step)}.json"
+            self._log.keep(str(path), lambda: report.save(path))
             values = {f"{self._name}/{report.metric}": report.value}
         return from_main(values, self._group)

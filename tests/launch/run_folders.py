@@ -14,7 +14,7 @@ import torch
 
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.training_state import Fragment
-from pretrain.monitoring.metrics import MetricLog
+from pretrain.monitoring.log import MetricLog
 from pretrain.recipe.files import dump, resolved_yaml
 from pretrain.recipe.resolve import resolve
 from pretrain.record import claim
