@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.errors import PretrainError
+from data_pipeline.errors import PretrainError, storage_error
 from launch.commands.arguments import command_app, examples
 from pretrain.runtime import lean_imports
 
@@ -46,9 +46,12 @@ def main() -> int:
     lean_imports.install()
     try:
         app(prog_name="pretrain")
-    except PretrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    except Exception as error:
+        told = error if isinstance(error, PretrainError) else storage_error(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return told.exit_status
     return 0
 
 

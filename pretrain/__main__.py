@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from data_pipeline.errors import InputError, PretrainError
+from data_pipeline.errors import InputError, PretrainError, storage_error
 from pretrain.monitoring.outlets import flush_streams
 from pretrain.recipe.files import load_recipe, print_note
 from pretrain.recipe.recipe import Recipe
@@ -60,8 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end(error.exit_status)
     except KeyboardInterrupt:
         return _end(130)
-    except Exception:
-        _print_error(traceback.format_exc())
+    except Exception as error:
+        found = storage_error(error)
+        _print_error(f"error: {found}" if found else traceback.format_exc())
         return _end(1)
     flush_streams()
     return 0 if whole else _end(STOPPED)  # at once: Python, tidying up, would die of a second SIGTERM

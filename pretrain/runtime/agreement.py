@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from data_pipeline.errors import PretrainError
+from data_pipeline.errors import PretrainError, storage_error
 from pretrain.runtime.collectives import Group, gather_objects
 
 T = TypeVar("T")
@@ -26,7 +26,8 @@ def agree(work: Callable[[], T], group: Group = None) -> T:
         What `work` returned on this rank.
 
     Raises:
-        PretrainError: it was raised by the work of a rank, of several by that of the first; the same on every rank.
+        PretrainError: it, or an OSError, was raised by the work of a rank, of several by that of the first; the same on
+            every rank.
         RanksFailedError: the work of a rank raised anything else; on that rank itself, it is the cause.
     """
     done: list[T] = []
@@ -35,7 +36,8 @@ def agree(work: Callable[[], T], group: Group = None) -> T:
         done.append(work())
     except Exception as error:  # whatever it is: the others wait below
         problem = error
-    shared = problem if isinstance(problem, PretrainError) else None  # any other may not travel to another process
+    # Any other may not travel to another process.
+    shared = problem if isinstance(problem, PretrainError) else storage_error(problem) if problem else None
     answers = gather_objects((shared, f"{type(problem).__name__}: {problem}" if problem else ""), group)
     for first, _ in answers:
         if first is not None:
