@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_pipeline.errors import InputError, PretrainError, storage_error
-from pretrain.monitoring.outlets import flush_streams
+from pretrain.inputs import refuse_wrong_inputs
+from pretrain.monitoring.outlets import flush_streams, write_stderr
 from pretrain.recipe.files import load_recipe, print_note
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime import lean_imports
@@ -39,9 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signum, signal.SIG_IGN if request == Request.SAVE else lambda *_: os._exit(STOPPED))
     try:
         recipe = load_recipe(recipe_path, list(options.overrides), note=None if LOCAL_RANK else print_note)
-        from pretrain import run  # after the recipe: loading torch takes seconds
+        if not LOCAL_RANK:
+            refuse_wrong_inputs(recipe)
+        _tell("starting: loading PyTorch")
+        from pretrain import run  # after all that needs none of it: loading torch takes seconds
 
         out = options.out or default_out(recipe)
+        _tell(
+            f"starting: checking {recipe.name} and {out}, building the model; the first step takes longer than others"
+        )
         whole = run.run(
             recipe,
             out,
@@ -77,6 +84,12 @@ def _end(status: int) -> int:
     if WORLD_SIZE > 1:
         os._exit(status)
     return status
+
+
+def _tell(text: str) -> None:
+    """Says what goes on before there is a log, on the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        write_stderr(text)
 
 
 def default_out(recipe: Recipe) -> Path:

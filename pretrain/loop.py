@@ -19,7 +19,7 @@ from pretrain.engine.engine import Engine, StepResult
 from pretrain.engine.micro_batches import LazyBatches
 from pretrain.monitoring.budgets import Budgets
 from pretrain.monitoring.clocks import Clocks
-from pretrain.monitoring.log import MetricLog
+from pretrain.monitoring.log import MetricLog, evaluation_line
 from pretrain.monitoring.metrics import Throughput
 from pretrain.runtime.collectives import mean_over_ranks
 from pretrain.runtime.state import Progress, RunState
@@ -130,7 +130,7 @@ def _evaluate(callback: Callback, state: RunState, context: LoopContext) -> None
         values = callback.evaluate(state)
     if values:
         context.log.write(step, values)
-        context.log.say("  ".join([f"step {step}", *(f"{name} {value:.4f}" for name, value in values.items())]))
+        context.log.say(evaluation_line(step, values))
 
 
 def _log_step(state: RunState, result: StepResult, context: LoopContext) -> None:

@@ -35,6 +35,7 @@ from pretrain.engine.engine import Engine
 from pretrain.evals.protocols import inline_evaluators
 from pretrain.evals.sources.trained import TrainedRun
 from pretrain.loop import LoopContext, train
+from pretrain.monitoring.budgets import FILE_NAME as SKIPPED
 from pretrain.monitoring.budgets import Budgets
 from pretrain.monitoring.clocks import Clocks
 from pretrain.monitoring.goodput import read_goodput
@@ -196,7 +197,9 @@ def _train(
                 checkpoints=checkpoints,
                 clocks=Clocks(engine.clock, (context.watchdog.progress, timeline.mark)),
                 throughput=throughput,
-                budgets=Budgets(recipe.data.max_bad_samples, recipe.runtime.max_skipped_steps, log.say),
+                budgets=Budgets(
+                    recipe.data.max_bad_samples, recipe.runtime.max_skipped_steps, log.say, log.append, out / SKIPPED
+                ),
                 log=log,
                 log_every=recipe.logging.every_steps,
             )

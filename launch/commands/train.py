@@ -62,6 +62,10 @@ def train(recipe_path: RecipePath, num_ranks: NumRanks = 1, **given: Any) -> Non
     arguments = [str(recipe_path), *replace(options, out=out).words()]
     if num_ranks == 1:
         raise typer.Exit(rank.main(arguments))
+    from pretrain.inputs import refuse_wrong_inputs
+
+    refuse_wrong_inputs(recipe)
+    typer.echo(f"starting: checking {recipe.name} for {num_ranks} processes", err=True)
     from launch.ranks.launcher import launch
     from pretrain.preflight import preflight
     from pretrain.run import output_folder

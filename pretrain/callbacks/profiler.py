@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +34,8 @@ def profiled(steps: int | None, path: Path, log: MetricLog) -> Iterator[tuple[Ca
     if steps is None:
         yield ()
         return
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it calls a machine without a GPU an error, on stderr
 
     def export(profiler: torch.profiler.profile) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.durable import durable_file
+from data_pipeline.durable import append_line, durable_file
 from data_pipeline.messages import visible
 from pretrain.monitoring.outlets import AppendedFile, Outlet, write_stderr, write_stdout
 from pretrain.monitoring.sinks import Sink
@@ -77,6 +79,11 @@ class MetricLog:
         self._unwritten += not written
         return written
 
+    def append(self, path: Path, record: Mapping[str, Any]) -> None:
+        """Appends a line to another file of the run's folder."""
+        if self._active:
+            self.keep(str(path), lambda: append_line(path, record))
+
     def progress(self, step: int, values: dict[str, float]) -> None:
         """Shows a logged step: on the live line of a terminal, as a plain line elsewhere."""
         done = step - self._first_step
@@ -124,8 +131,8 @@ class MetricLog:
 
 LOG = "log-rank0.txt"
 _SHOWN = {
-    "top1": ".3f",
-    "probe/top1": ".3f",
+    "top1": ".1%",
+    "probe/top1": ".1%",
     "lr": ".2e",
     "grad_norm": ".3f",
     "data_wait": ".1%",
@@ -141,6 +148,22 @@ def progress_line(step: int, total_steps: int, left_seconds: float, values: Mapp
     parts += [f"{values['images_per_second']:.0f} images/s"] if "images_per_second" in values else []
     parts += [f"{name} {values[name]:{form}}" for name, form in _SHOWN.items() if name in values]
     return "  ".join(parts)
+
+
+def evaluation_line(step: int, values: Mapping[str, float]) -> str:
+    """An evaluation in a line: what is right is a percentage, as its sign says, whoever measured it.
+
+    Args:
+        step: steps applied.
+        values: by name. The validation set's, `val/...`, are losses and shares; those of protocols are percent.
+    """
+
+    def shown(name: str, value: float) -> str:
+        if not name.startswith("val/"):
+            return f"{value:.2f}%"
+        return f"{value:.2%}" if re.search(r"(^|[/_])(top\d+|accuracy)", name) else f"{value:.4f}"
+
+    return "  ".join([f"step {step}", *(f"{name} {shown(name, value)}" for name, value in values.items())])
 
 
 def _duration(seconds: float) -> str:
