@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from data_pipeline.errors import PretrainError, storage_error
+from data_pipeline.errors import PretrainError, StorageError, storage_error
 from pretrain.runtime.collectives import Group, gather_objects
 
 T = TypeVar("T")
@@ -39,7 +39,9 @@ def agree(work: Callable[[], T], group: Group = None) -> T:
     # Any other may not travel to another process.
     shared = problem if isinstance(problem, PretrainError) else storage_error(problem) if problem else None
     answers = gather_objects((shared, f"{type(problem).__name__}: {problem}" if problem else ""), group)
-    for first, _ in answers:
+    for rank, (first, _) in enumerate(answers):
+        if isinstance(first, StorageError) and len(answers) > 1:  # it may be of one machine alone
+            first = StorageError(first.where, first.expected, f"rank {rank}: {first.found}", first.fix)
         if first is not None:
             raise first
     if found := [f"rank {rank}: {text}" for rank, (_, text) in enumerate(answers) if text]:

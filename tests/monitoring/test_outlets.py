@@ -13,11 +13,13 @@ import pytest
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from data_pipeline.durable import read_lines
 from data_pipeline.errors import RunError
 from pretrain.checkpoints.checkpoint import complete_checkpoints
 from pretrain.evals.result import EvalReport
 from pretrain.monitoring import outlets, sinks
-from pretrain.monitoring.log import MetricLog
+from pretrain.monitoring.budgets import Budgets
+from pretrain.monitoring.log import MetricLog, evaluation_line, progress_line
 from pretrain.monitoring.outlets import AppendedFile, Outlet
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Logging, Wandb
@@ -192,3 +194,30 @@ def test_a_disk_that_fails_costs_lines_of_the_log_and_not_the_run(
             assert f"{name} works again; " in told + shown
         assert "files beside the run: 1 not written" in told, "the report of step 4"
         assert [path.name for path in (out / "evals").glob("*.json")] == ["knn_step_00000008.json"]
+
+
+def test_a_terminal_that_cuts_the_line_keeps_what_is_asked_for_first() -> None:
+    values = {"top1": 0.25, "lr": 1e-3, "loss": 6.9078, "images_per_second": 12_345.6, "grad_norm": 1.0, "mfu": 0.5}
+    line = progress_line(123_456, 1_250_000, 400_000.0, values)
+    assert line[:80].startswith("step 123456/1250000  loss 6.9078  left 111:06:40  12346 images/s  top1 25.0%")
+
+
+def test_what_is_right_is_shown_in_percent_whoever_measured_it() -> None:
+    values = {"val/loss": 1.5, "val/top1": 0.25, "val/probe_top1": 0.5, "knn/top1_k20": 33.3333}
+    assert evaluation_line(4, values) == (
+        "step 4  val/loss 1.5000  val/top1 25.00%  val/probe_top1 50.00%  knn/top1_k20 33.33%"
+    )
+
+
+def test_few_samples_of_a_skipped_step_are_named_and_the_rest_are_in_a_file(tmp_path: Path) -> None:
+    log, said = MetricLog(tmp_path, step=0, total_steps=9, active=True), list[str]()
+    budgets = Budgets(0, 1, said.append, log.append, tmp_path / "skipped-samples.jsonl")
+    keys = [f"key{i}" for i in range(64)]
+    budgets.count_skipped_step(3, 1, False, keys)
+    with pytest.raises(RunError) as error:
+        budgets.count_skipped_step(4, 2, False, keys)
+    for text in (*said, str(error.value)):
+        assert "key0, key1, key2, key3, key4 and 59 more, all of them in " in text
+        assert "key5" not in text
+    assert read_lines(tmp_path / "skipped-samples.jsonl") == [{"step": step, "samples": keys} for step in (3, 4)]
+    log.close()
