@@ -46,10 +46,11 @@ def refuse_wrong_inputs(recipe: Recipe) -> None:
     opened("", lambda: _refuse_unknown_model(recipe))
     train = opened("data.train", lambda: open_training(data.train, data.cache))
     val = opened("data.val", partial(open_data, data.val)) if data.val else None
-    needs_labels = recipe.objective.kind == "supervised" or recipe.online_probe is not None
     for name, dataset in (("data.train", train), ("data.val", val)):
-        if needs_labels and dataset is not None:
-            opened(name, partial(_refuse_unlabeled, dataset))
+        if dataset is not None and recipe.objective.kind == "supervised":
+            opened(name, partial(_refuse_unlabeled, dataset, "label field `cls`", "Train an objective without labels"))
+        elif dataset is not None and recipe.online_probe is not None:
+            opened("", partial(_refuse_unlabeled, dataset, f"online_probe, {name}", "Leave online_probe out"))
     for i, config in enumerate(recipe.evals):
         for key in ("train", "test"):
             if (path := getattr(config, key)) is not None and path not in (data.train, data.val):
@@ -60,14 +61,14 @@ def refuse_wrong_inputs(recipe: Recipe) -> None:
         raise RecipeError(recipe.name, [f"{name}: {error}" if name else str(error) for name, error in found])
 
 
-def _refuse_unlabeled(dataset: Dataset) -> None:
+def _refuse_unlabeled(dataset: Dataset, where: str, instead: str) -> None:
     for part in singles(dataset):
         if part.label_counts is None and part.num_soft_classes is None:
             raise InputError(
-                where="label field `cls`",
+                where=where,
                 expected="a class number with every image",
                 found=f"the fields {', '.join(part.fields) or '(none)'}",
-                fix="Train an objective without labels, or convert an image folder whose folders are classes.",
+                fix=f"{instead}, or convert an image folder whose folders are classes.",
             )
 
 

@@ -119,7 +119,8 @@ def test_resume_from_takes_the_whole_state_or_nothing(recipe: Path, finished: Pa
 
 def test_a_finished_run_goes_on_for_longer(recipe: Path, finished: Path, tmp_path: Path) -> None:
     out = copied(finished, tmp_path)
-    train(recipe, out, 1, "schedule.steps=16")
+    log = train(recipe, out, 1, "schedule.steps=16")
+    assert "extended from 12 to 16 steps: the learning rate is that of step 12 of 16" in log
     found = losses(out)
     assert sorted(found) == list(range(1, 17))
     assert {step: found[step] for step in range(1, 13)} == losses(finished)
