@@ -8,22 +8,25 @@ import torch
 
 from pretrain.checkpoints.start import Start
 from pretrain.preflight import Plan
-from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
 
 
-def opening(recipe: Recipe, plan: Plan, world: World, device: torch.device, step: int, start: Start) -> str:
+def opening(
+    what: str, engine: EngineConfig, plan: Plan, world: World, device: torch.device, step: int, start: Start
+) -> str:
     """What is trained on what, and from where it goes on.
 
     Args:
+        what: is trained: the run's name, objective and model.
         step: steps applied so far.
     """
     resolved = plan.resolved
     size = f"{resolved.global_size} = {world.size} x {resolved.accumulation} x {resolved.micro_size}"
     return (
-        f"{recipe.name}: {recipe.objective.kind} {recipe.model.name}, {plan.train.num_samples} samples, batch "
-        f"{size}, ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}, {world.size} x {device.type}; "
+        f"{what}, {plan.train.num_samples} samples, batch "
+        f"{size}, ZeRO {engine.zero_stage}, {engine.precision}, {world.size} x {device.type}; "
         f"steps {step} to {resolved.total_steps}, {start.source}"
     )
 

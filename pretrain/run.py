@@ -174,7 +174,8 @@ def _train(
     sinks = open_sinks(recipe.logging, out, recipe.name, first_step) if world.is_main else {}
     log = MetricLog(out, step=first_step, total_steps=total_steps, active=world.is_main, sinks=sinks)
     with closing(log):
-        first_line = opening(recipe, context.plan, world, context.device, first_step, start)
+        what = f"{recipe.name}: {recipe.objective.kind} {recipe.model.name}"
+        first_line = opening(what, recipe.engine, context.plan, world, context.device, first_step, start)
         for line in (first_line, *context.plan.notes, *start.notes):
             log.say(line)
         writer = CheckpointWriter(
