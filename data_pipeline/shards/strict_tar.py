@@ -28,7 +28,7 @@ class _Headers:
 
 
 def members(
-    file: BinaryIO, where: str, *, error: type[DataError], max_bytes: int | None = None
+    file: BinaryIO, where: str, *, error: type[DataError], max_bytes: int | None = None, folders: bool = False
 ) -> Iterator[tarfile.TarInfo]:
     """The regular files of a tar that proves sound up to and behind its end mark.
 
@@ -39,6 +39,7 @@ def members(
         where: its name, for messages.
         error: what is raised.
         max_bytes: more than this is refused (a small archive can unpack to any size).
+        folders: give the members that are folders too.
 
     Raises:
         error: damaged, truncated or too large; a link, device or sparse file; a name that is absolute, leaves
@@ -53,6 +54,8 @@ def members(
                 _check_size(end, max_bytes, where, error)
                 if not member.isdir():
                     _check_member(member, where, error)
+                    yield member
+                elif folders:
                     yield member
             end = tar.offset
         _check_end(file, headers.last, end, max_bytes, where, error)

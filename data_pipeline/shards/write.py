@@ -206,9 +206,10 @@ def _strangers(out: Path) -> bool:
 def _bad_samples(out: Path, bad: Sequence[SampleError]) -> SourceError:
     shown = "; ".join(f"{error.where}: {error.found}" for error in bad[:_SHOWN])
     more = f"; and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else ""
+    hints = dict.fromkeys(error.fix for error in bad if error.fix)
     return SourceError(
         where=str(out),
         expected="images that can be used",
         found=f"{len(bad):,} that cannot: {shown}{more}",
-        fix="Repair or remove them, or give --skip-bad to leave them out.",
+        fix=" ".join(["Repair or remove them, or give --skip-bad to leave them out.", *itertools.islice(hints, 3)]),
     )
