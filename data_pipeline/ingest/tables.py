@@ -22,6 +22,7 @@ from data_pipeline.datasets.folders import MAX_IMAGE_BYTES
 from data_pipeline.errors import SampleError, SourceError
 from data_pipeline.ingest.image_normalizer import ImageNormalizer
 from data_pipeline.ingest.layout import UniqueKeys
+from data_pipeline.samples.captions import one_a_line
 from data_pipeline.shards.index import CAPTION_FIELD, LABEL_FIELD
 from data_pipeline.shards.row_store import RowReader, RowStore, StoredRows
 from data_pipeline.shards.scan import MAX_LABEL
@@ -118,7 +119,7 @@ class TableProducer:
                 continue
             members = {extension: data}
             if "caption" in row:
-                members[CAPTION_FIELD] = row["caption"].encode()
+                members[CAPTION_FIELD] = one_a_line([row["caption"]]).encode()
             if "label" in row:
                 members[LABEL_FIELD] = str(self.numbers[row["label"]]).encode()
             yield row["key"], members
