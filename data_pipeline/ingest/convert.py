@@ -18,7 +18,8 @@ from data_pipeline.errors import SampleError, SourceError
 from data_pipeline.ingest.image_normalizer import ImageNormalizer
 from data_pipeline.ingest.layout import arrange
 from data_pipeline.ingest.reshard import are_shards, open_shards
-from data_pipeline.ingest.tables import Columns, is_table, open_table
+from data_pipeline.ingest.table_rows import is_table
+from data_pipeline.ingest.tables import Columns, open_table
 from data_pipeline.order import keyed
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.row_store import StoredRows

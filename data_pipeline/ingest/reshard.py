@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from data_pipeline.errors import SampleError, SourceError
 from data_pipeline.ingest.image_normalizer import ImageNormalizer
 from data_pipeline.ingest.layout import UniqueKeys
+from data_pipeline.messages import reason
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
 from data_pipeline.samples.captions import one_a_line, read_captions
@@ -148,7 +149,7 @@ class ShardProducer:
             try:
                 data = os.pread(self._open(tar).fileno(), size, offset)
             except OSError as error:
-                raise SampleError(where=where, expected="readable bytes", found=str(error)) from error
+                raise SampleError(where=where, expected="readable bytes", found=reason(error)) from error
             if zlib.crc32(data) != crc32:
                 raise SampleError(where=where, expected="the bytes that the index was made of", found="other bytes")
             members[field] = data

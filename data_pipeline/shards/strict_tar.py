@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import IO, BinaryIO, cast
 
 from data_pipeline.errors import DataError
+from data_pipeline.messages import reason
 
 MAX_HEADER = 1 << 20  # bytes of a long name or extended header; a header may claim any size
 CHUNK = 1 << 20
@@ -62,7 +63,7 @@ def members(
     except (tarfile.TarError, ValueError, OverflowError, EOFError, zlib.error, OSError) as problem:
         if end == 0 and (other := _no_tar(where, headers.last, error)) is not None:
             raise other from None
-        raise _damaged(where, end, str(problem) or type(problem).__name__, error) from problem
+        raise _damaged(where, end, reason(problem), error) from problem
 
 
 def _check_end(

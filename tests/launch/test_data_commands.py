@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from data_pipeline.shards.load_manifest import load_manifest
 from launch.cli import main
+from pretrain.evals.zeroshot.protocol import nonempty_lines
 from tests.data_pipeline.archives import as_folder, as_tar, as_tar_gz, class_folders, contents, jpeg
 
 Run = Callable[..., tuple[int, str, str]]
@@ -129,6 +131,36 @@ def test_index_takes_class_names(data: Run, tmp_path: Path) -> None:
     status, out, _ = data("index", "a.tar", "--classes", "names.txt")
     assert (status, out) == (0, ".: 1 samples, 2 classes, 1 shard, 0.0 MB, fields cls jpg\n")
     assert data("verify", ".")[0] == 0
+
+
+@pytest.mark.parametrize("text", ["\ufeffcat\ndog\n", "\ufeffcat\r\ndog"])
+def test_class_names_may_begin_with_an_editors_mark(data: Run, tmp_path: Path, text: str) -> None:
+    as_tar(tmp_path / "a.tar", {"x.jpg": jpeg(0), "x.cls": b"1"})
+    (tmp_path / "names.txt").write_bytes(text.encode())
+    assert data("index", "a.tar", "--classes", "names.txt")[0] == 0
+    assert load_manifest(".").classes == ("cat", "dog")
+    assert nonempty_lines(tmp_path / "names.txt", "names") == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("index", "a.tar", "--classes", "none.txt"), "none.txt: expected a text file, one class name a line, found No"),
+        (("index", "a.tar", "--classes", "."), "found Is a directory."),
+        (("index", "a.tar", "--classes", "utf16.txt"), "one class name a line, found UTF-16. Save it as UTF-8."),
+        (("convert", "none.csv", "out"), "found nothing there"),
+        (("convert", "a.jpg", "out"), "another kind of file"),
+        (("convert", "folder", "out"), "found 1 that cannot: x.png: 5 bytes that are none (no known format)"),
+    ],
+)  # fmt: skip
+def test_messages_hold_no_numbers_of_errors_and_no_addresses(
+    data: Run, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    as_tar(tmp_path / "a.tar", {"x.jpg": jpeg(0), "x.cls": b"1"})
+    as_folder(tmp_path, {"a.jpg": jpeg(0), "folder/x.png": b"bytes", "utf16.txt": "cat".encode("utf-16")})
+    status, _, err = data(*words, "--workers", "1")
+    assert (status, said in err) == (2, True), err
+    assert not re.search(r"\[Errno|object at|0x[0-9a-f]{6}|Traceback", err)
 
 
 def test_verify_lists_faults_and_ends_with_status_2(data: Run, tmp_path: Path) -> None:
