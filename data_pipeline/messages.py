@@ -45,4 +45,8 @@ def reason(error: BaseException) -> str:
     """What went wrong, in a line: the system's words without their number and path, which `where` names already."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, RecursionError):
+        return "parts within parts, deeper than can be followed"
+    if isinstance(error, MemoryError):
+        return "sizes for which there is no memory"
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, Protocol, cast
 
+from data_pipeline.datasets.file_names import IMAGE_SUFFIXES, count_by_suffix, is_hidden, is_image
 from data_pipeline.errors import SampleError, SourceError
-from data_pipeline.messages import reason, short_list
+from data_pipeline.guard import told_as
+from data_pipeline.messages import reason
 from data_pipeline.samples.unread import unread_suffix
 from data_pipeline.shards import strict_tar
-from data_pipeline.shards.index import IMAGE_FIELDS
 from data_pipeline.shards.row_store import nameless_file, row_path
 
-IMAGE_SUFFIXES = frozenset(f".{field}" for field in IMAGE_FIELDS)
 MAX_IMAGE_BYTES = 1 << 28  # of one file; a larger one is no photograph but an attack or a mistake
 MAX_RATIO = 200  # unpacked over packed: pictures hardly shrink, archives made to fill a disk shrink a thousandfold
 FREE_BYTES = 1 << 26  # the ratio counts only beyond this
@@ -86,7 +86,7 @@ def open_source(path: Path, temporary_folder: Path) -> Source:
         files, reader = list_folder(path), FolderReader(path)
     elif not path.is_file():
         raise _error(path, KINDS, "nothing there")
-    elif zipfile.is_zipfile(path):
+    elif _is_zip(path):
         files, reader = _list_zip(path), ZipReader(path)
     elif _is_gzip(path):
         image_bytes = nameless_file(temporary_folder)
@@ -140,10 +140,13 @@ class ZipReader:
         if self._archive is None:
             self._archive = zipfile.ZipFile(self.path)
             self._members = self._archive.infolist()
-        try:
-            return self._archive.read(self._members[entry.at])
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
-            raise _unreadable(entry, error) from error
+        with told_as(SampleError, entry.name, "a readable file"):
+            # Not all that it unpacks to, which may be any size, whatever the archive says of it.
+            with self._archive.open(self._members[entry.at]) as file:
+                data = file.read(entry.size + 1)
+            if len(data) != entry.size:
+                raise EOFError(f"{len(data):,} of {entry.size:,} bytes")
+            return data
 
 
 File = tuple[Entry, int]  # and something that changes with its content: checksum or time of change
@@ -176,11 +179,8 @@ def list_folder(root: Path) -> Iterator[File]:
 
 
 def _list_zip(path: Path) -> Iterator[File]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise _error(path, "a whole zip", reason(error)) from error
+    with told_as(SourceError, str(path), "a whole zip"), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
     _check_ratio(path, sum(member.file_size for member in members))
     for i, member in enumerate(members):
         where = Path(f"{path}, member {member.filename!r}")
@@ -197,7 +197,7 @@ def _list_zip(path: Path) -> Iterator[File]:
 
 def _list_tar(path: Path) -> Iterator[File]:
     with path.open("rb") as file:
-        if not tarfile.is_tarfile(file):
+        if not strict_tar.is_tar(file.read(tarfile.BLOCKSIZE)):
             raise SourceError(
                 where=str(path),
                 expected=KINDS,
@@ -206,7 +206,7 @@ def _list_tar(path: Path) -> Iterator[File]:
             )
         file.seek(0)
         for member in strict_tar.members(file, str(path), error=SourceError, folders=True):
-            yield Entry(_member_name(member), member.offset_data, member.size), int(member.mtime)
+            yield Entry(_member_name(member), member.offset_data, member.size), _stamp(member)
 
 
 def _list_tar_gz(path: Path, image_bytes: BinaryIO) -> Iterator[File]:
@@ -219,8 +219,13 @@ def _list_tar_gz(path: Path, image_bytes: BinaryIO) -> Iterator[File]:
             if is_image(entry.name):
                 _check_bytes(path, entry)
                 image_bytes.write(file.read(member.size))  # short only at a premature end, which is found next
-            yield entry, int(member.mtime)
+            yield entry, _stamp(member)
     image_bytes.flush()
+
+
+def _stamp(member: tarfile.TarInfo) -> int:
+    """Time of change in whole seconds; an extended header can say infinity."""
+    return int(member.mtime) if math.isfinite(member.mtime) else 0
 
 
 def _sort_out(path: Path, files: Iterator[File]) -> tuple[list[Entry], list[str], str]:
@@ -245,13 +250,6 @@ def _sort_out(path: Path, files: Iterator[File]) -> tuple[list[Entry], list[str]
     return images, others, digest.hexdigest()
 
 
-def count_by_suffix(names: Sequence[str], most: int = 8) -> str:
-    """How many files there are of each suffix, the most frequent first: `22 files (20 .txt, 1 .json, 1 hidden)`."""
-    kinds = Counter("hidden" if is_hidden(name) else PurePosixPath(name).suffix or "without suffix" for name in names)
-    shown = short_list([f"{count:,} {kind}" for kind, count in kinds.most_common()], most)
-    return f"{len(names):,} {'file' if len(names) == 1 else 'files'} ({shown})"
-
-
 def _plain(name: str) -> str:
     """Without `./` and `//`, so that one file has one name; a folder's ends in `/`."""
     return PurePosixPath(name).as_posix() + ("/" if name.endswith("/") else "")
@@ -261,15 +259,9 @@ def _member_name(member: tarfile.TarInfo) -> str:
     return _plain(f"{member.name}/" if member.isdir() else member.name)
 
 
-def is_image(name: str) -> bool:
-    """By its extension, in any case of letters; what is hidden is none. It may be in a format that is not read here."""
-    known = PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES or unread_suffix(name)
-    return known and not is_hidden(name) and not name.endswith("/")
-
-
-def is_hidden(name: str) -> bool:
-    """What a file manager or a notebook left beside the images: .DS_Store, .ipynb_checkpoints/, __MACOSX/."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+def _is_zip(path: Path) -> bool:
+    with told_as(SourceError, str(path), "a whole zip"):
+        return zipfile.is_zipfile(path)
 
 
 def _is_gzip(path: Path) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.datasets.folders import is_hidden
+from data_pipeline.datasets.file_names import is_hidden
 from data_pipeline.errors import SourceError
 from data_pipeline.messages import short_list
 

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.batch import Sample
 from data_pipeline.datasets.dataset import Dataset, Single
-from data_pipeline.datasets.folders import IMAGE_SUFFIXES, is_image, list_folder
+from data_pipeline.datasets.file_names import IMAGE_SUFFIXES, is_image
+from data_pipeline.datasets.folders import list_folder
 from data_pipeline.datasets.layout import read_layout
 from data_pipeline.errors import DataError, SampleError, ShardError
 from data_pipeline.messages import reason

@@ -128,7 +128,7 @@ def convert(
 
 def _left_out(done: Conversion) -> Iterator[str]:
     """Yields what became of all that was in the source but in no data set, and how its folders were read."""
-    from data_pipeline.datasets.folders import count_by_suffix, is_hidden
+    from data_pipeline.datasets.file_names import count_by_suffix, is_hidden
     from data_pipeline.messages import short_list
 
     yield from (f"left out: {error}" for error in done.bad)

@@ -145,7 +145,7 @@ def test_class_names_may_begin_with_an_editors_mark(data: Run, tmp_path: Path, t
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("index", "a.tar", "--classes", "none.txt"), "none.txt: expected a text file, one class name a line, found No"),
+        (("index", "a.tar", "--classes", "none.txt"), "none.txt: expected a text file, one class name a line, found"),
         (("index", "a.tar", "--classes", "."), "found Is a directory."),
         (("index", "a.tar", "--classes", "utf16.txt"), "one class name a line, found UTF-16. Save it as UTF-8."),
         (("convert", "none.csv", "out"), "found nothing there"),
