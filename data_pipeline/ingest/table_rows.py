@@ -123,11 +123,12 @@ class Table:
 
     def _check_row_groups(self, metadata: pa.parquet.FileMetaData, names: list[str]) -> None:
         for group in range(metadata.num_row_groups):
-            for column in (metadata.row_group(group).column(i) for i in range(metadata.num_columns)):
-                if (
-                    column.path_in_schema.partition(".")[0] in names
-                    and column.total_uncompressed_size > MAX_COLUMN_BYTES
-                ):
+            row_group = metadata.row_group(group)
+            if row_group.total_byte_size <= MAX_COLUMN_BYTES:  # columns are not asked: arrow aborts at damaged ones
+                continue
+            for column in (row_group.column(i) for i in range(row_group.num_columns)):
+                name, size = column.path_in_schema, column.total_uncompressed_size
+                if name.partition(".")[0] in names and size > MAX_COLUMN_BYTES:
                     raise SourceError(
                         where=f"{self.path}, row group {group}, column {column.path_in_schema}",
                         expected=f"at most {MAX_COLUMN_BYTES:,} bytes when unpacked",

@@ -31,10 +31,10 @@ class _Headers:
 
     def read(self, size: int) -> bytes:
         self.num_bytes += max(size, 0)
-        if not 0 <= size <= MAX_HEADER or self.num_bytes > MAX_HEADERS:
-            raise tarfile.ReadError(
-                f"headers of {max(size, self.num_bytes):,} bytes" if size >= 0 else "a negative size"
-            )
+        if size < 0:
+            raise tarfile.ReadError("a header of a negative size")
+        if size > MAX_HEADER or self.num_bytes > MAX_HEADERS:
+            raise tarfile.ReadError(f"a header of {size:,} bytes, with those before it {self.num_bytes:,}")
         self.last = self.file.read(size)
         if self._before_extended:
             _check_records(self.last)

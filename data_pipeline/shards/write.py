@@ -192,7 +192,7 @@ def _read_plan(out: Path) -> dict[str, Any] | None:
         plan = json.loads((out / PLAN_NAME).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             where=str(out / PLAN_NAME), expected="the plan of a dataset", found=f"other text ({error})"
         ) from error

@@ -121,7 +121,7 @@ class EvalReport:
             keys = tuple(tensors["keys"].tobytes().decode().split("\0"))
             outcomes = Outcomes(keys, tensors["labels"], tensors["predicted"])
             return cls(**described, outcomes=outcomes)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise InputError(
                 where=str(path),
                 expected="a report of `pretrain eval`, with its .safetensors beside it",

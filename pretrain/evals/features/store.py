@@ -156,7 +156,7 @@ class CacheEntry:
     def _record(self, number: int) -> dict[str, Any] | None:
         try:
             record = json.loads(self._record_path(number).read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return record if isinstance(record, dict) and record.keys() == {"width", "crc32", "labels", "keys"} else None
 
