@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -44,6 +45,9 @@ app = command_app(
 def main() -> int:
     """The entry point, and the one place where an error becomes a message and an exit status."""
     lean_imports.install()
+    for stream in (sys.stdout, sys.stderr):  # names of files and classes may hold what a terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="pretrain")
     except PretrainError as error:

@@ -12,6 +12,7 @@ from launch.commands.eval_protocols import protocol_command
 from launch.commands.eval_rerun import rerun
 from launch.commands.eval_run import result_label
 from launch.commands.eval_suite import suite
+from launch.terminal import chance_text, interval_text, table_console
 from pretrain.evals.config import config_classes
 
 app = typer.Typer(
@@ -42,7 +43,7 @@ def compare(
     b: Annotated[Path, typer.Argument(help="Another, on the same test samples.")],
 ) -> None:
     """The difference A - B with its 95 % interval: over the seeds both have, else paired sample by sample."""
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from pretrain.evals.result import EvalReport
@@ -51,10 +52,12 @@ def compare(
     first, second = EvalReport.load(a), EvalReport.load(b)
     found = difference(first, second)
     interval = found.interval
-    table = Table("", "encoder", "protocol", "top-1 %", "n")
+    table = Table("", "encoder", "protocol", "metric", "%", "95 % interval", "chance", "n")
     for letter, report in (("A", first), ("B", second)):
-        table.add_row(letter, result_label(report), report.evaluator, f"{report.value:.2f}", str(report.n))
-    console = Console(soft_wrap=True)
+        metric, label = report.metric, escape(result_label(report))
+        told = (interval_text(report, metric), chance_text(report, metric), str(report.n))
+        table.add_row(letter, label, report.evaluator, escape(metric), f"{report.value:.2f}", *told)
+    console = table_console()
     console.print(table)
     verdict = "excludes zero" if interval.excludes_zero else "includes zero"
     console.print(

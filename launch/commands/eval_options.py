@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.errors import InputError
-from launch.commands.eval_run import over_ranks
+from launch.commands.eval_run import check_place, over_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -230,8 +230,11 @@ class TrainingOptions:
 
 
 def check_out(out: Path | None) -> None:
+    """Raises InputError where --out is no name of a report, or none could be written there."""
     if out is not None and out.suffix != ".json":
         raise InputError(where="--out", expected="a name that ends in .json", found=str(out))
+    if out is not None:
+        check_place(out)
 
 
 def checked_device(device: Device) -> torch.device:

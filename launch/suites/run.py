@@ -22,6 +22,7 @@ from data_pipeline.errors import InputError
 from launch.ranks.child import start_child
 from launch.ranks.launcher import threads_per_process
 from launch.suites.jobs import Commands, Questions, SuiteJob, suite_jobs
+from launch.terminal import chance_text, interval_text, table_console
 from pretrain.evals.suite import KEPT, Suite, dump_suite, load_suite
 
 Say = Callable[[str], None]
@@ -207,21 +208,20 @@ def _in_a_process(cell: SuiteJob, device: str | None, say: Say, *, num_processes
 
 
 def _say_results(cells: Sequence[SuiteJob], failed: dict[str, str]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from pretrain.evals.result import EvalReport
 
-    table = Table("encoder", "data set", "protocol", "metric", "%", "±", "n")
+    table = Table("encoder", "data set", "protocol", "metric", "%", "±", "95 % interval", "chance", "n")
     for cell in cells:
         if cell.name in failed:
-            table.add_row(cell.encoder, cell.dataset, cell.protocol, "failed", "", "", "")
+            table.add_row(cell.encoder, cell.dataset, cell.protocol, "failed", "", "", "", "", "")
             continue
         report = EvalReport.load(cell.path)
         spread = "" if report.spread is None else f"{report.spread:.2f}"
-        row = (cell.encoder, cell.dataset, cell.protocol, report.metric, f"{report.value:.2f}", spread, str(report.n))
-        table.add_row(*row)
-    Console(soft_wrap=True).print(table)
+        row = (cell.encoder, cell.dataset, cell.protocol, report.metric, f"{report.value:.2f}", spread)
+        table.add_row(*row, interval_text(report, report.metric), chance_text(report, report.metric), str(report.n))
+    table_console().print(table)
 
 
 def _job(out: Path, cell: SuiteJob) -> Path:

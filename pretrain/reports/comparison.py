@@ -15,8 +15,9 @@ import numpy as np
 from scipy.special import stdtrit  # quantiles of t; scipy.stats, which calls it, takes a second to import
 
 from data_pipeline.errors import InputError
-from pretrain.evals.result import EvalReport, Interval, compare
+from pretrain.evals.result import EvalReport, compare
 from pretrain.evals.suite import HOW, KEPT, load_suite, nearest, result_path
+from pretrain.evals.uncertainty import Interval
 
 # Arguments of a command that say which encoder it judges, on what and where, and not by which protocol.
 _ENCODER = {"encoder", "towers", "random_init", "seed", "model", "image_size", "option", "weights", "tokenizer"}

@@ -17,8 +17,9 @@ from data_pipeline.errors import CheckpointError, InputError
 from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.config import KINDS, config_class
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.result import EvalReport, Interval
+from pretrain.evals.result import EvalReport
 from pretrain.evals.sources.load import load_source
+from pretrain.evals.uncertainty import Interval
 from pretrain.models.config import ModelConfig
 from pretrain.models.strict_loading import load_strictly
 from pretrain.monitoring.goodput import read_goodput
