@@ -27,7 +27,7 @@ COMMANDS = {
     "demo": "Makes images and shards, trains MAE on two processes, judges it, writes a report: a few minutes.",
     "report": "Writes report.html: a page about a run, or tables, figures and differences of several encoders.",
     "data": "Makes, converts, checks, describes and labels shards.",
-    "eval": "Judges encoders: kNN, probe, zero-shot, retrieval.",
+    "eval": "Judges encoders: kNN, probes, few-shot, fine-tuning, zero-shot, retrieval.",
 }
 
 app = command_app(

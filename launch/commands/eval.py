@@ -1,4 +1,4 @@
-"""`pretrain eval ...`: judge a frozen encoder, and compare what was found."""
+"""`pretrain eval ...`: judge encoders, frozen or fine-tuned, and compare what was found."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launch.commands.arguments import examples
+from launch.commands.arguments import command_app, examples
 from launch.commands.eval_protocols import protocol_command
 from launch.commands.eval_rerun import rerun
 from launch.commands.eval_run import result_label
@@ -15,12 +15,9 @@ from launch.commands.eval_suite import suite
 from launch.terminal import chance_text, interval_text, table_console
 from pretrain.evals.config import config_classes
 
-app = typer.Typer(
-    help="Judge a frozen encoder; every number comes with its whole protocol.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+app = command_app(
+    "Judges encoders: kNN, probes, few-shot, fine-tuning, zero-shot, retrieval; every number with its whole protocol.",
+    is_group=True,
 )
 
 

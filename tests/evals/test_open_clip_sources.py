@@ -128,11 +128,11 @@ def test_more_than_the_towers_is_left_out_by_name(weights: Path, tmp_path: Path)
     save_file(load_file(weights) | more, path := tmp_path / "more.safetensors")
     ignore = ("*mask_token", "position_ids")
     for load, options in ((load_source, {"part": Part(ignore=ignore)}), (load_towers, {"ignore": ignore})):
-        with pytest.raises(CheckpointError, match="2 unexpected: encoder.mask_token, position_ids"):
+        with pytest.raises(CheckpointError, match=r"2 unexpected: encoder.mask_token, position_ids"):
             load(NAME, weights=path)  # type: ignore[operator]
         found = load(NAME, weights=path, **options)  # type: ignore[operator]
         assert found.weights_sha256() == load(NAME, weights=weights).weights_sha256()  # type: ignore[operator]
         assert found.description["weights_ignored"]["names"] == ["position_ids", "visual.mask_token"]
         assert "2 tensors were ignored, as asked" in found.notes[-1]
-    with pytest.raises(CheckpointError, match="--weights-ignore visual.proj: .* only what it needs"):
+    with pytest.raises(CheckpointError, match=r"--weights-ignore visual.proj: .* only what it needs"):
         load_towers(NAME, weights=path, ignore=("visual.proj",))
