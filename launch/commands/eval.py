@@ -31,7 +31,12 @@ app.command(
 )(suite)
 
 
-app.command(epilog=examples("pretrain eval rerun runs/mae/evals/knn-encoder-1f.json"))(rerun)
+app.command(
+    epilog=examples(
+        "pretrain eval rerun runs/mae/evals/knn-encoder-1f.json",
+        "pretrain eval rerun theirs.json --encoder mae.pth --train data/train --test data/test",
+    )
+)(rerun)
 
 
 @app.command(epilog=examples("pretrain eval compare runs/a/evals/knn-encoder-1f.json runs/b/evals/knn-encoder-3c.json"))

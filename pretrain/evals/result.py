@@ -123,16 +123,25 @@ class EvalReport:
             file.write(json.dumps({"format": FORMAT, **self.to_json()}, indent=2).encode() + b"\n")
 
     @classmethod
-    def load(cls, path: Path) -> EvalReport:
-        """
+    def load(cls, path: Path, *, alone: bool = False) -> EvalReport:
+        """Reads a report.
+
+        Args:
+            path: of the JSON file.
+            alone: whether the outcomes may be missing, which then are none.
+
         Raises:
             InputError: no report, one of another format, or its outcomes are missing.
         """
+        beside = path.with_suffix(".safetensors")
         try:
             described = json.loads(path.read_text("utf-8"))
             if described.pop("format") != FORMAT:
                 raise ValueError(f"another format than {FORMAT}")
-            tensors = load(path.with_suffix(".safetensors").read_bytes())
+            if alone and not beside.exists():
+                none = np.zeros(0, np.int32)
+                return cls(**described, outcomes=Outcomes((), none, none))
+            tensors = load(beside.read_bytes())
             keys = tuple(tensors["keys"].tobytes().decode("utf-8", "surrogateescape").split("\0"))
             outcomes = Outcomes(keys, tensors["labels"], tensors["predicted"])
             return cls(**described, outcomes=outcomes)
