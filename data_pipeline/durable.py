@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +15,8 @@ from data_pipeline.errors import InputError, RunError
 
 TEMPORARY_PATTERN = ".*.tmp"  # what a killed process may leave behind; never the name of anything finished
 _LEAST_ROOM = 1 << 20  # bytes: a report with its outcomes takes about 100 a sample
+MAX_DEPTH = 100  # of what lies in each other in a JSON text; Python's reader and writer end at about 300
+_TOO_DEEP = f"values that lie in each other more than {MAX_DEPTH} deep"
 
 
 @contextmanager
@@ -119,12 +121,30 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     for line in text.splitlines():
         try:
-            value = json.loads(line)
+            value = from_json(line)
         except ValueError:
             continue
         if isinstance(value, dict):
             found.append(value)
     return found
+
+
+def from_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError where it is none, or its parts lie too deep in each other to handle."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [part for one in level if isinstance(one, dict | list) for part in _parts(one)]
+        if not level:
+            return value
+    raise ValueError(_TOO_DEEP)
+
+
+def _parts(container: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,6 +15,8 @@
 A message names the field or path, what was expected, what was found, and the next step.
 """
 
+from data_pipeline.messages import visible
+
 
 class PretrainError(Exception):
     """Base of all errors that are told to a user as one message, without a traceback.
@@ -34,7 +36,7 @@ class PretrainError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: expected {self.expected}, found {self.found}."
-        return f"{text} {self.fix}" if self.fix else text
+        return visible(f"{text} {self.fix}" if self.fix else text, lines=True)
 
 
 class InputError(PretrainError):
@@ -42,16 +44,17 @@ class InputError(PretrainError):
 
 
 class RecipeError(InputError):
-    """A recipe is wrong. `problems` holds all of them, each already a full sentence with its path."""
+    """A recipe is wrong. `problems` holds all of them, each already a full sentence with its path; `fix` is none."""
 
-    def __init__(self, where: str, problems: list[str]) -> None:
+    def __init__(self, where: str, problems: list[str], fix: str = "") -> None:
         self.problems = problems
-        PretrainError.__init__(self, where, "a valid recipe", f"{len(problems)} problem(s)")
-        self.args = (where, problems)
+        PretrainError.__init__(self, where, "a valid recipe", f"{len(problems)} problem(s)", fix)
+        self.args = (where, problems, fix)
 
     def __str__(self) -> str:
         head = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        return "\n".join([f"{self.where}: {head}", *(f"  {problem}" for problem in self.problems)])
+        told = "\n".join([f"{self.where}: {head}", *(f"  {line}" for line in [*self.problems, self.fix] if line)])
+        return visible(told, lines=True)
 
 
 class CheckpointError(InputError):

@@ -1,8 +1,13 @@
-"""Parts that several messages have: the nearest known names, and a list that is cut where it gets long."""
+"""Parts that several messages have: the nearest known names, a list that is cut where it gets long, names as text."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+
+# What a terminal or a browser does not show but obeys: control characters, marks that turn the direction of reading,
+# separators of lines, and the halves of pairs by which Python holds the bytes of a name that is no UTF-8.
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def nearest(name: str, known: Iterable[str], *, kind: str = "", cutoff: float = 0.5) -> str:
@@ -24,3 +29,13 @@ def short_list(names: Sequence[str], most: int = 8) -> str:
     """The first names, and how many more there are."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    """Text from outside as text: what would be obeyed instead of shown becomes an escape such as `\\x1b`.
+
+    Args:
+        text: a name out of data, a path, or a message that holds some.
+        lines: whether its line breaks and tabs are kept, as in a message of several lines.
+    """
+    return _OBEYED.sub(lambda found: found[0] if lines and found[0] in "\n\t" else ascii(found[0])[1:-1], text)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from data_pipeline.messages import visible
+
 Item = TypeVar("Item")
 
 LINE_SECONDS = 5.0
@@ -20,6 +22,7 @@ def track(iterable: Iterable[Item], *, label: str, total: int | None) -> Iterato
         label: what is being done, e.g. "converting".
         total: how many items there will be; None: not known.
     """
+    label = visible(label)
     return _bar(iterable, label, total) if sys.stderr.isatty() else _lines(iterable, label, total)
 
 
@@ -27,7 +30,7 @@ def _bar(iterable: Iterable[Item], label: str, total: int | None) -> Iterator[It
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield from progress.track(iterable, total=total, description=label)
 

@@ -1,4 +1,4 @@
-"""`pretrain demo`: images made on the spot, MAE that is killed and resumed, an evaluated encoder, a report."""
+"""`pretrain demo`: images made on the spot, SimCLR that is killed and resumed, an evaluated encoder, a report."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from pretrain.recipe.resolve import differences, resolve
 from pretrain.runtime.run_folder import is_claimed
 
 if TYPE_CHECKING:
-    from pretrain.reports.report import ProtocolResult
+    from pretrain.reports.run_results import ProtocolResult
 
-RECIPE = configs_folder() / "recipes" / "cpu" / "mae_fractals.yaml"
+RECIPE = configs_folder() / "recipes" / "cpu" / "simclr_fractals.yaml"
 NUM_RANKS = 2
-NUM_CLASSES = 25
+NUM_CLASSES = 6
 PROBE_STEPS = 1000  # of the linear probe, where `pretrain eval linear` takes 5,000: enough for so few images
 
 
-def main(out: Path, *, num_train: int = 8000, num_test: int = 2000, overrides: Sequence[str] = ()) -> None:
+def main(out: Path, *, num_train: int = 6000, num_test: int = 1200, overrides: Sequence[str] = ()) -> None:
     """Runs the whole demo in `out`, which becomes the run's folder; what is complete there is kept.
 
     Args:
@@ -94,7 +94,7 @@ def _checked_recipe(out: Path, overrides: Sequence[str]) -> Recipe:
     if (out / "recipe.yaml").is_file():
         problems = differences(recipe, load_recipe(out / "recipe.yaml"))
         if problems:
-            raise RecipeError(f"{out} holds another run", [*problems, "Choose another folder with --out."])
+            raise RecipeError(f"{out} holds another run", problems, "Choose another folder with --out.")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -192,7 +192,7 @@ def _judge(out: Path, train: Path, test: Path) -> list[ProtocolResult]:
     from pretrain.evals.linear.config import LinearConfig
     from pretrain.evals.linear.protocol import Linear
     from pretrain.evals.sources.load import load_source
-    from pretrain.reports.report import find_protocol_results
+    from pretrain.reports.run_results import find_protocol_results, kept_results
 
     bank, queries = open_dataset(str(train)), open_dataset(str(test))
     knn = Knn(bank, queries, KnnConfig(train=str(train), test=str(test)))
@@ -203,7 +203,7 @@ def _judge(out: Path, train: Path, test: Path) -> list[ProtocolResult]:
             report = evaluator.run(encoder)
             report.save(out / "evals" / report.file_name)
             print(f"{report.evaluator} of the {encoder.tag} one: {report.value:.1f} %", flush=True)
-    return find_protocol_results(out / "evals", trained.weights_sha256())
+    return find_protocol_results(kept_results(out / "evals", ()), {trained.weights_sha256()})
 
 
 def _notes(command: Sequence[str], zero_stage: int, interruption: Interruption | None) -> list[str]:
@@ -212,8 +212,9 @@ def _notes(command: Sequence[str], zero_stage: int, interruption: Interruption |
 
 
 def _print_table(comparisons: Sequence[ProtocolResult]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from launch.terminal import terminal
 
     table = Table("top-1 on the test images", title_justify="left")
     for column in ("trained", "random start", "difference", "95 % interval"):
@@ -225,7 +226,7 @@ def _print_table(comparisons: Sequence[ProtocolResult]) -> None:
             c.protocol, f"{c.trained.value:.1f} %", f"{c.random.value:.1f} %", f"{c.interval.difference:+.1f}",
             f"{c.interval.low:+.1f} to {c.interval.high:+.1f}",
         )  # fmt: skip
-    Console(soft_wrap=True).print(table)
+    terminal().print(table)
 
 
 class _Watch:

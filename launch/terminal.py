@@ -1,23 +1,38 @@
-"""What commands print in tables goes through one console."""
+"""What commands print in tables and beside them, with names out of data as text."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Column
+from rich.text import Text
+
+from data_pipeline.messages import visible
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pretrain.evals.result import EvalReport
 
 WIDTH_OF_A_FILE = 160  # columns; where there is no terminal, rich would cut cells to fit 80
 
 
-def table_console() -> Console:
-    """A console for tables and the lines around them, as wide as the terminal, or wide enough for whole cells."""
-    from rich.console import Console
+class _Plain(Console):
+    """A console to which every string is text: no markup, no codes of emoji, nothing that a terminal would obey."""
 
-    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text, lines=True), **{**options, "markup": False, "emoji": False})
+
+
+def terminal() -> Console:
+    """The console of a command: lines are wrapped by the terminal alone, strings are shown as they are."""
+    width = None if sys.stdout.isatty() else WIDTH_OF_A_FILE
+    return _Plain(soft_wrap=True, markup=False, emoji=False, width=width)
+
+
+def columns(*names: str) -> list[Column]:
+    """Columns of a table, in which a long name is broken over lines and not cut."""
+    return [Column(name, overflow="fold") for name in names]
 
 
 def interval_text(report: EvalReport, metric: str) -> str:

@@ -56,8 +56,8 @@ def refuse_other_run(recipe: Recipe, data: DataRecord, total_steps: int, out: Pa
     if kept_data is not None:
         problems += data.problems(kept_data, out)
     if problems:
-        problems.append("Choose another folder with --out, or take this run's own recipe.")
-        raise RecipeError(f"{out} holds another run", problems)
+        fix = "Choose another folder with --out, or take this run's own recipe."
+        raise RecipeError(f"{out} holds another run", problems, fix)
     if kept_data is None and data.measured_on:
         names = ", ".join(data.measured_on)
         return [f"this run does not say which data {names} had before, so that they could not be compared; now it does"]

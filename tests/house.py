@@ -26,8 +26,9 @@ ORDER = (
     "pretrain.models", "pretrain.augment", "pretrain.objectives", "pretrain.optim", "pretrain.engine",
     "pretrain.checkpoints", "pretrain.monitoring", "pretrain.evals", "pretrain.callbacks", "pretrain.reports",
     "pretrain",
-    "launch.terminal", "launch.ranks", "launch.slurm", "launch.jobs", "launch.chains", "launch.suites",
-    "launch.doctor", "launch.demo", "launch.commands", "launch",
+    "launch.terminal", "launch.ranks", "launch.slurm", "launch.jobs", "launch.chains", "launch.suites", "launch.doctor",
+    "launch.demo",
+    "launch.commands", "launch",
 )  # fmt: skip
 
 

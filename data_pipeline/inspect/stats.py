@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import FieldError
+from data_pipeline.glyphs import Run, in_fonts
+from data_pipeline.order.spread import spread_over
 from data_pipeline.progress import track
 from data_pipeline.remote.config import DEFAULT, CacheConfig
 from data_pipeline.samples.decode import decode_image
@@ -21,7 +24,9 @@ from data_pipeline.shards.load_manifest import load_manifest
 from data_pipeline.shards.manifest import Manifest
 
 SHEET_COLUMNS, SHEET_ROWS = 10, 8
-THUMBNAIL, CAPTION = 96, 14  # pixels
+THUMBNAIL, FONT_SIZE, LINE, GAP, MARGIN = 96, 10, 13, 4, 2  # pixels
+MAX_LINES = 20  # of a caption; what is longer ends with …
+_ROOM = THUMBNAIL - 2 * MARGIN
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,11 @@ def _image_sizes(manifest: Manifest, i: int) -> NDArray[np.int64]:
 
 
 def _thumbnails(manifest: Manifest, max_pixels: int) -> tuple[list[tuple[Image.Image, str]], list[tuple[int, int]]]:
-    """Images spread evenly over the dataset, each with its caption, and their sizes."""
+    """Images from all over the dataset, each with its caption, and their sizes."""
     dataset = ShardDataset(manifest)
-    count = min(SHEET_COLUMNS * SHEET_ROWS, manifest.total)
     thumbnails, pixels = [], []
-    for k in range(count):
-        sample = dataset.read(k * manifest.total // count)
+    for number in spread_over(manifest.total, SHEET_COLUMNS * SHEET_ROWS):
+        sample = dataset.read(number)
         field = next((field for field in IMAGE_FIELDS if field in sample.fields), None)
         if field is None:
             continue
@@ -93,22 +97,55 @@ def _thumbnails(manifest: Manifest, max_pixels: int) -> tuple[list[tuple[Image.I
 
 
 def _caption(manifest: Manifest, fields: Mapping[str, bytes]) -> str:
-    """The class, or else the beginning of the caption."""
+    """The class, or else the caption."""
     if LABEL_FIELD not in fields:
-        words = fields.get(CAPTION_FIELD, b"").decode(errors="replace").split()
-        return " ".join(words).encode("ascii", "replace").decode()  # the font has no more
+        return " ".join(fields.get(CAPTION_FIELD, b"").decode(errors="replace").split())
     number = int(fields[LABEL_FIELD])
     known = manifest.classes is not None and number < len(manifest.classes)
     return manifest.classes[number] if known and manifest.classes else str(number)
 
 
 def _sheet(thumbnails: list[tuple[Image.Image, str]]) -> Image.Image:
-    num_rows = -(-len(thumbnails) // SHEET_COLUMNS)
-    sheet = Image.new("RGB", (SHEET_COLUMNS * THUMBNAIL, num_rows * (THUMBNAIL + CAPTION)), "white")
+    """Rows of thumbnails, each as high as its longest caption needs."""
+    lines = [_wrapped(caption) for _, caption in thumbnails]
+    starts = range(0, len(thumbnails), SHEET_COLUMNS)
+    heights = [THUMBNAIL + LINE * max(map(len, lines[i : i + SHEET_COLUMNS])) + GAP for i in starts]
+    sheet = Image.new("RGB", (SHEET_COLUMNS * THUMBNAIL, sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    for k, (image, caption) in enumerate(thumbnails):
+    for k, ((image, _), own) in enumerate(zip(thumbnails, lines, strict=True)):
         row, column = divmod(k, SHEET_COLUMNS)
-        x, y = column * THUMBNAIL, row * (THUMBNAIL + CAPTION)
+        x, y = column * THUMBNAIL, sum(heights[:row])
         sheet.paste(image, (x + (THUMBNAIL - image.width) // 2, y + (THUMBNAIL - image.height) // 2))
-        draw.text((x + 2, y + THUMBNAIL), caption[:16], fill="black")
+        for number, line in enumerate(own):
+            at = float(x + MARGIN)
+            for run in line:
+                draw.text((at, y + THUMBNAIL + LINE * number), run.text, fill="black", font=_font(run.path))
+                at += _font(run.path).getlength(run.text)
     return sheet
+
+
+def _wrapped(caption: str) -> list[list[Run]]:
+    """A caption in lines of a thumbnail's width, broken at spaces, or within what is longer than a line."""
+    found, line = [], ""
+    for word in caption.split(" "):
+        if line and _width(f"{line} {word}") > _ROOM:
+            found.append(line)
+            line = ""
+        line = f"{line} {word}" if line else word
+        while _width(line) > _ROOM and len(line) > 1:
+            fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or _width(line[:n]) <= _ROOM)
+            found.append(line[:fits])
+            line = line[fits:]
+    found.append(line)
+    if len(found) > MAX_LINES:
+        found = [*found[: MAX_LINES - 1], "…"]
+    return [in_fonts(line) for line in found]
+
+
+def _width(text: str) -> float:
+    return sum(_font(run.path).getlength(run.text) for run in in_fonts(text))
+
+
+@cache
+def _font(path: Path) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, FONT_SIZE)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from data_pipeline.messages import visible
+
 if TYPE_CHECKING:
     from data_pipeline.shards.manifest import Manifest
 
@@ -33,7 +35,7 @@ def summary(manifest: Manifest) -> str:
         megabytes(int(manifest.num_bytes.sum())),
         f"fields {' '.join(manifest.fields)}",
     ]
-    return f"{manifest.root}: {', '.join(parts)}"
+    return visible(f"{manifest.root}: {', '.join(parts)}")
 
 
 def shards_text(count: int) -> str:

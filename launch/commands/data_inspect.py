@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from data_pipeline.messages import visible
 from launch.commands.data_arguments import MaxPixels, Shards, Workers, megabytes, shards_text, summary
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def verify(shards: Shards, max_pixels: MaxPixels = 50_000_000, workers: Workers 
 
     found = verify_shards(shards, max_pixels=max_pixels, workers=workers or num_cores())
     for fault in found.faults:
-        print(fault)
+        print(visible(str(fault), lines=True))
     if found.faults:
         raise ShardError(
             where=shards,
@@ -106,7 +107,7 @@ def _histogram(manifest: Manifest) -> list[str]:
     """Returns a line for each class, with a bar."""
     if manifest.label_counts is None:
         return []
-    names = manifest.classes or [str(label) for label in range(len(manifest.label_counts))]
+    names = [visible(name) for name in manifest.classes or map(str, range(len(manifest.label_counts)))]
     width = max(len(name) for name in names)
     most = max(int(manifest.label_counts.max()), 1)
     return [

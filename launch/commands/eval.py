@@ -12,7 +12,6 @@ from launch.commands.eval_protocols import protocol_command
 from launch.commands.eval_rerun import rerun
 from launch.commands.eval_run import result_label
 from launch.commands.eval_suite import suite
-from launch.terminal import chance_text, interval_text, table_console
 from pretrain.evals.config import config_classes
 
 app = command_app(
@@ -45,21 +44,21 @@ def compare(
     b: Annotated[Path, typer.Argument(help="Another, on the same test samples.")],
 ) -> None:
     """The difference A - B with its 95 % interval: over the seeds both have, else paired sample by sample."""
-    from rich.markup import escape
     from rich.table import Table
 
+    from launch.terminal import chance_text, columns, interval_text, terminal
     from pretrain.evals.result import EvalReport
     from pretrain.reports.comparison import difference
 
     first, second = EvalReport.load(a), EvalReport.load(b)
     found = difference(first, second)
     interval = found.interval
-    table = Table("", "encoder", "protocol", "metric", "%", "95 % interval", "chance", "n")
+    table = Table(*columns("", "encoder", "protocol", "metric", "%", "95 % interval", "chance", "n"))
     for letter, report in (("A", first), ("B", second)):
-        metric, label = report.metric, escape(result_label(report))
+        metric, label = report.metric, result_label(report)
         told = (interval_text(report, metric), chance_text(report, metric), str(report.n))
-        table.add_row(letter, label, report.evaluator, escape(metric), f"{report.value:.2f}", *told)
-    console = table_console()
+        table.add_row(letter, label, report.evaluator, metric, f"{report.value:.2f}", *told)
+    console = terminal()
     console.print(table)
     verdict = "excludes zero" if interval.excludes_zero else "includes zero"
     console.print(

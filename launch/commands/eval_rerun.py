@@ -51,6 +51,7 @@ def rerun(
     Features are computed anew, whatever a cache holds. Encoder and data are those of the report by their hashes,
     wherever they are.
     """
+    from launch.terminal import terminal
     from pretrain.evals.finetune.protocol import RUN, is_finished
     from pretrain.evals.result import EvalReport
 
@@ -71,12 +72,13 @@ def rerun(
     if status := command.main(command_words(command, asked), prog_name=f"pretrain eval {name}", standalone_mode=False):
         raise typer.Exit(status)
     after = EvalReport.load(out)
+    say = terminal().print
     for line in differences(before, after):
-        print(f"not as it was: {line}")
+        say(f"not as it was: {line}")
     if not before.outcomes.keys:
-        print(f"the answers for each sample are not compared: {result.with_suffix('.safetensors')} is not there")
+        say(f"the answers for each sample are not compared: {result.with_suffix('.safetensors')} is not there")
     verdict = "the same number" if after.value == before.value else "ANOTHER NUMBER"
-    print(f"{before.metric}: {before.value:.4f} then, {after.value:.4f} now: {verdict}")
+    say(f"{before.metric}: {before.value:.4f} then, {after.value:.4f} now: {verdict}")
     if after.value != before.value:
         raise typer.Exit(1)
 

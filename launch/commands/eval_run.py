@@ -13,7 +13,6 @@ import typer
 from data_pipeline.durable import check_writable
 from data_pipeline.errors import RunError
 from launch.suites.words import command_words
-from launch.terminal import chance_text, interval_text, table_console
 
 if TYPE_CHECKING:
     import torch
@@ -107,20 +106,21 @@ def keep(report: EvalReport, run: Path | None, out: Path | None, context: typer.
 
 def print_report(report: EvalReport) -> None:
     """A table of what was measured, each with what guessing gives and its 95 % interval; and the notes."""
-    from rich.markup import escape
     from rich.table import Table
 
-    console = table_console()
-    title = f"{report.evaluator}: {escape(result_label(report))}"
-    table = Table("metric", "%", "95 % interval", "chance", "n", title=title, title_justify="left")
+    from launch.terminal import chance_text, columns, interval_text, terminal
+
+    console = terminal()
+    names = columns("metric", "%", "95 % interval", "chance", "n")
+    table = Table(*names, title=f"{report.evaluator}: {result_label(report)}", title_justify="left")
     for name, value in report.metrics.items():
         told = (interval_text(report, name), chance_text(report, name), str(report.n))
-        table.add_row(escape(name), f"{value:.2f}", *told, style="bold" if name == report.metric else None)
+        table.add_row(name, f"{value:.2f}", *told, style="bold" if name == report.metric else None)
     console.print(table)
     if report.intervals:
         console.print(f"95 % intervals are over {report.interval_over}; chance is what guessing gives.")
     for note in report.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
 
 
 def result_label(report: EvalReport) -> str:

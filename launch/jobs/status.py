@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.messages import visible
 from launch.jobs.logs import last_lines, log_files, refuse_no_run
 from launch.jobs.record import JobRecord, load_job
 from launch.jobs.run_state import OVER, State, find_state, planned
@@ -58,7 +59,11 @@ def show_status(folders: Sequence[Path], *, as_json: bool = False) -> None:
         job.job_id for job in jobs.values() if job is not None and job.job_id is not None and not job.is_local
     )
     found = [run_status(run, job, queue) for run, job in jobs.items()]
-    print(json.dumps([asdict(status) for status in found], indent=1) if as_json else "\n".join(table(found)))
+    print(
+        json.dumps([asdict(status) for status in found], indent=1)
+        if as_json
+        else visible("\n".join(table(found)), lines=True)
+    )
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data_pipeline.errors import PretrainError
+from data_pipeline.messages import visible
 
 Level = Literal["ok", "warning", "error"]
 
@@ -20,7 +21,8 @@ class Finding:
     fix: str = ""
 
     def __str__(self) -> str:
-        head, *more = f"{self.found}{f'. {self.fix}' if self.fix else ''}".splitlines() or [""]
+        told = visible(f"{self.found}{f'. {self.fix}' if self.fix else ''}", lines=True)
+        head, *more = told.splitlines() or [""]
         return "\n".join([f"{self.level:8} {self.what:12} {head}", *(f"{'':21} {line.strip()}" for line in more)])
 
 

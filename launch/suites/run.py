@@ -22,7 +22,6 @@ from data_pipeline.errors import InputError
 from launch.ranks.child import start_child
 from launch.ranks.launcher import threads_per_process
 from launch.suites.jobs import Commands, Questions, SuiteJob, suite_jobs
-from launch.terminal import chance_text, interval_text, table_console
 from pretrain.evals.suite import KEPT, Suite, dump_suite, load_suite
 
 Say = Callable[[str], None]
@@ -210,9 +209,11 @@ def _in_a_process(cell: SuiteJob, device: str | None, say: Say, *, num_processes
 def _say_results(cells: Sequence[SuiteJob], failed: dict[str, str]) -> None:
     from rich.table import Table
 
+    from launch.terminal import chance_text, columns, interval_text, terminal
     from pretrain.evals.result import EvalReport
 
-    table = Table("encoder", "data set", "protocol", "metric", "%", "±", "95 % interval", "chance", "n")
+    names = ("encoder", "data set", "protocol", "metric", "%", "±", "95 % interval", "chance", "n")
+    table = Table(*columns(*names))
     for cell in cells:
         if cell.name in failed:
             table.add_row(cell.encoder, cell.dataset, cell.protocol, "failed", "", "", "", "", "")
@@ -221,7 +222,7 @@ def _say_results(cells: Sequence[SuiteJob], failed: dict[str, str]) -> None:
         spread = "" if report.spread is None else f"{report.spread:.2f}"
         row = (cell.encoder, cell.dataset, cell.protocol, report.metric, f"{report.value:.2f}", spread)
         table.add_row(*row, interval_text(report, report.metric), chance_text(report, report.metric), str(report.n))
-    table_console().print(table)
+    terminal().print(table)
 
 
 def _job(out: Path, cell: SuiteJob) -> Path:

@@ -84,7 +84,8 @@ class ProtocolConfig(Group):
         examples: commands.
         judges: an encoder's features, or two towers.
         trains: whether the encoder is trained, which takes a run of its own.
-        found: what its reports say under `protocol` that was found out, not asked for.
+        found: what its reports say under `protocol` on which the reported number does not depend: found out, or
+            measured beside it.
     """
 
     summary: ClassVar[str]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from data_pipeline.durable import durable_file
+from data_pipeline.durable import durable_file, from_json
 from data_pipeline.errors import InputError
 from pretrain.evals.uncertainty import (
     OVER_SAMPLES,
@@ -135,7 +135,7 @@ class EvalReport:
         """
         beside = path.with_suffix(".safetensors")
         try:
-            described = json.loads(path.read_text("utf-8"))
+            described = from_json(path.read_text("utf-8"))
             if described.pop("format") != FORMAT:
                 raise ValueError(f"another format than {FORMAT}")
             if alone and not beside.exists():

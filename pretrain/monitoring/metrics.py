@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.messages import visible
 from pretrain.monitoring.sinks import Sink
 from pretrain.objectives.contract import Objective
 from pretrain.runtime.state import Progress
@@ -80,6 +81,7 @@ class MetricLog:
         """Logs a line about what happens once: a checkpoint, an evaluation, a warning."""
         if not self._active:
             return
+        text = visible(text, lines=True)
         print(("\r\x1b[2K" if self._live else "") + text, flush=True)
         self._log(text)
 

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.special import stdtrit  # quantiles of t; scipy.stats, which calls it, takes a second to import
 
 from data_pipeline.errors import InputError
+from data_pipeline.messages import visible
 from pretrain.evals.result import EvalReport, compare
 from pretrain.evals.suite import HOW, KEPT, load_suite, nearest, result_path
 from pretrain.evals.uncertainty import Interval
@@ -61,8 +62,16 @@ class Comparison:
     differences: Mapping[tuple[str, Column], Difference] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
-    def best(self, column: Column) -> float:
-        return max(result.report.value for (_, own), result in self.results.items() if own == column)
+    def best(self, column: Column) -> str | None:
+        """The encoder whose interval of the difference from each other one of the column excludes zero."""
+        reports = {name: result.report for (name, own), result in self.results.items() if own == column}
+        first = max(reports, key=lambda name: reports[name].value)
+        others = [report for name, report in reports.items() if name != first]
+        try:
+            clear = all(difference(reports[first], other).interval.low > 0 for other in others)
+        except InputError:  # they cannot be compared
+            clear = False
+        return first if others and clear else None
 
 
 def is_suite(folder: Path) -> bool:
@@ -138,9 +147,9 @@ def table_markdown(comparison: Comparison) -> str:
         for name in comparison.encoders
         if name != comparison.baseline
     ]:
-        parts.append(f"Difference from {comparison.baseline}, points, with its 95 % paired interval:")
+        parts.append(f"Difference from {visible(comparison.baseline)}, points, with its 95 % paired interval:")
         parts.append(_markdown(["encoder", *head], rows))
-    parts += [f"- {warning}" for warning in comparison.warnings]
+    parts += [f"- {visible(warning)}" for warning in comparison.warnings]
     return "\n\n".join(parts) + "\n"
 
 
@@ -176,7 +185,7 @@ def difference_text(change: Difference | None) -> str:
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(visible(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def _collected(paths: Sequence[Path]) -> tuple[list[Result], list[str], tuple[list[str], list[Column]]]:

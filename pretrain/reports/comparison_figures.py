@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from pretrain.evals.result import Outcomes
-from pretrain.reports.report_figures import INK, Picture, drawn, in_ink
+from pretrain.reports.report_figures import INK, Picture, add_legend, drawn, figure_text, in_ink
 
 # Told apart on white and on black, and by shape where colors are not seen.
 COLORS = ("#3b82c4", "#e08214", "#2e9e5b", "#c94f7c", "#8a6fd1", "#a3872a", "#2aa3a3", "#d2543f", "#7a8b99", "#b07aa1")
@@ -43,25 +43,28 @@ def draw_class_accuracy(title: str, by_encoder: Mapping[str, Outcomes], classes:
         widest = np.argsort(np.ptp(values[:, shown], axis=0), kind="stable")[::-1][:MAX_CLASSES]
         caption = f"{title}: the {MAX_CLASSES} of {len(shown)} classes in which encoders differ most"
         shown = np.sort(shown[widest])
-    with in_ink(title):
+    with in_ink(title, [*classes, *by_encoder]):
         figure = Figure(figsize=(4, 0.9 + 0.2 * len(shown) + 0.18 * -(-len(by_encoder) // 2)), layout="constrained")
         axes = figure.add_subplot(xlabel="%")
         rows = np.arange(len(shown))
-        for index, (name, row) in enumerate(zip(by_encoder, values, strict=True)):
+        handles = []
+        for index, row in enumerate(values):
             color, marker = _style(index)
-            axes.plot(row[shown], rows, linestyle="", markersize=5, alpha=0.85, label=name, color=color, marker=marker)
-        axes.set_yticks(rows, [_cut(classes[i]) for i in shown.tolist()])
+            handles += axes.plot(row[shown], rows, linestyle="", markersize=5, alpha=0.85, color=color, marker=marker)
+        axes.set_yticks(rows, [figure_text(_cut(classes[i])) for i in shown.tolist()])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.grid(color=INK, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside upper center", ncols=2 if len(by_encoder) > 1 else 1, frameon=False, fontsize=8)
+        axes.axvline(100 / len(classes), color=INK, linestyle=":", linewidth=1.2)
+        ncols = 2 if len(by_encoder) > 1 else 1
+        add_legend(figure, handles, [*by_encoder], loc="outside upper center", ncols=ncols, fontsize=8)
         return drawn(figure, caption)
 
 
 def draw_confusion(title: str, outcomes: Outcomes, classes: Sequence[str]) -> Picture:
     """Rows are true classes, columns what they are taken for, in percent of the row."""
     shares, n = confusion(outcomes, len(classes)), len(classes)
-    with in_ink(title):
+    with in_ink(title, classes):
         figure = Figure(figsize=(4, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="taken for", ylabel="is")
         axes.imshow(shares, cmap="viridis", vmin=0, vmax=100)
@@ -72,8 +75,9 @@ def draw_confusion(title: str, outcomes: Outcomes, classes: Sequence[str]) -> Pi
                 axes.text(column, row, text, ha="center", va="center", color=light, fontsize=7)
         if n <= MAX_NAMED:
             size = 8 if n <= MAX_WRITTEN else 5
-            axes.set_xticks(range(n), [_cut(name, 12) for name in classes], rotation=90, fontsize=size)
-            axes.set_yticks(range(n), [_cut(name, 12) for name in classes], fontsize=size)
+            names = [figure_text(_cut(name, 12)) for name in classes]
+            axes.set_xticks(range(n), names, rotation=90, fontsize=size)
+            axes.set_yticks(range(n), names, fontsize=size)
         return drawn(figure, title)
 
 
@@ -99,20 +103,23 @@ def draw_principal_axes(
     points, shares = principal_axes(values)
     present, counts = np.unique(labels[labels >= 0], return_counts=True)
     colored = np.sort(present[np.argsort(-counts, kind="stable")[:MAX_COLORED]])
-    with in_ink(title):
+    with in_ink(title, classes):
         figure = Figure(figsize=(4, 4.8), layout="constrained")
         axes = figure.add_subplot(xlabel=f"{100 * shares[0]:.0f} % of variance", ylabel=f"{100 * shares[1]:.0f} %")
+        handles, names = [], []
         rest = ~np.isin(labels, colored)
         if rest.any():
-            axes.scatter(points[rest, 0], points[rest, 1], s=10, color=INK, alpha=0.3, linewidths=0, label="others")
+            handles.append(axes.scatter(points[rest, 0], points[rest, 1], s=10, color=INK, alpha=0.3, linewidths=0))
+            names.append("others")
         for index, label in enumerate(colored.tolist()):
             color, marker = _style(index)
             x, y = points[labels == label].T
-            axes.scatter(x, y, s=18, alpha=0.75, linewidths=0, label=_cut(classes[label]), color=color, marker=marker)
+            handles.append(axes.scatter(x, y, s=18, alpha=0.75, linewidths=0, color=color, marker=marker))
+            names.append(_cut(classes[label]))
         axes.set_xticks([])
         axes.set_yticks([])
         if len(colored):
-            figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, markerscale=1.5)
+            add_legend(figure, handles, names, loc="outside lower center", ncols=3, fontsize=9, markerscale=1.5)
         return drawn(figure, title)
 
 

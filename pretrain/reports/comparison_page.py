@@ -22,6 +22,7 @@ from pretrain.reports.comparison import (
 from pretrain.reports.comparison_figures import MAX_PAIRED, draw_class_accuracy, draw_confusion
 from pretrain.reports.comparison_images import ImageComparison, Load, look
 from pretrain.reports.page import render
+from pretrain.reports.run_results import chance_level
 from pretrain.runtime.run_folder import sha256_of
 
 
@@ -63,14 +64,13 @@ def _in_order(comparison: Comparison) -> list[Result]:
 
 def _rows(comparison: Comparison) -> list[dict[str, Any]]:
     best = {column: comparison.best(column) for column in comparison.columns}
-    several = len(comparison.encoders) > 1
     return [
         {
             "name": name,
             "cells": [
                 {
-                    "text": value_text(result := comparison.results.get((name, column))),
-                    "best": several and result is not None and result.report.value == best[column],
+                    "text": value_text(comparison.results.get((name, column))),
+                    "best": name == best[column],
                 }
                 for column in comparison.columns
             ],
@@ -103,6 +103,7 @@ def _of_column(comparison: Comparison, column: Column) -> dict[str, Any]:
         "name": name,
         "metric": reports[0].metric,
         "n": reports[0].n,
+        "chance": chance_level(reports[0]),
         "matrices": [],
         "by_class": None,
         "unpaired": "",

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
+
+from data_pipeline.messages import visible
 
 
 def render(template: str, page: dict[str, Any]) -> str:
@@ -20,6 +23,12 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _shown(value: Any) -> Any:
+    """What is filled in, as text: characters that a browser would obey are escapes."""
+    return visible(value, lines=True) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from data_pipeline.batch import BatchSpec
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import batches_of
+from data_pipeline.order.spread import spread_over
 from data_pipeline.progress import track
 from pretrain.augment.augment import normalize
 from pretrain.evals.encoder import Encoder
@@ -38,9 +40,8 @@ def look_at(encoder: Encoder, dataset: Dataset, num_images: int, *, max_pixels: 
         num_images: all of them where there are fewer.
         label: of the progress line.
     """
-    count = min(num_images, dataset.num_samples)
-    chosen = [i * dataset.num_samples // count for i in range(count)]
-    pieces = [chosen[start : start + _BATCH_SIZE] for start in range(0, count, _BATCH_SIZE)]
+    chosen = spread_over(dataset.num_samples, num_images)
+    pieces = [chosen[start : start + _BATCH_SIZE] for start in range(0, len(chosen), _BATCH_SIZE)]
     spec = BatchSpec(encoder.preprocessing.image_size, num_classes=num_classes(dataset) or None)
     batches = batches_of(dataset, spec, encoder.preprocessing, pieces, max_pixels=max_pixels)
     images: list[NDArray[np.uint8]] = []
@@ -74,32 +75,90 @@ def shown(seen: SampleImages, queries: Sequence[int], dataset: Dataset) -> list[
     return [picture(seen.images[i], class_name(dataset, labels[i])) for i in queries]
 
 
+@dataclass(frozen=True)
+class NeighborSample:
+    """Queries with their neighbors, and how often a neighbor is of its query's class.
+
+    Attributes:
+        shown: some of the queries, of as many classes as may be.
+        k: neighbors of each.
+        num_queries: over which hits were counted; 0: there are no labels.
+        hits: by encoder, percent of the neighbors that are of the query's class.
+        chance: percent of all that neighbors are taken from.
+    """
+
+    shown: list[Neighbors]
+    k: int
+    num_queries: int
+    hits: dict[str, float]
+    chance: float
+
+
 def neighbours(
     encoders: Mapping[str, Encoder],
     bank: Dataset,
     queries: Dataset,
     *,
     num_queries: int,
+    num_rated: int,
     bank_size: int,
     k: int,
     max_pixels: int,
-) -> list[Neighbors]:
+) -> NeighborSample:
     """The k images of `bank` nearest to queries, by the cosine of their features.
 
     Args:
         encoders: by name, each on its device.
         bank, queries: data sets, with labels or without; of each so many, from all over it.
+        num_queries: of those that are rated, shown.
+        num_rated: queries over which hits are counted.
+        bank_size: images that neighbors are taken from.
     """
+    hits: dict[str, float] = {}
+    chance, num_labeled = 0.0, 0
     rows: list[dict[str, list[Picture]]] = []
     asked: list[Picture] = []
     for name, encoder in encoders.items():
         pool = look_at(encoder, bank, bank_size, max_pixels=max_pixels, label=f"neighbours: {name}")
-        seen = look_at(encoder, queries, num_queries, max_pixels=max_pixels, label=f"queries: {name}")
-        every = range(len(seen.images))
-        asked, rows = shown(seen, every, queries), rows or [{} for _ in every]
-        for row, near in zip(rows, nearest_pictures(seen, every, pool, bank, k), strict=True):
+        seen = look_at(encoder, queries, max(num_queries, num_rated), max_pixels=max_pixels, label=f"queries: {name}")
+        chosen = of_several_classes(seen.features.labels.tolist(), num_queries)
+        asked, rows = shown(seen, chosen, queries), rows or [{} for _ in chosen]
+        for row, near in zip(rows, nearest_pictures(seen, chosen, pool, bank, k), strict=True):
             row[name] = near
-    return [Neighbors(query, row) for query, row in zip(asked, rows, strict=True)]
+        same = _same_class(seen, pool)
+        num_labeled = len(same)
+        if num_labeled:
+            labeled = seen.features.values[seen.features.labels >= 0]
+            _, columns = search(pool.features.values, labeled, min(k, len(pool.images)))
+            hits[name] = 100 * same.gather(1, columns.cpu()).double().mean().item()
+            chance = 100 * same.double().mean().item()
+    return NeighborSample(
+        [Neighbors(query, row) for query, row in zip(asked, rows, strict=True)], k, num_labeled, hits, chance
+    )
+
+
+def of_several_classes(labels: Sequence[int], num: int) -> list[int]:
+    """Indices of `num` of these, or of all: the first of each class, from all over the classes; then others.
+
+    Args:
+        labels: negative: none.
+        num: how many.
+    """
+    first: dict[int, int] = {}
+    for index, label in enumerate(labels):
+        first.setdefault(label, index)
+    firsts = [index for label, index in sorted(first.items()) if label >= 0]
+    if len(firsts) >= num:
+        return [firsts[i * len(firsts) // num] for i in range(num)]
+    others = [index for index in range(len(labels)) if index not in firsts]
+    more = min(num - len(firsts), len(others))
+    return sorted([*firsts, *(others[i * len(others) // more] for i in range(more))])
+
+
+def _same_class(seen: SampleImages, pool: SampleImages) -> Tensor:
+    """Whether queries and the pool's images are of one class, [Q, N] bool; of queries that have a label."""
+    labels = seen.features.labels
+    return labels[labels >= 0].unsqueeze(1) == pool.features.labels.unsqueeze(0)
 
 
 def _thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -16,7 +17,9 @@ from pretrain.evals.result import EvalReport
 from pretrain.reports.comparison import compare_results
 from pretrain.reports.comparison_page import write_comparison
 from pretrain.reports.page import render
+from pretrain.reports.report_figures import picture
 from tests.launch.suites import in_this_process, run_suite, tree_of, write_suite
+from tests.reports.test_report import sample_page
 
 pytestmark = pytest.mark.xdist_group("browser")  # one browser, and one suite, for all of them
 
@@ -63,7 +66,7 @@ def assert_sound(browser: Browser, path: Path, size: dict[str, int]) -> int:
     images = page.evaluate("[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.width > 0, i.alt])")
     wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     beyond = page.evaluate(
-        "[...document.querySelectorAll('img, p, h1, h2, h3, li, summary')]"
+        "[...document.querySelectorAll('img, p, h1, h2, h3, li, summary, dd, .stack td')]"
         ".filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
     )
     page.close()
@@ -100,15 +103,43 @@ def test_many_encoders_and_long_words_leave_the_page_as_wide_as_it_is(
     assert_sound(browser, path, PHONE)
 
 
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_a_report_shows_every_number_at_once_and_tables_that_go_on_say_so(
+    browser: Browser, suite: Path, tmp_path: Path, size: dict[str, int]
+) -> None:
+    run = tmp_path / "run.html"
+    drawn = picture(np.zeros((4, 4, 3), np.uint8)).source
+    page_text = render("report.html.j2", sample_page("a_name_without_an_end_" * 5))
+    run.write_text(page_text.replace("data:image/png;base64,AA==", drawn))
+    assert_sound(browser, run, size)
+    page = opened(browser, run, size, [])
+    cut = page.evaluate(
+        "[...document.querySelectorAll('.stack')].filter(e => e.scrollWidth > e.parentElement.clientWidth).length"
+    )
+    folded = page.evaluate("document.querySelectorAll('details').length")
+    page.close()
+    assert cut == 0
+    assert folded == 2, "the recipe and the packages"
+    comparison = write_comparison(compare_results([suite], "random"), tmp_path / "page", load_judged)
+    page = opened(browser, comparison, size, [])
+    shades = page.evaluate("[...document.querySelectorAll('.scroll')].map(e => getComputedStyle(e).backgroundImage)")
+    page.close()
+    assert shades
+    assert all(shade.count("linear-gradient") == 4 for shade in shades)
+
+
 def test_what_is_broken_is_seen(browser: Browser, tmp_path: Path) -> None:
     page = {
         "name": "x",
-        "summary": "",
+        "verdict": "",
+        "facts": {},
+        "packages": {},
+        "eval_curves": [],
         "comparisons": [],
         "notes": [],
         "goodput": None,
         "triples": [],
-        "neighbours": [],
+        "neighbours": None,
     }
     path = tmp_path / "run.html"
     whole = render("report.html.j2", {**page, "curves": [], "environment": {}, "recipe": ""})

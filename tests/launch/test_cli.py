@@ -223,7 +223,7 @@ def test_the_folder_of_another_recipe_is_left_alone(
     (folder / "recipe.yaml").write_text(dump(load_recipe(workplace / "recipe.yaml")))
     given = ["--set", "optim.base_lr=3e-4", "--out", "run"]
     said = refused(workplace, pretrain, "train", "recipe.yaml", *given, *more)
-    assert f"{folder.name} holds another run" in said
+    assert f"{folder.name} holds another run: 1 problem\n" in said, "the advice is none"
     assert "optim.base_lr: 0.0003 given, 0.00015 kept" in said
 
 

@@ -22,8 +22,7 @@ pytestmark = pytest.mark.slow
 SMALL = [
     "schedule.samples=null", f"schedule.steps={TOTAL}", "batch.global_size=8", f"checkpoint.every_steps={EVERY}",
     "logging.every_steps=1", "logging.tensorboard=false", "runtime.peak_tflops=0.1", "validation.every_epochs=99",
-    "model.image_size=16", "model.options.embed_dim=16", "model.options.depth=1", "model.options.num_heads=2",
-    "objective.decoder_width=16", "objective.decoder_heads=2",
+    "model.image_size=16", "objective.hidden_width=16", "objective.out_width=8",
 ]  # fmt: skip
 
 
@@ -57,7 +56,7 @@ def test_it_is_killed_and_goes_on_to_a_judged_encoder_and_a_report(tmp_path: Pat
     assert told["resumed_from"] == resumed_from
     assert told["killed_after"] > resumed_from
     assert told["killed_after"] <= killed_after
-    starts = [line for line in (out / "log-rank0.txt").read_text().splitlines() if line.startswith("mae_fractals: ")]
+    starts = [line for line in (out / "log-rank0.txt").read_text().splitlines() if line.startswith("simclr_fractals: ")]
     assert [line.rsplit(", ", 1)[1].split("/")[-1] for line in starts] == [
         "from scratch",
         f"step_{told['resumed_from']:08d}",
@@ -93,7 +92,7 @@ def test_a_folder_that_cannot_be_used_is_refused_and_left_alone(tmp_path: Path) 
     (other / "recipe.yaml").write_bytes(demo.RECIPE.read_bytes())
     with pytest.raises(RecipeError, match="holds another run") as told:
         run_demo(other, SMALL)
-    assert "model.options.depth" in str(told.value)
+    assert "model.image_size" in str(told.value)
     assert os.listdir(other) == ["recipe.yaml"]
     strange = tmp_path / "strange"
     (strange / "data" / "train").mkdir(parents=True)

@@ -233,6 +233,29 @@ def test_figures_of_many_classes_are_drawn(suite: Path) -> None:
 # The page.
 
 
+def test_bold_is_what_is_better_than_its_rivals_beyond_chance(suite: Path, tmp_path: Path) -> None:
+    own = load(suite, "first")
+    labels = np.zeros(400, np.int32)
+
+    def right(percent: float) -> dict[str, Any]:
+        predicted = (np.arange(400) >= 4 * percent).astype(np.int32)
+        outcomes = Outcomes(tuple(map(str, range(400))), labels, predicted)
+        return {"value": percent, "n": 400, "outcomes": outcomes, "weights_sha256": str(percent)}
+
+    def bold(*values: float) -> list[str]:
+        paths = [
+            kept(tmp_path, f"{i}.json", own, encoder={**own.encoder, "source": f"e{i}"}, **right(value))
+            for i, value in enumerate(values)
+        ]
+        rows = build_page(compare_results(paths), load_judged)["values"]
+        return [row["name"] for row in rows if row["cells"][0]["best"]]
+
+    assert bold(90, 50) == ["e0"]
+    assert bold(50, 90, 89.75) == [], "the rival is as good"
+    assert bold(50, 50) == []
+    assert bold(50) == []
+
+
 def test_neighbours_are_the_nearest_of_images_from_all_over_the_training_set(suite: Path) -> None:
     own = load(suite, "first")
     shown = look("colours", {"first": own}, load_judged)
@@ -264,7 +287,10 @@ def test_sizes_that_do_not_divide_leave_no_end_out(suite: Path) -> None:
         keys = look_at(encoder, test, count, max_pixels=10**6, label="").features.keys
         chosen = [i for i in range(24) if test.read(i).key in keys]
         assert len(chosen) == len(keys) == min(count, 24)
-        assert max(np.diff([*chosen, 24])) <= -(-24 // count), "no longer gap than there must be"
+        edges = [i * 24 // len(keys) for i in range(len(keys))] + [24]
+        assert all(low <= i < high for low, i, high in zip(edges, chosen, edges[1:], strict=False)), (
+            "one of each stretch"
+        )
 
 
 def test_what_cannot_be_shown_is_told_with_its_reason(suite: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ class KnnConfig(FeatureConfig):
 
     summary = "Exact weighted k nearest neighbors on L2-normalized features (1805.01978)."
     title = "kNN, k = {k}"
+    found = frozenset({"sweep", "temperatures"})
     examples = (
         "pretrain eval knn runs/mae --train shards/train --test shards/test",
         "pretrain eval knn runs/mae --random-init --train shards/train --test shards/test",
