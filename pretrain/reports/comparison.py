@@ -22,8 +22,9 @@ from pretrain.evals.uncertainty import Interval
 
 # Arguments of a command that say which encoder it judges, on what and where, and not by which protocol.
 _ENCODER = {"encoder", "towers", "random_init", "seed", "model", "image_size", "option", "weights", "tokenizer"}
-_ENCODER |= {"weights_key", "weights_prefix", "weights_ignore"}
-_NOT_PROTOCOL = _ENCODER | HOW | {"command", "train", "test", "device"}
+_NOT_PROTOCOL = (
+    _ENCODER | HOW | {"weights_key", "weights_prefix", "weights_ignore", "command", "train", "test", "device"}
+)
 
 Column = tuple[str, str]  # data set, protocol
 
