@@ -166,9 +166,7 @@ def _saved(folder: Path, spec: TokenSpec) -> SavedTokenizer:
     try:
         tokenizer("")
     except ImportError:
-        problem = (
-            f"{folder / SAVED}: expected the tokenizers library, found none. Run pip install 'pretrain[tokenizers]'."
-        )
+        problem = f"{folder / SAVED}: expected the tokenizers library, found none. Run pip install tokenizers."
         raise RecipeError("tokenizer", [problem]) from None
     except Exception as error:  # the library's errors have no class of their own
         problem = (

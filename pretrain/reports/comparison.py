@@ -16,13 +16,15 @@ from scipy.special import stdtrit  # quantiles of t; scipy.stats, which calls it
 
 from data_pipeline.errors import InputError
 from data_pipeline.messages import visible
-from pretrain.evals.result import EvalReport, Interval, compare
+from pretrain.evals.result import EvalReport, compare
 from pretrain.evals.suite import HOW, KEPT, load_suite, nearest, result_path
+from pretrain.evals.uncertainty import Interval
 
 # Arguments of a command that say which encoder it judges, on what and where, and not by which protocol.
 _ENCODER = {"encoder", "towers", "random_init", "seed", "model", "image_size", "option", "weights", "tokenizer"}
-_ENCODER |= {"weights_key", "weights_prefix"}
-_NOT_PROTOCOL = _ENCODER | HOW | {"command", "train", "test", "device"}
+_NOT_PROTOCOL = (
+    _ENCODER | HOW | {"weights_key", "weights_prefix", "weights_ignore", "command", "train", "test", "device"}
+)
 
 Column = tuple[str, str]  # data set, protocol
 

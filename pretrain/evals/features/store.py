@@ -106,7 +106,7 @@ class CacheEntry:
         if not (question := self.folder / "question.json").is_file():
             write_text(question, self.question)
         width = values.shape[1]
-        descriptor = os.open(self._values, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self._values, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             size = self.total * width * 4
             if os.fstat(descriptor).st_size != size:

@@ -145,12 +145,14 @@ class ZeroShot:
         further = {"mean_per_class": 100 * mean_per_class(top1, features.labels)}
         if len(classes) >= 5:
             further["top5"] = 100 * hits.any(1).double().mean().item()
+        grouped = self._by_group(top1, features.labels)
         return make_report(
             self.name,
             towers,
             make_outcomes(features.keys, features.labels, ranked[:, 0]),
             metric="top1",
-            further={**further, **self._by_group(top1, features.labels)},
+            further={**further, **grouped},
+            other_means=("mean_per_class", *grouped),
             protocol={
                 "templates": list(self.prompts.templates),
                 "class_names": "the data set's" if self.classes is None else "given, as `data` has them",
