@@ -21,10 +21,8 @@ from pretrain.evals.suite import HOW, KEPT, load_suite, nearest, result_path
 from pretrain.evals.uncertainty import Interval
 
 # Arguments of a command that say which encoder it judges, on what and where, and not by which protocol.
-_ENCODER = {"encoder", "towers", "random_init", "seed", "model", "image_size", "option", "weights", "tokenizer"}
-_NOT_PROTOCOL = (
-    _ENCODER | HOW | {"weights_key", "weights_prefix", "weights_ignore", "command", "train", "test", "device"}
-)
+_ENCODER = set("encoder towers random_init seed model image_size option weights weights_key weights_prefix".split())
+_NOT_PROTOCOL = _ENCODER | HOW | {"weights_ignore", "tokenizer", "command", "train", "test", "device"}
 
 Column = tuple[str, str]  # data set, protocol
 
