@@ -189,7 +189,7 @@ def _read_plan(out: Path) -> dict[str, Any] | None:
         plan = json.loads((out / PLAN_NAME).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             where=str(out / PLAN_NAME), expected="the plan of a dataset", found=f"other text ({error})"
         ) from error
@@ -204,9 +204,10 @@ def _strangers(out: Path) -> bool:
 def _bad_samples(out: Path, bad: Sequence[SampleError]) -> SourceError:
     shown = "; ".join(f"{error.where}: {error.found}" for error in bad[:_SHOWN])
     more = f"; and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else ""
+    hints = dict.fromkeys(error.fix for error in bad if error.fix)
     return SourceError(
         where=str(out),
         expected="images that can be used",
         found=f"{len(bad):,} that cannot: {shown}{more}",
-        fix="Repair or remove them, or give --skip-bad to leave them out.",
+        fix=" ".join(["Repair or remove them, or give --skip-bad to leave them out.", *itertools.islice(hints, 3)]),
     )
