@@ -21,7 +21,7 @@ from data_pipeline.loader import StepData, TrainLoader
 from pretrain.augment.augment import augmentations, mixing, prepare
 from pretrain.callbacks.callback import Callback
 from pretrain.callbacks.evaluations import ProtocolEvaluation, Validation, ValidationData, steps_between
-from pretrain.callbacks.health import HealthChecks, usual_checks
+from pretrain.callbacks.health import HealthChecks, UndrawnCrops, usual_checks
 from pretrain.callbacks.online_probe import OnlineProbe, ProbeTraining
 from pretrain.callbacks.pictures import Pictures
 from pretrain.callbacks.profiler import profiled
@@ -37,8 +37,9 @@ from pretrain.loop import LoopContext, train
 from pretrain.monitoring.budgets import Budgets
 from pretrain.monitoring.clocks import Clocks
 from pretrain.monitoring.goodput import Timeline, read_goodput
-from pretrain.monitoring.metrics import MetricLog, Throughput, flops_per_sample
+from pretrain.monitoring.metrics import MetricLog
 from pretrain.monitoring.sinks import open_sinks
+from pretrain.monitoring.throughput import Throughput, flops_per_sample
 from pretrain.monitoring.watchdog import Watchdog
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
@@ -212,6 +213,7 @@ def _callbacks(context: RunContext, engine: Engine, probe: OnlineProbe | None, l
     recipe, plan, data, epoch = context.recipe, context.plan, context.recipe.data, context.plan.resolved.steps_per_epoch
     if probe is not None:
         yield ProbeTraining(probe, context.prepare)
+    yield UndrawnCrops()
     yield HealthChecks(usual_checks(recipe.runtime.num_workers, context.world.local_size), log.say)
     if plan.val is not None:
         preprocessing = data.preprocessing(recipe.model.judged_size)

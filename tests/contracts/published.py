@@ -11,7 +11,7 @@ from tests.objectives.papers import CLASSES, Numbers, rand_augment
 
 # What an entry need not say: what all of these papers have, by its path. What is off may be left out as well.
 USUAL: Numbers = {
-    "views": {"ratio": (3 / 4, 4 / 3), "flip": 0.5},
+    "views": {"crop": "area", "ratio": (3 / 4, 4 / 3), "flip": 0.5},
     "mixing": {"probability": 1.0, "switch_probability": 0.5},
     "repeats": 1,
     "mean": (0.485, 0.456, 0.406),  # ImageNet's
