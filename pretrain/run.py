@@ -31,6 +31,7 @@ from pretrain.checkpoints.start import Start, find_start, resume
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.attention import choose_attention
 from pretrain.engine.engine import Engine
+from pretrain.engine.precision import settle_precision
 from pretrain.evals.protocols import inline_evaluators
 from pretrain.evals.sources.trained import TrainedRun
 from pretrain.loop import LoopContext, train
@@ -118,11 +119,12 @@ def run(
     requests, timeout = SignalRequests(), recipe.runtime.step_timeout_seconds
     group = process_group(world, device, seconds=max(1800, 2 * (timeout or 0)))  # after the watchdog, which says more
     with requests.listening(), group, Watchdog(world, timeout, out) as watchdog:
+        torch.manual_seed(recipe.seed)
+        objective = build_objective(recipe.model, recipe.objective)
+        recipe = settle_precision(recipe, objective, device, out)
         context = RunContext(
             recipe, plan, world, device, out, max_steps, overfit_batch, profile_steps, evals_apart, requests, watchdog
         )
-        torch.manual_seed(recipe.seed)
-        objective = build_objective(recipe.model, recipe.objective)
         checkpoints = None if overfit_batch else out / "checkpoints"
         start = find_start(objective, checkpoints, world, resume_from=recipe.resume_from, init_from=recipe.init_from)
         if start.checkpoint is None and checkpoints is not None:
@@ -145,14 +147,14 @@ def run(
 def _engine(context: RunContext, objective: Objective) -> tuple[Engine, Throughput]:
     """What trains, and what its speed is measured against; both before the first step."""
     recipe, resolved = context.recipe, context.plan.resolved
-    choose_attention(objective, context.device, recipe.engine.precision, recipe.engine.sdpa)
+    choose_attention(objective, context.device, recipe.engine.settled_precision, recipe.engine.sdpa)
     flops = flops_per_sample(objective)  # while the weights are whole
     engine = Engine(
         objective, recipe.optim, recipe.engine, world=context.world, device=context.device,
         micro_size=resolved.micro_size, accumulation=resolved.accumulation, seed=recipe.seed, ema=recipe.ema,
     )  # fmt: skip
     peak_tflops = recipe.runtime.peak_tflops
-    return engine, Throughput(flops, context.device, context.world.size, recipe.engine.precision, peak_tflops)
+    return engine, Throughput(flops, context.device, context.world.size, recipe.engine.settled_precision, peak_tflops)
 
 
 def _train(
@@ -250,10 +252,10 @@ def _steps(context: RunContext, cursor: int) -> Iterator[StepData]:
 def _opening(context: RunContext, state: RunState, start: Start) -> str:
     recipe, resolved, world = context.recipe, context.plan.resolved, context.world
     size = f"{resolved.global_size} = {world.size} x {resolved.accumulation} x {resolved.micro_size}"
+    engine = f"ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}, {world.size} x {context.device.type}"
     return (
         f"{recipe.name}: {recipe.objective.kind} {recipe.model.name}, {context.plan.train.num_samples} samples, batch "
-        f"{size}, ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}, {world.size} x {context.device.type}; "
-        f"steps {state.progress.step} to {resolved.total_steps}, {start.source}"
+        f"{size}, {engine}; steps {state.progress.step} to {resolved.total_steps}, {start.source}"
     )
 
 

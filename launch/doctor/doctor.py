@@ -77,13 +77,10 @@ def findings(
     ranks = Ranks(num_ranks, num_ranks) if cluster is None else Ranks(cluster.world_size, cluster.ranks_per_node)
 
     def count(plan: Plan | None) -> Footprint:
+        objective = build_on_meta(whole.model, whole.objective) if plan is None else plan.objective
+        probe_bytes = 0 if plan is None else plan.probe_bytes
         return footprint(
-            build_on_meta(whole.model, whole.objective) if plan is None else plan.objective,
-            whole.optim,
-            whole.engine,
-            whole.ema,
-            world_size=ranks.total,
-            probe_bytes=0 if plan is None else plan.probe_bytes,
+            objective, whole.optim, whole.engine, whole.ema, world_size=ranks.total, probe_bytes=probe_bytes
         )
 
     run = CheckedRun(
@@ -99,6 +96,10 @@ def findings(
         footprint=count,
     )
     yield from run_findings(run, recipe.runtime.device, cluster, out)
+    if cluster is None:
+        from launch.doctor.precision import precision
+
+        yield from precision(recipe, out)
 
 
 def run_findings(run: CheckedRun, device: str, cluster: Cluster | None, out: Path) -> Iterator[Finding]:
