@@ -36,7 +36,7 @@ PRESETS: dict[PresetName, dict[str, Any]] = {
     },
     # He et al. 2021 (arXiv:2111.06377), table 9, for ViT-B, where text and code differ as the code has it (layer decay
     # 0.65; learning rate 5e-4 for 256 images, falling to 1e-6; head at 2e-5, norm of the mean of patches). For larger
-    # ones: MAE_BY_SIZE.
+    # ones: MAE_BY_SIZE. RandAugment's geometry is bilinear, theirs bicubic.
     "mae": {
         "data": {
             "views": {"scale": [0.08, 1.0], "interpolation": "bicubic", "eval_crop": 0.875},
