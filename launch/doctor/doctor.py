@@ -69,7 +69,9 @@ def findings(
     if recipe is None:
         yield from machine.open_files()
         return
+    from launch.doctor.precision import precision
     from launch.doctor.recipe import CheckedRun, Ranks
+    from pretrain.objectives.kinds import build_objective
     from pretrain.plan import build_on_meta, footprint
     from pretrain.preflight import preflight
 
@@ -78,10 +80,8 @@ def findings(
 
     def count(plan: Plan | None) -> Footprint:
         objective = build_on_meta(whole.model, whole.objective) if plan is None else plan.objective
-        probe_bytes = 0 if plan is None else plan.probe_bytes
-        return footprint(
-            objective, whole.optim, whole.engine, whole.ema, world_size=ranks.total, probe_bytes=probe_bytes
-        )
+        counted = (objective, whole.optim, whole.engine, whole.ema)
+        return footprint(*counted, world_size=ranks.total, probe_bytes=0 if plan is None else plan.probe_bytes)
 
     run = CheckedRun(
         name=recipe.name,
@@ -97,9 +97,8 @@ def findings(
     )
     yield from run_findings(run, recipe.runtime.device, cluster, out)
     if cluster is None:
-        from launch.doctor.precision import precision
-
-        yield from precision(recipe, out)
+        build = partial(build_objective, whole.model, whole.objective)
+        yield from precision(recipe.engine.precision, recipe.runtime.device, recipe.resume_from, out, build)
 
 
 def run_findings(run: CheckedRun, device: str, cluster: Cluster | None, out: Path) -> Iterator[Finding]:

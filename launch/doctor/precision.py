@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from data_pipeline.errors import InputError, PretrainError
+from data_pipeline.errors import PretrainError
 from launch.slurm.finding import Finding, from_error, ok, warning
 from pretrain.engine.precision import kept_precision, native_precision, refuse_wrong_bf16
 from pretrain.models.seeded import seeded
 from pretrain.objectives.contract import Objective
-from pretrain.objectives.kinds import build_objective
-from pretrain.recipe.recipe import Recipe
 
 
-def precision(recipe: Recipe, out: Path) -> Iterator[Finding]:
+def precision(
+    asked: str, wanted_device: str, resume_from: str | None, out: Path, build: Callable[[], Objective]
+) -> Iterator[Finding]:
     """Checks the precision of a run that is started on this machine.
 
     Args:
-        recipe: of the run.
-        out: its folder.
+        asked: the recipe's engine.precision.
+        wanted_device: its runtime.device.
+        resume_from: as in the recipe.
+        out: the run's folder.
+        build: makes the objective, where it has to be tried.
     """
-    on_gpu = recipe.runtime.device != "cpu" and torch.cuda.is_available()
+    on_gpu = wanted_device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    native, asked = native_precision(device), recipe.engine.precision
+    native = native_precision(device)
     try:
-        chosen = (kept_precision(recipe, out) or native) if asked == "auto" else asked
+        chosen = (kept_precision(resume_from, out) or native) if asked == "auto" else asked
         if chosen == "bf16" and not on_gpu:
-            objective = _built(recipe)
-            if objective is None:
-                return
-            refuse_wrong_bf16(objective)
+            refuse_wrong_bf16(seeded(0, build))
     except PretrainError as raised:
         yield from_error("precision", raised)
         return
@@ -43,11 +43,3 @@ def precision(recipe: Recipe, out: Path) -> Iterator[Finding]:
         yield warning("precision", f"bf16, and {has}: a step takes several times as long as in fp32", fix)
     else:
         yield ok("precision", f"{chosen}{' (auto)' if asked == 'auto' else ''}; {has}")
-
-
-def _built(recipe: Recipe) -> Objective | None:
-    """The recipe's objective on the CPU; None: it cannot be built, which the check of the recipe says."""
-    try:
-        return seeded(recipe.seed, lambda: build_objective(recipe.model, recipe.objective))
-    except InputError:
-        return None

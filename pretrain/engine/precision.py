@@ -49,7 +49,7 @@ def settle_precision(recipe: Recipe, objective: Objective, device: torch.device,
     """
     if recipe.engine.precision == "auto":
         native = set(gather_objects(native_precision(device)))
-        settled = from_main(kept_precision(recipe, out)) or ("bf16" if native == {"bf16"} else "fp32")
+        settled = from_main(kept_precision(recipe.resume_from, out)) or ("bf16" if native == {"bf16"} else "fp32")
         recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": settled})})
     if recipe.engine.precision == "bf16" and device.type == "cpu":
         agree(lambda: refuse_wrong_bf16(objective))
@@ -72,11 +72,11 @@ def cpu_has_bf16(cpuinfo: str) -> bool:
     return bool(lines) and all(not _FLAGS.isdisjoint(flags) for flags in lines)
 
 
-def kept_precision(recipe: Recipe, out: Path) -> Precision | None:
+def kept_precision(resume_from: str | None, out: Path) -> Precision | None:
     """The precision of the run whose state is gone on with; None: a new run begins."""
     runs = [out] if newest_checkpoint(out) is not None else []
-    if recipe.resume_from is not None:
-        given = Path(recipe.resume_from)
+    if resume_from is not None:
+        given = Path(resume_from)
         runs.append(given if (given / "checkpoints").is_dir() else given.resolve().parent.parent)
     kept = [load_recipe(run / "recipe.yaml").engine.precision for run in runs if (run / "recipe.yaml").is_file()]
     return kept[0] if kept and kept[0] != "auto" else None

@@ -113,13 +113,12 @@ def test_a_run_keeps_what_it_settled_on_whatever_the_machine(tmp_path: Path) -> 
     for run, settled in ((out, other), (tmp_path / "new", native)):
         for name in ("recipe.yaml", "resolved.yaml"):
             assert f"precision: {settled}\n" in (run / name).read_text()
-    given = load_recipe(recipe)
-    assert kept_precision(given, out) == other
-    assert kept_precision(given, tmp_path / "other") is None
+    assert kept_precision(None, out) == other
+    assert kept_precision(None, tmp_path / "other") is None
     for resumed in (out, out / "checkpoints" / "step_00000002"):
-        assert kept_precision(given.model_copy(update={"resume_from": str(resumed)}), tmp_path / "other") == other
+        assert kept_precision(str(resumed), tmp_path / "other") == other
     shutil.rmtree(out / "checkpoints")
-    assert kept_precision(given, out) is None  # nothing is gone on with: it begins anew
+    assert kept_precision(None, out) is None  # nothing is gone on with: it begins anew
 
 
 @pytest.mark.parametrize("garbage", [3.0, float("nan"), float("inf")])
@@ -175,8 +174,8 @@ def test_memory_that_a_kernel_leaves_unwritten_is_not_zero_by_chance() -> None:
 
 
 def test_the_doctor_says_what_a_run_would_compute_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def said(**engine: Any) -> tuple[str, str]:
-        (finding,) = doctor.precision(written(tmp_path, **engine), tmp_path / "run")
+    def said(precision: str = "auto", garbage: float = 1.0) -> tuple[str, str]:
+        (finding,) = doctor.precision(precision, "cpu", None, tmp_path / "run", lambda: Scaled(garbage))
         return finding.level, str(finding)
 
     monkeypatch.setattr(doctor, "native_precision", lambda device: "fp32")
@@ -188,7 +187,7 @@ def test_the_doctor_says_what_a_run_would_compute_in(tmp_path: Path, monkeypatch
     assert said(precision="fp32")[0] == "ok"
     monkeypatch.setattr(doctor, "native_precision", lambda device: "bf16")
     assert "bf16 (auto); this CPU has instructions for bf16" in said()[1]
-    monkeypatch.setattr(doctor, "build_objective", lambda *_: Scaled(float("nan")))
-    assert said()[0] == "error"
-    assert "engine.precision: expected bf16 with the gradients of fp32" in said()[1]
-    assert said(precision="fp32")[0] == "ok"
+    level, text = said(garbage=float("nan"))
+    assert level == "error"
+    assert "engine.precision: expected bf16 with the gradients of fp32" in text
+    assert said("fp32", float("nan"))[0] == "ok"
