@@ -26,7 +26,7 @@ def opening(
     size = f"{resolved.global_size} = {world.size} x {resolved.accumulation} x {resolved.micro_size}"
     return (
         f"{what}, {plan.train.num_samples} samples, batch "
-        f"{size}, ZeRO {engine.zero_stage}, {engine.precision}, {world.size} x {device.type}; "
+        f"{size}, ZeRO {engine.zero_stage}, {engine.settled_precision}, {world.size} x {device.type}; "
         f"steps {step} to {resolved.total_steps}, {start.source}"
     )
 

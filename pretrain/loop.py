@@ -20,7 +20,7 @@ from pretrain.engine.micro_batches import LazyBatches
 from pretrain.monitoring.budgets import Budgets
 from pretrain.monitoring.clocks import Clocks
 from pretrain.monitoring.log import MetricLog, evaluation_line
-from pretrain.monitoring.metrics import Throughput
+from pretrain.monitoring.throughput import Throughput
 from pretrain.runtime.collectives import mean_over_ranks
 from pretrain.runtime.state import Progress, RunState
 

@@ -1,15 +1,18 @@
-"""What a run's speed is measured against: FLOPs, the device's peak, memory."""
+"""What a run's speed is measured against: the FLOPs of a sample, the device's peak, memory."""
 
 from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.batch import Batch, BatchSpec
+from pretrain.objectives.blank import blank_batch
 from pretrain.objectives.contract import Objective
 from pretrain.runtime.state import Progress
 
@@ -17,35 +20,35 @@ from pretrain.runtime.state import Progress
 def flops_per_sample(objective: Objective) -> float:
     """Floating point operations of one forward and backward pass for one sample, counted by running it.
 
-    Matrix products, convolutions and attention count, two operations a multiply-add; elementwise work does not.
-    Leaves weights, buffers and the random state as they were.
+    Matrix products, convolutions and attention count, two operations a multiply-add; elementwise work does not, and
+    of a contrastive loss not the products with the other samples. What is locked has no backward pass. What is done
+    twice to save memory (recomputed blocks, fused attention's scores, a first pass over micro-batches) counts once: it
+    is the model's work, whatever the engine makes of it. Leaves weights, buffers and the random state as they were.
     """
     device = next(objective.parameters()).device
     batch = blank_batch(objective.needs, 2).to(device)
     devices = [device] if device.type == "cuda" else []
     was_training = objective.training
     objective.eval()  # running statistics stay untouched
-    with torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
+    with torch.random.fork_rng(devices=devices), _plain_attention(), FlopCounterMode(display=False) as counter:
         objective(batch, Progress(0, 1, 0)).loss.backward()
     objective.zero_grad(set_to_none=True)
     objective.train(was_training)
     return float(counter.get_total_flops()) / len(batch)
 
 
-def blank_batch(spec: BatchSpec, size: int) -> Batch:
-    """Makes a batch as a spec asks for it, all zeros; the first patches are the hidden ones."""
-    masks, tokens = None, None
-    if spec.tokens is not None:
-        tokens = torch.zeros(size, spec.tokens.context_length, dtype=torch.int64)
-    if spec.mask is not None:
-        masks = (torch.arange(spec.mask.num_patches) < spec.mask.num_hidden).expand(size, -1)
-    return Batch(
-        keys=tuple(map(str, range(size))),
-        views=tuple(torch.zeros(size, 3, spec.image_size, spec.image_size) for _ in range(spec.num_views)),
-        labels=torch.zeros(size, dtype=torch.int64) if spec.num_classes is not None else None,
-        tokens=tokens,
-        masks=masks,
-    )
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention as matrix products: torch's fused one of `MultiheadAttention`, which it takes where nothing is trained,
+    is not counted at all, and the backward pass of others as what it recomputes.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
@@ -76,7 +79,8 @@ class Throughput:
     """What a number of samples per second means: MFU and memory.
 
     Attributes:
-        peak: FLOP/s of the device that count as all that it can do.
+        peak: FLOP/s of the device that count as all that it can do: in bf16 the better of bf16 and fp32, as a device
+            without instructions for bf16 is slower in it, and a run computes in part of it in fp32.
 
     Args:
         flops: of a sample, forward and backward.
@@ -95,8 +99,8 @@ class Throughput:
         peak_tflops: float | None,
     ) -> None:
         self._flops, self._device, self._world_size = flops, device, world_size
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.peak = peak_tflops * 1e12 if peak_tflops else measure_peak_flops(device, dtype)
+        dtypes = (torch.float32, torch.bfloat16) if precision == "bf16" else (torch.float32,)
+        self.peak = peak_tflops * 1e12 if peak_tflops else max(measure_peak_flops(device, dtype) for dtype in dtypes)
 
     def __call__(self, images_per_second: float) -> dict[str, float]:
         return {
