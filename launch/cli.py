@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+if __name__ == "__main__":  # before anything is imported that could be found in the working folder
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from pretrain.runtime.safe_path import leave_working_folder
+
+    del sys.path[0]
+    leave_working_folder("launch.cli")
+
 from importlib import import_module
 from typing import Annotated
 

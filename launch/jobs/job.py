@@ -115,7 +115,9 @@ def _run_command(words: list[str], cluster: Cluster, rendezvous: Rendezvous) -> 
     from what it finished, or begins again.
     """
     place = Place(environment=_rank_environment(cluster, rendezvous))
-    return launch(words, 1, module="launch.cli", place=place, passed_on=PASSED_ON, seconds_left=_seconds_left())
+    return launch(
+        words, 1, module="launch.cli", place=place, passed_on=PASSED_ON, second_ends=False, seconds_left=_seconds_left()
+    )
 
 
 def _rank_environment(cluster: Cluster, rendezvous: Rendezvous) -> dict[str, str]:
@@ -158,6 +160,7 @@ def _run_ranks(arguments: list[str], threads: int | None, cluster: Cluster, node
             environment=_rank_environment(cluster, rendezvous),
         ),
         passed_on=PASSED_ON,
+        second_ends=False,
         seconds_left=_seconds_left(),
     )
 

@@ -15,6 +15,7 @@ from launch.jobs.logs import last_lines, log_files, refuse_no_run
 from launch.jobs.record import JobRecord, load_job
 from launch.jobs.run_state import OVER, State, find_state, planned
 from launch.slurm.commands import job_states
+from pretrain.runtime.failure import read_failure
 from pretrain.runtime.run_folder import COMPLETE, is_run, newest_checkpoint, step_of
 
 _TAIL = 1 << 16  # bytes
@@ -31,7 +32,7 @@ class Status:
         goodput: share of the wall time that trained, in [0, 1].
         eta_seconds: of training that is left, at the latest rate; None of a run that is over.
         requeues: starts that no submission asked for; None: it was never submitted.
-        error: the last line of its job's logs that tells of one, or why it was stopped.
+        error: the last line of its job's logs that tells of one, or why it was stopped, or failed.
     """
 
     run: str
@@ -179,11 +180,11 @@ def _last_logged(run: Path) -> tuple[int | None, float | None]:
 
 def _error(run: Path, job: JobRecord | None) -> str | None:
     if job is None:
-        return None
+        return read_failure(run)
     newest = sorted((path for path in log_files(run)), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest:
         for line in reversed(last_lines(path, _TAIL)):
             if _ERROR.search(line):
                 return line.strip()
     why = job.ending.get("why") if job.ending is not None else None
-    return None if why is None else str(why)
+    return read_failure(run) if why is None else str(why)
