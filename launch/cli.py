@@ -19,6 +19,7 @@ import typer
 
 from data_pipeline.errors import PretrainError
 from launch.commands.arguments import command_app, examples
+from pretrain.recipe.home import expand_words
 from pretrain.runtime import lean_imports
 
 # The commands in the order of help, each an app in launch/commands; the text is the first sentence of its own help.
@@ -95,7 +96,7 @@ def _mount(name: str, text: str) -> None:
     )
     def hand_over(context: typer.Context) -> None:
         own = import_module(f"launch.commands.{name}").app
-        words = context.args or (["--help"] if own.info.no_args_is_help else [])
+        words = expand_words(context.args) or (["--help"] if own.info.no_args_is_help else [])
         own(words, prog_name=f"pretrain {name}")
 
 

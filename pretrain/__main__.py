@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from data_pipeline.errors import InputError, PretrainError
 from pretrain.recipe.files import load_recipe, print_note
+from pretrain.recipe.home import expand_words
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime import lean_imports
 from pretrain.runtime.signals import STOPPED, stop_while_starting
@@ -110,7 +111,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Path, TrainOptions]:
     parser = _Parser(prog="python -m pretrain", description=__doc__, allow_abbrev=False)
     parser.add_argument("recipe", type=Path, metavar="RECIPE")
     add_arguments(parser)
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(expand_words(sys.argv[1:] if arguments is None else arguments))
     return given.recipe, options_from(given)
 
 
