@@ -38,9 +38,7 @@ class World:
         given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
         if not given or given == {"WORLD_SIZE": "1"}:
             return cls()
-        needed = ("RANK", "WORLD_SIZE", *(("MASTER_ADDR", "MASTER_PORT") if given.get("WORLD_SIZE") != "1" else ()))
-        if missing := [name for name in needed if not os.environ.get(name)]:
-            raise _wrong_variables(", ".join(missing), "a value", "none")
+        _refuse_missing("RANK", "WORLD_SIZE")
         size, rank = (_whole(name) for name in ("WORLD_SIZE", "RANK"))
         if rank >= size:
             raise _wrong_variables("RANK", f"less than WORLD_SIZE, which is {size}", str(rank))
@@ -50,6 +48,11 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def _refuse_missing(*names: str) -> None:
+    if missing := [name for name in names if not os.environ.get(name)]:
+        raise _wrong_variables(", ".join(missing), "a value", "none")
 
 
 def _whole(name: str, default: int = 0) -> int:
@@ -70,7 +73,12 @@ def process_group(world: World, device: torch.device, seconds: float = 1800) -> 
 
     Args:
         seconds: how long a rank waits for the others in a collective.
+
+    Raises:
+        InputError: there is no address at which several ranks could meet.
     """
+    if world.size > 1:
+        _refuse_missing("MASTER_ADDR", "MASTER_PORT")
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
