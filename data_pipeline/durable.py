@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline.errors import RunError
+from data_pipeline.errors import InputError, RunError
 
 TEMPORARY_PATTERN = ".*.tmp"  # what a killed process may leave behind; never the name of anything finished
+_LEAST_ROOM = 1 << 20  # bytes: a report with its outcomes takes about 100 a sample
 MAX_DEPTH = 100  # of what lies in each other in a JSON text; Python's reader and writer end at about 300
 _TOO_DEEP = f"values that lie in each other more than {MAX_DEPTH} deep"
 
@@ -36,6 +37,35 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def check_writable(path: Path, what: str, fix: str) -> None:
+    """Checks that a file can be written to `path` later on; nothing is left behind, no folder made.
+
+    Args:
+        path: of the file; its folder need not be there yet.
+        what: the file is, for the error.
+        fix: what to do, a sentence.
+
+    Raises:
+        InputError: a folder stands there, or its folder cannot be made, written to, or has no room.
+    """
+    told = f"a place where {what} can be written"
+    if path.is_dir():
+        raise InputError(where=str(path), expected=told, found="a folder of that name", fix=fix)
+    folder = next(place for place in path.absolute().parents if os.path.lexists(place))
+    trial = folder / f".{secrets.token_hex(4)}.tmp"
+    try:
+        try:
+            with trial.open("wb") as file:
+                file.write(bytes(_LEAST_ROOM))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            trial.unlink(missing_ok=True)
+    except OSError as error:
+        found = f"{error.strerror or error} ({folder})"
+        raise InputError(where=str(path), expected=told, found=found, fix=fix) from error
 
 
 @contextmanager

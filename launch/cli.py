@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -36,7 +37,7 @@ COMMANDS = {
     "demo": "Makes images and shards, trains SimCLR on two processes, judges it, writes a report: about two minutes.",
     "report": "Writes report.html: a page about a run, or tables, figures and differences of several encoders.",
     "data": "Makes, converts, checks, describes and labels shards.",
-    "eval": "Judges encoders: kNN, probe, zero-shot, retrieval.",
+    "eval": "Judges encoders: kNN, probes, few-shot, fine-tuning, zero-shot, retrieval.",
 }
 
 app = command_app(
@@ -54,6 +55,9 @@ app = command_app(
 def main() -> int:
     """The entry point, and the one place where an error becomes a message and an exit status."""
     lean_imports.install()
+    for stream in (sys.stdout, sys.stderr):  # names of files and classes may hold what a terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="pretrain")
     except PretrainError as error:

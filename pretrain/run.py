@@ -124,7 +124,7 @@ def run(
         torch.manual_seed(recipe.seed)
         objective = build_objective(recipe.model, recipe.objective)
         checkpoints = None if overfit_batch else out / "checkpoints"
-        start = find_start(objective, checkpoints, world, resume_from=recipe.resume_from, init_from=recipe.init_from)
+        start = find_start(objective, checkpoints, world, **recipe.start_from)
         if start.checkpoint is None and checkpoints is not None:
             check_time_to_save(checkpoint_bytes(plan.objective, recipe.optim, recipe.ema, plan.probe_bytes), out, world)
         engine, throughput = _engine(context, objective)

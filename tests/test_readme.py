@@ -88,3 +88,12 @@ def test_links_and_tree_are_true() -> None:
             folder = ROOT / line.split("/")[0]
         for name in re.findall(r"[\w/]+\.(?:py|md)\b", line.split("  ")[1] if line.startswith("  ") else ""):
             assert (folder / name).exists(), f"{folder.name}/{name}"
+
+
+def test_what_is_to_be_installed_is_on_an_index() -> None:
+    """The program itself is on none: nothing may say `pip install pretrain[...]`."""
+    texts = [*ROOT.glob("*.md"), *(ROOT / "configs").rglob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    texts += [path for name in ("data_pipeline", "pretrain", "launch") for path in (ROOT / name).rglob("*.py")]
+    history = ROOT / "CHANGELOG.md"  # says what older versions said
+    found = [path for path in texts if path != history and re.search(r"install '?pretrain\b", path.read_text("utf-8"))]
+    assert not found

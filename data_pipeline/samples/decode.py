@@ -15,11 +15,13 @@ import io
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from data_pipeline.errors import SampleError
+from data_pipeline.samples.unread import unread
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # Pillow tries no others: some run programs
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # or each loader process would start one for every core
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF")  # Pillow tries no others: some run programs
 
 
 def decode_image(data: bytes, *, max_pixels: int, where: str) -> NDArray[np.uint8]:
@@ -61,7 +63,7 @@ def _decode_any(data: bytes, max_pixels: int, where: str) -> NDArray[np.uint8]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)  # its own words are an address in memory
         reason = "no known format" if unknown else str(error)
-        raise SampleError(
+        raise unread(data, where) or SampleError(
             where=where, expected="a whole image", found=f"{len(data)} bytes that do not decode: {reason}"
         ) from error
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 
 def examples(*lines: str) -> str:
@@ -13,9 +14,28 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+class Command(TyperCommand):
+    """A command whose usage names its arguments plainly: RECIPE, [RUN]... where several or none may be given."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        pieces = [self.options_metavar] if self.options_metavar else []
+        for parameter in self.get_params(ctx):
+            if parameter.param_type_name == "argument":
+                name = parameter.metavar or str(parameter.name).upper()
+                pieces.append((name if parameter.required else f"[{name}]") + ("..." if parameter.nargs != 1 else ""))
+        return pieces
+
+
+class App(typer.Typer):
+    """An app of such commands."""
+
+    def command(self, *arguments: Any, **options: Any) -> Any:
+        return super().command(*arguments, **{"cls": Command, **options})
+
+
 def command_app(help: str | None = None, epilog: str | None = None, *, is_group: bool = False) -> typer.Typer:
     """Returns an app that looks and fails like all others; the only command of one that is no group is the app."""
-    return typer.Typer(
+    return App(
         help=help,
         epilog=epilog,
         no_args_is_help=is_group,

@@ -16,12 +16,12 @@ app = command_app()
     epilog=examples(
         "pretrain doctor",
         "pretrain doctor configs/recipes/cpu/mae_cifar10.yaml --nproc 2",
-        "pretrain doctor configs/recipes/mae_vit_b16.yaml --cluster configs/cluster/a100.yaml",
+        "pretrain doctor configs/recipes/mae_vit_b16.yaml --cluster configs/cluster/gpu.yaml",
     )
 )
 def doctor(
     recipe_path: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe; without one, the machine alone is looked at.")
+        Path | None, typer.Argument(metavar="RECIPE", help="A recipe; without one, the machine alone is looked at.")
     ] = None,
     overrides: Overrides = None,
     cluster: Annotated[

@@ -1,4 +1,4 @@
-"""`pretrain eval ...`: judge a frozen encoder, and compare what was found."""
+"""`pretrain eval ...`: judge encoders, frozen or fine-tuned, and compare what was found."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from typing import Annotated
 
 import typer
 
-from launch.commands.arguments import examples
+from launch.commands.arguments import command_app, examples
 from launch.commands.eval_protocols import protocol_command
 from launch.commands.eval_rerun import rerun
 from launch.commands.eval_run import result_label
 from launch.commands.eval_suite import suite
 from pretrain.evals.config import config_classes
 
-app = typer.Typer(
-    help="Judge a frozen encoder; every number comes with its whole protocol.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+app = command_app(
+    "Judges encoders: kNN, probes, few-shot, fine-tuning, zero-shot, retrieval; every number with its whole protocol.",
+    is_group=True,
 )
 
 
@@ -33,7 +30,12 @@ app.command(
 )(suite)
 
 
-app.command(epilog=examples("pretrain eval rerun runs/mae/evals/knn-encoder-1f.json"))(rerun)
+app.command(
+    epilog=examples(
+        "pretrain eval rerun runs/mae/evals/knn-encoder-1f.json",
+        "pretrain eval rerun theirs.json --encoder mae.pth --train data/train --test data/test",
+    )
+)(rerun)
 
 
 @app.command(epilog=examples("pretrain eval compare runs/a/evals/knn-encoder-1f.json runs/b/evals/knn-encoder-3c.json"))
@@ -44,16 +46,18 @@ def compare(
     """The difference A - B with its 95 % interval: over the seeds both have, else paired sample by sample."""
     from rich.table import Table
 
-    from launch.terminal import columns, terminal
+    from launch.terminal import chance_text, columns, interval_text, terminal
     from pretrain.evals.result import EvalReport
     from pretrain.reports.comparison import difference
 
     first, second = EvalReport.load(a), EvalReport.load(b)
     found = difference(first, second)
     interval = found.interval
-    table = Table(*columns("", "encoder", "protocol", "top-1 %", "n"))
+    table = Table(*columns("", "encoder", "protocol", "metric", "%", "95 % interval", "chance", "n"))
     for letter, report in (("A", first), ("B", second)):
-        table.add_row(letter, result_label(report), report.evaluator, f"{report.value:.2f}", str(report.n))
+        metric, label = report.metric, result_label(report)
+        told = (interval_text(report, metric), chance_text(report, metric), str(report.n))
+        table.add_row(letter, label, report.evaluator, metric, f"{report.value:.2f}", *told)
     console = terminal()
     console.print(table)
     verdict = "excludes zero" if interval.excludes_zero else "includes zero"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.errors import InputError
-from launch.commands.eval_run import over_ranks
+from launch.commands.eval_run import check_place, over_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,14 @@ WeightsPrefix = Annotated[
         "--weights-prefix", metavar="TEXT", help="Of the encoder's names in a weights file (backbone., ...); taken off."
     ),
 ]
+WeightsIgnore = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights-ignore",
+        metavar="PATTERN",
+        help="Leaves out tensors of a weights file that the encoder does not need ('decoder_*'); repeatable.",
+    ),
+]
 Options = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="KEY=VALUE", help="Further argument of timm's constructor; repeatable."),
@@ -117,6 +125,7 @@ class EncoderOptions:
     weights: Weights = None
     weights_key: WeightsKey = None
     weights_prefix: WeightsPrefix = None
+    weights_ignore: WeightsIgnore = None
     device: DeviceOption = Device.auto
 
     def load(self) -> Encoder:
@@ -131,7 +140,7 @@ class EncoderOptions:
             seed=self.seed,
             architecture=_architecture(self.encoder, self.model, self.image_size, self.option),
             weights=self.weights,
-            part=Part(self.weights_key, self.weights_prefix or "") if self.weights_key or self.weights_prefix else None,
+            part=Part(self.weights_key, self.weights_prefix or "", tuple(self.weights_ignore or ())),
         )
         encoder.module.to(place)
         return encoder
@@ -145,6 +154,7 @@ class TowerOptions:
     random_init: RandomInit = False
     seed: TowerSeed = None
     weights: Weights = None
+    weights_ignore: WeightsIgnore = None
     tokenizer: TokenizerOption = None
     image_size: ImageSize = None
     device: DeviceOption = Device.auto
@@ -159,6 +169,7 @@ class TowerOptions:
             random_init=self.random_init,
             seed=self.seed,
             weights=self.weights,
+            ignore=tuple(self.weights_ignore or ()),
             tokenizer=self.tokenizer,
             image_size=self.image_size,
         )
@@ -230,8 +241,11 @@ class TrainingOptions:
 
 
 def check_out(out: Path | None) -> None:
+    """Raises InputError where --out is no name of a report, or none could be written there."""
     if out is not None and out.suffix != ".json":
         raise InputError(where="--out", expected="a name that ends in .json", found=str(out))
+    if out is not None:
+        check_place(out)
 
 
 def checked_device(device: Device) -> torch.device:

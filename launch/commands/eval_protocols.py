@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from launch.commands.eval_options import EncoderOptions, ExecutionOptions, TowerOptions, TrainingOptions, check_out
-from launch.commands.eval_run import judge, keep
+from launch.commands.eval_run import check_report, judge, keep
 from launch.commands.option_groups import build_group, command_parameters
 from launch.commands.protocol_options import build_config, parameters
 from pretrain.evals.config import ProtocolConfig
@@ -69,6 +69,7 @@ def _train(asked: ProtocolConfig, source: Source, execution: TrainingOptions, co
     check_out(execution.out)
     judged = source.load()
     folder = execution.folder(judged.run, f"{asked.kind}-{judged.tag}")
+    check_report(judged.run, execution.out)
     evaluator = _evaluator(
         asked,
         ExecutionOptions(num_workers=getattr(asked, "num_workers")).extraction(),  # noqa: B009

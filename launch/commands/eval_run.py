@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import typer
 
+from data_pipeline.durable import check_writable
+from data_pipeline.errors import RunError
 from launch.suites.words import command_words
 
 if TYPE_CHECKING:
@@ -50,11 +52,25 @@ def over_ranks(context: typer.Context, num_ranks: int, cache: Path | None) -> No
     raise typer.Exit(status)
 
 
+def check_place(report: Path) -> None:
+    """Raises InputError where a report, or the outcomes beside it, could not be written."""
+    for path in (report, report.with_suffix(".safetensors")):
+        check_writable(path, "the report", "Name another file with --out FILE.json, or make room.")
+
+
+def check_report(run: Path | None, out: Path | None) -> None:
+    """Raises InputError where the report of what is going to be judged could not be written; before it is judged."""
+    if out is not None or run is not None:
+        check_place(out or run / "evals" / "report.json")  # type: ignore[operator]
+
+
 def judge(evaluator: Judge[T], judged: T, out: Path | None, context: typer.Context) -> None:
     """Runs an evaluation, with the other ranks where there are any; the first keeps the report."""
     from pretrain.runtime.collectives import World, process_group
 
     world = World.from_environment()
+    if world.is_main:
+        check_report(judged.run, out)
     with process_group(world, judged.device) if world.size > 1 else nullcontext():
         report = evaluator.run(judged)
     if world.is_main:
@@ -62,28 +78,49 @@ def judge(evaluator: Judge[T], judged: T, out: Path | None, context: typer.Conte
 
 
 def keep(report: EvalReport, run: Path | None, out: Path | None, context: typer.Context) -> None:
-    """Writes the report where it belongs, and prints what it says."""
+    """Writes the report where it belongs, and prints what it says, also where it cannot be written.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     from dataclasses import replace
-
-    from rich.table import Table
-
-    from launch.terminal import columns, terminal
 
     plain = {name: str(v) if isinstance(v, (Path, Enum)) else v for name, v in context.params.items()}
     report = replace(report, arguments={"command": f"eval {report.evaluator}", **plain})
     path = out or (run / "evals" / report.file_name if run else None)
-    if path is not None:
-        report.save(path)
+    failure: OSError | None = None
+    try:
+        if path is not None:
+            report.save(path)
+    except OSError as error:
+        failure = error
+    print_report(report)
+    if failure is not None:
+        raise RunError(
+            where=str(path), expected="a place where the report can be written", found=failure.strerror or str(failure),
+            fix="The numbers above hold, but their report is lost. Make room, or name another file with --out, and ask "
+            "again; with --cache the features are there.",
+        ) from failure  # fmt: skip
+    print(f"report: {path}" if path else "not kept: name a file with --out FILE.json")
+
+
+def print_report(report: EvalReport) -> None:
+    """A table of what was measured, each with what guessing gives and its 95 % interval; and the notes."""
+    from rich.table import Table
+
+    from launch.terminal import chance_text, columns, interval_text, terminal
+
     console = terminal()
-    table = Table(
-        *columns("metric", "%", "n"), title=f"{report.evaluator}: {result_label(report)}", title_justify="left"
-    )
+    names = columns("metric", "%", "95 % interval", "chance", "n")
+    table = Table(*names, title=f"{report.evaluator}: {result_label(report)}", title_justify="left")
     for name, value in report.metrics.items():
-        table.add_row(name, f"{value:.2f}", str(report.n), style="bold" if name == report.metric else None)
+        told = (interval_text(report, name), chance_text(report, name), str(report.n))
+        table.add_row(name, f"{value:.2f}", *told, style="bold" if name == report.metric else None)
     console.print(table)
+    if report.intervals:
+        console.print(f"95 % intervals are over {report.interval_over}; chance is what guessing gives.")
     for note in report.notes:
         console.print(f"note: {note}")
-    console.print(f"report: {path}" if path else "not kept: name a file with --out FILE.json")
 
 
 def result_label(report: EvalReport) -> str:

@@ -28,7 +28,7 @@ app = command_app()
 )
 def report(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="A run; or a suite's folder, or reports of pretrain eval.")
+        list[Path], typer.Argument(metavar="PATH", help="A run; or a suite's folder, or reports of pretrain eval.")
     ],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where a comparison goes [the suite's folder].")

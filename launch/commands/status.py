@@ -17,7 +17,7 @@ app = command_app()
 )
 def status(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs, or folders that hold some [runs].")
+        list[Path] | None, typer.Argument(metavar="RUN", help="Runs, or folders that hold some [runs].")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list, for machines.")] = False,
 ) -> None:

@@ -209,18 +209,19 @@ def _in_a_process(cell: SuiteJob, device: str | None, say: Say, *, num_processes
 def _say_results(cells: Sequence[SuiteJob], failed: dict[str, str]) -> None:
     from rich.table import Table
 
-    from launch.terminal import columns, terminal
+    from launch.terminal import chance_text, columns, interval_text, terminal
     from pretrain.evals.result import EvalReport
 
-    table = Table(*columns("encoder", "data set", "protocol", "metric", "%", "±", "n"))
+    names = ("encoder", "data set", "protocol", "metric", "%", "±", "95 % interval", "chance", "n")
+    table = Table(*columns(*names))
     for cell in cells:
         if cell.name in failed:
-            table.add_row(cell.encoder, cell.dataset, cell.protocol, "failed", "", "", "")
+            table.add_row(cell.encoder, cell.dataset, cell.protocol, "failed", "", "", "", "", "")
             continue
         report = EvalReport.load(cell.path)
         spread = "" if report.spread is None else f"{report.spread:.2f}"
-        row = (cell.encoder, cell.dataset, cell.protocol, report.metric, f"{report.value:.2f}", spread, str(report.n))
-        table.add_row(*row)
+        row = (cell.encoder, cell.dataset, cell.protocol, report.metric, f"{report.value:.2f}", spread)
+        table.add_row(*row, interval_text(report, report.metric), chance_text(report, report.metric), str(report.n))
     terminal().print(table)
 
 

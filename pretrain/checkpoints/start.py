@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +23,14 @@ from pretrain.checkpoints.checkpoint import (
 from pretrain.checkpoints.files import AUXILIARY_PREFIX, STATE, some
 from pretrain.engine.training_state import Fragment, TrainingState
 from pretrain.models.folders import CONFIG, OPEN_CLIP_CONFIG, TOWERS, WEIGHTS
+from pretrain.models.foreign.fitting import first_parts, joined_chunks, note_on_ignored, without_ignored
 from pretrain.objectives.contract import Objective
 from pretrain.runtime.agreement import agree
 from pretrain.runtime.collectives import World
 from pretrain.runtime.run_folder import COMPLETE
 from pretrain.runtime.state import Progress, RunState
+
+_ENCODER = "encoder."  # with which the names of an encoder's tensors begin in an objective
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ class Start:
 
 
 def find_start(
-    objective: Objective, checkpoints: Path | None, world: World, *, resume_from: str | None, init_from: str | None
-) -> Start:
+    objective: Objective, checkpoints: Path | None, world: World, *, resume_from: str | None, init_from: str | None,
+    init_ignore: Sequence[str] = (),
+) -> Start:  # fmt: skip
     """Looks in the order of precedence; weights of `init_from` are loaded at once. Every rank calls it.
 
     Args:
@@ -59,6 +64,7 @@ def find_start(
         world: this process among the ranks.
         resume_from: a checkpoint or run whose whole state is taken, as in a recipe.
         init_from: a run, checkpoint, folder or file whose weights are taken, as in a recipe.
+        init_ignore: patterns of its tensors that are left out where the encoder does not need them, as in a recipe.
 
     Raises:
         CheckpointError: something that was asked for is damaged or does not fit; never is another one taken in
@@ -74,7 +80,8 @@ def find_start(
         checkpoint = _checkpoint_at(Path(resume_from), world)
         return Start(checkpoint, f"from {checkpoint.path}")
     if init_from is not None:
-        return Start(None, f"with weights of {init_from}", notes=_initialize(objective, Path(init_from), world))
+        notes = _initialize(objective, Path(init_from), world, init_ignore)
+        return Start(None, f"with weights of {init_from}", notes=notes)
     return Start(None, "from scratch")
 
 
@@ -138,18 +145,18 @@ def _checkpoint_folder(damaged: Path) -> Path:
     return damaged if damaged.is_dir() else damaged.parent
 
 
-def _initialize(objective: Objective, path: Path, world: World) -> tuple[str, ...]:
+def _initialize(objective: Objective, path: Path, world: World, ignore: Sequence[str]) -> tuple[str, ...]:
     """Takes the encoder whole, and of the rest what has the same name and shape; says what it did not take.
 
     Momentum teachers are not taken: they start as the weights that they follow, as they do from scratch.
     """
 
-    def read() -> Mapping[str, Tensor]:
-        stored = _weights(path, world)
+    def read() -> tuple[Mapping[str, Tensor], list[str]]:
+        stored, ignored = _without_ignored(objective, _weights(path, world), ignore, path)
         _refuse_other_encoder(objective, stored, path)
-        return stored
+        return stored, ignored
 
-    stored = agree(read)
+    stored, ignored = agree(read)
     followers = momentum_teachers(objective)
     whole = objective.state_dict()
     own = {name: tensor for name, tensor in whole.items() if not name.startswith(tuple(followers))}
@@ -159,10 +166,12 @@ def _initialize(objective: Objective, path: Path, world: World) -> tuple[str, ..
     for target, online in followers.values():
         target.load_state_dict(online.state_dict())
     follow = [f"as the weights that they follow: {', '.join(name[:-1] for name in followers)}"] if followers else []
+    left_out = [note_on_ignored(ignored)] if ignored else []
     return (
         f"taken from {path}: {_listed(taken)}",
         f"new, as initialised: {_listed(own.keys() - taken)}",
         f"left behind: {_listed(stored.keys() - taken)}",
+        *left_out,
         *follow,
     )
 
@@ -217,6 +226,17 @@ def _weights(path: Path, world: World) -> Mapping[str, Tensor]:
         ) from None  # fmt: skip
 
 
+def _without_ignored(
+    objective: nn.Module, stored: Mapping[str, Tensor], ignore: Sequence[str], path: Path
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Leaves out what patterns name beyond the encoder's tensors, by names without `encoder.`; blocks are joined."""
+    own = [name.removeprefix(_ENCODER) for name in objective.state_dict() if name.startswith(_ENCODER)]
+    theirs = {name.removeprefix(_ENCODER): t for name, t in stored.items() if name.startswith(_ENCODER)}
+    kept, ignored = without_ignored(joined_chunks(theirs, own), own, ignore, option="init_ignore", where=str(path))
+    rest = {name: t for name, t in stored.items() if not name.startswith(_ENCODER)}
+    return {**rest, **{f"{_ENCODER}{name}": t for name, t in kept.items()}}, ignored
+
+
 def _refuse_other_encoder(objective: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
     """A part of an encoder is no start: what it would give lies somewhere between two models."""
     own = {name: t.shape for name, t in objective.state_dict().items() if name.startswith("encoder.")}
@@ -228,8 +248,14 @@ def _refuse_other_encoder(objective: nn.Module, stored: Mapping[str, Tensor], pa
         raise CheckpointError(
             where=f"init_from {path}", expected="the whole encoder of this recipe's `model`",
             found=f"missing {some(missing)}; of another shape {some(other)}; unknown {some(unknown)}",
-            fix="Give the recipe the model that the weights were trained with.",
+            fix="Give the recipe the model that the weights were trained with."
+            + (f" What is unknown and none of the encoder's is left out by {_patterns(unknown)}." if unknown else ""),
         )  # fmt: skip
+
+
+def _patterns(unknown: Collection[str]) -> str:
+    found = first_parts([name.removeprefix(_ENCODER) for name in unknown])
+    return f"init_ignore: [{', '.join(json.dumps(pattern) for pattern in found)}]"
 
 
 def _listed(names: set[str]) -> str:

@@ -29,7 +29,11 @@ KINDS = {
 }
 
 Count = Annotated[int, Field(ge=1)]
-Pooling = Literal["own", "cls", "mean", "both"]
+POOLING_HELP = (
+    "own: as the encoder does; else class token, mean of patches, or both, of each block; dinov2: class tokens of all "
+    "--blocks and the mean of the last one's patches."
+)
+Pooling = Literal["own", "cls", "mean", "both", "dinov2"]
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ class ClassificationConfig(ProtocolConfig):
 class FeatureConfig(ClassificationConfig):
     """A protocol that takes one feature of each image: how the encoder's tokens are pooled, and of how many blocks."""
 
-    pooling: Annotated[Pooling, Option("own: as the encoder does; else class token, mean of patches, or both.")] = "own"
+    pooling: Annotated[Pooling, Option(POOLING_HELP)] = "own"
     blocks: Annotated[Count, Option("The last N blocks, side by side.")] = 1
 
 

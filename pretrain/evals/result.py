@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -19,6 +18,14 @@ from safetensors.numpy import load, save
 
 from data_pipeline.durable import durable_file, from_json
 from data_pipeline.errors import InputError
+from pretrain.evals.uncertainty import (
+    OVER_SAMPLES,
+    Bounds,
+    Interval,
+    chance_of_classes,
+    paired_interval,
+    share_intervals,
+)
 from pretrain.runtime.versions import LIBRARIES, of
 
 if TYPE_CHECKING:  # who reads and compares reports needs no torch
@@ -28,7 +35,6 @@ if TYPE_CHECKING:  # who reads and compares reports needs no torch
     from pretrain.evals.task import Splits, Task
 
 FORMAT = 1
-NORMAL_95 = 1.959964  # two-sided 95 % quantile of the standard normal distribution
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,9 @@ class EvalReport:
         by_seed: the value of each seed, where `value` is their mean; empty where there is one.
         spread: standard deviation of `by_seed`, points of percent; None where there is one.
         arguments: those of the command, where one was given; they say how to ask, not what was asked.
+        chance: what guessing gives, percent, by metric; one that is missing has none, or an older report said none.
+        intervals: low and high end of the 95 % interval, percent, by metric; missing likewise.
+        interval_over: what the intervals are over.
     """
 
     evaluator: str
@@ -85,6 +94,9 @@ class EvalReport:
     by_seed: Sequence[float] = field(default_factory=list)
     spread: float | None = None
     arguments: Mapping[str, object] = field(default_factory=dict)
+    chance: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, Bounds] = field(default_factory=dict)
+    interval_over: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """All but the outcomes."""
@@ -98,9 +110,12 @@ class EvalReport:
         return f"{self.evaluator}-{self.encoder['tag']}-{digest[:8]}.json"
 
     def save(self, path: Path) -> None:
-        """Writes `path` (JSON) and, beside it under .safetensors, the outcomes."""
+        """Writes `path` (JSON) and, beside it under .safetensors, the outcomes.
+
+        Keys that come from names of files need not be UTF-8: their bytes are kept as they are.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        keys = np.frombuffer("\0".join(self.outcomes.keys).encode(), np.uint8)
+        keys = np.frombuffer("\0".join(self.outcomes.keys).encode("utf-8", "surrogateescape"), np.uint8)
         tensors = {"keys": keys, "labels": self.outcomes.labels, "predicted": self.outcomes.predicted}
         with durable_file(path.with_suffix(".safetensors")) as file:
             file.write(save(tensors))
@@ -108,20 +123,29 @@ class EvalReport:
             file.write(json.dumps({"format": FORMAT, **self.to_json()}, indent=2).encode() + b"\n")
 
     @classmethod
-    def load(cls, path: Path) -> EvalReport:
-        """
+    def load(cls, path: Path, *, alone: bool = False) -> EvalReport:
+        """Reads a report.
+
+        Args:
+            path: of the JSON file.
+            alone: whether the outcomes may be missing, which then are none.
+
         Raises:
             InputError: no report, one of another format, or its outcomes are missing.
         """
+        beside = path.with_suffix(".safetensors")
         try:
             described = from_json(path.read_text("utf-8"))
             if described.pop("format") != FORMAT:
                 raise ValueError(f"another format than {FORMAT}")
-            tensors = load(path.with_suffix(".safetensors").read_bytes())
-            keys = tuple(tensors["keys"].tobytes().decode().split("\0"))
+            if alone and not beside.exists():
+                none = np.zeros(0, np.int32)
+                return cls(**described, outcomes=Outcomes((), none, none))
+            tensors = load(beside.read_bytes())
+            keys = tuple(tensors["keys"].tobytes().decode("utf-8", "surrogateescape").split("\0"))
             outcomes = Outcomes(keys, tensors["labels"], tensors["predicted"])
             return cls(**described, outcomes=outcomes)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise InputError(
                 where=str(path),
                 expected="a report of `pretrain eval`, with its .safetensors beside it",
@@ -175,17 +199,26 @@ def make_report(
     seeds: Mapping[str, int] | None = None,
     notes: Sequence[str] = (),
     libraries: Sequence[str] = LIBRARIES,
+    chance: Mapping[str, float] | None = None,
+    other_means: Collection[str] = (),
 ) -> EvalReport:
-    """The report of the share of right outcomes, percent, called `metric`; `further` are other measures."""
+    """The report of the share of right outcomes, percent, called `metric`; `further` are other measures.
+
+    Args:
+        chance: of each metric; None: of guessing among the `num_classes` of `data`.
+        other_means: those of `further` that are no shares of the test samples, for which no interval is given.
+    """
     value = 100 * float(outcomes.correct.mean())
     described = dict(judged.description)
     init_seed = {"init": described["init_seed"]} if "init_seed" in described else {}
+    metrics, n = {**further, metric: value}, len(outcomes.keys)
+    shares = {name: share for name, share in metrics.items() if name not in other_means}
     return EvalReport(
         evaluator=evaluator,
         metric=metric,
         value=value,
-        n=len(outcomes.keys),
-        metrics={**further, metric: value},
+        n=n,
+        metrics=metrics,
         encoder={"tag": judged.tag, **described},
         protocol={**protocol, "preprocessing": judged.described_preprocessing()},
         data=data,
@@ -195,6 +228,9 @@ def make_report(
         seconds=seconds,
         notes=[*judged.notes, *notes],
         outcomes=outcomes,
+        chance=chance_of_classes(metrics, int(data["num_classes"])) if chance is None else chance,  # type: ignore[call-overload]
+        intervals=share_intervals(shares, n),
+        interval_over=OVER_SAMPLES,
     )
 
 
@@ -228,41 +264,6 @@ def classification_report(
         seeds=seeds,
         notes=[*splits.notes, *notes],
     )
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A difference of accuracies and its 95 % interval, in points of percent."""
-
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
-
-def paired_interval(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> Interval:
-    """95 % interval of accuracy(a) - accuracy(b) on the same samples.
-
-    Bonett & Price 2012 (J. Educ. Behav. Stat. 37, 479-488): Wald's interval after adding one sample that only
-    a gets right and one that only b does, which holds its level with few samples and few differences.
-
-    Args:
-        correct_a: [n], whether a was right on each sample.
-        correct_b: [n], the same samples in the same order.
-
-    Raises:
-        ValueError: the shapes differ, or there is no sample.
-    """
-    if correct_a.shape != correct_b.shape or correct_a.ndim != 1 or not len(correct_a):
-        raise ValueError(f"expected two equal shapes [n], found {correct_a.shape} and {correct_b.shape}")
-    n = len(correct_a)
-    only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
-    a, b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
-    half = NORMAL_95 * math.sqrt((a + b - (a - b) ** 2) / (n + 2))
-    return Interval(100 * (only_a - only_b) / n, 100 * max(-1.0, a - b - half), 100 * min(1.0, a - b + half))
 
 
 def compare(a: EvalReport, b: EvalReport) -> Interval:

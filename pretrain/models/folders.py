@@ -31,7 +31,10 @@ def save_weights(path: Path, state: Mapping[str, Tensor], config_path: Path, con
         config: plain data.
     """
     partial = path.with_name(f".{path.name}.tmp")
+    with partial.open("wb") as file:
+        mode = os.fstat(file.fileno()).st_mode  # as the umask says; safetensors gives 0600 to what it writes
     save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, partial, {"format": "pt"})
+    partial.chmod(mode)
     told = {**config, "file_sha256": sha256_of(partial)}
     _publish(partial, path)
     partial = config_path.with_name(f".{config_path.name}.tmp")

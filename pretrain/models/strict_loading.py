@@ -10,18 +10,28 @@ from torch import Tensor, nn
 from data_pipeline.errors import CheckpointError
 from data_pipeline.messages import short_list
 
+FIX = "Name the weights that were saved from this very architecture."
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, where: str, fix: str = FIX) -> None:
     """Loads all of `state` into all of `module`, or refuses and changes nothing.
+
+    Args:
+        module: takes it.
+        state: by the module's names.
+        where: it comes from, for the error.
+        fix: what to do, for the error.
 
     Raises:
         CheckpointError: names or shapes differ, or a value is not finite; the message lists the names.
     """
-    check_exactly(module.state_dict(), state, where=where, of=type(module).__name__)
+    check_exactly(module.state_dict(), state, where=where, of=type(module).__name__, fix=fix)
     module.load_state_dict(state)
 
 
-def check_exactly(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, where: str, of: str) -> None:
+def check_exactly(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, where: str, of: str, fix: str = FIX
+) -> None:
     """`state` has exactly the names and shapes of `own`, and is finite; errors as in `load_strictly`."""
     both = own.keys() & state.keys()
     faults = {
@@ -36,5 +46,5 @@ def check_exactly(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, whe
             where=where,
             expected=f"exactly the {len(own)} tensors of {of}, all finite",
             found="; ".join(told),
-            fix="Name the weights that were saved from this very architecture.",
+            fix=fix,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -22,6 +22,7 @@ from data_pipeline.samples.preprocessing import Preprocessing, Resize
 from pretrain.models.config import Model, ModelConfig, TextTower
 from pretrain.models.encoder_folders import EncoderConfig, load_timm_encoder, save_encoder
 from pretrain.models.folders import CONFIG, OPEN_CLIP_CONFIG, TOWERS, WEIGHTS, save_weights
+from pretrain.models.foreign.fitting import without_ignored
 from pretrain.models.open_clip_models import (
     build_open_clip,
     checked_config,
@@ -166,19 +167,25 @@ def load_open_clip(folder: Path, *, fresh: bool = False) -> Loaded:
         tokenizer = told.get("tokenizer", SAME_FOLDER if hub else CLIP)
         told["tokenizer"] = str(folder) if tokenizer == SAME_FOLDER else tokenizer
         told["weights_sha256"] = sha256_of(path)
-    return _open_clip(told, None if fresh else _weights(path, told), where=str(path))
+    return _open_clip(told, None if fresh else _weights(path, told), where=str(path))[0]
 
 
 def open_clip_by_name(
-    name: str, state: dict[str, Tensor] | None, *, where: str, published: Mapping[str, Any] | None = None
-) -> Loaded:
-    """Both towers of one of open_clip's configurations, with open_clip's own preprocessing.
+    name: str,
+    state: dict[str, Tensor] | None,
+    *,
+    where: str,
+    published: Mapping[str, Any] | None = None,
+    ignore: Sequence[str] = (),
+) -> tuple[Loaded, list[str]]:
+    """Both towers of one of open_clip's configurations, with its own preprocessing; and the names that were ignored.
 
     Args:
         name: as in `open_clip.list_models()`.
         state: weights under open_clip's names; None: as initialized from torch's global seed.
         where: where they come from, for messages.
         published: what open_clip says of published weights, which have a preprocessing and an activation of their own.
+        ignore: patterns of tensors that are left out where the towers do not need them.
 
     Raises:
         InputError: an unknown name, or towers that cannot be built here.
@@ -190,10 +197,12 @@ def open_clip_by_name(
     if published is not None:
         config["quick_gelu"] = bool(published.get("quick_gelu", False))
         told["preprocess_cfg"] = {key: value for key, value in published.items() if value is not None}
-    return _open_clip(told, state, where=where)
+    return _open_clip(told, state, where=where, ignore=ignore)
 
 
-def _open_clip(told: dict[str, Any], state: dict[str, Tensor] | None, *, where: str) -> Loaded:
+def _open_clip(
+    told: dict[str, Any], state: dict[str, Tensor] | None, *, where: str, ignore: Sequence[str] = ()
+) -> tuple[Loaded, list[str]]:
     """Builds towers as a configuration says; without a state they are fresh."""
     with _read(Path(where)):
         name = told.get("name", "open_clip")
@@ -224,13 +233,15 @@ def _open_clip(told: dict[str, Any], state: dict[str, Tensor] | None, *, where: 
     parts = TowerModules(both.visual, nn.Identity(), both.text)  # type: ignore[arg-type]
     spec = TokenSpec(told["tokenizer"], parts.context_length, parts.vocab_size, cleaning(config["text_cfg"]))
     if state is None:
-        return TwoTowers(parts, has_bias="init_logit_bias" in config), encoder_config, spec
+        return (TwoTowers(parts, has_bias="init_logit_bias" in config), encoder_config, spec), []
     if "positional_embedding" in state:  # the text tower's parts at the top, as in CLIP's own weights
         state = convert_to_custom_text_state_dict(state)
     towers = TwoTowers(parts, has_bias="logit_bias" in state)
+    needed = list(map(_to_open_clip, towers.state_dict()))
+    state, ignored = without_ignored(state, needed, ignore, option="--weights-ignore", where=where)
     renamed = {_from_open_clip(name): t.reshape(1) if name in _SCALARS else t for name, t in state.items()}
     load_strictly(towers, renamed, where=where)
-    return towers, encoder_config, spec
+    return (towers, encoder_config, spec), ignored
 
 
 def objective_weights(folder: Path) -> dict[str, Tensor]:
@@ -271,7 +282,7 @@ def _read(path: Path) -> Iterator[None]:
     """What a file that cannot be used raises, as one error."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(
             where=str(path), expected="a file of two towers, as open_clip or this program writes it",
             found=f"{type(error).__name__}: {error}",

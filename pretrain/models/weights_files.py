@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointError
 from data_pipeline.messages import short_list
+from pretrain.models.foreign.pickle_contents import entry, expressions, look_into
 
 # What torch raises of damaged files, and of pickles that give arguments which a class does not take.
 _UNREADABLE = (
@@ -38,6 +39,8 @@ _BESIDE = {
     "scheduler", "epoch", "args",
 }  # fmt: skip
 
+_PLACES_SHOWN = 4
+
 
 @dataclass(frozen=True)
 class Part:
@@ -46,41 +49,32 @@ class Part:
     Attributes:
         key: of the entry that holds them, such as `teacher`; None: the only one that can be meant.
         prefix: with which their names begin; it is taken off, and tensors of other names are left out.
+        ignore: patterns of names, the prefix taken off, that are left out where the encoder does not need them.
     """
 
     key: str | None = None
     prefix: str = ""
+    ignore: tuple[str, ...] = ()
 
 
 WHOLE = Part()
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a weights file by name; errors as in `read_part`."""
-    return read_part(path, WHOLE)[0]
+def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a weights file by name; a PyTorch file may hold other plain data beside them.
 
-
-def read_part(path: Path, part: Part) -> tuple[dict[str, Tensor], int]:
-    """The tensors of a weights file by name, and how many were left out for another prefix.
-
-    A PyTorch file may hold other plain data beside them.
+    Args:
+        path: safetensors, or a PyTorch file of tensors.
+        key: of the entry that holds them; None: the only one that can be meant.
 
     Raises:
-        CheckpointError: damaged, a pickle of more than plain data, not exactly one dictionary of tensors that can be
-            meant, or none with the prefix.
+        CheckpointError: damaged, a pickle of more than plain data, or not exactly one dictionary of tensors that can be
+            meant.
     """
-    state = _chosen(_content(path, part.key), part.key, path)
+    state = _chosen(_content(path, key), key, path)
     if all(name.startswith("module.") for name in state):  # by DistributedDataParallel
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    found = {name.removeprefix(part.prefix): t for name, t in state.items() if name.startswith(part.prefix)}
-    if not found:
-        raise CheckpointError(
-            where=str(path),
-            expected=f"names that begin with {part.prefix!r}",
-            found=f"others, such as {short_list(list(state), 3)}",
-            fix="Name another with --weights-prefix, or none.",
-        )
-    return found, len(state) - len(found)
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
 
 
 def _content(path: Path, key: str | None) -> object:
@@ -96,17 +90,28 @@ def _content(path: Path, key: str | None) -> object:
             where=str(path),
             expected="safetensors, or a PyTorch file without objects that could run code",
             found=f"{type(error).__name__}: {reason}",
-            fix=_saving(path, key or "model") if refused else "Fetch or save it again, if it is one of these.",
+            fix=_saving(path, key) if refused else "Fetch or save it again, if it is one of these.",
         ) from error
 
 
-def _saving(path: Path, key: str) -> str:
-    """How tensors are saved alone."""
-    file, entry = (json.dumps(text, ensure_ascii=False) for text in (str(path), key))
-    code = f'import torch; torch.save(torch.load({file}, weights_only=False)[{entry}], "weights.pth")'
-    return (
-        f"Save the tensors alone. This runs code of the file, so only if you trust it:\n  python -c {shlex.quote(code)}"
-    )
+def _saving(path: Path, key: str | None) -> str:
+    """How tensors are saved alone: a command for each place in the file that may be meant."""
+    places = expressions(look_into(path))
+    if key is not None:
+        places = [place for place in places if entry(key) in place] or [entry(key)]
+    else:
+        places = [place for place in places if not any(entry(name) in place for name in _BESIDE)]
+    runs = "This runs code of the file, so only if you trust it:"
+    if not places:
+        return f"Save the tensors alone, by name. {runs}\n  {_command(path, 'x')}\nwith what holds them in place of x."
+    which = "the one that is meant" if len(places) > 1 else "the tensors alone"
+    return "\n  ".join([f"Save {which}. {runs}", *(_command(path, place) for place in places[:_PLACES_SHOWN])])
+
+
+def _command(path: Path, place: str) -> str:
+    file = json.dumps(str(path), ensure_ascii=False)
+    code = f'import torch; x = torch.load({file}, weights_only=False); torch.save({place}, "weights.pth")'
+    return f"python -c {shlex.quote(code)}"
 
 
 def _chosen(content: object, key: str | None, path: Path) -> dict[str, Tensor]:
@@ -148,7 +153,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
         files = sorted({str(name) for name in weight_map.values()})
         if elsewhere := [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]:
             raise ValueError(f"{elsewhere[0]!r} is no safetensors file beside it")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             where=str(index), expected="an index of safetensors files", found=f"{type(error).__name__}: {error}"
         ) from error

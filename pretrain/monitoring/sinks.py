@@ -47,7 +47,7 @@ def refuse_missing_wandb(config: Logging, name: str) -> None:
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:  # a folder `wandb`, as its runs leave behind, is no package
         problem = (
-            "logging.wandb: expected the package wandb, found none. Install it with `pip install pretrain[wandb]`, "
+            "logging.wandb: expected the package wandb, found none. Install it with `pip install wandb`, "
             "or set logging.wandb=null."
         )
         raise RecipeError(name, [problem])

@@ -5,7 +5,7 @@ How a recipe is read from YAML and written back: files.py. What follows from it:
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -137,6 +137,7 @@ class Recipe(Group):
     ema: Ema | None = None
     resume_from: str | None = None  # a checkpoint or run: its whole state, where this run has no checkpoint of its own
     init_from: str | None = None  # a run, checkpoint, encoder folder or safetensors file: its weights alone
+    init_ignore: tuple[str, ...] = ()  # patterns of tensors of init_from that are left out: the encoder has none such
 
     engine: EngineConfig = EngineConfig()
     runtime: Runtime = Runtime()
@@ -146,6 +147,11 @@ class Recipe(Group):
     evals: tuple[AnyEvaluation, ...] = ()  # protocols (pretrain/evals/config.py), on the encoder as it is then
     online_probe: OnlineProbe | None = None  # needs labels, whatever the objective does
 
+    @property
+    def start_from(self) -> dict[str, Any]:
+        """The keys that say where a run starts that has no checkpoint of its own, as `find_start` takes them."""
+        return {key: getattr(self, key) for key in ("resume_from", "init_from", "init_ignore")}
+
     @model_validator(mode="after")
     def _go_together(self) -> Recipe:
         if self.optim.update == "norm per tensor" and self.engine.zero_stage:
@@ -153,6 +159,8 @@ class Recipe(Group):
                 f"expected engine.zero_stage 0 with optim.kind {self.optim.kind}, which takes the norm of each whole "
                 f"parameter where ZeRO steps pieces of them, found {self.engine.zero_stage}."
             )
+        if self.init_ignore and self.init_from is None:
+            raise ValueError("expected init_from with init_ignore, whose tensors it leaves out, found none.")
         if self.engine.fused_adamw and not self.optim.has_fused:
             kinds = " or ".join(kind for kind in optimizers.KINDS if optimizers.config_class(kind).has_fused)
             raise ValueError(f"expected optim.kind {kinds} with engine.fused_adamw, found {self.optim.kind}.")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.evals.config import KINDS, ProtocolConfig, config_class
-from pretrain.evals.result import EvalReport, Interval
+from pretrain.evals.result import EvalReport
+from pretrain.evals.uncertainty import Interval
 from pretrain.reports.comparison import difference
 from pretrain.reports.report_figures import Picture, curve
 from pretrain.runtime.run_folder import eval_name

@@ -84,5 +84,5 @@ def test_a_class_without_test_samples_is_counted(folders: Folders, tmp_path: Pat
 
 def test_a_class_folder_that_is_missing_makes_the_classes_differ(copied: Folders) -> None:
     shutil.rmtree(Path(copied.train) / "3")
-    with pytest.raises(InputError, match="test only: 3"):
+    with pytest.raises(InputError, match="found 3, which the training set does not have"):
         judge("knn", copied)

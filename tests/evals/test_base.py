@@ -16,7 +16,8 @@ from data_pipeline.errors import InputError
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn.config import KnnConfig
 from pretrain.evals.knn.protocol import Knn
-from pretrain.evals.result import EvalReport, Outcomes, compare, paired_interval
+from pretrain.evals.result import EvalReport, Outcomes, compare
+from pretrain.evals.uncertainty import paired_interval
 from tests.evals.conftest import Folders, small_encoder
 
 

@@ -17,7 +17,7 @@ from pretrain.evals.ncm.config import NcmConfig
 from pretrain.evals.ncm.protocol import NearestClassMean, class_means, nearest_mean
 from pretrain.evals.protocols import inline_evaluators
 from pretrain.evals.result import EvalReport
-from pretrain.reports.report import find_protocol_results
+from pretrain.reports.run_results import find_protocol_results, kept_results
 from tests.evals.conftest import Digits, Folders
 from tests.evals.test_commands import evaluate
 from tests.evals.test_finetune import saved
@@ -84,6 +84,6 @@ def test_command_suite_recipe_and_report_know_it(folders: Folders, encoder: Enco
     entry = {"kind": "ncm", "train": folders.train, "test": folders.test, "max_test": 50}
     (inline,) = inline_evaluators(load(tmp_path, changed("evals", [entry])).evals, CacheConfig())
     assert (inline.run(encoder).evaluator, inline.run(encoder).n) == ("ncm", 50)
-    (comparison,) = find_protocol_results(out.parent, report.weights_sha256)
+    (comparison,) = find_protocol_results(kept_results(out.parent, ()), {report.weights_sha256})
     assert comparison.protocol == "nearest class mean"
     assert "ncm" in {command.name for command in app.registered_commands}

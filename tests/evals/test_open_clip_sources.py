@@ -9,13 +9,14 @@ import open_clip
 import pytest
 import torch
 from open_clip import factory, pretrained
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from data_pipeline.errors import InputError
+from data_pipeline.errors import CheckpointError, InputError
 from pretrain.evals.sources import open_clip_names as open_clip_sources
 from pretrain.evals.sources.load import load_source
 from pretrain.evals.sources.timm_names import Architecture
 from pretrain.evals.sources.towers import load_towers
+from pretrain.models.weights_files import Part
 
 NAME = "ViT-S-32-alt"
 TAG = f"{NAME}:small"
@@ -120,3 +121,18 @@ def test_fresh_weights_and_another_size() -> None:
 def test_what_makes_no_sense_is_an_input_error(spec: str, arguments: dict[str, object], told: str) -> None:
     with pytest.raises(InputError, match=told):
         load_source(spec, **arguments)  # type: ignore[arg-type]
+
+
+def test_more_than_the_towers_is_left_out_by_name(weights: Path, tmp_path: Path) -> None:
+    more = {"position_ids": torch.arange(3), "visual.mask_token": torch.zeros(2)}
+    save_file(load_file(weights) | more, path := tmp_path / "more.safetensors")
+    ignore = ("*mask_token", "position_ids")
+    for load, options in ((load_source, {"part": Part(ignore=ignore)}), (load_towers, {"ignore": ignore})):
+        with pytest.raises(CheckpointError, match=r"2 unexpected: encoder.mask_token, position_ids"):
+            load(NAME, weights=path)  # type: ignore[operator]
+        found = load(NAME, weights=path, **options)  # type: ignore[operator]
+        assert found.weights_sha256() == load(NAME, weights=weights).weights_sha256()  # type: ignore[operator]
+        assert found.description["weights_ignored"]["names"] == ["position_ids", "visual.mask_token"]
+        assert "2 tensors were ignored, as asked" in found.notes[-1]
+    with pytest.raises(CheckpointError, match=r"--weights-ignore visual.proj: .* only what it needs"):
+        load_towers(NAME, weights=path, ignore=("visual.proj",))

@@ -46,10 +46,15 @@ def test_blocks_are_those_of_a_pass_by_hand(options: dict[str, object]) -> None:
             x = block(x)
             cls.append(module.norm(x)[:, 0])
             mean.append(module.norm(x)[:, module.num_prefix_tokens :].mean(dim=1))
-    found = read(module, Readout("cls", 2), Readout("both"), Readout("mean", 3))
+    found = read(
+        module, Readout("cls", 2), Readout("both"), Readout("mean", 3), Readout("dinov2", 3), Readout("both", 3)
+    )
     torch.testing.assert_close(found[0], torch.cat(cls[1:], dim=1))
     torch.testing.assert_close(found[1], torch.cat([cls[2], mean[2]], dim=1))
     torch.testing.assert_close(found[2], torch.cat(mean, dim=1))
+    # As dinov2/eval/linear.py's create_linear_input with use_avgpool: four D of three blocks, where both is six D.
+    torch.testing.assert_close(found[3], torch.cat([*cls, mean[2]], dim=1))
+    assert (found[3].shape[1], found[4].shape[1]) == (4 * module.num_features, 6 * module.num_features)
 
 
 STAGES: dict[str, tuple[int, dict[str, object], list[int]]] = {
@@ -139,6 +144,7 @@ def test_of_timm_s_encoders_in_open_clip_the_trunk_is_read(name: str, pool: str,
     [
         (nn.Flatten(), Readout("mean"), "does not show its blocks"),
         (vit(global_pool="avg", class_token=False), Readout("both"), "no class token"),
+        (vit(global_pool="avg", class_token=False), Readout("dinov2"), "no class token"),
         (vit(), Readout("cls", 4), "between 1 and the encoder's 3"),
         (timm.create_model("test_efficientnet"), Readout("mean"), "own, as EfficientNet makes more"),
         (timm.create_model("test_nfnet"), Readout("mean"), "own, as NormFreeNet makes more"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -235,3 +236,53 @@ def test_ranks_without_a_shared_folder_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="all 2 ranks share"):
         invoke(*knn(folders, tmp_path / "out.json"))
+
+
+def test_a_colleague_s_report_is_asked_again_with_own_places(folders: Folders, tmp_path: Path) -> None:
+    """Of the report there is its JSON alone; encoder and data lie elsewhere here."""
+    module = timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, depth=1, embed_dim=24, num_heads=2)
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    torch.save(module.state_dict(), theirs / "vit.pth")
+    for name in ("train", "test"):
+        shutil.copytree(getattr(folders, name), theirs / name)
+    source = [str(theirs / "vit.pth"), "--model", VIT[0], *VIT[2:]]
+    data = ["--train", str(theirs / "train"), "--test", str(theirs / "test"), "--limit-test", "50"]
+    invoke("knn", *source, *data, "--k", "5", "--out", str(theirs / "knn.json"))
+    theirs.rename(ours)
+    (ours / "knn.safetensors").unlink()
+    places: list[str] = []
+    for name, place in (("encoder", "vit.pth"), ("train", "train"), ("test", "test")):
+        with pytest.raises(InputError, match=rf"knn.json: {name}: .* which is not. Say where it is with --{name}"):
+            invoke("rerun", str(ours / "knn.json"), *places)
+        places += [f"--{name}", str(ours / place)]
+    again = invoke("rerun", str(ours / "knn.json"), *places)
+    assert again.exit_code == 0
+    assert "the same number" in again.stdout
+    assert "not as it was" not in again.stdout
+    assert "are not compared" in again.stdout
+    other = invoke("rerun", str(ours / "knn.json"), *places, "--test", folders.train)
+    assert "not as it was: data.test" in other.stdout
+    with pytest.raises(InputError, match=r"with its \.safetensors beside it"):
+        EvalReport.load(ours / "knn.json")
+
+
+def test_arguments_that_the_command_does_not_have_are_refused(result: Path) -> None:
+    report = EvalReport.load(result)
+    replace(report, arguments={**report.arguments, "whiten": None, "old": False}).save(result)
+    assert "the same number" in invoke("rerun", str(result)).stdout
+    before = result.with_name("knn.rerun.json").read_bytes()
+    replace(report, arguments={**report.arguments, "whiten": 0.1}).save(result)
+    with pytest.raises(InputError, match=r"arguments that `pretrain eval knn` has, found whiten 0\.1"):
+        invoke("rerun", str(result))
+    assert result.with_name("knn.rerun.json").read_bytes() == before
+    with pytest.raises(InputError, match="--train: expected nothing"):
+        invoke("rerun", str(zero_shot(result)), "--train", "data")
+
+
+def zero_shot(result: Path) -> Path:
+    """A report of a protocol that learns nothing."""
+    report = EvalReport.load(result)
+    path = result.with_name("zeroshot.json")
+    replace(report, arguments={"command": "eval zeroshot", "towers": "ViT-B-32", "test": "data"}).save(path)
+    return path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -80,6 +82,18 @@ def test_they_are_those_in_memory_and_computed_once(folders: Folders, tmp_path: 
     assert count.images == 100
     same(extract(encoder, folders.test, tmp_path), expected)
     assert count.images == 100
+
+
+def test_a_group_may_share_a_cache_where_the_umask_says_so(folders: Folders, tmp_path: Path) -> None:
+    encoder, _ = counting()
+    before = os.umask(0o002)
+    try:
+        extraction = Extraction(store=FeatureStore(tmp_path / "cache"))
+        extraction.extract(encoder, open_dataset(folders.test), num_classes=10, label="test")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o664}
 
 
 def test_replaced_images_are_looked_at_again(folders: Folders, tmp_path: Path) -> None:

@@ -167,6 +167,19 @@ def test_a_damaged_one_is_named_and_the_one_before_goes_on_to_the_bit(
     )
 
 
+def test_every_file_of_a_run_has_the_mode_that_the_umask_says(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    (tmp_path / "folder").mkdir()
+    files, folders = ((tmp_path / name).stat().st_mode for name in ("plain", "folder"))
+    other = {
+        str(path.relative_to(finished)): oct(path.stat().st_mode)
+        for path in finished.rglob("*")
+        if path.stat().st_mode != (folders if path.is_dir() else files)
+    }
+    assert not other
+    assert (finished / "encoder" / "model.safetensors").is_file()
+
+
 def test_resume_from_takes_the_whole_state_or_nothing(recipe: Path, finished: Path, tmp_path: Path) -> None:
     source = copied(finished, tmp_path)
     at_10, at_12 = complete_checkpoints(source / "checkpoints")

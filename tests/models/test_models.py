@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,16 @@ def test_saving_again_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     second = saved(tmp_path, seed=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert torch.equal(load_encoder(tmp_path)[0].eval()(images(VIT)), second(images(VIT)))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_have_the_mode_that_the_umask_says(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        saved(tmp_path, seed=1)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
 def test_a_save_cut_off_between_its_files_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
 
-Pooling = Literal["own", "cls", "mean", "both"]
+Pooling = Literal["own", "cls", "mean", "both", "dinov2"]
+WITH_CLASS_TOKEN = ("cls", "both", "dinov2")
 
 # Of timm: a last activation stands between NormFreeNet's last map and its pooling; the others' maps come unnormalized.
 WITHOUT_MEAN = ("NormFreeNet", "Hiera", "HieraDet")
@@ -23,7 +24,8 @@ class Readout:
     """
     Attributes:
         pooling: own: what the module itself returns; cls: the class token; mean: of the patches (of a ResNet's or
-            Swin's map, its positions); both: class token and mean, side by side.
+            Swin's map, its positions); both: class token and mean, side by side, of each block; dinov2: the class
+            tokens of all blocks and the mean of the last block alone, (blocks + 1) D wide, as DINOv2's own probes.
         blocks: the last so many blocks (stages of a ResNet or Swin), side by side; each after the encoder's last norm,
             where it fits, as DINOv2 takes them (arXiv:2304.07193).
     """
@@ -66,11 +68,11 @@ class Reader(nn.Module):
 
     def _pooled(self, maps: Sequence[tuple[Tensor | None, Tensor]], readout: Readout) -> Tensor:
         found: list[Tensor] = []
-        for prefix, patches in maps[len(maps) - readout.blocks :]:
-            if readout.pooling in ("cls", "both"):
+        for number, (prefix, patches) in enumerate(maps[len(maps) - readout.blocks :], 1):
+            if readout.pooling in WITH_CLASS_TOKEN:
                 assert prefix is not None
                 found.append(prefix[:, 0])
-            if readout.pooling in ("mean", "both"):
+            if readout.pooling in ("mean", "both") or (readout.pooling == "dinov2" and number == readout.blocks):
                 found.append(patches.mean(dim=1))
         # What pools before its last norm has that still to come: a ViT for every block, a head of stages for the last.
         of_all, of_last = getattr(self._trunk, "fc_norm", None), _norm_of_head(self._trunk)
@@ -139,7 +141,7 @@ def _check(trunk: nn.Module, readout: Readout) -> None:
         if readout.blocks != 1:
             raise InputError(
                 where="--blocks", expected="a pooling to go with it", found=f"{readout.blocks} blocks and none",
-                fix="Add --pooling cls, mean or both.",
+                fix="Add --pooling cls, mean, both or dinov2.",
             )  # fmt: skip
         return
     if not hasattr(trunk, "forward_intermediates"):
@@ -148,7 +150,7 @@ def _check(trunk: nn.Module, readout: Readout) -> None:
             expected=f"own, as {type(trunk).__name__} does not show its blocks",
             found=readout.pooling,
         )
-    if readout.pooling in ("cls", "both") and not _shows_class_token(trunk):
+    if readout.pooling in WITH_CLASS_TOKEN and not _shows_class_token(trunk):
         raise InputError(
             where="--pooling",
             expected=f"own or mean, as {type(trunk).__name__} shows no class token of its blocks",

@@ -106,7 +106,7 @@ class CacheEntry:
         if not (question := self.folder / "question.json").is_file():
             write_text(question, self.question)
         width = values.shape[1]
-        descriptor = os.open(self._values, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self._values, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             size = self.total * width * 4
             if os.fstat(descriptor).st_size != size:
@@ -156,7 +156,7 @@ class CacheEntry:
     def _record(self, number: int) -> dict[str, Any] | None:
         try:
             record = json.loads(self._record_path(number).read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return record if isinstance(record, dict) and record.keys() == {"width", "crc32", "labels", "keys"} else None
 

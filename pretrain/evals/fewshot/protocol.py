@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 
@@ -22,6 +22,7 @@ from pretrain.evals.fewshot.config import FewshotConfig, Shots
 from pretrain.evals.knn import protocol as knn
 from pretrain.evals.result import EvalReport, Evaluator, classification_report
 from pretrain.evals.task import OpenData, Task, with_readouts
+from pretrain.evals.uncertainty import chance_of_classes, draws_interval, share_intervals
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of kNN; at most as many as there are labels
 # Of the linear classifier: C, scikit-learn's default, as a few labels leave none to choose it on; and the gradient of
@@ -79,8 +80,6 @@ class Fewshot(Evaluator):
                 first = predicted if first is None else first
                 values[shots].append(100 * (predicted == test.labels).double().mean().item())
         assert first is not None  # the config has a draw
-        means = {called(shots): sum(found) / len(found) for shots, found in values.items()}
-        spreads = {called(shots): spread(found) for shots, found in values.items()}
         metric = called(self.config.draws[0])
         report = classification_report(
             self.name,
@@ -102,14 +101,7 @@ class Fewshot(Evaluator):
             seeds={"first_draw": 0},
             notes=notes,
         )
-        several = self.config.seeds > 1
-        return replace(
-            report,
-            value=means[metric],
-            metrics={**means, **{f"{name}_std": s for name, s in spreads.items() if several}},
-            by_seed=list(values[self.config.draws[0]]),
-            spread=spreads[metric] if several else None,
-        )
+        return over_draws(report, values, self.task.num_classes)
 
     def _classifier(self, fewest: int) -> dict[str, object]:
         match self.config.classifier:
@@ -148,6 +140,37 @@ def build(config: FewshotConfig, extraction: Extraction, open_data: OpenData) ->
     return Fewshot(open_data(config.train), open_data(config.test), config, extraction=extraction)
 
 
+def over_draws(report: EvalReport, values: Mapping[Shots, Sequence[float]], num_classes: int) -> EvalReport:
+    """The report of the mean over draws, where `report` is of the first draw alone.
+
+    Args:
+        report: whose metric is that of the first number of shots.
+        values: top-1 of each draw, percent, by the number of shots; the report's value comes first.
+        num_classes: K.
+    """
+    found = {called(shots): list(of_draws) for shots, of_draws in values.items()}
+    means = {name: sum(of_draws) / len(of_draws) for name, of_draws in found.items()}
+    num_draws = len(found[report.metric])
+    report = replace(
+        report,
+        value=means[report.metric],
+        metrics=means,
+        by_seed=found[report.metric],
+        chance=chance_of_classes(means, num_classes),
+        intervals=share_intervals(means, report.n),
+    )
+    if num_draws == 1:
+        return report
+    spreads = {f"{name}_std": spread(of_draws) for name, of_draws in found.items()}
+    return replace(
+        report,
+        metrics={**means, **spreads},
+        spread=spreads[f"{report.metric}_std"],
+        intervals={name: draws_interval(of_draws) for name, of_draws in found.items()},
+        interval_over=f"{num_draws} draws (Student's t)",
+    )
+
+
 def ranked(keys: Sequence[str], labels: Tensor, seed: int) -> list[list[int]]:
     """Returns the numbers of each class's samples in the order in which they are drawn; classes by their labels.
 
@@ -158,7 +181,7 @@ def ranked(keys: Sequence[str], labels: Tensor, seed: int) -> list[list[int]]:
         labels: [N] int64.
         seed: of the draw.
     """
-    ranks = [hashlib.sha256(f"{seed}\0{key}".encode()).digest() for key in keys]
+    ranks = [hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogateescape")).digest() for key in keys]
     of_sample = labels.tolist()
     classes: dict[int, list[int]] = {label: [] for label in sorted(set(of_sample))}
     for i in sorted(range(len(ranks)), key=ranks.__getitem__):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pretrain.evals.classifiers.config import Rates, Training
-from pretrain.evals.config import ClassificationConfig, Count, Option, Pooling, WrongFieldsError
+from pretrain.evals.config import POOLING_HELP, ClassificationConfig, Count, Option, Pooling, WrongFieldsError
 from pretrain.recipe.base import Positive
 
 DINOV2_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
@@ -111,9 +111,7 @@ class LinearConfig(ClassificationConfig):
     )
     pooling: Annotated[
         Pooling | Annotated[tuple[Pooling, ...], Several],
-        Option(
-            "own: as the encoder does; else class token, mean of patches, both. Repeatable: the best is chosen.",
-        ),
+        Option(f"{POOLING_HELP} Repeatable: the best is chosen."),
     ] = "own"
     blocks: Annotated[
         Count | Annotated[tuple[Count, ...], Several],

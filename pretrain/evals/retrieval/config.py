@@ -22,7 +22,7 @@ class RetrievalConfig(ProtocolConfig):
 
     kind: Literal["retrieval"] = "retrieval"
     train: None = None
-    test: Annotated[str, Option("Test set: shards, or for zeroshot an image folder.")]
+    test: Annotated[str, Option("Test set: shards with captions.")]
     caption_field: Annotated[str, Option("Member that holds the captions.")] = "txt"
     caption_key: Annotated[str | None, Option("Of a JSON member: the entry with the caption or a list of them.")] = None
     caption_lines: Annotated[bool, Option("Each line is a caption of its own.")] = False

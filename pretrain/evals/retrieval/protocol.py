@@ -18,6 +18,7 @@ from pretrain.evals.features.pairs import TOWER_LIBRARIES, embed_texts, image_si
 from pretrain.evals.result import EvalReport, make_outcomes, make_report
 from pretrain.evals.retrieval.config import RetrievalConfig
 from pretrain.evals.task import OpenData
+from pretrain.evals.uncertainty import chance_of_recall
 from pretrain.models.towers import Towers
 
 KS = (1, 5, 10)
@@ -79,6 +80,8 @@ class Retrieval:
             make_outcomes(features.keys, torch.ones_like(text_ranks), (text_ranks < 1).long()),
             metric="image_to_text_r1",
             further=further,
+            chance=chance(pairs, len(features), len(texts)),
+            other_means=[name for name in further if name.startswith("text_to_image")],
             protocol={
                 "captions": self.captions.model_dump(),
                 "similarity": "cosine; what is as near as the right one counts as nearer",
@@ -147,6 +150,22 @@ def ranks_of_own(queries: Tensor, candidates: Tensor, pairs: Tensor, *, chunk: i
             best = similarities.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
             ranks.append(((similarities >= best) & ~own).sum(1).cpu())
     return torch.cat(ranks)
+
+
+def chance(pairs: Tensor, num_images: int, num_texts: int) -> dict[str, float]:
+    """What candidates drawn at random give, percent, by the name of the recall.
+
+    Args:
+        pairs: (image, text) of each caption, [P, 2] int64.
+        num_images: which texts look for.
+        num_texts: which images look for, each text once.
+    """
+    different = torch.unique(pairs, dim=0)
+    texts, images = torch.bincount(different[:, 0]).tolist(), torch.bincount(different[:, 1])[pairs[:, 1]].tolist()
+    return {
+        **{f"image_to_text_r{k}": chance_of_recall(texts, num_texts, k) for k in KS},
+        **{f"text_to_image_r{k}": chance_of_recall(images, num_images, k) for k in KS},
+    }
 
 
 def recall(ranks: Tensor, k: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from pretrain.models.input_size import set_image_size
 from pretrain.models.load_encoder import load_encoder
 from pretrain.models.seeded import seeded
 from pretrain.models.strict_loading import load_strictly
-from pretrain.models.weights_files import Part
+from pretrain.models.weights_files import WHOLE, Part
 from pretrain.objectives.kinds import build_objective
 
 
@@ -33,7 +33,7 @@ def load_source(
     seed: int | None = None,
     architecture: Architecture | None = None,
     weights: Path | None = None,
-    part: Part | None = None,
+    part: Part = WHOLE,
 ) -> Encoder:
     """The encoder that `spec` names, on the CPU, with exactly its weights.
 
@@ -46,7 +46,7 @@ def load_source(
         architecture: of a weights file; of a timm model, where it is not to be built as timm has it; else its
             `image_size` alone counts, for which a ViT's position embedding is interpolated.
         weights: of one of open_clip's models: a local file.
-        part: which tensors of a weights file are the encoder's; None: all.
+        part: which tensors of a weights file are the encoder's.
 
     Raises:
         InputError: nothing there, or arguments that do not go together.
@@ -55,8 +55,9 @@ def load_source(
     path = Path(spec)
     if weights is not None and (path.exists() or not is_open_clip(spec)):
         raise InputError("--weights", "none, as only a name of open_clip's goes with a file", f"{spec}, {weights}")
-    if part is not None and not path.is_file():
+    if (part.key or part.prefix) and not path.is_file():
         raise InputError("--weights-key, --weights-prefix", "none of them, as they choose from a weights file", spec)
+    check_ignore(part.ignore, spec, path if path.is_file() else weights)
     if path.is_dir():
         size = _size_alone(spec, architecture)
         return at_size(_from_folder(path, random_init, seed, size), size)
@@ -71,13 +72,19 @@ def load_source(
         return from_file(path, architecture, random_init=random_init, seed=seed or 0, part=part)
     if (weights is not None or not timm.is_model(spec)) and is_open_clip(spec):
         size = _size_alone(spec, architecture)
-        return at_size(_from_open_clip(spec, random_init, seed or 0, weights), size)
+        return at_size(_from_open_clip(spec, random_init, seed or 0, weights, part.ignore), size)
     if not timm.is_model(spec):
         raise _nothing(spec)
     architecture = architecture or Architecture(spec)
     if architecture.name != spec:
         raise InputError(where="--model", expected=f"nothing, as the source is {spec}", found=architecture.name)
     return from_timm(architecture, random_init=random_init, seed=seed or 0)
+
+
+def check_ignore(ignore: Sequence[str], spec: str, file: Path | None) -> None:
+    """Raises InputError where patterns are given and no weights file of somebody's, from which they leave out."""
+    if ignore and file is None:
+        raise InputError("--weights-ignore", "none, as it leaves tensors of a weights file out", spec)
 
 
 def is_open_clip(spec: str) -> bool:
@@ -227,10 +234,12 @@ def _from_encoder_folder(folder: Path, random_init: bool, seed: int) -> Encoder:
     return of_config(module, config, description, random_init)
 
 
-def _from_open_clip(spec: str, random_init: bool, seed: int, weights: Path | None) -> Encoder:
+def _from_open_clip(spec: str, random_init: bool, seed: int, weights: Path | None, ignore: tuple[str, ...]) -> Encoder:
     from pretrain.evals.sources.open_clip_names import from_open_clip
 
-    towers, config, _, description, notes = from_open_clip(spec, random_init=random_init, seed=seed, weights=weights)
+    towers, config, _, description, notes = from_open_clip(
+        spec, random_init=random_init, seed=seed, weights=weights, ignore=ignore
+    )
     return replace(of_config(towers.encoder, config, description, random_init), notes=notes)
 
 

@@ -13,6 +13,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.messages import nearest
 from pretrain.evals.sources.tags import note_on_tags
 from pretrain.models.encoder_folders import EncoderConfig
+from pretrain.models.foreign.fitting import note_on_ignored
 from pretrain.models.seeded import seeded
 from pretrain.models.tower_folders import open_clip_by_name
 from pretrain.models.towers import TwoTowers
@@ -27,7 +28,9 @@ class OpenClipSource(NamedTuple):
     notes: tuple[str, ...]
 
 
-def from_open_clip(spec: str, *, random_init: bool, seed: int, weights: Path | None) -> OpenClipSource:
+def from_open_clip(
+    spec: str, *, random_init: bool, seed: int, weights: Path | None, ignore: tuple[str, ...] = ()
+) -> OpenClipSource:
     """Both towers on the CPU.
 
     Args:
@@ -36,6 +39,7 @@ def from_open_clip(spec: str, *, random_init: bool, seed: int, weights: Path | N
         random_init: fresh weights.
         seed: of the fresh weights.
         weights: a local file, safetensors or a PyTorch file of tensors.
+        ignore: patterns of its tensors that are left out where the towers do not need them.
 
     Raises:
         InputError: an unknown name or tag, arguments that do not go together, or weights that cannot be had.
@@ -58,8 +62,13 @@ def from_open_clip(spec: str, *, random_init: bool, seed: int, weights: Path | N
         path = weights or _download(spec, published or {})
         description["weights"] = path.name if weights is None else str(weights)
         state, where = read_tensors(path), str(path)
-    loaded = seeded(seed, lambda: open_clip_by_name(name, state, where=where, published=published))
+    loaded, ignored = seeded(
+        seed, lambda: open_clip_by_name(name, state, where=where, published=published, ignore=ignore)
+    )
     notes = _of_other_tags(name, loaded[1]) if weights is not None and not tag else ()
+    if ignored:
+        description["weights_ignored"] = {"patterns": list(ignore), "names": ignored}
+        notes += (note_on_ignored(ignored),)
     return OpenClipSource(*loaded, description, notes)
 
 

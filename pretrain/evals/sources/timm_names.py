@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from data_pipeline import messages
-from data_pipeline.errors import InputError
+from data_pipeline.errors import CheckpointError, InputError
+from data_pipeline.messages import short_list
 from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources.tags import note_on_tags
-from pretrain.models.input_size import set_image_size
+from pretrain.models.foreign.fitting import advice, joined_chunks, note_on_ignored, without_ignored
+from pretrain.models.input_size import check_every_pixel_is_seen, set_image_size
 from pretrain.models.seeded import seeded
-from pretrain.models.strict_loading import load_strictly
-from pretrain.models.weights_files import WHOLE, Part, read_part
+from pretrain.models.strict_loading import FIX, load_strictly
+from pretrain.models.weights_files import WHOLE, Part, read_tensors
 
 # With these timm loads what fits of published weights and leaves the rest at random, or the module is no longer one
 # from RGB images to features.
@@ -94,9 +96,7 @@ def from_timm(architecture: Architecture, *, random_init: bool, seed: int) -> En
     return _encoder(module, architecture, "encoder", description)
 
 
-def from_file(
-    path: Path, architecture: Architecture, *, random_init: bool, seed: int, part: Part | None = None
-) -> Encoder:
+def from_file(path: Path, architecture: Architecture, *, random_init: bool, seed: int, part: Part = WHOLE) -> Encoder:
     """The weights of a file, all of them but a classifier's; or fresh ones.
 
     They are of the architecture's image size; or of a ViT's own, and their position embedding is interpolated.
@@ -108,22 +108,40 @@ def from_file(
     description: dict[str, object] = {"source": str(path), "kind": "weights file"}
     if random_init:
         return _fresh(architecture, seed, description)
-    state, num_left_out = read_part(path, part or WHOLE)
-    if part is not None:
-        description["weights_part"] = {**asdict(part), "left_out": num_left_out}
     module = seeded(seed, lambda: architecture.build(num_classes=0))
-    if moved := _made_for_own_size(module, architecture, state):
-        module = moved
+    own = module.state_dict()
+    whole = read_tensors(path, part.key)
+    named = {name.removeprefix(part.prefix): t for name, t in whole.items() if name.startswith(part.prefix)}
+    num_left_out = len(whole) - len(named)
+    joined = joined_chunks(named, own)
     heads = _config(module).get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
-    left_out = sorted(name for name in state if name.rpartition(".")[0] in heads)
-    load_strictly(module, {name: state[name] for name in state if name not in left_out}, where=str(path))
+    left_out = sorted(name for name in joined if name.rpartition(".")[0] in heads)
+    known = [*own, *left_out]
+    fix = advice(whole, own, heads, part.prefix) or FIX
+    if not named:
+        raise CheckpointError(
+            where=str(path), expected=f"names that begin with {part.prefix!r}",
+            found=f"others, such as {short_list(list(whole), 3)}", fix=fix,
+        )  # fmt: skip
+    state, ignored = without_ignored(joined, known, part.ignore, option="--weights-ignore", where=str(path))
+    if part != WHOLE:
+        description["weights_part"] = {"key": part.key, "prefix": part.prefix, "left_out": num_left_out}
+    if part.ignore:
+        description["weights_ignored"] = {"patterns": list(part.ignore), "names": ignored}
+    if joined.keys() != named.keys():
+        description["block_chunks"] = "joined: blocks.CHUNK.N of the file is blocks.N"
+    if moved := _made_for_own_size(module, architecture, state):
+        module = moved
+    load_strictly(module, {name: state[name] for name in state if name not in left_out}, where=str(path), fix=fix)
     description["classifier_left_out"] = left_out
     if moved and (told := set_image_size(module, _config(module)["input_size"][-1], architecture.image_size or 0)):
         description["position_embedding"] = told
     encoder = _encoder(module, architecture, "encoder", description)
     notes = _of_other_tags(architecture.name, _config(module))
-    if part is not None and num_left_out:
+    if ignored:
+        notes += (note_on_ignored(ignored),)
+    if num_left_out:
         notes += (f"of the weights file {num_left_out} tensors do not begin with {part.prefix}: left out",)
     return replace(encoder, notes=notes)
 
@@ -173,8 +191,10 @@ def _fresh(architecture: Architecture, seed: int, description: Mapping[str, obje
 
 
 def _encoder(module: nn.Module, architecture: Architecture, tag: str, description: Mapping[str, object]) -> Encoder:
-    """With the preprocessing that timm has for the name."""
+    """With the preprocessing that timm has for the name; raises InputError where the size asked for is not all seen."""
     config = _config(module)
+    if architecture.image_size is not None:
+        check_every_pixel_is_seen(module, architecture.image_size)
     mode = config.get("crop_mode", "center")
     if mode not in ("center", "squash"):
         raise InputError(

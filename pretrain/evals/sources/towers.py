@@ -12,7 +12,7 @@ from data_pipeline.errors import InputError
 from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources.hugging_face import hf_towers
-from pretrain.evals.sources.load import at_size, of_config, run_of_checkpoint
+from pretrain.evals.sources.load import at_size, check_ignore, of_config, run_of_checkpoint
 from pretrain.evals.sources.open_clip_names import from_open_clip
 from pretrain.evals.sources.trained import TrainedRun
 from pretrain.models.hf_folders import is_hf_folder
@@ -37,6 +37,7 @@ def load_towers(
     random_init: bool = False,
     seed: int | None = None,
     weights: Path | None = None,
+    ignore: tuple[str, ...] = (),
     tokenizer: str | None = None,
     image_size: int | None = None,
 ) -> Towers:
@@ -49,6 +50,7 @@ def load_towers(
         random_init: the same architecture with fresh weights; of a run, those that it began with.
         seed: of the fresh weights; None: the run's own, or 0.
         weights: of a configuration: a local file (safetensors, or a PyTorch file of tensors).
+        ignore: patterns of tensors of that file that are left out where the towers do not need them.
         tokenizer: as in a recipe, in the place of the one that the towers name.
         image_size: pixels, for which the position embedding of the image tower is interpolated; None: its own.
 
@@ -59,6 +61,7 @@ def load_towers(
     path = Path(spec)
     if path.is_dir() and weights is not None:
         raise InputError(where="weights", expected=f"none, as {spec} has its own", found=str(weights))
+    check_ignore(ignore, spec, weights)
     if (path / "recipe.yaml").is_file():
         found = _from_run(path, random_init, seed)
     elif (path / "state.json").is_file() or (path / "COMPLETE").is_file():
@@ -72,7 +75,7 @@ def load_towers(
         known = "a run, a checkpoint, a folder of two towers, or a name of open_clip's"
         raise InputError(where=spec, expected=known, found="nothing there")
     else:
-        found = _by_name(spec, random_init, seed or 0, weights)
+        found = _by_name(spec, random_init, seed or 0, weights, ignore)
     encoder = at_size(found.encoder, image_size)
     tokens = found.tokens if tokenizer is None else replace(found.tokens, tokenizer=tokenizer)
     return _assembled(found.towers.eval().requires_grad_(False), encoder, tokens)
@@ -158,9 +161,9 @@ def _from_folder(folder: Path, random_init: bool, seed: int) -> _Found:
     return _Found(towers, of_config(towers.encoder, config, description, random_init), tokens)
 
 
-def _by_name(spec: str, random_init: bool, seed: int, weights: Path | None) -> _Found:
+def _by_name(spec: str, random_init: bool, seed: int, weights: Path | None, ignore: tuple[str, ...]) -> _Found:
     towers, config, tokens, description, notes = from_open_clip(
-        spec, random_init=random_init, seed=seed, weights=weights
+        spec, random_init=random_init, seed=seed, weights=weights, ignore=ignore
     )
     encoder = of_config(towers.encoder, config, description, random_init)
     return _Found(towers, replace(encoder, notes=notes), tokens)

@@ -22,7 +22,7 @@ class ZeroShotConfig(ProtocolConfig):
 
     kind: Literal["zeroshot"] = "zeroshot"
     train: None = None
-    test: Annotated[str, Option("Test set: shards, or for zeroshot an image folder.")]
+    test: Annotated[str, Option("Test set: shards or an image folder.")]
     templates: Annotated[
         str,
         Option("plain ({} alone), photo, openai (the 80 for ImageNet), or a file: one a line, with {} for the class."),
