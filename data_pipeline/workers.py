@@ -17,7 +17,7 @@ Entry = TypeVar("Entry")
 EntryOut = TypeVar("EntryOut", covariant=True)
 
 _PREFETCH = 2  # entries that each worker holds ready
-_OUTLIVED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_OUTLIVED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Table(Protocol[EntryOut]):

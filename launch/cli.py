@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+
+if __name__ == "__main__":  # before anything is imported that could be found in the working folder
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from pretrain.runtime.safe_path import leave_working_folder
+
+    del sys.path[0]
+    leave_working_folder("launch.cli")
+
 from importlib import import_module
 from typing import Annotated
 
@@ -11,6 +20,7 @@ import typer
 
 from data_pipeline.errors import PretrainError, storage_error
 from launch.commands.arguments import command_app, examples
+from pretrain.recipe.home import expand_words
 from pretrain.runtime import lean_imports
 
 # The commands in the order of help, each an app in launch/commands; the text is the first sentence of its own help.
@@ -93,7 +103,7 @@ def _mount(name: str, text: str) -> None:
     )
     def hand_over(context: typer.Context) -> None:
         own = import_module(f"launch.commands.{name}").app
-        words = context.args or (["--help"] if own.info.no_args_is_help else [])
+        words = expand_words(context.args) or (["--help"] if own.info.no_args_is_help else [])
         own(words, prog_name=f"pretrain {name}")
 
 

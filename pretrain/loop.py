@@ -65,7 +65,7 @@ def train(state: RunState, context: LoopContext, stop_at: int) -> RunState:
         RunError: a budget is used up; the message names the samples.
     """
     phase, bad_samples = context.clocks.phase, list[BadSample]()
-    while state.progress.step < stop_at:
+    while state.progress.step < stop_at and not context.checkpoints.stopping:
         with phase("data", state.progress.step):
             data = next(context.steps)
         with phase("step", state.progress.step):
@@ -98,8 +98,6 @@ def train(state: RunState, context: LoopContext, stop_at: int) -> RunState:
             _save(state, context)
         if logged or save:
             context.clocks.restart()
-        if context.checkpoints.stopping:
-            break
     return state
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -51,7 +51,7 @@ from pretrain.optim.schedules import learning_rates
 from pretrain.plan import checkpoint_bytes
 from pretrain.preflight import Plan, preflight
 from pretrain.recipe.recipe import Recipe
-from pretrain.record import changed_settings, claim, record_run
+from pretrain.record import changed_settings, claimed, record_run, refuse_other_run
 from pretrain.runtime.collectives import World, gather_objects, process_group
 from pretrain.runtime.environment import choose_device, describe, pin_threads
 from pretrain.runtime.signals import SignalRequests
@@ -106,7 +106,7 @@ def run(
         evals_apart: other jobs judge the checkpoints, by the recipe's `evals`.
 
     Returns:
-        Whether it got as far as it was to; False: a stop was requested before (SIGUSR2), and its state is saved.
+        Whether it got as far as it was to; False: a stop was requested before (Ctrl-C, SIGTERM), its state is saved.
 
     Raises:
         InputError: something given is wrong; nothing was changed.
@@ -119,9 +119,10 @@ def run(
     if overfit_batch:
         recipe = recipe.model_copy(update={"resume_from": None})
     plan = preflight(recipe, world.size, out, evals_apart=evals_apart)
-    requests, timeout = SignalRequests(), recipe.runtime.step_timeout_seconds
+    requests, timeout = SignalRequests(world.is_main), recipe.runtime.step_timeout_seconds
     group = process_group(world, device, seconds=max(1800, 2 * (timeout or 0)))  # after the watchdog, which says more
-    with requests.listening(), group, Watchdog(world, timeout, out) as watchdog:
+    check = partial(refuse_other_run, recipe, plan.data, plan.resolved.total_steps, out)
+    with requests.listening(), group, Watchdog(world, timeout, out) as watchdog, claimed(out, world, check):
         torch.manual_seed(recipe.seed)
         objective = build_objective(recipe.model, recipe.objective)
         recipe = settle_precision(recipe, objective, device, out)
@@ -137,14 +138,13 @@ def run(
         if start.checkpoint is not None and not start.own:
             start = replace(start, notes=changed_settings(recipe, start.checkpoint.path))
         state, start = resume(start, engine.state, probe.fragments() if probe else (), plan.resolved.total_steps)
-        with claim(out, world) or nullcontext():
-            hosts = gather_objects(platform.node())
-            if world.is_main:
-                record_run(out, recipe, plan.resolved, plan.data, describe(world, device, threads, hosts))
-            try:
-                return _train(context, engine, throughput, probe, start, state)
-            except InputError as error:  # what was given was right when it was looked at
-                raise RunError(error.where, error.expected, error.found, error.fix) from error
+        hosts = gather_objects(platform.node())
+        if world.is_main:
+            record_run(out, recipe, plan.resolved, plan.data, describe(world, device, threads, hosts))
+        try:
+            return _train(context, engine, throughput, probe, start, state)
+        except InputError as error:  # what was given was right when it was looked at
+            raise RunError(error.where, error.expected, error.found, error.fix) from error
 
 
 def _engine(context: RunContext, objective: Objective) -> tuple[Engine, Throughput]:
