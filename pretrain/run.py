@@ -125,7 +125,8 @@ def run(
     with requests.listening(), group, Watchdog(world, timeout, out) as watchdog, claimed(out, world, check):
         torch.manual_seed(recipe.seed)
         objective = build_objective(recipe.model, recipe.objective)
-        recipe = settle_precision(recipe, objective, device, out)
+        settled = settle_precision(recipe.engine, recipe.resume_from, objective, device, out)
+        recipe = recipe.model_copy(update={"engine": settled})
         context = RunContext(
             recipe, plan, world, device, out, max_steps, overfit_batch, profile_steps, evals_apart, requests, watchdog
         )

@@ -64,10 +64,10 @@ def test_a_command_gets_the_signals_that_it_knows(tmp_path: Path, command: str, 
     (tmp_path / "part.py").write_text(PART)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     parent = subprocess.Popen([sys.executable, "-c", COMMAND, command, str(tmp_path)], env=environment)
-    until((tmp_path / "ready").exists, seconds=60)
+    until((tmp_path / "ready").exists)
     parent.send_signal(signal.SIGUSR1)
     if heard:
-        until((tmp_path / "SIGUSR1").exists, seconds=60)
+        until((tmp_path / "SIGUSR1").exists)
     else:
         time.sleep(0.3)
     parent.send_signal(signal.SIGTERM)
@@ -81,8 +81,8 @@ def test_a_second_signal_ends_the_command_at_once(tmp_path: Path) -> None:
     (tmp_path / "part.py").write_text(PART.replace("os._exit(3)", "pass"))
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     parent = subprocess.Popen([sys.executable, "-c", COMMAND, "train", str(tmp_path)], env=environment)
-    until((tmp_path / "ready").exists, seconds=60)
+    until((tmp_path / "ready").exists)
     parent.send_signal(signal.SIGTERM)
-    until((tmp_path / "SIGUSR2").exists, seconds=60)
+    until((tmp_path / "SIGUSR2").exists)
     parent.send_signal(signal.SIGTERM)
     assert parent.wait(timeout=60) == 128 + signal.SIGTERM
