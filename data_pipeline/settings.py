@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from data_pipeline.local_paths import path_text
 
 
 class Group(BaseModel):
@@ -29,3 +31,4 @@ def ordered(interval: tuple[float, float]) -> tuple[float, float]:
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+LocalPath = Annotated[str, AfterValidator(path_text)]  # anything but a URL

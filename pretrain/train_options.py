@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.local_paths import path_text
+
 
 @dataclass(frozen=True)
 class Option:
@@ -87,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 option.flag, dest=name, action="append", default=[], metavar=option.metavar, help=option.help
             )
         else:
-            kind: Any = _count if option.kind is int else option.kind
+            kind: Any = {int: _count, Path: _local_path}[option.kind]
             parser.add_argument(
                 option.flag, dest=name, type=kind, default=default, metavar=option.metavar, help=option.help
             )
@@ -97,6 +99,13 @@ def options_from(given: argparse.Namespace) -> TrainOptions:
     """Returns what a parser with these arguments was given."""
     values = {name: getattr(given, name) for name, _, _ in TrainOptions.described()}
     return TrainOptions(**{**values, "overrides": tuple(given.overrides)})
+
+
+def _local_path(text: str) -> Path:
+    try:
+        return Path(path_text(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _count(text: str) -> int:

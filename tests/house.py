@@ -17,7 +17,8 @@ PACKAGES = ("data_pipeline", "pretrain", "launch")
 # entry that it lies under. CONFIG stands for every `config.py` in pretrain (no torch), of which recipes are made.
 CONFIG = "config.py"
 ORDER = (
-    "data_pipeline.messages", "data_pipeline.errors", "data_pipeline.settings", "data_pipeline.durable",
+    "data_pipeline.messages", "data_pipeline.errors", "data_pipeline.local_paths", "data_pipeline.settings",
+    "data_pipeline.durable",
     "data_pipeline.batch", "data_pipeline.parallel", "data_pipeline.progress", "data_pipeline",
     "data_pipeline.order", "data_pipeline.remote", "data_pipeline.shards",
     "data_pipeline.samples", "data_pipeline.datasets", "data_pipeline.ingest", "data_pipeline.inspect",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from data_pipeline.settings import Group
+from data_pipeline.settings import Group, LocalPath
 
 
 class Source(Group):
@@ -12,5 +12,7 @@ class Source(Group):
 
     path: str
     weight: float = Field(1, gt=0)  # share of the samples: this over the sum of all weights, whatever the sizes
-    labels: str | None = None  # a folder of soft labels (`pretrain data label`), which take the place of its own
-    select: str | None = None  # a file (`pretrain data select`): these of its samples only, with repeats and labels
+    labels: LocalPath | None = None  # a folder of soft labels (`pretrain data label`), which take the place of its own
+    select: LocalPath | None = (
+        None  # a file (`pretrain data select`): these of its samples only, with repeats and labels
+    )

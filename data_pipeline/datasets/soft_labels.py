@@ -25,7 +25,8 @@ from safetensors.numpy import save
 
 from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.durable import durable_file
-from data_pipeline.errors import DataError, FieldError, ManifestError, SampleError, ShardError
+from data_pipeline.errors import FieldError, ManifestError, SampleError, ShardError
+from data_pipeline.local_paths import refuse_url
 from data_pipeline.shards.manifest import PLAN_NAME
 
 FILE_NAME = "labels.json"
@@ -271,8 +272,7 @@ def open_labels(path: str) -> SoftLabels:
     """The soft labels in a folder of this machine.
 
     Raises:
-        DataError: a URL, or as `SoftLabels` says.
+        InputError: a URL, or as `SoftLabels` says.
     """
-    if "://" in path:
-        raise DataError(where=path.split("://")[0], expected="a local folder of soft labels", found="a URL")
+    refuse_url("the folder of soft labels", path)
     return SoftLabels(Path(path))

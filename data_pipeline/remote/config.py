@@ -6,13 +6,13 @@ import os
 
 from pydantic import Field
 
-from data_pipeline.settings import Group
+from data_pipeline.settings import Group, LocalPath
 
 
 class CacheConfig(Group):
     """How data behind http://, https:// or s3:// are fetched and kept on this machine; none of it changes a result."""
 
-    folder: str = Field(default_factory=lambda: os.path.expanduser("~/.cache/pretrain"))  # a local disk
+    folder: LocalPath = Field(default_factory=lambda: os.path.expanduser("~/.cache/pretrain"))  # a local disk
     max_gb: float = Field(50, gt=0)  # the shard used longest ago goes first; 10^9 bytes each
     timeout_seconds: float = Field(30, gt=0)  # that an answer, or its next bytes, may take
     retries: int = Field(5, ge=0, le=100)  # attempts after the first

@@ -95,3 +95,11 @@ def _check_words(words: list[str], commands: Mapping[str, Any]) -> None:
         raise InputError(
             where="evaluate.options", expected=f"options of `pretrain eval {words[1]}`", found=", ".join(unknown)
         )
+    try:
+        command.make_context(words[1], words[2:])
+    except Exception as error:  # of the parser, which is typer's own in some of its versions and click's in others
+        if not hasattr(error, "format_message"):
+            raise
+        raise InputError(
+            where="evaluate.options", expected=f"what `pretrain eval {words[1]}` takes", found=error.format_message()
+        ) from None

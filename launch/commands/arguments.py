@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
+
+from data_pipeline.local_paths import refuse_url
 
 
 def examples(*lines: str) -> str:
@@ -27,10 +31,41 @@ class Command(TyperCommand):
 
 
 class App(typer.Typer):
-    """An app of such commands."""
+    """An app of such commands. Their parameters that are paths take no URL: what is written, is on this machine."""
 
     def command(self, *arguments: Any, **options: Any) -> Any:
-        return super().command(*arguments, **{"cls": Command, **options})
+        add = super().command(*arguments, **{"cls": Command, **options})
+        return lambda function: add(_with_local_paths(function))
+
+
+def _with_local_paths(command: Any) -> Any:
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [p.replace(annotation=_local(p.annotation)) for p in signature.parameters.values()]
+    command.__signature__ = signature.replace(parameters=parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _local(annotation: Any) -> Any:
+    """What typer is to see in place of an annotation: one of a path looks at its values, of any other the same."""
+    kind, *told = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    if not _holds_paths(kind):
+        return annotation
+    (info,) = map(copy.copy, told)
+    info.callback = _refuse_urls
+    return Annotated[kind, info]
+
+
+def _holds_paths(kind: Any) -> bool:
+    return kind is Path or any(map(_holds_paths, get_args(kind)))
+
+
+def _refuse_urls(parameter: typer.CallbackParam, value: Any) -> Any:
+    name = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar or str(parameter.name).upper()
+    for path in value if isinstance(value, list | tuple) else [value]:
+        if path is not None:
+            refuse_url(name.removesuffix("..."), path)
+    return value
 
 
 def command_app(help: str | None = None, epilog: str | None = None, *, is_group: bool = False) -> typer.Typer:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Union
 from pydantic import Discriminator, Field, Tag
 
 from data_pipeline.settings import Group as Group
+from data_pipeline.settings import LocalPath as LocalPath
 from data_pipeline.settings import Positive as Positive
 from data_pipeline.settings import Probability as Probability
 from data_pipeline.settings import Share as Share

@@ -55,6 +55,7 @@ def explain(error: ValidationError, tree: dict[str, Any], root: type[BaseModel])
         f"{'.'.join(path) or 'recipe'}: "
         + (text or f"expected {' or '.join(dict.fromkeys(expected[path]))}, found {_found(path, tree)}.")
         for path, text in sentences
+        if text or not any(inner[: len(path)] == path != inner for inner, _ in sentences)  # another member got further
     ]
 
 

@@ -18,7 +18,7 @@ from pretrain.models.config import ModelConfig
 from pretrain.objectives.config import ImageTextConfig
 from pretrain.optim import config as optimizers
 from pretrain.optim.config import Ema, Schedule
-from pretrain.recipe.base import Group, Positive
+from pretrain.recipe.base import Group, LocalPath, Positive
 from pretrain.recipe.unions import AnyEvaluation, AnyObjective, AnyOptimizer
 
 
@@ -143,8 +143,8 @@ class Recipe(Group):
     schedule: Schedule
     batch: BatchSize
     ema: Ema | None = None
-    resume_from: str | None = None  # a checkpoint or run: its whole state, where this run has no checkpoint of its own
-    init_from: str | None = None  # a run, checkpoint, encoder folder or safetensors file: its weights alone
+    resume_from: LocalPath | None = None  # a checkpoint or run: its whole state, where this run has none of its own
+    init_from: LocalPath | None = None  # a run, checkpoint, encoder folder or safetensors file: its weights alone
     init_ignore: tuple[str, ...] = ()  # patterns of tensors of init_from that are left out: the encoder has none such
 
     engine: EngineConfig = EngineConfig()

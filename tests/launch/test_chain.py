@@ -174,6 +174,32 @@ def test_a_stage_whose_inputs_changed_is_refused(tmp_path: Path, shards: Path, o
         ("labels", {"label": {"shards": "nowhere", "teacher": "${teacher}"}}, "nowhere"),
         ("labels", {"label": {"shards": "SHARDS", "teacher": "${few}"}}, "label.teacher"),
         ("labels", {"label": {"shards": "SHARDS", "teacher": "${teacher}", "topk": 3}}, "stages.2.label.top_k"),
+        (
+            "judge",
+            {
+                "evaluate": {
+                    "protocol": "knn",
+                    "encoder": "x",
+                    "train": "SHARDS",
+                    "test": "SHARDS",
+                    "options": {"cache": "s3://bucket"},
+                }
+            },
+            "--cache: expected a path of this machine",
+        ),
+        (
+            "judge",
+            {
+                "evaluate": {
+                    "protocol": "knn",
+                    "encoder": "x",
+                    "train": "SHARDS",
+                    "test": "SHARDS",
+                    "options": {"batch-size": "many"},
+                }
+            },
+            "what `pretrain eval knn` takes",
+        ),
         ("judge", {"evaluate": {"protocol": "kn", "encoder": "x", "train": "SHARDS", "test": "SHARDS"}}, "knn"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
