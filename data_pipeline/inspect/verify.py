@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
 from data_pipeline.remote.config import DEFAULT, CacheConfig
 from data_pipeline.samples.decode import decode_image
+from data_pipeline.shards.file_bytes import FileBytes
 from data_pipeline.shards.index import IMAGE_FIELDS, LABEL_FIELD, MISSING, ShardIndex
 from data_pipeline.shards.keys import repeated_key
 from data_pipeline.shards.load_manifest import load_manifest
 from data_pipeline.shards.manifest import Manifest, ShardSummary
-from data_pipeline.shards.scan import mapped, scan
+from data_pipeline.shards.scan import scan
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ def _check_shard(manifest: Manifest, max_pixels: int, i: int) -> tuple[ShardSumm
     except ShardError as error:
         return None, [Fault(name, None, str(error))]
     with file:
-        return _check_content(manifest, file, max_pixels, i)
+        try:
+            return _check_content(manifest, file, max_pixels, i)
+        except ShardError as error:  # it changed meanwhile
+            return None, [Fault(name, None, str(error))]
 
 
 def _check_content(
@@ -86,11 +89,11 @@ def _check_content(
 ) -> tuple[ShardSummary | None, list[Fault]]:
     name, faults = manifest.names[i], []
     summary = None
-    content = mapped(file)
-    if len(content) != manifest.num_bytes[i]:
-        what = f"has {len(content):,} bytes, not the {manifest.num_bytes[i]:,} of the manifest"
+    content = FileBytes(file, manifest.where(i))
+    if content.size != manifest.num_bytes[i]:
+        what = f"has {content.size:,} bytes, not the {manifest.num_bytes[i]:,} of the manifest"
         faults.append(Fault(name, None, what))
-    elif hashlib.sha256(content).hexdigest() != manifest.sha256[i]:
+    elif content.sha256() != manifest.sha256[i]:
         faults.append(Fault(name, None, "has another hash than in the manifest"))
     actual: ShardIndex | None = None
     index: ShardIndex | None = None
@@ -111,7 +114,7 @@ def _check_content(
 
 
 def _check_samples(
-    manifest: Manifest, index: ShardIndex, content: memoryview, max_pixels: int
+    manifest: Manifest, index: ShardIndex, content: FileBytes, max_pixels: int
 ) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) of every sample that is not as its index says, or not as training needs it."""
     wanted = [field for field in manifest.fields if field not in IMAGE_FIELDS]
@@ -122,7 +125,7 @@ def _check_samples(
             offset, size = int(index.offsets[row, column]), int(index.sizes[row, column])
             if offset == MISSING:
                 continue
-            members[field] = content[offset : offset + size].tobytes()
+            members[field] = content.read(offset, size)
             if zlib.crc32(members[field]) != index.crc32[row, column]:
                 yield key, f".{field} has other bytes than when it was indexed"
         for field in wanted:

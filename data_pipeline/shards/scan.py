@@ -5,12 +5,8 @@ webdataset's reader ends silently at a damaged header or a missing end; here bot
 
 from __future__ import annotations
 
-import hashlib
-import mmap
-import os
 import re
 import tarfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +18,7 @@ from data_pipeline.messages import reason
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
 from data_pipeline.shards import strict_tar
+from data_pipeline.shards.file_bytes import FileBytes
 from data_pipeline.shards.index import LABEL_FIELD, MISSING, NO_LABEL, SUFFIX, Keys, ShardIndex, is_index
 from data_pipeline.shards.keys import KeyHashes, first_repeat, hash_keys
 from data_pipeline.shards.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardSummary
@@ -57,7 +54,17 @@ def scan_shard(path: Path) -> ShardIndex:
 
 def scan(file: BinaryIO, where: str) -> ShardIndex:
     """The index of an open tar; as `scan_shard`."""
-    content = mapped(file)
+    content = FileBytes(file, where)
+    try:
+        index = _scan(file, where, content)
+    except ShardError:
+        content.refuse_change()  # which would be the reason
+        raise
+    content.refuse_change()
+    return index
+
+
+def _scan(file: BinaryIO, where: str, content: FileBytes) -> ShardIndex:
     keys: list[str] = []
     samples: list[dict[str, Member]] = []
     seen: dict[str, int] = {}  # key -> its number
@@ -78,16 +85,9 @@ def scan(file: BinaryIO, where: str) -> ShardIndex:
             raise _refused(where, member, f"members of at most {MAX_MEMBER_BYTES:,} bytes", f"{member.size:,} bytes")
         if field.rpartition(".")[2] in PICKLE_FIELDS:
             raise _refused(where, member, "members that are data", "a pickle, which is a program")
-        data = content[member.offset_data : member.offset_data + member.size]
-        samples[-1][field] = (member.offset_data, member.size, zlib.crc32(data))
+        crc32 = content.crc32(member.offset_data, member.size)
+        samples[-1][field] = (member.offset_data, member.size, crc32)
     return _index(where, content, keys, samples)
-
-
-def mapped(file: BinaryIO) -> memoryview:
-    """The bytes of an open file, read as they are looked at."""
-    if os.fstat(file.fileno()).st_size == 0:
-        return memoryview(b"")  # which cannot be mapped
-    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def index_shards(spec: str, *, classes: Sequence[str] | None = None, workers: int = 1) -> Manifest:
@@ -170,7 +170,7 @@ def _key_again(where: str, member: tarfile.TarInfo, *, also: bool) -> ShardError
     )
 
 
-def _index(where: str, content: memoryview, keys: list[str], samples: list[dict[str, Member]]) -> ShardIndex:
+def _index(where: str, content: FileBytes, keys: list[str], samples: list[dict[str, Member]]) -> ShardIndex:
     fields = tuple(sorted({field for sample in samples for field in sample}))
     missing = (MISSING, 0, 0)
     rows = [sample.get(field, missing) for sample in samples for field in fields]
@@ -186,14 +186,14 @@ def _index(where: str, content: memoryview, keys: list[str], samples: list[dict[
         sizes=np.ascontiguousarray(table[..., 1]),
         crc32=table[..., 2].astype(np.uint32),
         labels=np.array(labels, dtype=np.int64),
-        shard_sha256=hashlib.sha256(content).hexdigest(),
-        shard_bytes=len(content),
+        shard_sha256=content.sha256(),
+        shard_bytes=content.size,
     )
 
 
-def _label(where: str, key: str, content: memoryview, member: Member) -> int:
+def _label(where: str, key: str, content: FileBytes, member: Member) -> int:
     offset, size, _ = member
-    text = content[offset : offset + min(size, 32)].tobytes()
+    text = content.read(offset, min(size, 32))
     label = int(text) if re.fullmatch(rb"\s*\d{1,20}\s*", text) else MAX_LABEL
     if label < MAX_LABEL:
         return label
