@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterable, Sequence
 
 # What a terminal or a browser does not show but obeys: control characters, marks that turn the direction of reading,
 # separators of lines, and the halves of pairs by which Python holds the bytes of a name that is no UTF-8.
 _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_MEANINGS = {
+    "SIGBUS": " (a file that it had mapped into memory got smaller or cannot be read any more, or /dev/shm is full)",
+    "SIGKILL": " (perhaps for want of memory)",
+}
 
 
 def nearest(name: str, known: Iterable[str], *, kind: str = "", cutoff: float = 0.5) -> str:
@@ -29,6 +35,12 @@ def short_list(names: Sequence[str], most: int = 8) -> str:
     """The first names, and how many more there are."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def killed_by(signum: int) -> str:
+    """A signal's name, and what it mostly means where a process could not say so itself."""
+    name = signal.Signals(signum).name if signum in signal.valid_signals() else f"signal {signum}"
+    return name + _MEANINGS.get(name, "")
 
 
 def visible(text: str, *, lines: bool = False) -> str:

@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_sentinel
+from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from data_pipeline.errors import RunError
+from data_pipeline.messages import killed_by
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+SECONDS_OF_DYING = 30.0  # at most, between the end of a process's connections and its own
 
 
 def num_cores() -> int:
@@ -42,23 +46,41 @@ def run_parallel(
     # Spawned, not forked: a progress bar's thread and torch's may hold locks that a fork would copy.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+    others, ours = set(multiprocessing.active_children()), set[BaseProcess]()
     try:
         running: dict[Future[Result], Task] = {}
         for task in tasks:
             running[pool.submit(function, task)] = task
+            ours = ours or set(multiprocessing.active_children()) - others  # all begin with the first task
             if len(running) >= 2 * workers:
                 yield from _finished(running)
         while running:
             yield from _finished(running)
     except BrokenProcessPool as error:
+        pool.shutdown()  # which waits for them
         raise RunError(
             where="a worker process",
-            expected="it to live until its work is done",
-            found="it was killed, perhaps for want of memory",
+            expected="a process that lives until its work is done",
+            found=f"one that {how_one_died(ours) or 'was lost'}",
             fix="Give the command again, with fewer --workers.",
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def how_one_died(processes: Iterable[BaseProcess]) -> str:
+    """What became of the first process that ended by itself; the others are asked to end because of it.
+
+    Returns:
+        Words such as `was killed by SIGKILL`; empty: of none it is known.
+    """
+    processes = list(processes)
+    wait_for_sentinel([process.sentinel for process in processes], SECONDS_OF_DYING)
+    ends = [process.exitcode for process in processes]
+    found = next((end for end in ends if end and end != -signal.SIGTERM), 0)
+    if not found:
+        return ""
+    return f"was killed by {killed_by(-found)}" if found < 0 else f"ended with exit status {found}"
 
 
 def _finished(running: dict[Future[Result], Task]) -> Iterator[tuple[Task, Result]]:

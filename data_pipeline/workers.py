@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.errors import PretrainError, RunError
+from data_pipeline.parallel import how_one_died
 
 Entry = TypeVar("Entry")
 EntryOut = TypeVar("EntryOut", covariant=True)
@@ -102,7 +103,7 @@ def _next(iterator: Iterator[Entry | PretrainError], num_workers: int) -> Entry 
         raise RunError(
             where="loader worker",
             expected="a process that runs to the end",
-            found=f"one that was killed ({error or type(error).__name__})",
+            found=f"one that {how_one_died(getattr(iterator, '_workers', ())) or f'was killed ({error!r})'}",
             fix="Look for out-of-memory messages and a full /dev/shm, or lower runtime.num_workers.",
         ) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
 import sys
@@ -55,6 +56,7 @@ app = command_app(
 def main() -> int:
     """The entry point, and the one place where an error becomes a message and an exit status."""
     lean_imports.install()
+    faulthandler.enable(2)  # where a file got smaller that is mapped into memory, the process says where it was
     for stream in (sys.stdout, sys.stderr):  # names of files and classes may hold what a terminal's encoding does not
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before anything is imported that could be found in
     leave_working_folder("pretrain")
 
 import argparse
+import faulthandler
 import os
 import sys
 import time
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 the run failed, 2 the input was wrong, STOPPED where a signal asked it to stop.
     """
     lean_imports.install()
+    faulthandler.enable(2)  # where a file got smaller that is mapped into memory, the process says where it was
     join_step()
     recipe_path, options = _parse(arguments)
     stop_while_starting(speaks=_is_first())

@@ -44,7 +44,7 @@ class FileBytes:
         return found
 
     def crc32(self, offset: int, size: int) -> int:
-        """Of as many bytes; raises as `read`. In the order of the file, which is read once, for its hash too."""
+        """The checksum of what `read` returns. In the order of the file, which is read once, for its hash too."""
         found, end = 0, min(offset + size, self.size)
         while offset < end:
             if offset < self._begin:
@@ -57,7 +57,7 @@ class FileBytes:
         return found
 
     def sha256(self) -> str:
-        """Of the whole file, in hex; raises as `read`."""
+        """The hash of the whole file, in hex; raises as `read`."""
         while self._begin + len(self._ahead) < self.size:
             self._read_ahead()
         return self._digest.hexdigest()

@@ -19,6 +19,7 @@ from typing import NoReturn, TypeVar
 
 from data_pipeline.durable import write_text
 from data_pipeline.errors import PretrainError, RunError
+from data_pipeline.messages import killed_by
 from launch.jobs.eval_jobs import release
 from launch.jobs.folder import JobFolder
 from launch.jobs.node import MAX_ATTEMPTS_WITHOUT_CHECKPOINT, Node, attempt_folder
@@ -80,7 +81,7 @@ def ending(reports: Mapping[str, Mapping[str, object]], joined: set[str], nodes:
     order = (*(s for s in sorted(by_status, reverse=True) if s > 128), 1, *sorted(by_status), STOPPED)
     found = next(s for s in order if s in by_status and s != 0)
     node, why = by_status[found]
-    killed = f"a rank was killed by signal {found - 128}" if found > 128 else f"exit status {found}"
+    killed = f"a rank was killed by {killed_by(found - 128)}" if found > 128 else f"exit status {found}"
     return Ending(found, why or f"{_STATUS_TEXTS.get(found, killed)} ({node})")
 
 

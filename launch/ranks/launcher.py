@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from data_pipeline.errors import RunError
+from data_pipeline.messages import killed_by
 from launch.ranks.child import handled_by, start_child
 from pretrain.runtime.signals import STOP_SIGNALS, STOPPED
 
@@ -178,8 +179,8 @@ def _supervise(
 def _verdict(failed: Ended, first_rank: int) -> int:
     """Returns the exit status to pass on, and names a rank that a signal killed, which could not say so itself."""
     if failed.status < 0:
-        name, rank = signal.Signals(-failed.status).name, first_rank + failed.rank
-        print(f"error: rank {rank} was killed by {name}; the others were stopped", file=sys.stderr)
+        how, rank = killed_by(-failed.status), first_rank + failed.rank
+        print(f"error: rank {rank} was killed by {how}; the others were stopped", file=sys.stderr)
         return 128 - failed.status
     return failed.status
 

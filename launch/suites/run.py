@@ -19,6 +19,7 @@ from queue import SimpleQueue
 
 from data_pipeline.durable import write_text
 from data_pipeline.errors import InputError
+from data_pipeline.messages import killed_by
 from launch.ranks.child import start_child
 from launch.ranks.launcher import threads_per_process
 from launch.suites.jobs import Commands, Questions, SuiteJob, suite_jobs
@@ -166,7 +167,8 @@ def _run_all(left: list[SuiteJob], devices: Sequence[str | None], questions: Que
             free.put(device)
         if status:
             errors = [line for line in heard if line.startswith("error: ")]
-            return f"exit status {status}: {(errors or heard or ['it said nothing'])[-1]}"
+            how = killed_by(status - 128) if status > 128 else f"exit status {status}"
+            return f"{how}: {(errors or heard or ['it said nothing'])[-1]}"
         if not questions.answered(cell):
             return f"no report that answers what was asked: {cell.path}"
         print(f"[{number}/{len(left)}] {cell.name}: done in {time.monotonic() - start:.0f} s", flush=True)

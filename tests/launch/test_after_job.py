@@ -38,7 +38,7 @@ def of(*statuses: int | None, joined: int = 2, srun: int = 1) -> Ending:
         ((STOPPED, STOPPED), STOPPED, "asked to stop"),
         ((0, STOPPED), STOPPED, "asked to stop"),
         ((STOPPED, 1), 1, "the run failed (n1)"),  # n0 was asked to stop because of it
-        ((1, 137), 137, "a rank was killed by signal 9 (n1)"),  # whose peers failed of it
+        ((1, 137), 137, "a rank was killed by SIGKILL (perhaps for want of memory) (n1)"),  # whose peers failed of it
         ((1, HUNG), HUNG, "no progress (n1)"),
         ((137, HUNG), HUNG, "no progress (n1)"),
         ((HUNG, None), HUNG, "no progress (n0)"),

@@ -226,7 +226,7 @@ def test_a_rank_that_a_signal_killed_is_named(tmp_path: Path, environment: dict[
     launcher = start("killed", tmp_path, environment)
     _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + signal.SIGKILL
-    assert err == "error: rank 1 was killed by SIGKILL; the others were stopped\n"
+    assert err == "error: rank 1 was killed by SIGKILL (perhaps for want of memory); the others were stopped\n"
 
 
 def test_a_signal_is_passed_on_so_that_ranks_can_save(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -26,8 +26,8 @@ URL = "s3://user:canary-password@bucket/canary-folder?signature=canary"
 # Texts, by name: what is read from a URL or refused as it is read, and what names no file.
 TEXTS = {
     "shards", "train", "test", "source", "teacher", "encoder", "towers", "tokenizer", "templates", "classes",
-    "model", "option", "weights_key", "weights_prefix", "baseline", "group", "caption_field", "caption_key",
-    "image_column",    "caption_column", "label_column", "overrides",
+    "model", "option", "weights_key", "weights_prefix", "weights_ignore", "baseline", "group", "caption_field",
+    "caption_key", "image_column", "caption_column", "label_column", "overrides",
 }  # fmt: skip
 
 OTHERS = {"kind": "digits"}  # what a required parameter is given that does not take `1`
