@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -96,12 +97,12 @@ def claimed(plan: Path, content: object, what: str) -> Iterator[None]:
         what: is written into the folder, for the error.
 
     Raises:
-        RunError: another process has it.
+        RunError: another process has it, or had another plan for it in the same moment.
     """
     plan.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1) + "\n"
     if not plan.exists():
-        with durable_file(plan) as file:
-            file.write(json.dumps(content, indent=1).encode() + b"\n")
+        _write_first(plan, text.encode())
     with plan.open("r+b") as lock:  # to write, as NFS locks nothing else for one process alone
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,9 +110,39 @@ def claimed(plan: Path, content: object, what: str) -> Iterator[None]:
             raise RunError(
                 where=str(plan.parent), expected=f"one process to write {what}", found="another at work on it"
             ) from error
+        if json.load(lock) != json.loads(text):
+            raise RunError(
+                where=str(plan.parent), expected=f"one plan of {what}", found="another one, written just now",
+                fix="Give another folder.",
+            )  # fmt: skip
         for left in plan.parent.glob(TEMPORARY_PATTERN):
             left.unlink()
         yield
+
+
+def _write_first(path: Path, content: bytes) -> None:
+    """A whole file, unless there is one: the other may be open and locked, and would be so under no name any more."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS) and temporary.exists():
+            os.replace(temporary, path)  # on storage that has no second names
+        elif error.errno != errno.EEXIST and not path.exists():  # there now, its holder has cleared this one away
+            raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def has_other_files(folder: Path) -> bool:
+    """Whether there is anything in a folder that is more than what a killed, or another, process is writing."""
+    left = {path.name for path in folder.glob(TEMPORARY_PATTERN)}
+    return any(name not in left for name in os.listdir(folder))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -62,3 +62,9 @@ def reason(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "sizes for which there is no memory"
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def storage_or(fix: str, error: BaseException) -> str:
+    """What to do about a file that could not be used: `fix`, unless storage failed to give it."""
+    unread = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return "Look at the storage first: the file may well be sound." if unread else fix

@@ -24,6 +24,7 @@ from data_pipeline.datasets.soft_labeled import SoftLabeled
 from data_pipeline.datasets.soft_labels import map_safetensors
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import FieldError, ManifestError
+from data_pipeline.messages import storage_or
 from data_pipeline.order.order import Integers
 
 FORMAT = "pretrain selection 1"
@@ -99,7 +100,7 @@ class Selection:
                 where=str(path),
                 expected="a selection",
                 found=reason,
-                fix="Make it: pretrain data select SOURCE OUT.",
+                fix=storage_or("Make it: pretrain data select SOURCE OUT.", error),
             ) from error
         return found, digest
 

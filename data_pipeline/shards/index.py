@@ -15,6 +15,7 @@ from safetensors.numpy import load, save
 
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import ManifestError
+from data_pipeline.messages import storage_or
 
 FORMAT = "pretrain shard index 1"
 SUFFIX = ".idx"
@@ -107,7 +108,7 @@ class ShardIndex:
             content = path.read_bytes()
         except OSError as error:
             found = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
-            raise _no_index(str(path), found) from error
+            raise _no_index(str(path), found, error) from error
         return cls.parse(content, str(path))
 
     @classmethod
@@ -130,7 +131,7 @@ class ShardIndex:
             )
             index.check()
         except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise _no_index(where, f"{error!r}") from error
+            raise _no_index(where, f"{error!r}", error) from error
         return index
 
     def check(self) -> None:
@@ -174,12 +175,12 @@ def is_index(path: Path) -> bool:
     return isinstance(header, dict) and str(header.get("format")).startswith("pretrain shard index ")
 
 
-def _no_index(where: str, found: str) -> ManifestError:
+def _no_index(where: str, found: str, error: Exception) -> ManifestError:
     return ManifestError(
         where=where,
         expected="the index of a shard",
         found=found,
-        fix="Make it again with `pretrain data index`, or copy it again with its shard.",
+        fix=storage_or("Make it again with `pretrain data index`, or copy it again with its shard.", error),
     )
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import ManifestError, ShardError
-from data_pipeline.messages import reason
+from data_pipeline.messages import reason, storage_or
 from data_pipeline.remote.fetch import Remote
 from data_pipeline.shards.index import SUFFIX, ShardIndex
 from data_pipeline.shards.specs import is_inside
@@ -222,7 +222,7 @@ class Manifest:
                 where=str(path),
                 expected="the manifest of a dataset",
                 found=_reason(error),
-                fix="Copy it again, or remove it and make it again with `pretrain data index`.",
+                fix=storage_or("Copy it again, or remove it and make it again with `pretrain data index`.", error),
             ) from error
         return cls(
             root=path.parent,

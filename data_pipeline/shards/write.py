@@ -12,7 +12,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-from data_pipeline.durable import TEMPORARY_PATTERN, claimed, durable_file
+from data_pipeline.durable import claimed, durable_file, has_other_files
 from data_pipeline.errors import DataError, ManifestError, SampleError, SourceError
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
@@ -59,7 +58,7 @@ def check_output(out: Path, plan: Plan) -> None:
     """Raises DataError unless `out` is new, empty, or of the same plan. Changes nothing."""
     found = _read_plan(out)
     if found is None:
-        if out.exists() and (not out.is_dir() or _strangers(out)):
+        if out.exists() and (not out.is_dir() or has_other_files(out)):
             raise DataError(
                 where=str(out),
                 expected="a new or empty folder, or one to go on with",
@@ -194,11 +193,6 @@ def _read_plan(out: Path) -> dict[str, Any] | None:
             where=str(out / PLAN_NAME), expected="the plan of a dataset", found=f"other text ({error})"
         ) from error
     return plan if isinstance(plan, dict) else {}
-
-
-def _strangers(out: Path) -> bool:
-    left = {path.name for path in out.glob(TEMPORARY_PATTERN)}
-    return any(name not in left for name in os.listdir(out))
 
 
 def _bad_samples(out: Path, bad: Sequence[SampleError]) -> SourceError:

@@ -28,7 +28,7 @@ from data_pipeline.datasets.soft_labels import (
     read_file,
     write_labels_file,
 )
-from data_pipeline.durable import claimed, durable_file
+from data_pipeline.durable import claimed, durable_file, has_other_files
 from data_pipeline.errors import CheckpointError, DataError, InputError, RunError
 from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
@@ -267,7 +267,7 @@ def _check_out(out: Path, plan: dict[str, Any]) -> None:
     try:
         found = json.loads((out / PLAN_NAME).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or has_other_files(out)):
             raise DataError(
                 where=str(out),
                 expected="a new or empty folder, or labels to go on with",

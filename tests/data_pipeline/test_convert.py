@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,22 +188,24 @@ def test_stopped_at_any_write_it_looks_unfinished_and_goes_on_to_the_same_bytes(
     source = as_folder(tmp_path / "s", class_folders(12))
     convert(source, tmp_path / "whole", SMALL)
     whole = contents(tmp_path / "whole")
-    replace = os.replace
+    replace, link = os.replace, os.link
     for stop in range(len(whole)):
         out = tmp_path / f"stopped-{stop}"
         left = stop
 
-        def replace_until(a: Any, b: Any) -> None:
+        def name_until(name: Callable[..., None], a: Any, b: Any) -> None:
             nonlocal left
             if left == 0:
                 raise Killed
             left -= 1
-            replace(a, b)
+            name(a, b)
 
-        monkeypatch.setattr("os.replace", replace_until)
+        monkeypatch.setattr("os.replace", partial(name_until, replace))
+        monkeypatch.setattr("os.link", partial(name_until, link))
         with pytest.raises(Killed):
             convert(source, out, SMALL)
         monkeypatch.setattr("os.replace", replace)
+        monkeypatch.setattr("os.link", link)
         assert len(contents(out)) == stop
         with pytest.raises(DataError):
             load_manifest(str(out))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from data_pipeline.durable import durable_file
+from data_pipeline.durable import claimed, durable_file, has_other_files
+from data_pipeline.errors import RunError
 
 
 def test_a_file_is_on_disk_before_it_has_its_name_and_the_name_before_it_is_done(
@@ -39,3 +41,56 @@ def test_of_two_writers_with_one_process_id_the_last_wins(tmp_path: Path, monkey
         assert (tmp_path / "file").read_bytes() == b"second"
     assert (tmp_path / "file").read_bytes() == b"first"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+class TestManyAtOnce:
+    """What `convert`, `make` and `label` claim: all of them may find the same empty folder in one moment."""
+
+    def test_a_plan_that_another_wrote_in_the_same_moment_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plan = tmp_path / "out" / "plan.json"
+        with claimed(plan, {"a": 1}, "this"):
+            there = plan.stat().st_ino
+            monkeypatch.setattr(Path, "exists", lambda path: False)
+            with pytest.raises(RunError, match="another at work"), claimed(plan, {"a": 1}, "this"):
+                pass
+            assert plan.stat().st_ino == there, "or its lock would be on a file without a name"
+        monkeypatch.undo()
+        assert [path.name for path in plan.parent.iterdir()] == ["plan.json"]
+
+    def test_another_plan_of_the_same_moment_is_refused(self, tmp_path: Path) -> None:
+        plan = tmp_path / "plan.json"
+        with claimed(plan, {"a": 1}, "this"):
+            pass
+        with pytest.raises(RunError, match="another one, written just now"), claimed(plan, {"a": 2}, "this"):
+            pass
+
+    def test_its_holder_may_clear_away_what_others_are_writing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The second one finds no plan; the first writes it, and clears the folder, before the second has its own."""
+        plan, link = tmp_path / "plan.json", os.link
+
+        def late(temporary: Path, path: Path) -> None:
+            monkeypatch.setattr(os, "link", link)
+            with claimed(plan, {"a": 1}, "this"):
+                assert not temporary.exists()
+            link(temporary, path)
+
+        monkeypatch.setattr(os, "link", late)
+        with claimed(plan, {"a": 1}, "this"):
+            assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+    def test_what_is_being_written_is_no_other_file(self, tmp_path: Path) -> None:
+        with durable_file(tmp_path / "file"):
+            assert not has_other_files(tmp_path)
+        assert has_other_files(tmp_path)
+
+    def test_storage_without_links_will_do(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*names: Path) -> None:
+            raise OSError(errno.EPERM, "no links")
+
+        monkeypatch.setattr(os, "link", refuse)
+        with claimed(tmp_path / "plan.json", {"a": 1}, "this"):
+            assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

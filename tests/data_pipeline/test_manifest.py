@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -255,3 +258,17 @@ def test_a_pattern_that_names_a_shard_twice_is_refused_by_all_alike(dataset: Pat
         told.append(str(caught.value).replace("http://host", ""))
     assert len(set(told)) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard-000000.idx"])
+def test_a_file_that_storage_does_not_give_is_not_to_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(path: Path, *_: str) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    for read in ("read_text", "read_bytes"):
+        monkeypatch.setattr(Path, read, fail)
+    with pytest.raises(ManifestError, match=r"Input/output error\. Look at the storage first") as error:
+        Manifest.read(tmp_path / name) if name.endswith("json") else ShardIndex.load(tmp_path / name)
+    assert not re.search("emove|again", str(error.value))
