@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from data_pipeline.errors import InputError
+from data_pipeline.messages import killed_by
 from launch.commands.arguments import NumRanks, RecipePath, command_app, examples
 from pretrain.train_options import Option, TrainOptions
 
@@ -74,8 +75,6 @@ def train(recipe_path: RecipePath, num_ranks: NumRanks = 1, **given: Any) -> Non
     arguments = [str(recipe_path), *replace(options, out=out).words()]
     if num_ranks == 1:
         raise typer.Exit(rank.main(arguments))
-    from signal import Signals
-
     from pretrain.inputs import refuse_wrong_inputs
 
     refuse_wrong_inputs(recipe)
@@ -89,5 +88,5 @@ def train(recipe_path: RecipePath, num_ranks: NumRanks = 1, **given: Any) -> Non
     preflight(recipe, num_ranks, output_folder(out, options.overfit_batch))  # one message, before anything is started
     status = launch(arguments, num_ranks, threads=recipe.runtime.threads, passed_on=SAVING)
     if status > 128 and status - 128 not in STOP_SIGNALS and is_run(out):
-        note_failure(out, f"a rank was killed by {Signals(status - 128).name}")  # which could not say so
+        note_failure(out, f"a rank was killed by {killed_by(status - 128)}")  # which could not say so
     raise typer.Exit(status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -21,6 +22,7 @@ _KEYS = {
     "account": "account", "qos": "qos", "gres": "gpus_per_node", "memory": "memory_gb", "feature": "sbatch.constraint",
     "time limit": "time_minutes", "partition": "partition", "node": "nodes",
 }  # fmt: skip
+_NODES = re.compile(r"(\d+)\s+(\d+)\+?\s+(\d+)\+?\s+(.*)")  # how many, CPUs, MB, generic resources
 _FOR_GOOD = ("nvalid", "can not be satisfied")
 _USEFUL = {"sacct": "how jobs ended that left the queue", "sacctmgr": "accounts and qos before a job is submitted"}
 
@@ -148,15 +150,16 @@ def _nodes(cluster: Cluster, name: str) -> Finding | None:
     if not said:
         return None
     cpus, memory_mb = cluster.ranks_per_node * cluster.cpus_per_rank, (cluster.memory_gb or 0) * 1024
-    enough = 0
-    for line in said:
-        count, *has = line.split(maxsplit=3)
-        fits = (
-            int(has[0].rstrip("+")) >= cpus
-            and int(has[1].rstrip("+")) >= memory_mb
-            and _gpus(has[2], cluster.gpu_type) >= cluster.gpus_per_node
-        )
-        enough += int(count) if fits else 0
+    nodes = [match for line in said if (match := _NODES.fullmatch(line))]
+    if not nodes:
+        return warning("nodes", f"sinfo says what is no node: {said[0]}", "sbatch itself will say if they are too few.")
+    enough = sum(
+        int(count)
+        for count, has_cpus, has_mb, resources in (match.groups() for match in nodes)
+        if int(has_cpus) >= cpus
+        and int(has_mb) >= memory_mb
+        and _gpus(resources, cluster.gpu_type) >= cluster.gpus_per_node
+    )
     wanted = f"{cpus} CPUs, {cluster.gpus or 0} GPUs and {cluster.memory_gb or 0:g} GB"
     if enough < cluster.nodes:
         fix = "Ask for less, or for another partition: `sinfo --Node --long` shows them."
@@ -169,7 +172,7 @@ def _account(cluster: Cluster) -> Iterator[Finding]:
         return
     form = ("--noheader", "--parsable2", "show", "associations", f"user={getpass.getuser()}", "format=Account,QOS")
     said, problem = _ask("sacctmgr", *form)
-    rows = [line.split("|") for line in said if "|" in line]
+    rows = [line.split("|", 1) for line in said if "|" in line]
     if problem or not rows:
         why = problem or "it knows no account of this user"
         yield warning("account", f"sacctmgr could not be asked: {why}", "sbatch itself will say if it is wrong.")

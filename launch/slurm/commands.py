@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 
@@ -27,6 +27,7 @@ _CLUSTER_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLUR
 
 # Words of squeue and sacct for what a job is doing; any other word is how it ended.
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+_STATE = re.compile(r"[A-Z][A-Z_]+(?=\s|\+|\Z)")
 AT_WORK = ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
 
 
@@ -43,7 +44,9 @@ def slurm(*words: str, seconds: float = _SECONDS, given: str | None = None) -> s
         RunError: the command failed, or did not answer in time.
     """
     try:
-        done = subprocess.run(words, input=given, capture_output=True, text=True, timeout=seconds, env=outside())
+        done = subprocess.run(
+            words, input=given, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds, env=outside()
+        )
     except FileNotFoundError:
         raise InputError(
             where=words[0], expected="SLURM's commands on this machine", found="no such command",
@@ -51,6 +54,10 @@ def slurm(*words: str, seconds: float = _SECONDS, given: str | None = None) -> s
         ) from None  # fmt: skip
     except subprocess.TimeoutExpired:
         raise RunError(words[0], f"an answer within {seconds:g} s", "none", "See whether slurmctld is up.") from None
+    except OSError as error:
+        raise RunError(
+            words[0], "a command that can be run", error.strerror or str(error), "See `which` it is."
+        ) from None
     if done.returncode:
         found = (done.stderr or done.stdout).strip()
         raise RunError(where=" ".join(words[:3]), expected="SLURM to do it", found=found)
@@ -110,7 +117,7 @@ def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
         return {}
     try:
         said = slurm("squeue", "--noheader", "--states=all", f"--jobs={','.join(ids)}", "--format=%i %T", seconds=10)
-        states = _by_id(said, " ")
+        states = _by_id(said, " ", ids)
     except PretrainError as error:
         if "Invalid job id" not in error.found:  # what it says of a single one that is long over
             return None
@@ -118,14 +125,14 @@ def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
     if unknown := [job_id for job_id in ids if job_id not in states]:
         words = ("--noheader", "--parsable2", "--allocations", f"--jobs={','.join(unknown)}", "--format=JobIDRaw,State")
         with suppress(PretrainError):  # accounts are not kept everywhere
-            states |= _by_id(slurm("sacct", *words, seconds=10), "|")
+            states |= _by_id(slurm("sacct", *words, seconds=10), "|", unknown)
     return states
 
 
-def _by_id(text: str, separator: str) -> dict[str, str]:
-    """Returns the first word of each job's state: sacct says `CANCELLED by 1000`."""
+def _by_id(text: str, separator: str, ids: Collection[str]) -> dict[str, str]:
+    """Returns the first word of the state of each of these jobs, of lines that tell one: sacct says `CANCELLED by 1000`."""
     pairs = (line.strip().partition(separator) for line in text.splitlines())
-    return {job_id: state.split()[0] for job_id, _, state in pairs if state.split()}
+    return {job_id: word[0] for job_id, _, state in pairs if job_id in ids and (word := _STATE.match(state.strip()))}
 
 
 def kill_wait_seconds() -> float:
@@ -144,7 +151,11 @@ def shorten_requeue_delay(fields: Mapping[str, str]) -> None:
     Not at once: nodes have just revoked its credential, and one of the same second would count as that one.
     """
     begin = fields.get("EligibleTime", "Unknown") if fields.get("Reason") == "BeginTime" else "Unknown"
-    if begin != "Unknown" and datetime.fromisoformat(begin) - datetime.now() > timedelta(seconds=15):
+    try:
+        waits = datetime.fromisoformat(begin) - datetime.now() > timedelta(seconds=15)
+    except ValueError:  # Unknown, or another word
+        return
+    if waits:
         slurm("scontrol", "update", f"JobId={fields['JobId']}", "StartTime=now+5")
 
 
