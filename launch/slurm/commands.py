@@ -130,7 +130,7 @@ def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
 
 
 def _by_id(text: str, separator: str, ids: Collection[str]) -> dict[str, str]:
-    """Returns the first word of the state of each of these jobs, of lines that tell one: sacct says `CANCELLED by 1000`."""
+    """Returns the first word of each of these jobs' states, of lines that hold one: sacct says `CANCELLED by 1000`."""
     pairs = (line.strip().partition(separator) for line in text.splitlines())
     return {job_id: word[0] for job_id, _, state in pairs if job_id in ids and (word := _STATE.match(state.strip()))}
 

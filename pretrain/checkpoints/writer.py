@@ -13,6 +13,7 @@ Whatever fails on the way, on whichever rank, nothing claims to be complete, and
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -31,6 +32,9 @@ from pretrain.runtime.agreement import RanksFailedError, agree
 from pretrain.runtime.collectives import World, gather_objects, side_group
 from pretrain.runtime.run_folder import COMPLETE, all_folders, complete_checkpoints, folder_name
 from pretrain.runtime.state import RunState
+
+# What NFS says of a folder in which a file is still open somewhere, or that another machine removes as well.
+_IN_USE = (errno.ENOTEMPTY, errno.EBUSY, errno.ESTALE, errno.ENOENT)
 
 
 class HoldsState(Protocol):
@@ -217,7 +221,11 @@ def _retain(folder: Path, newest: Path, keep_last: int, unsound: Collection[Path
     sound = [path for path in complete_checkpoints(folder) if path == newest or path not in unsound]
     for path in all_folders(folder):
         if path not in {*sound[-keep_last:], newest}:
-            _remove(path)
+            try:
+                _remove(path)
+            except OSError as error:
+                if error.errno not in _IN_USE:
+                    raise  # else it is no checkpoint any more, and goes after the next save
 
 
 def _remove(path: Path) -> None:

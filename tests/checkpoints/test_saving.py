@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import redirect_stderr
 from io import StringIO
@@ -12,8 +13,12 @@ import pytest
 from data_pipeline.errors import InputError
 from pretrain.__main__ import main
 from pretrain.checkpoints.schedule import check_time_to_save
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.runtime.collectives import World
+from pretrain.runtime.run_folder import complete_checkpoints
 from pretrain.runtime.signals import LEAD_SECONDS
+from pretrain.runtime.state import Progress, RunState
+from tests.launch.run_folders import Held, make_run
 from tests.ranks import started
 from tests.runs import write_recipe
 from tests.shards import write_shards
@@ -45,3 +50,26 @@ def test_a_run_that_could_not_save_in_time_is_not_started(tmp_path: Path) -> Non
     assert status == 2, said
     assert "signal_lead_seconds" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_old_checkpoint_that_is_open_elsewhere_goes_after_a_later_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps the name of a file that is open, and with it the folder."""
+    run, rmdir = make_run(tmp_path / "run"), os.rmdir
+    writer = CheckpointWriter(run / "checkpoints", Held(), world=World(), keep_last=1, say=lambda _: None)
+
+    def saved(step: int) -> list[str]:
+        writer.save(RunState(Progress(step, 30, 8 * step)))
+        writer.finish()
+        return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+    def refuse(path: object, **_: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    assert saved(1) == ["step_00000001"]
+    monkeypatch.setattr(os, "rmdir", refuse)
+    assert saved(2) == ["step_00000001", "step_00000002"]
+    assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step_00000002"]
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    assert saved(3) == ["step_00000003"]

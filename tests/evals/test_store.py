@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data_pipeline.datasets.read import open_dataset
-from data_pipeline.errors import InputError
+from data_pipeline.errors import InputError, RunError
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import store as store_module
 from pretrain.evals.features.extract import Extraction, Features
@@ -273,3 +274,23 @@ def test_a_file_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--cache"):
         FeatureStore(tmp_path / "file")
+
+
+@pytest.mark.parametrize("gone", ["the cache", "values.f32", "a record", "half of values.f32"])
+def test_a_cache_that_is_removed_while_it_is_read_is_told(tmp_path: Path, gone: str) -> None:
+    entry = FeatureStore(tmp_path / "cache").shelf({"encoder": "a"}, 100)
+    for number, rows in enumerate(entry.chunks):
+        part = torch.ones(len(rows), 4), torch.zeros(len(rows), dtype=torch.int64), tuple(map(str, rows))
+        entry.put(number, Features(*part))
+    assert entry.missing() == []
+    held = entry.features()
+    if gone == "the cache":
+        shutil.rmtree(tmp_path / "cache")
+    elif gone == "half of values.f32":
+        os.truncate(entry.folder / "values.f32", 8)
+    else:
+        (entry.folder / ("values.f32" if gone == "values.f32" else "chunk_000001.json")).unlink()
+    with pytest.raises(RunError, match=r"expected 4 chunks of features, .* start the evaluation again"):
+        entry.features()
+    if gone != "half of values.f32":
+        assert held.values.sum() == 400, "what was read already stays"

@@ -133,18 +133,25 @@ class CacheEntry:
         records = [self._record(number) for number in range(len(self.chunks))]
         there = [record for record in records if record is not None]
         if len(there) != len(records):
-            raise RunError(
-                where=str(self.folder),
-                expected=f"{len(records)} chunks of features",
-                found=f"{len(there)} of them",
-                fix="Start the evaluation again; if it stays so, the folder is not shared by all ranks.",
-            )
+            raise self._gone(f"{len(there)} of them")
         width = there[0]["width"]
-        mapped = torch.from_file(str(self._values), shared=False, size=self.total * width, dtype=torch.float32)
+        try:
+            mapped = torch.from_file(str(self._values), shared=False, size=self.total * width, dtype=torch.float32)
+        except RuntimeError as error:  # as torch calls what the system refuses
+            raise self._gone(f"their records without {self._values.name}, or with less of it") from error
         return Features(
             mapped.view(self.total, width),
             torch.tensor([label for record in there for label in record["labels"]], dtype=torch.int64),
             tuple(key for record in there for key in record["keys"]),
+        )
+
+    def _gone(self, found: str) -> RunError:
+        return RunError(
+            where=str(self.folder),
+            expected=f"{len(self.chunks)} chunks of features",
+            found=found,
+            fix="Something else removed them: start the evaluation again. If it stays so, the folder is not shared by "
+            "all ranks.",
         )
 
     @property
