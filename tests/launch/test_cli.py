@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import signal
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.strict_yaml import read_yaml
 from pretrain.train_options import TrainOptions, add_arguments, options_from
 from tests.commands import begun, program
+from tests.data_pipeline.test_changing_files import read_beyond_the_end
 from tests.recipe.recipes import SMALL, changed
 
 Outcome = tuple[int, str, str]  # exit status, stdout, stderr
@@ -285,3 +289,19 @@ def test_a_training_is_given_the_same_options_by_both_of_its_commands(pretrain: 
 
 def test_version(pretrain: Callable[..., Outcome]) -> None:
     assert pretrain("--version") == (0, f"{version('pretrain')}\n", "")
+
+
+def use_a_file_that_got_smaller(path: Path) -> None:
+    sys.argv = ["pretrain", "--version"]
+    with suppress(SystemExit):
+        cli.main()
+    read_beyond_the_end(path)
+
+
+def test_a_command_that_a_mapped_file_ends_says_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "mapped").write_bytes(b"1" * 4096)
+    with begun(partial(use_a_file_that_got_smaller, tmp_path / "mapped")) as command:
+        done = command.wait()
+    assert done.status == -signal.SIGBUS
+    assert "Bus error" in done.stderr
+    assert "in read_beyond_the_end" in done.stderr
