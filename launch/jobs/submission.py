@@ -100,7 +100,7 @@ def check_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with durable_file(out / ".writable"):
             pass
-        (out / ".writable").unlink()
+        (out / ".writable").unlink(missing_ok=True)  # another may look at the same time
     except OSError as error:
         raise InputError(
             where=f"--out {out}", expected="a folder that can be written", found=error.strerror or str(error)
