@@ -20,7 +20,7 @@ USE = """
 import sys
 from pathlib import Path
 from launch import cli, demo
-from launch.jobs.code_copy import copy_code
+from launch.jobs.code_copy import copied_code
 from pretrain.runtime.versions import commit
 
 def pretrain(*words):
@@ -39,7 +39,8 @@ pretrain("train", str(demo.RECIPE), "--max-steps", "2", "--set=batch.global_size
 data = ["--train", "data/fractals/train", "--test", "data/fractals/test"]
 pretrain("eval", "knn", "runs/mae_fractals", *data, "--k", "5")
 pretrain("report", "runs/mae_fractals")
-copy_code(Path("code"))
+with copied_code(Path("code")):
+    pass
 modules = [module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] in PACKAGES]
 print("from elsewhere:", [path for path in modules if not Path(path).is_relative_to(Path.cwd().parent / "site")])
 print("commit:", commit())

@@ -8,7 +8,8 @@ from launch.chains.check import Evaluations, check_chain
 from launch.chains.config import Stage, stage_words
 from launch.chains.folder import ChainFolder
 from launch.chains.stage_job import StageJob, stage_record
-from launch.jobs.submission import PlannedJob, refuse_running, submit_jobs
+from launch.jobs.queue import PlannedJob, refuse_running
+from launch.jobs.submission import submit_jobs
 from launch.slurm.cluster import Cluster, load_cluster
 from pretrain.recipe.files import dump
 

@@ -175,8 +175,8 @@ def main(run: Path, status: int, when_done: Callable[[JobFolder], Next] = lambda
             then, end = Next("stop", "SLURM did not queue it again, see the log"), Ending(1, end.why)
         if then.event != "requeue" and submitted.get("held"):
             release(Path(submitted["held"]))
-        noted = note(folder, "end", attempt=attempt, status=end.status, why=end.why, step=step)
-        noted = note(folder, then.event, attempt=attempt, why=then.why) and noted
+        noted = note(folder, "end", attempt=attempt, job_id=node.job_id, status=end.status, why=end.why, step=step)
+        noted = note(folder, then.event, attempt=attempt, job_id=node.job_id, why=then.why) and noted
         words = f"{then.event}: {then.why}" if then.why else then.event
         if not (tell(words) and noted):
             comment(node.job_id, words)

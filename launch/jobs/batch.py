@@ -69,7 +69,7 @@ def slurm_executor(
         # From SLURM 22.05 on srun takes no number of CPUs from sbatch, and binds a task to one.
         srun_args=["--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={cpus}"],
         teardown=[f"{python} -u -m {after_module} {shlex.quote(str(folder))} $?"],
-        additional_parameters={"requeue": True, **own, **waits},
+        additional_parameters={"requeue": True, "hold": True, **own, **waits},  # released by launch/jobs/queue.py
         **{key: value for key, value in given.items() if value is not None},
     )
     return executor

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from data_pipeline.errors import InputError, PretrainError
+from data_pipeline.errors import InputError, PretrainError, RunError
 from launch.jobs.folder import JobFolder
 from launch.slurm.commands import AT_WORK, WAITING, job_fields, slurm
 
@@ -24,10 +26,14 @@ def cancel(folder: Path, now: bool) -> None:
         InputError: nothing was submitted from there, or nothing is left of it.
     """
     if not (folder / "chain" / "chain.yaml").is_file():
-        _cancel(JobFolder(folder), now, _state(JobFolder(folder)))
+        job = JobFolder(folder)
+        with _remembered([job]):
+            state = _state(job)
+        _cancel(job, now, state)
         return
     jobs = [JobFolder(path.parent.parent) for path in folder.glob("*/job/submitted.json")]
-    alive = [(job, state) for job in jobs if (state := _state(job)) in _ALIVE]
+    with _remembered(jobs):
+        alive = [(job, state) for job in jobs if (state := _state(job)) in _ALIVE]
     if not alive:
         raise InputError(
             where=str(folder), expected="jobs that run or wait", found="none", fix=f"See `pretrain status {folder}`."
@@ -37,6 +43,18 @@ def cancel(folder: Path, now: bool) -> None:
             _cancel(job, now, state)
         except PretrainError as error:  # it has ended meanwhile
             print(f"{job.run}: {error}")
+
+
+@contextmanager
+def _remembered(jobs: Sequence[JobFolder]) -> Iterator[None]:
+    """Leaves the wish in the jobs' folders where SLURM does not answer: they are then not queued again."""
+    try:
+        yield
+    except RunError as error:
+        for job in jobs:
+            job.canceled.touch()
+        fix = "They are not queued again when they end. Give the command again once SLURM answers, to end them now."
+        raise RunError(error.where, error.expected, error.found, fix) from None
 
 
 def _state(job: JobFolder) -> str | None:
@@ -66,7 +84,7 @@ def _cancel(job: JobFolder, now: bool, state: str | None) -> None:
         print(f"job {job_id} saves and stops; see `pretrain status {job.run}`")
     else:
         slurm("scancel", job_id)
-        job.note("cancel", why="before it ran" if state in WAITING else "at once")
+        job.note("cancel", job_id=job_id, why="before it ran" if state in WAITING else "at once")
         print(f"job {job_id} is canceled")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from data_pipeline.errors import PretrainError
 from launch.jobs.eval_jobs import hold, release
 from launch.jobs.folder import JobFolder
-from launch.jobs.submission import PlannedJob, queue_jobs
+from launch.jobs.queue import PlannedJob, queue_jobs
 from launch.slurm.cluster import load_cluster
 from pretrain.recipe.files import load_recipe
 from pretrain.runtime.run_folder import eval_name, folder_name

@@ -43,13 +43,17 @@ class JobRecord:
 
     @property
     def current(self) -> tuple[Mapping[str, Any], ...]:
-        """The events of the latest submission. Clocks of two machines may differ, so its job's first start goes
-        before the time; a job that was canceled before it started has only that.
+        """The events of the latest submission: of its job, as an earlier one may still write its last word, such as
+        that it was not for it. Events of earlier code have no number of a job: those after the job's first start,
+        or, as a job that was canceled before it started has none, after it was submitted.
         """
-        own = [i for i, e in enumerate(self.events) if e["event"] == "start" and e["job_id"] == self.job_id]
-        if own:
-            return self.events[own[0] :]
-        return tuple(event for event in self.events if event["at"] >= self.submitted["submitted_at"])
+        starts = [i for i, e in enumerate(self.events) if e["event"] == "start" and e["job_id"] == self.job_id]
+        events = self.events[starts[0] :] if starts else self.events
+        late = self.submitted["submitted_at"] if not starts else 0.0
+        return tuple(
+            event for event in events
+            if (event["job_id"] == self.job_id if "job_id" in event else event["at"] >= late)
+        )  # fmt: skip
 
     @property
     def started(self) -> bool:

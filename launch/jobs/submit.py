@@ -13,7 +13,8 @@ from pathlib import Path
 from data_pipeline.datasets.read import open_dataset
 from data_pipeline.datasets.training import open_training
 from data_pipeline.errors import RecipeError
-from launch.jobs.submission import PlannedJob, submit_jobs
+from launch.jobs.queue import PlannedJob
+from launch.jobs.submission import submit_jobs
 from launch.slurm.cluster import Cluster, load_cluster
 from pretrain.evals.config import ProtocolConfig
 from pretrain.recipe.files import dump, load_recipe, print_note

@@ -194,7 +194,8 @@ def _ask(*words: str) -> tuple[list[str], str]:
     try:
         text = slurm(*words, seconds=10)
     except PretrainError as raised:
-        return [], raised.found.splitlines()[-1].rstrip(".") if raised.found else "no reason given"
+        said = [line for line in raised.found.splitlines() if re.search(r"\w", line)]  # some is framed in stars
+        return [], said[-1].strip("* ").rstrip(".") if said else "no reason given"
     return [line.strip() for line in text.splitlines() if line.strip()], ""
 
 

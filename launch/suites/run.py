@@ -51,7 +51,7 @@ def run_suite(
     Raises:
         InputError: the suite or its data are wrong, or a job is at work on a result; nothing was started.
     """
-    from launch.jobs.submission import refuse_running
+    from launch.jobs.queue import refuse_running
 
     suite, out, cells, questions = _opened(path, out, commands)
     left = [cell for cell in cells if not questions.answered(cell)]
@@ -87,7 +87,8 @@ def submit_suite(
         InputError: something is wrong; nothing was started.
         RunError: SLURM refused a job; no job is left in its queue.
     """
-    from launch.jobs.submission import PlannedJob, submit_jobs
+    from launch.jobs.queue import PlannedJob
+    from launch.jobs.submission import submit_jobs
     from launch.slurm.cluster import load_cluster
 
     suite, out, cells, questions = _opened(path, out, commands, whole=True)

@@ -17,7 +17,7 @@ from launch.commands.label import select
 from launch.jobs import after_job
 from launch.jobs.folder import JobFolder
 from launch.jobs.node import attempt_folder
-from launch.jobs.submission import PlannedJob
+from launch.jobs.queue import PlannedJob
 from tests.launch.run_folders import Commands
 from tests.runs import write_recipe
 from tests.shards import write_shards
@@ -63,15 +63,15 @@ def test_all_of_a_chain_is_queued_or_nothing(chain: Path, cluster: Commands, mon
     said: list[tuple[str, ...]] = []
     queued: list[tuple[str, list[str]]] = []
 
-    def queue(job: PlannedJob, code: Path, after: list[str], local: bool) -> str:
+    def queue(job: PlannedJob, code: Path, record: dict[str, Any]) -> str:
         if queued:
             raise KeyboardInterrupt
-        queued.append((job.name, after))
+        queued.append((job.name, record["after"]))
         return "11"
 
-    monkeypatch.setattr("launch.jobs.submission._queue", queue)
+    monkeypatch.setattr("launch.jobs.queue._queue", queue)
     monkeypatch.setattr("launch.jobs.submission.check_cluster", lambda *_: None)
-    monkeypatch.setattr("launch.jobs.submission.slurm", lambda *words, **_: said.append(words))
+    monkeypatch.setattr("launch.jobs.queue.slurm", lambda *words, **_: said.append(words))
     with pytest.raises(KeyboardInterrupt):
         submit(chain)
     assert queued == [("tiny-few", [])]
@@ -100,7 +100,7 @@ class Executor:
 @pytest.fixture
 def executor(cluster: Commands, monkeypatch: pytest.MonkeyPatch) -> Executor:
     found = Executor(most=2)
-    monkeypatch.setattr("launch.jobs.submission.slurm_executor", found)
+    monkeypatch.setattr("launch.jobs.queue.slurm_executor", found)
     return found
 
 
@@ -109,7 +109,7 @@ def test_a_stage_that_slurm_refuses_takes_back_those_before(
 ) -> None:
     executor.most = 1
     said: list[tuple[str, ...]] = []
-    monkeypatch.setattr("launch.jobs.submission.slurm", lambda *words, **_: said.append(words))
+    monkeypatch.setattr("launch.jobs.queue.slurm", lambda *words, **_: said.append(words))
     with pytest.raises(RunError, match="QOSMax"):
         submit(chain)
     assert said == [("scancel", "11")]

@@ -134,7 +134,7 @@ def test_a_submission_that_fails_holds_nothing(tmp_path: Path, monkeypatch: pyte
     def refuse(*_: object, **__: object) -> str:
         raise RunError("sbatch", "SLURM to take the job", "QOSMaxSubmitJobPerUserLimit")
 
-    monkeypatch.setattr("launch.jobs.submission._queue", refuse)
+    monkeypatch.setattr("launch.jobs.queue._queue", refuse)
     recipe = write_recipe(tmp_path / "r.yaml", write_shards(tmp_path / "shards", 80), evals=EVALS)
     run = tmp_path / "run"
     JobFolder(run).write("recipe.yaml", recipe.read_text())

@@ -9,7 +9,8 @@ import pytest
 
 from data_pipeline.errors import InputError
 from launch.doctor import doctor
-from launch.jobs.submission import PlannedJob, submit_jobs
+from launch.jobs.queue import PlannedJob
+from launch.jobs.submission import submit_jobs
 from launch.slurm.checks import check_folder_name, check_script, check_slurm
 from launch.slurm.cluster import Cluster
 from tests.launch.findings import asked, levels, problems
@@ -64,6 +65,10 @@ def test_slurm_that_is_not_there_or_does_not_answer(commands: Commands) -> None:
     assert "no sbatch, squeue, scontrol on PATH" in problems(check_slurm(asked()))
     for name in ("sbatch", "squeue"):
         commands.says(name)
+    stars = "*" * 40
+    framed = ["Slurmctld(primary) at c0 is DOWN", stars, "** RESTORE SLURMCTLD DAEMON TO SERVICE **", stars]
+    commands.says("scontrol", "\n".join(framed), status=1)
+    assert "RESTORE SLURMCTLD DAEMON TO SERVICE. See that" in problems(check_slurm(asked()))
     commands.says("scontrol", "slurm_load_ping error: Unable to contact slurm controller", status=1)
     assert levels(check_slurm(None)) == [("warning", "SLURM")]
     assert levels(check_slurm(asked())) == [("error", "SLURM")]

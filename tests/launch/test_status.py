@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import InputError
+from data_pipeline.errors import InputError, RunError
+from launch.jobs.cancel import cancel
 from launch.jobs.record import load_job
 from launch.jobs.run_state import find_state
 from launch.jobs.status import find_runs, productive_share, run_status, show_status
@@ -111,6 +112,32 @@ def test_a_new_submission_opens_a_run_that_was_stopped(tmp_path: Path, commands:
     assert state(run) == "running"
     event(run, "done")
     assert state(run) == "done"
+
+
+def test_a_late_word_of_an_earlier_job_is_not_one_of_the_new_job(tmp_path: Path, commands: Commands) -> None:
+    run = submit(make_run(tmp_path / "run", logged=2))
+    event(run, "start")
+    submit(run, "8")
+    commands.says("squeue", "8 PENDING")
+    event(run, "stop", job_id="7", why="n0 did not see the run's folder")
+    assert state(run) == "pending"
+    event(run, "start", job_id="8")
+    event(run, "stop", job_id="7", why="n1 was lost")
+    commands.says("squeue", "8 RUNNING")
+    assert state(run) == "running"
+    event(run, "done", job_id="8")
+    assert state(run) == "done"
+
+
+def test_a_cancel_that_slurm_does_not_hear_is_remembered(tmp_path: Path, commands: Commands) -> None:
+    run = submit(make_run(tmp_path / "run", logged=2))
+    event(run, "start")
+    commands.says("scontrol", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)", status=1)
+    with pytest.raises(RunError, match=r"connect failure.* not queued again when they end"):
+        cancel(run, now=False)
+    job = load_job(run)
+    assert job is not None
+    assert job.unwanted
 
 
 def test_clocks_of_two_machines_may_differ(tmp_path: Path, commands: Commands) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import InputError, RunError
-from launch.jobs.submission import PlannedJob
+from launch.jobs.queue import PlannedJob
 from launch.suites.run import _job
 from tests.launch.run_folders import Commands, submit
 from tests.launch.suites import cells, refused, run_suite, submit_suite, write_suite
@@ -41,7 +41,7 @@ def test_a_job_is_queued_for_each_result_that_is_missing(
         queued.append({"where": job.folder, "name": job.name, **job.record})
         return "17"
 
-    monkeypatch.setattr("launch.jobs.submission._queue", queue)
+    monkeypatch.setattr("launch.jobs.queue._queue", queue)
     submit_suite(path, folder / "cluster.yaml", folder / "out")
     (job,) = queued
     assert job["name"] == "small-own-colours-linear"
@@ -74,9 +74,9 @@ def test_all_of_a_suite_is_queued_or_nothing(
         return f"1{len(folders)}"
 
     said: list[tuple[str, ...]] = []
-    monkeypatch.setattr("launch.jobs.submission._queue", queue)
+    monkeypatch.setattr("launch.jobs.queue._queue", queue)
     monkeypatch.setattr("launch.jobs.submission.check_cluster", lambda *_: None)
-    monkeypatch.setattr("launch.jobs.submission.slurm", lambda *words, **_: said.append(words))
+    monkeypatch.setattr("launch.jobs.queue.slurm", lambda *words, **_: said.append(words))
     with pytest.raises(type(error)):
         submit_suite(write_suite(tmp_path, tree), tmp_path / "cluster.yaml", tmp_path / "out")
     assert said == [("scancel", "11", "12")]
