@@ -21,7 +21,8 @@ from data_pipeline.durable import read_lines
 from pretrain.runtime.run_folder import complete_checkpoints
 from tests.soak.sampler import Sample
 
-ALL = "all"  # of the run's processes together, those included that live shortly
+ALL = "all"  # the run's processes together
+OTHERS = "others"  # those together that are not judged by themselves, as they live shortly
 LEAST_PERIODS = 8  # in the second half
 PRESENT = 0.8  # share of the samples in which a process is to be seen, to be judged by itself
 CONFIDENCE = 0.95
@@ -40,7 +41,7 @@ class Growth:
     """How one measure goes over the judged periods.
 
     Attributes:
-        who: the process, or ALL.
+        who: the process, or OTHERS, or ALL.
         measure: what was measured: a key of LIMITS or RISES.
         level: the median of the judged periods.
         per_period: its rise from a period to the next.
@@ -97,7 +98,7 @@ def judge(samples: Sequence[Sample], step_seconds: Mapping[int, float], period: 
 
 
 def _points(samples: Sequence[Sample]) -> dict[tuple[str, str], Points]:
-    """By process and measure. A process that is not there most of the time counts among all of them alone."""
+    """By process and measure."""
     found: dict[tuple[str, str], Points] = {}
 
     def add(who: str, measure: str, step: int, value: float) -> None:
@@ -108,11 +109,14 @@ def _points(samples: Sequence[Sample]) -> dict[tuple[str, str], Points]:
         add(ALL, "tempfiles", sample.step, sample.tempfiles)
         add(ALL, "processes", sample.step, len(sample.processes))
         for measure in ("pss", "memory", "files", "threads", "mappings"):
-            held = [(process, float(getattr(process, measure))) for process in sample.processes]
-            add(ALL, measure, sample.step, sum(value for _, value in held))
-            for process, value in held:
+            others = 0.0
+            for process in sample.processes:
+                value = float(getattr(process, measure))
                 if process.name in lasting:
                     add(process.name, measure, sample.step, value)
+                else:
+                    others += value
+            add(OTHERS, measure, sample.step, others)
     return found
 
 
