@@ -37,7 +37,7 @@ test-cluster: $(READY)
 drills: $(READY)
 	$(PYTEST) --tier drills --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# Hours, and by hand: tests/soak/README.md. Shorter: make soak ARGS="--minutes 10 --kill-every 1"
+# An hour, by hand: tests/soak/README.md. Shorter: make soak ARGS="--minutes 10 --kill-every 1"
 soak: $(READY)
 	$(BIN)/python -m tests.soak $(if $(filter command line environment,$(origin ARGS)),$(ARGS))
 

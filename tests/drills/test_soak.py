@@ -188,7 +188,7 @@ def test_both_phases(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Twelve steps with a save and two evaluations every four; the second run is killed once, and ends as the first."""
-    settings = Settings(steps=12, every=4, kill_seconds=0, max_kills=1, sample_seconds=0.05, log_every=1)
+    settings = Settings(steps=12, every=4, kill_seconds=0, max_kills=1, sample_seconds=0.1, log_every=1)
     with prepared(tmp_path / "soak", settings, start_forked) as bench:
         killer = Killer(settings)
         wrong = soak(bench, killer)

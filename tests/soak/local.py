@@ -191,7 +191,7 @@ def _write(folder: Path, url: str, settings: Settings) -> None:
 
 
 class Killer:
-    """Kills a rank or all processes of a run, once it has trained long enough and has saved.
+    """Kills, in turn, a rank or all processes of a run, once it has trained long enough and has saved.
 
     Attributes:
         kills: the newest logged step and what was killed there, one after the other.
@@ -214,7 +214,7 @@ class Killer:
             if attempt.poll() is not None:
                 return False
             time.sleep(LOOK_SECONDS)
-        what = self._rng.choice(("one rank", "all"))
+        what = ("one rank", "all")[len(self.kills) % 2]
         self.kills.append((newest_step(run), what))
         if what == "all":
             _kill_all(attempt)
