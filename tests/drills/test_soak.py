@@ -95,7 +95,7 @@ def test_a_step_that_takes_longer_and_longer_is_found() -> None:
 def test_too_short_a_run_is_not_judged() -> None:
     found, times = samples()
     with pytest.raises(ValueError, match=r"expected samples of 8 periods of 200 steps or more .* found 7"):
-        judge.judge([sample for sample in found if sample.step < 2600], times, PERIOD)
+        judge.judge([sample for sample in found if sample.step < 27 * PERIOD], times, PERIOD)
 
 
 def leak(run: Path, what: str, steps: int) -> None:
@@ -139,7 +139,7 @@ def test_a_process_that_leaks_is_seen(what: str, measure: str | None, who: str, 
     path = tmp_path / "samples.jsonl"
     path.touch()
     roots: dict[str, int] = {}
-    steps = 2 * judge.LEAST_PERIODS + 4
+    steps = judge.WARM_UP_PERIODS + judge.LEAST_PERIODS + 2
     sampler = Sampler(lambda: dict(roots), tmp_path, path, temporary=tmp_path / "tmp", every_seconds=0.01)
     with sampler, begun(partial(leak, tmp_path, what, steps)) as command:
         roots["root"] = command.pid

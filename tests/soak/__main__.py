@@ -8,6 +8,7 @@ The exit status is 1 where something grows, or where the killed run has not ende
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -68,6 +69,7 @@ def main(words: list[str] | None = None) -> int:
     given = parser.parse_args(words)
     if given.out.exists():
         parser.error(f"--out {given.out}: expected a new folder, found one that is there. Remove it, or name another.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it ends what it has started
     settings = Settings(given.steps, kill_seconds=60 * given.kill_every, seed=given.seed)
     if given.minutes is not None:
         steps = 60 * given.minutes / seconds_per_step(settings)
@@ -81,7 +83,7 @@ def main(words: list[str] | None = None) -> int:
 
 def _whole(steps: float, every: int) -> int:
     """A multiple of the period, no fewer than can be judged by."""
-    return max(2 * judge.LEAST_PERIODS + 2, round(steps / every)) * every
+    return max(judge.WARM_UP_PERIODS + judge.LEAST_PERIODS + 2, round(steps / every)) * every
 
 
 if __name__ == "__main__":

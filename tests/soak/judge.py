@@ -23,7 +23,8 @@ from tests.soak.sampler import Sample
 
 ALL = "all"  # the run's processes together
 OTHERS = "others"  # those together that are not judged by themselves, as they live shortly
-LEAST_PERIODS = 8  # in the second half
+WARM_UP_PERIODS = 20  # are never judged: the heaps of a run that evaluates and saves rise by MB until they have settled
+LEAST_PERIODS = 8  # judged, or nothing is
 PRESENT = 0.8  # share of the samples in which a process is to be seen, to be judged by itself
 CONFIDENCE = 0.95
 
@@ -73,7 +74,7 @@ Points = list[tuple[int, float]]  # (step, value)
 
 
 def judge(samples: Sequence[Sample], step_seconds: Mapping[int, float], period: int) -> list[Growth]:
-    """How each measure goes in the second half of a run that was not disturbed.
+    """How each measure goes in the second half of a run that was not disturbed, the warm-up left out.
 
     Args:
         samples: of the run.
@@ -84,7 +85,8 @@ def judge(samples: Sequence[Sample], step_seconds: Mapping[int, float], period: 
         ValueError: the samples are of too few periods to judge by.
     """
     last = max((sample.step for sample in samples), default=0)
-    judged = [sample for sample in samples if sample.step >= last / 2]
+    first = max(last / 2, WARM_UP_PERIODS * period)
+    judged = [sample for sample in samples if sample.step >= first]
     found = [
         _growth(who, measure, _by_period(points, period, min), LIMITS.get(measure), period)
         for (who, measure), points in _points(judged).items()
@@ -92,7 +94,7 @@ def judge(samples: Sequence[Sample], step_seconds: Mapping[int, float], period: 
     for who, points in _cpu_points(judged).items():
         rates = _rates(points, period)
         found.append(_growth(who, "cpu per step", rates, _limit(rates, RISES["cpu per step"]), period))
-    times = _by_period([point for point in step_seconds.items() if point[0] >= last / 2], period, min)
+    times = _by_period([point for point in step_seconds.items() if point[0] >= first], period, min)
     found.append(_growth(ALL, "seconds per step", times, _limit(times, RISES["seconds per step"]), period))
     return found
 
@@ -163,7 +165,8 @@ def _growth(who: str, measure: str, points: Points, limit: float | None, period:
     if len(points) < LEAST_PERIODS:
         raise ValueError(
             f"{who}, {measure}: expected samples of {LEAST_PERIODS} periods of {period} steps or more in the second "
-            f"half of the run, found {len(points)}. Take more steps, or sample more often."
+            f"half of the run and after its first {WARM_UP_PERIODS} periods, found {len(points)}. Take more steps, or "
+            "sample more often."
         )
     numbers, values = [number for number, _ in points], [value for _, value in points]
     slope, _, low, _ = theilslopes(values, numbers, alpha=CONFIDENCE)
