@@ -7,7 +7,7 @@ WORKERS ?= 3
 READY := .venv/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --durations 10
 
-.PHONY: setup demo test test-cluster drills check bench lock clean
+.PHONY: setup demo test test-cluster drills soak check bench lock clean
 
 setup: $(READY)
 
@@ -36,6 +36,10 @@ test-cluster: $(READY)
 # their names: by default files of few tests come last, which here are the longest.
 drills: $(READY)
 	$(PYTEST) --tier drills --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# An hour, by hand: tests/soak/README.md. Shorter: make soak ARGS="--minutes 10 --kill-every 1"
+soak: $(READY)
+	$(BIN)/python -m tests.soak $(if $(filter command line environment,$(origin ARGS)),$(ARGS))
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -43,6 +43,10 @@ class FolderServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def handle(self) -> None:
+                with suppress(BrokenPipeError, ConnectionResetError):  # whoever asked has been killed
+                    super().handle()
+
             def do_GET(self) -> None:
                 outer._answer(self)
 
