@@ -11,7 +11,8 @@ import simplejpeg
 from PIL import Image
 
 from data_pipeline.errors import SampleError
-from data_pipeline.samples.decode import FORMATS, decode_image
+from data_pipeline.samples.bounds import check_bounds
+from data_pipeline.samples.decode import FORMATS, UNDECODABLE, decode_image
 
 EXTENSIONS = {
     "JPEG": "jpg",
@@ -57,9 +58,10 @@ def image_header(data: bytes, where: str) -> tuple[str, tuple[int, int]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            check_bounds(data)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 return EXTENSIONS[image.format or ""], image.size
-    except (OSError, ValueError, SyntaxError, KeyError, Image.DecompressionBombError) as error:
+    except UNDECODABLE as error:
         raise SampleError(
             where=where, expected="an image", found=f"{len(data)} bytes that are none ({error})"
         ) from error
