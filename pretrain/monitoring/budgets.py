@@ -12,6 +12,17 @@ from pretrain.runtime.collectives import gather_objects
 NUM_SHOWN = 64  # keys of samples in a message
 
 
+def too_many_left_out(where: str, found: int, budget: int) -> RunError:
+    """The error that an evaluation would have to leave more samples of a set out than it may."""
+    return RunError(
+        where=where,
+        expected=f"at most {budget} samples that an evaluation leaves out (data.max_bad_samples)" if budget
+        else "a sample that can be used",
+        found=f"{found} that cannot be used",
+        fix="Run `pretrain data verify` on the set, and write these samples again.",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Budgets:
     """The budgets of a run, and the sentences on what uses them up. Every rank calls its methods alike.
