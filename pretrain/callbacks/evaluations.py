@@ -124,7 +124,7 @@ class Validation(Periodic):
         totals = dict(zip(names, sum_over_ranks(stacked).tolist(), strict=True))
         num_left_out = self._count(left_out)
         if not totals["n"]:
-            raise too_many_left_out("data.val", num_left_out, 0)
+            raise too_many_left_out("data.val", num_left_out, None)
         means = {f"val/{name}": total / totals["n"] for name, total in totals.items() if name != "n"}
         return means | ({"val/left_out": float(num_left_out)} if num_left_out else {})
 

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from data_pipeline.errors import RunError
+from data_pipeline.errors import DataError, PretrainError, RunError
 from data_pipeline.loader import BadSample
 from pretrain.runtime.collectives import gather_objects
 
 NUM_SHOWN = 64  # keys of samples in a message
 
 
-def too_many_left_out(where: str, found: int, budget: int) -> RunError:
-    """The error that an evaluation would have to leave more samples of a set out than it may."""
-    return RunError(
-        where=where,
-        expected=f"at most {budget} samples that an evaluation leaves out (data.max_bad_samples)" if budget
-        else "a sample that can be used",
-        found=f"{found} that cannot be used",
-        fix="Run `pretrain data verify` on the set, and write these samples again.",
-    )  # fmt: skip
+def too_many_left_out(where: str, found: int, budget: int | None) -> PretrainError:
+    """The error that an evaluation would have to leave more samples of a set out than it may; None: all of them."""
+    what, fix = f"{found} that cannot be used", "Run `pretrain data verify` on the set, and write these samples again."
+    if budget is None:
+        return DataError(where, "a sample that can be used", what, fix)
+    return RunError(where, f"at most {budget} samples that an evaluation leaves out (data.max_bad_samples)", what, fix)
 
 
 @dataclass(frozen=True)

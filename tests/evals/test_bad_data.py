@@ -9,7 +9,7 @@ import pytest
 import webdataset
 
 from data_pipeline.datasets.read import open_dataset
-from data_pipeline.errors import InputError, RunError
+from data_pipeline.errors import DataError, InputError, RunError
 from data_pipeline.shards.scan import index_shards
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.features.store import FeatureStore
@@ -76,7 +76,7 @@ def test_more_than_the_budget_ends_the_evaluation(copied: Folders) -> None:
 def test_a_set_without_any_usable_sample_is_no_number(copied: Folders) -> None:
     for victim in Path(copied.test).rglob("*.jpg"):
         victim.write_bytes(b"no image")
-    with pytest.raises(RunError, match="expected a sample that can be used"):
+    with pytest.raises(DataError, match="expected a sample that can be used"):
         judge("knn", copied)
 
 

@@ -90,7 +90,7 @@ class Extraction:
             raise RunError(where=label, expected=f"features of {total} samples, each once", found=f"{num_keys} keys")
         num_left_out = len(found[0].left_out)
         if num_left_out > self.max_bad_samples or num_left_out == total:
-            budget = self.max_bad_samples if num_left_out > self.max_bad_samples else 0
+            budget = self.max_bad_samples if num_left_out < total else None
             one = found[0].left_out[0] if found[0].left_out else None
             where = f"{label}; {one.file}: {one.key}: {one.reason}" if one else label
             raise too_many_left_out(where, num_left_out, budget)
