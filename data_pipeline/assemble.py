@@ -17,7 +17,7 @@ from data_pipeline.samples.config import Augmentation, Views
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.samples.draws import Value, draw
 from data_pipeline.samples.preprocessing import Preprocessing
-from data_pipeline.samples.views import Image, evaluation_size, evaluation_view, patch_mask, training_view
+from data_pipeline.samples.views import Image, drawn_view, evaluation_size, evaluation_view, patch_mask
 from data_pipeline.shards.index import IMAGE_FIELDS, LABEL_FIELD
 
 
@@ -130,6 +130,7 @@ class BatchBuffer:
         if spec.mask is not None:
             self.masks = torch.empty(num_samples, spec.mask.num_patches, dtype=torch.bool)
         self.draws: list[dict[str, Value]] = [{} for _ in range(num_samples)]
+        self.undrawn_crops = [0] * num_samples
         self.seconds = {"read": 0.0, "decode": 0.0, "transform": 0.0}
 
     def blank(self, row: int, key: str) -> None:
@@ -147,6 +148,7 @@ class BatchBuffer:
             tokens=None if self.tokens is None else self.tokens[start:stop],
             masks=None if self.masks is None else self.masks[start:stop],
             augment={name: values[start:stop] for name, values in self._augment.items()},
+            undrawn_crops=sum(self.undrawn_crops[start:stop]),
         )
 
     @cached_property
@@ -251,8 +253,10 @@ class Assembler:
 
     def _training_views(self, buffer: BatchBuffer, row: int, image: Image, views: Views, epoch: int) -> None:
         size, key = self.spec.image_size, buffer.keys[row]
+        buffer.undrawn_crops[row] = 0
         for number, view in enumerate(buffer.views):
-            view[row] = training_view(image, size, views, seed=self.seed, epoch=epoch, key=key, view=number)
+            view[row], drawn = drawn_view(image, size, views, seed=self.seed, epoch=epoch, key=key, view=number)
+            buffer.undrawn_crops[row] += not drawn
         buffer.draws[row] = {}
         for number, spec in enumerate(self.augment):
             buffer.draws[row] |= draw(spec, size=size, seed=self.seed, epoch=epoch, key=key, view=number)

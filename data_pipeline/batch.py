@@ -89,6 +89,7 @@ class Batch:
     masks: Tensor | None = None  # [B, N] bool, True = hidden
     augment: dict[str, Tensor] = field(default_factory=dict)  # per-sample parameters the host drew, [B, ...]
     left_out: tuple[LeftOut, ...] = ()  # of an evaluation: rows that are blank, and count for nothing
+    undrawn_crops: int = 0  # views whose crop was not drawn, as none by the recipe's geometry fitted in the image
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -39,3 +39,14 @@ def visible(text: str, *, lines: bool = False) -> str:
         lines: whether its line breaks and tabs are kept, as in a message of several lines.
     """
     return _OBEYED.sub(lambda found: found[0] if lines and found[0] in "\n\t" else ascii(found[0])[1:-1], text)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in a line: the system's words without their number and path, which `where` names already."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, RecursionError):
+        return "parts within parts, deeper than can be followed"
+    if isinstance(error, MemoryError):
+        return "sizes for which there is no memory"
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -19,7 +19,8 @@ from pretrain.engine.engine import Engine, StepResult
 from pretrain.engine.micro_batches import LazyBatches
 from pretrain.monitoring.budgets import Budgets
 from pretrain.monitoring.clocks import Clocks
-from pretrain.monitoring.metrics import MetricLog, Throughput
+from pretrain.monitoring.metrics import MetricLog
+from pretrain.monitoring.throughput import Throughput
 from pretrain.runtime.collectives import mean_over_ranks
 from pretrain.runtime.state import Progress, RunState
 

@@ -21,7 +21,7 @@ from data_pipeline.loader import StepData, TrainLoader
 from pretrain.augment.augment import augmentations, mixing, prepare
 from pretrain.callbacks.callback import Callback
 from pretrain.callbacks.evaluations import ProtocolEvaluation, Validation, ValidationData, steps_between
-from pretrain.callbacks.health import HealthChecks, usual_checks
+from pretrain.callbacks.health import HealthChecks, UndrawnCrops, usual_checks
 from pretrain.callbacks.online_probe import OnlineProbe, ProbeTraining
 from pretrain.callbacks.pictures import Pictures
 from pretrain.callbacks.profiler import profiled
@@ -31,14 +31,16 @@ from pretrain.checkpoints.start import Start, find_start, resume
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.attention import choose_attention
 from pretrain.engine.engine import Engine
+from pretrain.engine.precision import settle_precision
 from pretrain.evals.protocols import inline_evaluators
 from pretrain.evals.sources.trained import TrainedRun
 from pretrain.loop import LoopContext, train
 from pretrain.monitoring.budgets import Budgets
 from pretrain.monitoring.clocks import Clocks
 from pretrain.monitoring.goodput import Timeline, read_goodput
-from pretrain.monitoring.metrics import MetricLog, Throughput, flops_per_sample
+from pretrain.monitoring.metrics import MetricLog
 from pretrain.monitoring.sinks import open_sinks
+from pretrain.monitoring.throughput import Throughput, flops_per_sample
 from pretrain.monitoring.watchdog import Watchdog
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
@@ -117,11 +119,12 @@ def run(
     requests, timeout = SignalRequests(), recipe.runtime.step_timeout_seconds
     group = process_group(world, device, seconds=max(1800, 2 * (timeout or 0)))  # after the watchdog, which says more
     with requests.listening(), group, Watchdog(world, timeout, out) as watchdog:
+        torch.manual_seed(recipe.seed)
+        objective = build_objective(recipe.model, recipe.objective)
+        recipe = settle_precision(recipe, objective, device, out)
         context = RunContext(
             recipe, plan, world, device, out, max_steps, overfit_batch, profile_steps, evals_apart, requests, watchdog
         )
-        torch.manual_seed(recipe.seed)
-        objective = build_objective(recipe.model, recipe.objective)
         checkpoints = None if overfit_batch else out / "checkpoints"
         start = find_start(objective, checkpoints, world, **recipe.start_from)
         if start.checkpoint is None and checkpoints is not None:
@@ -144,14 +147,14 @@ def run(
 def _engine(context: RunContext, objective: Objective) -> tuple[Engine, Throughput]:
     """What trains, and what its speed is measured against; both before the first step."""
     recipe, resolved = context.recipe, context.plan.resolved
-    choose_attention(objective, context.device, recipe.engine.precision, recipe.engine.sdpa)
+    choose_attention(objective, context.device, recipe.engine.settled_precision, recipe.engine.sdpa)
     flops = flops_per_sample(objective)  # while the weights are whole
     engine = Engine(
         objective, recipe.optim, recipe.engine, world=context.world, device=context.device,
         micro_size=resolved.micro_size, accumulation=resolved.accumulation, seed=recipe.seed, ema=recipe.ema,
     )  # fmt: skip
     peak_tflops = recipe.runtime.peak_tflops
-    return engine, Throughput(flops, context.device, context.world.size, recipe.engine.precision, peak_tflops)
+    return engine, Throughput(flops, context.device, context.world.size, recipe.engine.settled_precision, peak_tflops)
 
 
 def _train(
@@ -212,6 +215,7 @@ def _callbacks(context: RunContext, engine: Engine, probe: OnlineProbe | None, l
     recipe, plan, data, epoch = context.recipe, context.plan, context.recipe.data, context.plan.resolved.steps_per_epoch
     if probe is not None:
         yield ProbeTraining(probe, context.prepare)
+    yield UndrawnCrops()
     yield HealthChecks(usual_checks(recipe.runtime.num_workers, context.world.local_size), log.say)
     if plan.val is not None:
         every = steps_between(recipe.validation.every_epochs, epoch)
@@ -248,10 +252,10 @@ def _steps(context: RunContext, cursor: int) -> Iterator[StepData]:
 def _opening(context: RunContext, state: RunState, start: Start) -> str:
     recipe, resolved, world = context.recipe, context.plan.resolved, context.world
     size = f"{resolved.global_size} = {world.size} x {resolved.accumulation} x {resolved.micro_size}"
+    engine = f"ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}, {world.size} x {context.device.type}"
     return (
         f"{recipe.name}: {recipe.objective.kind} {recipe.model.name}, {context.plan.train.num_samples} samples, batch "
-        f"{size}, ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}, {world.size} x {context.device.type}; "
-        f"steps {state.progress.step} to {resolved.total_steps}, {start.source}"
+        f"{size}, {engine}; steps {state.progress.step} to {resolved.total_steps}, {start.source}"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
 import stat
 import tarfile
@@ -19,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, Protocol, cast
 
+from data_pipeline.datasets.file_names import IMAGE_SUFFIXES, count_by_suffix, is_hidden, is_image
 from data_pipeline.errors import SampleError, SourceError
+from data_pipeline.guard import told_as
+from data_pipeline.messages import reason
+from data_pipeline.samples.unread import unread_suffix
 from data_pipeline.shards import strict_tar
-from data_pipeline.shards.index import IMAGE_FIELDS
 from data_pipeline.shards.row_store import nameless_file, row_path
 
-IMAGE_SUFFIXES = frozenset(f".{field}" for field in IMAGE_FIELDS)
 MAX_IMAGE_BYTES = 1 << 28  # of one file; a larger one is no photograph but an attack or a mistake
 MAX_RATIO = 200  # unpacked over packed: pictures hardly shrink, archives made to fill a disk shrink a thousandfold
 FREE_BYTES = 1 << 26  # the ratio counts only beyond this
@@ -52,15 +55,15 @@ class Source:
     """What was found.
 
     Attributes:
-        images: sorted by name.
-        num_others: files that are no images.
+        images: sorted by name; those in formats that are not read here too, as each image is accounted for.
+        others: names of the files that are no images, and of folders, which end in `/`; sorted.
         identity: SHA-256 in hex over the images' names, sizes and checksums or times of change.
         reader: of the images; good as long as this object lives.
         image_bytes: the temporary file behind it, if there is one.
     """
 
     images: list[Entry]
-    num_others: int
+    others: list[str]
     identity: str
     reader: Reader
     image_bytes: BinaryIO | None
@@ -83,7 +86,7 @@ def open_source(path: Path, temporary_folder: Path) -> Source:
         files, reader = list_folder(path), FolderReader(path)
     elif not path.is_file():
         raise _error(path, KINDS, "nothing there")
-    elif zipfile.is_zipfile(path):
+    elif _is_zip(path):
         files, reader = _list_zip(path), ZipReader(path)
     elif _is_gzip(path):
         image_bytes = nameless_file(temporary_folder)
@@ -91,10 +94,10 @@ def open_source(path: Path, temporary_folder: Path) -> Source:
     else:
         files, reader = _list_tar(path), FileReader(path)
     try:
-        images, num_others, identity = _sort_out(path, files)
+        images, others, identity = _sort_out(path, files)
     except (OSError, EOFError, zlib.error) as error:
-        raise _error(path, "files that are whole, and room to read them", str(error)) from error
-    return Source(images, num_others, identity, reader, image_bytes)
+        raise _error(path, "files that are whole, and room to read them", reason(error)) from error
+    return Source(images, others, identity, reader, image_bytes)
 
 
 class FolderReader:
@@ -137,17 +140,20 @@ class ZipReader:
         if self._archive is None:
             self._archive = zipfile.ZipFile(self.path)
             self._members = self._archive.infolist()
-        try:
-            return self._archive.read(self._members[entry.at])
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
-            raise _unreadable(entry, error) from error
+        with told_as(SampleError, entry.name, "a readable file"):
+            # Not all that it unpacks to, which may be any size, whatever the archive says of it.
+            with self._archive.open(self._members[entry.at]) as file:
+                data = file.read(entry.size + 1)
+            if len(data) != entry.size:
+                raise EOFError(f"{len(data):,} of {entry.size:,} bytes")
+            return data
 
 
 File = tuple[Entry, int]  # and something that changes with its content: checksum or time of change
 
 
 def list_folder(root: Path) -> Iterator[File]:
-    """Every file below a folder, in no order.
+    """Every file below a folder, and every folder, whose name ends in `/`; in no order.
 
     Raises:
         SourceError: links in a circle, or to nothing; devices.
@@ -165,6 +171,7 @@ def list_folder(root: Path) -> Iterator[File]:
                 name = f"{folder}/{file.name}" if folder else file.name
                 if file.is_dir():
                     pending.append(name)
+                    yield Entry(f"{name}/", 0, 0), 0
                 elif file.is_file():
                     yield Entry(name, 0, file.stat().st_size), file.stat().st_mtime_ns
                 elif not is_hidden(name):  # editors leave links to nothing
@@ -172,11 +179,8 @@ def list_folder(root: Path) -> Iterator[File]:
 
 
 def _list_zip(path: Path) -> Iterator[File]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise _error(path, "a whole zip", str(error)) from error
+    with told_as(SourceError, str(path), "a whole zip"), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
     _check_ratio(path, sum(member.file_size for member in members))
     for i, member in enumerate(members):
         where = Path(f"{path}, member {member.filename!r}")
@@ -188,13 +192,12 @@ def _list_zip(path: Path) -> Iterator[File]:
         name = member.filename
         if name.startswith("/") or ".." in name.split("/") or "\\" in name or ":" in name.split("/")[0]:
             raise _error(where, "a name inside the archive's folder, with `/`", "another")
-        if not member.is_dir():
-            yield Entry(_plain(name), i, member.file_size), member.CRC
+        yield Entry(_plain(name), i, member.file_size), member.CRC
 
 
 def _list_tar(path: Path) -> Iterator[File]:
     with path.open("rb") as file:
-        if not tarfile.is_tarfile(file):
+        if not strict_tar.is_tar(file.read(tarfile.BLOCKSIZE)):
             raise SourceError(
                 where=str(path),
                 expected=KINDS,
@@ -202,8 +205,8 @@ def _list_tar(path: Path) -> Iterator[File]:
                 fix="A list of URLs is img2dataset's to download; what it writes can be converted.",
             )
         file.seek(0)
-        for member in strict_tar.members(file, str(path), error=SourceError):
-            yield Entry(_plain(member.name), member.offset_data, member.size), int(member.mtime)
+        for member in strict_tar.members(file, str(path), error=SourceError, folders=True):
+            yield Entry(_member_name(member), member.offset_data, member.size), _stamp(member)
 
 
 def _list_tar_gz(path: Path, image_bytes: BinaryIO) -> Iterator[File]:
@@ -211,21 +214,27 @@ def _list_tar_gz(path: Path, image_bytes: BinaryIO) -> Iterator[File]:
     max_bytes = FREE_BYTES + MAX_RATIO * path.stat().st_size
     with gzip.open(path) as unpacked:
         file = cast(BinaryIO, unpacked)
-        for member in strict_tar.members(file, str(path), error=SourceError, max_bytes=max_bytes):
-            entry = Entry(_plain(member.name), image_bytes.tell(), member.size)
+        for member in strict_tar.members(file, str(path), error=SourceError, max_bytes=max_bytes, folders=True):
+            entry = Entry(_member_name(member), image_bytes.tell(), member.size)
             if is_image(entry.name):
                 _check_bytes(path, entry)
                 image_bytes.write(file.read(member.size))  # short only at a premature end, which is found next
-            yield entry, int(member.mtime)
+            yield entry, _stamp(member)
     image_bytes.flush()
 
 
-def _sort_out(path: Path, files: Iterator[File]) -> tuple[list[Entry], int, str]:
+def _stamp(member: tarfile.TarInfo) -> int:
+    """Time of change in whole seconds; an extended header can say infinity."""
+    return int(member.mtime) if math.isfinite(member.mtime) else 0
+
+
+def _sort_out(path: Path, files: Iterator[File]) -> tuple[list[Entry], list[str], str]:
     images: list[Entry] = []
-    digest, num_others = hashlib.sha256(), 0
+    others: list[str] = []
+    digest = hashlib.sha256()
     for entry, stamp in sorted(files):
         if not is_image(entry.name):
-            num_others += 1
+            others.append(entry.name)
             continue
         if not strict_tar.is_utf8(entry.name):
             raise _error(path, "names in UTF-8", repr(entry.name))
@@ -234,25 +243,25 @@ def _sort_out(path: Path, files: Iterator[File]) -> tuple[list[Entry], int, str]
             raise _error(path, "one file of a name", f"two of {entry.name!r}")
         images.append(entry)
         digest.update(f"{entry.name}\0{entry.size}\0{stamp}\n".encode())
-    if not images:
-        kinds = " ".join(sorted(IMAGE_SUFFIXES))
-        raise _error(path, f"images ({kinds})", f"none among {num_others} files")
-    return images, num_others, digest.hexdigest()
+    if all(unread_suffix(entry.name) for entry in images):
+        names = [name for name in (*others, *(entry.name for entry in images)) if not name.endswith("/")]
+        found = f"none among {count_by_suffix(names)}" if names else "no file"
+        raise _error(path, f"images ({' '.join(sorted(IMAGE_SUFFIXES))})", found)
+    return images, others, digest.hexdigest()
 
 
 def _plain(name: str) -> str:
-    """Without `./` and `//`, so that one file has one name."""
-    return PurePosixPath(name).as_posix()
+    """Without `./` and `//`, so that one file has one name; a folder's ends in `/`."""
+    return PurePosixPath(name).as_posix() + ("/" if name.endswith("/") else "")
 
 
-def is_image(name: str) -> bool:
-    """By its extension; what is hidden is none."""
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name)
+def _member_name(member: tarfile.TarInfo) -> str:
+    return _plain(f"{member.name}/" if member.isdir() else member.name)
 
 
-def is_hidden(name: str) -> bool:
-    """What a file manager or a notebook left beside the images: .DS_Store, .ipynb_checkpoints/, __MACOSX/."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+def _is_zip(path: Path) -> bool:
+    with told_as(SourceError, str(path), "a whole zip"):
+        return zipfile.is_zipfile(path)
 
 
 def _is_gzip(path: Path) -> bool:
@@ -277,4 +286,4 @@ def _error(where: Path, expected: str, found: str) -> SourceError:
 
 
 def _unreadable(entry: Entry, error: Exception) -> SampleError:
-    return SampleError(where=entry.name, expected="a readable file", found=str(error))
+    return SampleError(where=entry.name, expected="a readable file", found=reason(error))

@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 
 from data_pipeline.batch import Sample
 from data_pipeline.datasets.dataset import Dataset, Single
-from data_pipeline.datasets.folders import IMAGE_SUFFIXES, is_hidden, is_image, list_folder
+from data_pipeline.datasets.file_names import IMAGE_SUFFIXES, is_image
+from data_pipeline.datasets.folders import list_folder
+from data_pipeline.datasets.layout import read_layout
 from data_pipeline.errors import DataError, SampleError, ShardError
-from data_pipeline.messages import short_list
+from data_pipeline.messages import reason
 from data_pipeline.remote.config import DEFAULT, CacheConfig
 from data_pipeline.remote.fetch import Remote, remote_url
+from data_pipeline.samples.unread import unread, unread_suffix
 from data_pipeline.shards.index import IMAGE_FIELDS, LABEL_FIELD, MISSING
 from data_pipeline.shards.load_manifest import load_manifest
 from data_pipeline.shards.manifest import FILE_NAME, PLAN_NAME, Manifest
@@ -159,11 +162,13 @@ class _OpenShard:
 class FolderDataset(Single):
     """An image folder: one folder per class, labels in the order of their names; or images without labels.
 
-    What is an image, which links are followed and what is passed over as hidden is as `data convert` has it. Each
-    file counts as a shard of its own, so the order shuffles all of them.
+    What is an image, which folders are classes, which links are followed and what is passed over as hidden is as
+    `data convert` has it. A picture in a format that is not read here is a sample that cannot be used. Each file counts
+    as a shard of its own, so the order shuffles all of them.
 
     Raises:
-        DataError: no folder, or no image in it; a class folder without one; links in a circle; two images of one key.
+        DataError: no folder, or no image in it; a class folder without one; links in a circle; images beside class
+            folders, or folders of splits.
     """
 
     def __init__(self, path: Path) -> None:
@@ -171,36 +176,33 @@ class FolderDataset(Single):
         if not path.is_dir():
             raise DataError(where=str(path), expected="a folder of images", found="no folder")
         try:
-            found = sorted((Path(e.name), e.size, stamp) for e, stamp in list_folder(path) if is_image(e.name))
-            folders = {name for name in os.listdir(path) if (path / name).is_dir() and not is_hidden(name)}
+            listed = list(list_folder(path))
         except OSError as error:
-            raise DataError(where=str(path), expected="a readable folder", found=str(error)) from error
+            raise DataError(where=str(path), expected="a readable folder", found=reason(error)) from error
+        found = sorted((Path(e.name), e.size, stamp) for e, stamp in listed if is_image(e.name))
         files = [file for file, _, _ in found]
-        if not files:
+        readable = [file for file in files if not unread_suffix(file.name)]
+        if not readable:
             raise DataError(
                 where=str(path),
                 expected=f"images ({', '.join(sorted(IMAGE_SUFFIXES))}) or shards with a manifest",
                 found="none",
                 fix="Give a folder of class folders, or of shards with a manifest (`pretrain data index`).",
             )
-        _refuse_equal_keys(path, files)
-        labeled = all(len(file.parts) > 1 for file in files)
-        names = sorted({file.parts[0] for file in files}) if labeled else []
-        if labeled and (empty := sorted(folders - set(names))):
-            raise DataError(
-                where=str(path),
-                expected="images in each class folder",
-                found=f"none in {short_list(empty)}",
-                fix="Remove what is no class and put back what is missing, or give the folder of the images alone.",
-            )
-        numbers = {name: number for number, name in enumerate(names)}
-        self._files = files
-        self._labels = [numbers[file.parts[0]] if labeled else -1 for file in files]
+        others = [entry.name for entry, _ in listed if not is_image(entry.name)]
+        layout = read_layout([file.as_posix() for file in files], others, path)
+        folders = [place.folder for place in layout.places]
+        with_images = {folder for file, folder in zip(files, folders, strict=True) if not unread_suffix(file.name)}
+        layout.check_classes(path, {*layout.classes, *layout.empty} - with_images)
+        numbers = {name: number for number, name in enumerate(layout.classes)}
+        labeled = bool(layout.classes)
+        self._files, self._keys = files, _unique_keys(files)
+        self._labels = [-1 if folder is None else numbers[folder] for folder in folders]
         self.num_samples = len(files)
         self.shard_sizes = np.ones(len(files), np.int64)
-        images = tuple(name for name in IMAGE_FIELDS if any(_extension(file) == name for file in files))
+        images = tuple(name for name in IMAGE_FIELDS if any(_extension(file) == name for file in readable))
         self.fields = (LABEL_FIELD, *images) if labeled else images
-        self.classes = tuple(names) if labeled else None
+        self.classes = tuple(layout.classes) if labeled else None
         self.label_counts = np.bincount(self._labels) if labeled else None
         # To hash every image would be to read the data set before its first use. Sizes miss an image that was replaced
         # by one as large; times of change see it, but differ between copies of the same data.
@@ -209,31 +211,33 @@ class FolderDataset(Single):
 
     def read(self, i: int) -> Sample:
         file = self._files[i]
+        where = str(self.path / file)
         try:
-            members = {_extension(file): (self.path / file).read_bytes()}
+            data = (self.path / file).read_bytes()
         except OSError as error:
-            raise SampleError(
-                where=str(self.path / file), expected="a readable file", found=error.strerror or str(error)
-            ) from error
+            raise SampleError(where=where, expected="a readable file", found=reason(error)) from error
+        if unread_suffix(file.name) and (problem := unread(data, where)):
+            raise problem
+        members = {IMAGE_FIELDS[0] if unread_suffix(file.name) else _extension(file): data}
         if self._labels[i] >= 0:
             members[LABEL_FIELD] = str(self._labels[i]).encode()
-        return Sample(self.origin(i)[0], members)
+        return Sample(self._keys[i], members)
 
     def origin(self, i: int) -> tuple[str, str]:
-        file = self._files[i]
-        return _key(file), file.as_posix()
+        return self._keys[i], self._files[i].as_posix()
 
 
-def _refuse_equal_keys(path: Path, files: Sequence[Path]) -> None:
-    first: dict[str, Path] = {}
+def _unique_keys(files: Sequence[Path]) -> list[str]:
+    """Names without their extension; one that another file has already is numbered, as a conversion does."""
+    keys: dict[str, None] = {}
     for file in files:
-        if (other := first.setdefault(_key(file), file)) != file:
-            raise DataError(
-                where=str(path),
-                expected="names that differ by more than their extension, as they are the samples' keys",
-                found=f"{other.as_posix()} and {file.as_posix()}",
-                fix="Rename or remove one of them.",
-            )
+        stem = key = file.with_suffix("").as_posix()
+        count = 1
+        while key in keys:
+            count += 1
+            key = f"{stem}~{count}"
+        keys[key] = None
+    return list(keys)
 
 
 def _digest(lines: Iterable[str]) -> str:
@@ -241,10 +245,6 @@ def _digest(lines: Iterable[str]) -> str:
     for line in lines:
         digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
-
-
-def _key(file: Path) -> str:
-    return file.with_suffix("").as_posix()
 
 
 def _extension(file: Path) -> str:

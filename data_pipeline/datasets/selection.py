@@ -93,7 +93,7 @@ class Selection:
                 raise ValueError("another format")
             found = cls(tensors["indices"], tensors["repeats"], tensors.get("labels"), **header)
             found._check()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = error.strerror or "" if isinstance(error, OSError) else repr(error)
             raise ManifestError(
                 where=str(path),

@@ -194,7 +194,7 @@ class SoftLabels:
         path, size = self.folder / file_name(number), self.described.num_samples[number]
         try:
             labels, _, digest = read_file(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ShardError(where=str(path), expected="the labels of a shard", found=repr(error)) from error
         if digest != self.described.sha256[number] or len(labels.values) != size:
             raise ShardError(

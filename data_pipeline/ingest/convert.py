@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.datasets.folders import KINDS, Entry, Reader, open_source
+from data_pipeline.datasets.layout import read_layout
 from data_pipeline.errors import SampleError, SourceError
 from data_pipeline.ingest.image_normalizer import ImageNormalizer
 from data_pipeline.ingest.layout import arrange
 from data_pipeline.ingest.reshard import are_shards, open_shards
-from data_pipeline.ingest.tables import Columns, is_table, open_table
+from data_pipeline.ingest.table_rows import is_table
+from data_pipeline.ingest.tables import Columns, open_table
 from data_pipeline.order import keyed
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.row_store import StoredRows
@@ -51,15 +53,19 @@ class Conversion:
 
     Attributes:
         manifests: of each dataset made, by its folder.
-        num_images: found in the source; rows of a table, samples of shards.
-        num_others: files in the source that are no images.
+        num_images: found in the source; rows of a table, samples of shards. Bad ones too.
+        others: names of the files in the source that are no images.
+        shared: the folders that all images share, which were passed over.
+        without_images: folders beside the class folders that hold no image, which became no classes.
         bad: images left out, with the reason; of those shards that were made this time.
     """
 
     manifests: dict[Path, Manifest]
     num_images: int
-    num_others: int
     bad: tuple[SampleError, ...]
+    others: Sequence[str] = ()
+    shared: str = ""
+    without_images: Sequence[str] = ()
 
 
 class Item(NamedTuple):
@@ -139,14 +145,18 @@ def _convert_rows(rows: StoredRows, out: Path, options: ConvertOptions, *, skip_
         workers=workers,
         label="converting",
     )
-    return Conversion({out: manifest}, len(items), 0, bad)
+    return Conversion({out: manifest}, len(items), bad)
 
 
 def _convert_images(
     path: Path, out: Path, options: ConvertOptions, normalizer: ImageNormalizer, *, skip_bad: bool, workers: int
 ) -> Conversion:
     source = open_source(path, _nearest_folder(out))
-    splits, classes = arrange([entry.name for entry in source.images], options.split_by_folder, path)
+    names = [entry.name for entry in source.images]
+    layout = read_layout(names, source.others, path, split_by_folder=options.split_by_folder)
+    if not skip_bad:
+        layout.check_classes(path, layout.empty, "; or give --skip-bad, which leaves them out")
+    splits = arrange(layout)
     plans = {}
     for split in splits:
         plans[split] = {"made_by": "convert 1", "source": source.identity, "split": split, **asdict(options)}
@@ -163,13 +173,14 @@ def _convert_images(
             plans[split],
             split_evenly(items, options.shard_size),
             producer,
-            classes=classes if any(label is not None for label in labels) else None,
+            classes=layout.classes if any(label is not None for label in labels) else None,
             skip_bad=skip_bad,
             workers=workers,
             label=f"converting {split}".strip(),
         )
         bad.extend(left_out)
-    return Conversion(manifests, len(source.images), source.num_others, tuple(bad))
+    others = [name for name in source.others if not name.endswith("/")]
+    return Conversion(manifests, len(source.images), tuple(bad), others, layout.shared, layout.empty)
 
 
 @dataclass(frozen=True)

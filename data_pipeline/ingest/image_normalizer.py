@@ -8,17 +8,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.errors import SampleError
+from data_pipeline.messages import reason
 from data_pipeline.samples.bounds import check_bounds
 from data_pipeline.samples.decode import FORMATS, UNDECODABLE, decode_image
+from data_pipeline.samples.unread import unread
 
 EXTENSIONS = {
     "JPEG": "jpg",
     "MPO": "jpg",
     "PNG": "png",
     "WEBP": "webp",
+    "AVIF": "avif",
     "BMP": "bmp",
     "GIF": "gif",
     "PPM": "ppm",
@@ -62,8 +65,9 @@ def image_header(data: bytes, where: str) -> tuple[str, tuple[int, int]]:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 return EXTENSIONS[image.format or ""], image.size
     except UNDECODABLE as error:
-        raise SampleError(
-            where=where, expected="an image", found=f"{len(data)} bytes that are none ({error})"
+        why = "no known format" if isinstance(error, UnidentifiedImageError) else reason(error)
+        raise unread(data, where) or SampleError(
+            where=where, expected="an image", found=f"{len(data)} bytes that are none ({why})"
         ) from error
 
 

@@ -1,19 +1,13 @@
-"""What the names of an image folder say: splits, classes, and a key for each sample."""
+"""The samples of a conversion: in which split each lies, its label, and a key that no other has."""
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from data_pipeline.errors import SourceError
-
-SPLITS = frozenset(
-    {"train", "training", "val", "valid", "validation", "dev", "test", "testing"} | {"extra", "unlabeled", "unlabelled"}
-)
+from data_pipeline.datasets.layout import Layout
 
 
 class Split(NamedTuple):
@@ -24,33 +18,18 @@ class Split(NamedTuple):
     labels: list[int | None]  # all None where the split has no class folders
 
 
-def arrange(names: Sequence[str], split_by_folder: bool, path: Path) -> tuple[dict[str, Split], list[str]]:
-    """What the sorted `names` of a source's images say: ({split: its images}, names of the classes).
-
-    Without `split_by_folder` there is one split, called "". Keys are unique over all splits.
-
-    Raises:
-        SourceError: some images of a split lie in class folders and some beside them; the folders are splits
-            though that was not said, or the reverse.
-    """
-    start = len(_shared_folders(names, split_by_folder))
-    inner = [name[start:] for name in names]
-    _check_tops({name.partition("/")[0] for name in inner}, split_by_folder, path)
-    members: dict[str, list[tuple[int, str]]] = {}  # split -> (number, name from the class folder on)
-    for i, name in enumerate(inner):
-        split, _, rest = (name if split_by_folder else f"/{name}").partition("/")
-        members.setdefault(split, []).append((i, rest))
-    folders = {split: _class_folders(split, inside, path) for split, inside in members.items()}
-    classes = sorted({folder for column in folders.values() for folder in column if folder is not None})
-    number_of: dict[str | None, int | None] = {folder: number for number, folder in enumerate(classes)}
+def arrange(layout: Layout) -> dict[str, Split]:
+    """The images of each split, by its name. Keys are unique over all splits."""
+    number_of: dict[str | None, int | None] = {folder: number for number, folder in enumerate(layout.classes)}
     number_of[None] = None
-    keys = unique_keys(inner)
-    splits = {}
-    for split, inside in members.items():
-        numbers = [i for i, _ in inside]
-        labels = [number_of[folder] for folder in folders[split]]
-        splits[split] = Split(numbers, [keys[i] for i in numbers], labels)
-    return splits, classes
+    keys = unique_keys([place.inner for place in layout.places])
+    splits: dict[str, Split] = {}
+    for i, (place, key) in enumerate(zip(layout.places, keys, strict=True)):
+        split = splits.setdefault(place.split, Split([], [], []))
+        split.numbers.append(i)
+        split.keys.append(key)
+        split.labels.append(number_of[place.folder])
+    return splits
 
 
 def unique_keys(names: Sequence[str]) -> list[str]:
@@ -80,42 +59,3 @@ class UniqueKeys:
             key = f"{stem}~{count}"
         self._seen.add(key)
         return key
-
-
-def _check_tops(tops: set[str], split_by_folder: bool, path: Path) -> None:
-    strangers = sorted(top for top in tops if top.lower() not in SPLITS)
-    if split_by_folder and strangers:
-        raise SourceError(
-            where=str(path),
-            expected=f"top folders named as splits are ({', '.join(sorted(SPLITS))})",
-            found=repr(strangers[0]),
-            fix="Leave --split-by-folder out if the top folders are classes.",
-        )
-    if not split_by_folder and not strangers:
-        raise SourceError(
-            where=str(path),
-            expected="class folders, or images alone",
-            found=f"folders named as splits are ({', '.join(sorted(tops))})",
-            fix="Give --split-by-folder.",
-        )
-
-
-def _shared_folders(names: Sequence[str], split_by_folder: bool) -> str:
-    """The leading folders that all sorted names share, up to a split's folder if those are looked for."""
-    parts = os.path.commonpath([os.path.dirname(names[0]), os.path.dirname(names[-1])]).split("/")
-    if split_by_folder:
-        parts = list(itertools.takewhile(lambda part: part.lower() not in SPLITS, parts))
-    return "".join(f"{part}/" for part in parts if part)
-
-
-def _class_folders(split: str, members: list[tuple[int, str]], path: Path) -> list[str | None]:
-    folders = [name.partition("/")[0] if "/" in name else None for _, name in members]
-    alone = [name for (_, name), folder in zip(members, folders, strict=True) if folder is None]
-    if alone and len(alone) < len(members):
-        raise SourceError(
-            where=f"{path}, {split or 'top folder'}",
-            expected="all images in class folders, or none",
-            found=f"{len(alone):,} beside the folders, such as {alone[0]!r}",
-            fix="Move them.",
-        )
-    return folders

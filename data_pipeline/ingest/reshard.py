@@ -16,9 +16,10 @@ from typing import Any, BinaryIO
 from data_pipeline.errors import SampleError, SourceError
 from data_pipeline.ingest.image_normalizer import ImageNormalizer
 from data_pipeline.ingest.layout import UniqueKeys
+from data_pipeline.messages import reason
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
-from data_pipeline.samples.captions import read_captions
+from data_pipeline.samples.captions import one_a_line, read_captions
 from data_pipeline.shards.index import CAPTION_FIELD, IMAGE_FIELDS, MISSING, ShardIndex
 from data_pipeline.shards.load_manifest import load_manifest
 from data_pipeline.shards.manifest import FILE_NAME
@@ -148,7 +149,7 @@ class ShardProducer:
             try:
                 data = os.pread(self._open(tar).fileno(), size, offset)
             except OSError as error:
-                raise SampleError(where=where, expected="readable bytes", found=str(error)) from error
+                raise SampleError(where=where, expected="readable bytes", found=reason(error)) from error
             if zlib.crc32(data) != crc32:
                 raise SampleError(where=where, expected="the bytes that the index was made of", found="other bytes")
             members[field] = data
@@ -172,6 +173,4 @@ class ShardProducer:
         found = read_captions(members, where, field, key or None)
         if not key:
             return members.pop(field)
-        if len(found) > 1:  # one a line
-            found = [" ".join(caption.split()) for caption in found]
-        return "\n".join(found).encode()
+        return one_a_line(found).encode()

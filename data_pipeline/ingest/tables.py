@@ -7,8 +7,6 @@ of their captions matters to the memory, but for the keys, which are held agains
 from __future__ import annotations
 
 import csv
-import gzip
-import itertools
 import os
 import re
 import stat
@@ -16,28 +14,24 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import Any
 
 from data_pipeline.datasets.folders import MAX_IMAGE_BYTES
 from data_pipeline.errors import SampleError, SourceError
 from data_pipeline.ingest.image_normalizer import ImageNormalizer
 from data_pipeline.ingest.layout import UniqueKeys
+from data_pipeline.ingest.table_rows import IMAGE_NAMES, Table
+from data_pipeline.messages import reason
+from data_pipeline.samples.captions import one_a_line
 from data_pipeline.shards.index import CAPTION_FIELD, LABEL_FIELD
 from data_pipeline.shards.row_store import RowReader, RowStore, StoredRows
 from data_pipeline.shards.scan import MAX_LABEL
 from data_pipeline.shards.strict_tar import is_utf8
 from data_pipeline.shards.write import Record
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-DELIMITERS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
-IMAGE_NAMES = ("image", "path", "filepath", "file_path", "image_path", "file_name", "filename")
 CAPTION_NAMES = ("caption", "text", "txt", "title")
 LABEL_NAMES = ("label", "class", "cls")
 
-_MAX_VALUE = 1 << 22  # characters of one value in a CSV; more is a quotation mark without its other half
-_BATCH_ROWS = 1 << 13  # of a Parquet file at a time
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _WHOLE = re.compile(r"(0|[1-9][0-9]{0,15})(\.0*)?")  # pandas writes 3.0 where a column of integers has gaps
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -60,11 +54,6 @@ class Columns:
     allow_outside: bool = False
 
 
-def is_table(path: Path) -> bool:
-    """By its name."""
-    return _suffix(path) in DELIMITERS or _suffix(path) == ".parquet"
-
-
 def open_table(path: Path, columns: Columns, normalizer: ImageNormalizer, temporary_folder: Path) -> StoredRows:
     """Read the table once: its rows checked one by one, its labels numbered.
 
@@ -83,11 +72,11 @@ def open_table(path: Path, columns: Columns, normalizer: ImageNormalizer, tempor
     if not path.is_file():
         raise SourceError(where=str(path), expected="a table", found="nothing there", fix="Correct the path.")
     try:
-        names = _choose(path, _column_names(path), columns)
-        store, labels = _read(path, names, columns, temporary_folder)
+        table = Table.open(path, columns.image)
+        names = _choose(path, table.column_names(), columns)
+        store, labels = _read(table, names, columns, temporary_folder)
     except (pa.ArrowException, csv.Error, zlib.error, OSError, EOFError, UnicodeError) as error:
-        found = str(error).partition("\n")[0]
-        raise SourceError(where=str(path), expected="a whole table that can be read", found=found) from error
+        raise SourceError(where=str(path), expected="a whole table that can be read", found=reason(error)) from error
     numbers, classes = _number(path, labels)
     root = columns.root or path.parent
     producer = TableProducer(store.reader(), str(path), root, normalizer, numbers)
@@ -118,7 +107,7 @@ class TableProducer:
                 continue
             members = {extension: data}
             if "caption" in row:
-                members[CAPTION_FIELD] = row["caption"].encode()
+                members[CAPTION_FIELD] = one_a_line([row["caption"]]).encode()
             if "label" in row:
                 members[LABEL_FIELD] = str(self.numbers[row["label"]]).encode()
             yield row["key"], members
@@ -135,20 +124,6 @@ def _image_bytes(root: Path, name: str) -> bytes:
     except OSError as error:
         found = error.strerror or str(error)
         raise SampleError(where=name, expected="a readable file", found=found) from error
-
-
-def _suffix(path: Path) -> str:
-    return "".join(path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]).lower()
-
-
-def _column_names(path: Path) -> list[str]:
-    if _suffix(path) == ".parquet":
-        from pyarrow import parquet as pq
-
-        names: list[str] = pq.read_schema(path).names
-        return names
-    with _opened(path) as file:
-        return next(_csv_reader(path, file), [])
 
 
 def _choose(path: Path, found: list[str], columns: Columns) -> dict[str, str]:
@@ -178,11 +153,12 @@ def _choose(path: Path, found: list[str], columns: Columns) -> dict[str, str]:
 _DOWNLOAD = "Images behind URLs are img2dataset's to download; what it writes can be converted, by its folder."
 
 
-def _read(path: Path, names: dict[str, str], columns: Columns, temporary_folder: Path) -> tuple[RowStore, set[str]]:
+def _read(table: Table, names: dict[str, str], columns: Columns, temporary_folder: Path) -> tuple[RowStore, set[str]]:
     """All rows in a store, and the labels that occur."""
+    path = table.path
     root = os.path.abspath(columns.root or path.parent)
     store, keys, labels = RowStore(temporary_folder), UniqueKeys(), set[str]()
-    for place, values in _values(path, list(names.values())):
+    for place, values in table.rows(list(names.values())):
         row: dict[str, Any] = {"row": place}
         if isinstance(values, str):
             store.add(row | {"expected": "as many values as there are columns", "found": values})
@@ -203,57 +179,6 @@ def _read(path: Path, names: dict[str, str], columns: Columns, temporary_folder:
     if not store.offsets:
         raise SourceError(where=str(path), expected="a table with rows", found="none")
     return store, labels
-
-
-def _values(path: Path, names: list[str]) -> Iterator[tuple[str, tuple[str | None, ...] | str]]:
-    """(place, values of the named columns) of each row; a text in their stead says what is wrong with the row.
-
-    Bytes that are not UTF-8 come as lone surrogates, so that one wrong letter does not end it all.
-    """
-    if _suffix(path) == ".parquet":
-        from pyarrow import parquet as pq
-
-        number = itertools.count(1)
-        with pq.ParquetFile(path) as parquet:
-            for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(dict.fromkeys(names))):
-                columns = [_texts(path, name, batch.column(name)) for name in names]
-                yield from ((f"row {next(number)}", values) for values in zip(*columns, strict=True))
-        return
-    with _opened(path) as file:
-        reader = _csv_reader(path, file)
-        header = next(reader)
-        places = [header.index(name) for name in names]
-        for row in reader:
-            where = f"line {reader.line_num}"  # type: ignore[attr-defined]
-            if len(row) == len(header):
-                yield where, tuple(row[place] for place in places)
-            elif row:
-                yield where, f"{len(row)} for {len(header)}"
-
-
-def _opened(path: Path) -> TextIO:
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
-    return cast(TextIO, opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=""))
-
-
-def _csv_reader(path: Path, file: TextIO) -> Iterator[list[str]]:
-    """Python's own: arrow's guesses types, and drops a row of the wrong length that is not UTF-8 without a word."""
-    csv.field_size_limit(_MAX_VALUE)
-    return csv.reader(file, delimiter=DELIMITERS[_suffix(path)], strict=True)
-
-
-def _texts(path: Path, name: str, column: pa.Array) -> list[str | None]:
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        column = column.cast(pa.string())
-    try:
-        values: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-        raise SourceError(where=f"{path}, column {name}", expected="text or numbers", found=f"{column.type}") from error
-    return [None if value is None else value.decode(errors="surrogateescape") for value in values]
 
 
 def _inside(where: str, root: str, name: str, allow_outside: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -88,6 +88,16 @@ def read_captions(
     if not found:
         raise SampleError(where=where, expected="a caption", found="nothing, or white space alone")
     return found
+
+
+def one_a_line(captions: Sequence[str]) -> str:
+    """Captions as the text that `lines: true` reads back: as many as there are, whatever line breaks they hold.
+
+    One alone that has none is left as it is.
+    """
+    if len(captions) > 1 or len(captions[0].splitlines()) > 1:
+        captions = [" ".join(caption.split()) for caption in captions]
+    return "\n".join(captions)
 
 
 def _entry(text: str, key: str) -> list[str]:

@@ -15,13 +15,29 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 
 class Views(Group):
-    """Geometry of a training view (random resized crop, flip) and an evaluation view (resize, center)."""
+    """Geometry of a training view (random crop, resize, flip) and an evaluation view (resize, center).
 
+    The crop is a part of the image by `scale` and `ratio` (area), or the largest square that fits, moved along the
+    longer side (square), as CLIP resizes the shorter side and moves a window.
+    """
+
+    crop: Literal["area", "square"] = "area"
     scale: Annotated[tuple[Share, Share], AfterValidator(ordered)] = (0.2, 1.0)  # of the image's area
     ratio: Annotated[tuple[Positive, Positive], AfterValidator(ordered)] = (0.75, 4 / 3)  # width / height
     flip: Probability = 0.5
     interpolation: Interpolation = "bicubic"  # filter of the antialiased resize
     eval_crop: Share = 1.0  # side of the center crop, as a share of the resized shorter side
+
+    @model_validator(mode="after")
+    def _one_geometry(self) -> Views:
+        usual = {name: Views.model_fields[name].default for name in ("scale", "ratio")}
+        other = [name for name, value in usual.items() if getattr(self, name) != value]
+        if self.crop == "square" and other:
+            raise ValueError(
+                f"expected no {' or '.join(other)} beside crop square, which takes the largest square of every image, "
+                f"found {', '.join(f'{name} {list(getattr(self, name))}' for name in other)}."
+            )
+        return self
 
 
 class RandAugment(Group):

@@ -16,18 +16,20 @@ import zlib
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from data_pipeline.errors import SampleError
 from data_pipeline.samples import jpeg
 from data_pipeline.samples.bounds import check_bounds
+from data_pipeline.samples.unread import unread
 
 # What Pillow and libjpeg-turbo raise of bytes that are no image; of some damage also what a slip of their own raises.
 UNDECODABLE = (
     OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, EOFError, AttributeError,
     struct.error, zlib.error, MemoryError, RecursionError, Image.DecompressionBombError,
 )  # fmt: skip
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # Pillow tries no others: some run programs
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # or each loader process would start one for every core
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF")  # Pillow tries no others: some run programs
 
 
 def decode_image(data: bytes, *, max_pixels: int, where: str) -> NDArray[np.uint8]:
@@ -49,7 +51,7 @@ def decode_image(data: bytes, *, max_pixels: int, where: str) -> NDArray[np.uint
     except UNDECODABLE as error:
         unknown = isinstance(error, UnidentifiedImageError)  # its own words are an address in memory
         reason = "no known format" if unknown else str(error) or type(error).__name__
-        raise SampleError(
+        raise unread(data, where) or SampleError(
             where=where, expected="a whole image", found=f"{len(data)} bytes that do not decode: {reason}"
         ) from error
 

@@ -27,24 +27,42 @@ _TRIES = 10
 
 
 def training_view(image: Image, size: int, views: Views, *, seed: int, epoch: int, key: str, view: int) -> Tensor:
-    """One random resized crop, perhaps flipped, [3, size, size] uint8."""
+    """One random crop, resized and perhaps flipped, [3, size, size] uint8."""
+    return drawn_view(image, size, views, seed=seed, epoch=epoch, key=key, view=view)[0]
+
+
+def drawn_view(
+    image: Image, size: int, views: Views, *, seed: int, epoch: int, key: str, view: int
+) -> tuple[Tensor, bool]:
+    """A `training_view`, and whether its crop was drawn; if not, no crop by `views` fitted in the image."""
     draws = keyed.uniforms("view", seed, epoch, view, key)
     flip = next(draws) < views.flip
-    top, left, height, width = crop_box(image.shape[0], image.shape[1], views, draws)
+    drawn = draw_box(image.shape[0], image.shape[1], views, draws)
+    top, left, height, width = drawn or centered_box(image.shape[0], image.shape[1], views)
     resized = resize(image[top : top + height, left : left + width], (size, size), views.interpolation)
-    return resized.flip(-1) if flip else resized
+    return resized.flip(-1) if flip else resized, drawn is not None
 
 
 def crop_box(height: int, width: int, views: Views, draws: Iterator[float]) -> Box:
-    """Box of a random resized crop (Szegedy et al. 2015, sec. 6), as in torchvision's `RandomResizedCrop`.
+    """Box of a random crop: `draw_box`, or `centered_box` where that finds none, as in torchvision."""
+    return draw_box(height, width, views, draws) or centered_box(height, width, views)
 
-    Ten tries at an area uniform in `scale` and a ratio log-uniform in `ratio`; where none fits in the image,
-    the largest centered box within `ratio`.
+
+def draw_box(height: int, width: int, views: Views, draws: Iterator[float]) -> Box | None:
+    """Box of a random crop; None: none was found that fits in the image.
+
+    - area: a random resized crop (Szegedy et al. 2015, sec. 6), as torchvision's `RandomResizedCrop` draws it: ten
+      tries at an area uniform in `scale` and a ratio log-uniform in `ratio`.
+    - square: a square of the image's shorter side, anywhere along the longer one (Radford et al. 2021, sec. 2.4, who
+      resize first: up to what the filter sees beyond the border the same).
 
     Args:
         height, width: of the image, pixels.
         draws: numbers in [0, 1): area and ratio of each try, then top and left of the one that fits.
     """
+    if views.crop == "square":
+        side = min(height, width)
+        return int(next(draws) * (height - side + 1)), int(next(draws) * (width - side + 1)), side, side
     low, high = math.log(views.ratio[0]), math.log(views.ratio[1])
     for _ in range(_TRIES):
         area = height * width * (views.scale[0] + (views.scale[1] - views.scale[0]) * next(draws))
@@ -52,6 +70,11 @@ def crop_box(height: int, width: int, views: Views, draws: Iterator[float]) -> B
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(next(draws) * (height - h + 1)), int(next(draws) * (width - w + 1)), h, w
+    return None
+
+
+def centered_box(height: int, width: int, views: Views) -> Box:
+    """The largest centered box within `ratio`: the same for an image each time."""
     w = min(width, max(1, round(height * views.ratio[1])))
     h = min(height, max(1, round(width / views.ratio[0])))
     return (height - h) // 2, (width - w) // 2, h, w

@@ -21,7 +21,8 @@ SUFFIX = ".idx"
 _MAX_HEADER = 1 << 24  # bytes; one names the columns and the fields
 NO_LABEL = -1
 MISSING = -1  # the offset of a member that a sample lacks
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")  # in order of preference
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff", "avif", "jfif", "jpe")
+"""Extensions of images, in order of preference."""
 LABEL_FIELD = "cls"
 CAPTION_FIELD = "txt"
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import ManifestError, ShardError
+from data_pipeline.messages import reason
 from data_pipeline.remote.fetch import Remote
 from data_pipeline.shards.index import SUFFIX, ShardIndex
 from data_pipeline.shards.specs import is_inside
@@ -280,4 +281,4 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(str(part) for part in first['loc']) or 'the file'}: {first['msg']}"
-    return str(error)[:200]
+    return reason(error)[:200]

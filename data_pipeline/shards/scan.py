@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data_pipeline.errors import DataError, ManifestError, ShardError
+from data_pipeline.messages import reason
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
 from data_pipeline.shards import strict_tar
@@ -27,6 +28,7 @@ from data_pipeline.shards.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardS
 from data_pipeline.shards.specs import find_tars
 
 MAX_LABEL = 10_000_000  # a larger "label" is some other number; a histogram of it would fill the memory
+MAX_MEMBER_BYTES = 1 << 30  # a sample is read into memory with all its members
 PICKLE_FIELDS = frozenset({"pyd", "pickle", "pkl", "pth", "pt"})
 
 # webdataset's rules: the extension begins at the first dot of the base name; __names__ are its own.
@@ -45,7 +47,11 @@ def scan_shard(path: Path) -> ShardIndex:
     """
     if not path.is_file():
         raise ShardError(where=str(path), expected="a tar", found="no such file", fix="Copy or make it again.")
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise ShardError(where=str(path), expected="a readable tar", found=reason(error)) from error
+    with file:
         return scan(file, str(path))
 
 
@@ -68,6 +74,8 @@ def scan(file: BinaryIO, where: str) -> ShardIndex:
             samples.append({})
         if field in samples[-1]:
             raise _refused(where, member, "one member of a name", "a second one")
+        if member.size > MAX_MEMBER_BYTES:
+            raise _refused(where, member, f"members of at most {MAX_MEMBER_BYTES:,} bytes", f"{member.size:,} bytes")
         if field.rpartition(".")[2] in PICKLE_FIELDS:
             raise _refused(where, member, "members that are data", "a pickle, which is a program")
         data = content[member.offset_data : member.offset_data + member.size]

@@ -2,33 +2,72 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
-import zlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import IO, BinaryIO, cast
 
 from data_pipeline.errors import DataError
+from data_pipeline.guard import told_as
 
 MAX_HEADER = 1 << 20  # bytes of a long name or extended header; a header may claim any size
+MAX_HEADERS = 1 << 22  # bytes of all that stand before one member
 CHUNK = 1 << 20
+_SOUND = "the next member whole, or the zeros that end a tar"
+_COPY = "The tar is damaged or cut off: copy or make it again."
+_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_RECORD = re.compile(rb"(\d{1,8}) [^=\n]+=")
+_DIGITS = re.compile(rb"\d{256}")  # tarfile searches the time squared of such a run
 
 
 class _Headers:
-    """What tarfile reads through: headers only, none of absurd size, the last one kept to be looked at."""
+    """What tarfile reads through: headers only, none of absurd size or form, the last one kept to be looked at."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.last = file, b""
+        self.file, self.last, self.num_bytes = file, b"", 0
         self.seek, self.tell = file.seek, file.tell
+        self._before_extended = False
 
     def read(self, size: int) -> bytes:
-        if size > MAX_HEADER:
-            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        self.num_bytes += max(size, 0)
+        if size < 0:
+            raise tarfile.ReadError("a header of a negative size")
+        if size > MAX_HEADER or self.num_bytes > MAX_HEADERS:
+            raise tarfile.ReadError(f"a header of {size:,} bytes, with those before it {self.num_bytes:,}")
         self.last = self.file.read(size)
+        if self._before_extended:
+            _check_records(self.last)
+        self._before_extended = not self._before_extended and self.last[156:157] in _EXTENDED
         return self.last
 
 
+def _check_records(data: bytes) -> None:
+    """An extended header is records `LENGTH KEY=VALUE`, ended by zeros; tarfile takes other bytes for records too."""
+    position = 0
+    while position < len(data) and data[position]:
+        record = _RECORD.match(data, position)
+        end = position + int(record[1]) if record else 0
+        if record is None or not record.end() < end <= len(data) or data[end - 1 : end] != b"\n":
+            raise tarfile.ReadError("a malformed extended header")
+        position = end
+    if _DIGITS.search(data):
+        raise tarfile.ReadError("an extended header with a number of absurd length")
+
+
+def is_tar(block: bytes) -> bool:
+    """Whether the first 512 bytes of a file are those of a tar."""
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+        return True
+    except (tarfile.TarError, ValueError, OverflowError):
+        return False
+    return True
+
+
 def members(
-    file: BinaryIO, where: str, *, error: type[DataError], max_bytes: int | None = None
+    file: BinaryIO, where: str, *, error: type[DataError], max_bytes: int | None = None, folders: bool = False
 ) -> Iterator[tarfile.TarInfo]:
     """The regular files of a tar that proves sound up to and behind its end mark.
 
@@ -39,27 +78,40 @@ def members(
         where: its name, for messages.
         error: what is raised.
         max_bytes: more than this is refused (a small archive can unpack to any size).
+        folders: give the members that are folders too.
 
     Raises:
         error: damaged, truncated or too large; a link, device or sparse file; a name that is absolute, leaves
             the folder, or is not UTF-8. Told with the offset.
     """
     headers, end = _Headers(file), 0
-    try:
-        with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                vars(tar)["members"].clear()  # else the headers of a large tar would all stay in memory
-                end = tar.offset
-                _check_size(end, max_bytes, where, error)
-                if not member.isdir():
-                    _check_member(member, where, error)
-                    yield member
-            end = tar.offset
-        _check_end(file, headers.last, end, max_bytes, where, error)
-    except (tarfile.TarError, ValueError, OverflowError, EOFError, zlib.error, OSError) as problem:
-        if end == 0 and (other := _no_tar(where, headers.last, error)) is not None:
-            raise other from None
-        raise _damaged(where, end, str(problem) or type(problem).__name__, error) from problem
+    with _guard(where, end, error):
+        try:
+            tar = tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:")  # noqa: SIM115  it owns nothing to close
+        except tarfile.TarError:
+            raise _no_tar(where, headers.last, error) or _damaged(where, 0, "no header of a tar", error) from None
+    while True:
+        with _guard(where, end, error):
+            member = tar.next()
+            headers.num_bytes = 0
+        if member is None:
+            break
+        vars(tar)["members"].clear()  # else the headers of a large tar would all stay in memory
+        if member.size < 0 or tar.offset <= end:
+            raise _damaged(where, member.offset, "a header of a negative size", error)
+        end = tar.offset
+        _check_size(end, max_bytes, where, error)
+        if not member.isdir():
+            _check_member(member, where, error)
+            yield member
+        elif folders:
+            yield member
+    with _guard(where, end, error):
+        _check_end(file, headers.last, tar.offset, max_bytes, where, error)
+
+
+def _guard(where: str, offset: int, error: type[DataError]) -> AbstractContextManager[None]:
+    return told_as(error, f"{where}, offset {offset}", _SOUND, _COPY)
 
 
 def _check_end(
@@ -134,9 +186,9 @@ def _no_tar(where: str, first: bytes, error: type[DataError]) -> DataError | Non
 def _damaged(where: str, offset: int, found: str, error: type[DataError]) -> DataError:
     return error(
         where=f"{where}, offset {offset}",
-        expected="the next member whole, or the zeros that end a tar",
+        expected=_SOUND,
         found=found,
-        fix="The tar is damaged or cut off: copy or make it again.",
+        fix=_COPY,
     )
 
 

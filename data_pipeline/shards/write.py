@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 from data_pipeline.durable import TEMPORARY_PATTERN, claimed, durable_file
 from data_pipeline.errors import DataError, ManifestError, RunError, SampleError, SourceError
+from data_pipeline.messages import reason
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
 from data_pipeline.shards.index import SUFFIX, ShardIndex
@@ -164,7 +165,7 @@ def _make_shard(out: Path, producer: Producer[Item], skip_bad: bool, task: Task[
     except SampleError:
         return Shard(None, tuple(bad))
     except OSError as error:
-        raise RunError(where=str(path), expected="to write a shard", found=str(error)) from error
+        raise RunError(where=str(path), expected="to write a shard", found=reason(error)) from error
 
 
 def _good(produced: Iterable[Record | SampleError], bad: list[SampleError]) -> Iterator[Record]:
@@ -191,7 +192,7 @@ def _read_plan(out: Path) -> dict[str, Any] | None:
         plan = json.loads((out / PLAN_NAME).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             where=str(out / PLAN_NAME), expected="the plan of a dataset", found=f"other text ({error})"
         ) from error
@@ -206,9 +207,10 @@ def _strangers(out: Path) -> bool:
 def _bad_samples(out: Path, bad: Sequence[SampleError]) -> SourceError:
     shown = "; ".join(f"{error.where}: {error.found}" for error in bad[:_SHOWN])
     more = f"; and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else ""
+    hints = dict.fromkeys(error.fix for error in bad if error.fix)
     return SourceError(
         where=str(out),
         expected="images that can be used",
         found=f"{len(bad):,} that cannot: {shown}{more}",
-        fix="Repair or remove them, or give --skip-bad to leave them out.",
+        fix=" ".join(["Repair or remove them, or give --skip-bad to leave them out.", *itertools.islice(hints, 3)]),
     )

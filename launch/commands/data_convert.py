@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,7 @@ from launch.commands.data_arguments import MaxPixels, Out, ShardSize, Workers, s
 from launch.commands.option_groups import grouped
 
 if TYPE_CHECKING:
-    from data_pipeline.ingest.convert import ConvertOptions
+    from data_pipeline.ingest.convert import Conversion, ConvertOptions
     from data_pipeline.ingest.tables import Columns
 
 CONVERT_EXAMPLES = (
@@ -122,10 +123,25 @@ def convert(
         skip_bad=skip_bad,
         workers=workers or num_cores(),
     )
-    for error in done.bad:
-        print(f"left out: {error}")
-    left_out = done.num_images - sum(manifest.total for manifest in done.manifests.values())
-    if left_out or done.num_others:
-        print(f"left out {left_out:,} bad images and {done.num_others:,} files that are no images")
-    for manifest in done.manifests.values():
-        print(summary(manifest))
+    print("\n".join([*_left_out(done), *map(summary, done.manifests.values())]))
+
+
+def _left_out(done: Conversion) -> Iterator[str]:
+    """Yields what became of all that was in the source but in no data set, and how its folders were read."""
+    from data_pipeline.datasets.file_names import count_by_suffix, is_hidden
+    from data_pipeline.messages import short_list
+
+    yield from (f"left out: {error}" for error in done.bad)
+    if left_out := done.num_images - sum(manifest.total for manifest in done.manifests.values()):
+        yield f"left out {left_out:,} bad {'image' if left_out == 1 else 'images'}"
+    if done.others:
+        shown = next((name for name in done.others if not is_hidden(name)), done.others[0])
+        yield f"passed over, being no images: {count_by_suffix(done.others)}, such as {shown}"
+    if done.without_images:
+        yield f"left out the folders without images: {short_list(done.without_images)}"
+    classes = next((manifest.classes for manifest in done.manifests.values() if manifest.classes), ())
+    if done.shared:
+        yield f"passed over {done.shared}, which all images share" + ("; no class folders" if not classes else "")
+    counts = [manifest.label_counts for manifest in done.manifests.values() if manifest.label_counts is not None]
+    if missing := [name for i, name in enumerate(classes) if not any(count[i : i + 1].any() for count in counts)]:
+        yield f"classes without an image now: {short_list(missing)}"

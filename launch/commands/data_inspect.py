@@ -77,12 +77,9 @@ def stats(
 
 def _class_names(path: Path) -> list[str]:
     from data_pipeline.errors import DataError
+    from data_pipeline.text_files import read_text
 
-    try:
-        names = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(where=str(path), expected="a text file, one class name a line", found=str(error)) from error
-    names = [name.strip() for name in names]
+    names = [name.strip() for name in read_text(path, "a text file, one class name a line").split("\n")]
     while names and not names[-1]:
         names.pop()
     if not all(names) or not names:

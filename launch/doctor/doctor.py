@@ -69,7 +69,9 @@ def findings(
     if recipe is None:
         yield from machine.open_files()
         return
+    from launch.doctor.precision import precision
     from launch.doctor.recipe import CheckedRun, Ranks
+    from pretrain.objectives.kinds import build_objective
     from pretrain.plan import build_on_meta, footprint
     from pretrain.preflight import preflight
 
@@ -77,14 +79,9 @@ def findings(
     ranks = Ranks(num_ranks, num_ranks) if cluster is None else Ranks(cluster.world_size, cluster.ranks_per_node)
 
     def count(plan: Plan | None) -> Footprint:
-        return footprint(
-            build_on_meta(whole.model, whole.objective) if plan is None else plan.objective,
-            whole.optim,
-            whole.engine,
-            whole.ema,
-            world_size=ranks.total,
-            probe_bytes=0 if plan is None else plan.probe_bytes,
-        )
+        objective = build_on_meta(whole.model, whole.objective) if plan is None else plan.objective
+        counted = (objective, whole.optim, whole.engine, whole.ema)
+        return footprint(*counted, world_size=ranks.total, probe_bytes=0 if plan is None else plan.probe_bytes)
 
     run = CheckedRun(
         name=recipe.name,
@@ -99,6 +96,9 @@ def findings(
         footprint=count,
     )
     yield from run_findings(run, recipe.runtime.device, cluster, out)
+    if cluster is None:
+        build = partial(build_objective, whole.model, whole.objective)
+        yield from precision(recipe.engine.precision, recipe.runtime.device, recipe.resume_from, out, build)
 
 
 def run_findings(run: CheckedRun, device: str, cluster: Cluster | None, out: Path) -> Iterator[Finding]:

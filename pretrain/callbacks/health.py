@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
+from data_pipeline.batch import Batch
 from pretrain.callbacks.callback import Callback
+from pretrain.runtime.state import RunState
 
 HealthCheck = Callable[[Mapping[str, float]], str | None]  # values of a logged step -> a sentence of advice, or None
 
 _COLLAPSED = 0.1  # share of the standard deviation of evenly spread embeddings
 _WAITING = 0.15  # share of the time waited for data from which on advice is given
+_UNDRAWN = 0.05  # share of crops that are not drawn, likewise
+
+
+class UndrawnCrops(Callback):
+    """Logs the share of views, since this process began, whose crop was not drawn: none fitted in the image."""
+
+    def __init__(self) -> None:
+        self._undrawn, self._views = 0, 0
+
+    def after_step(self, state: RunState, micro_batches: tuple[Batch, ...]) -> dict[str, Tensor]:
+        self._undrawn += sum(batch.undrawn_crops for batch in micro_batches)
+        self._views += sum(len(batch) * len(batch.views) for batch in micro_batches)
+        return {"undrawn_crops": torch.tensor(self._undrawn / max(1, self._views))}
 
 
 class HealthChecks(Callback):
@@ -89,6 +106,18 @@ def data_brake(values: Mapping[str, float], num_workers: int, idle_cores: int) -
     return f"data is the brake: {wait:.0%} of the time is waited for it ({shares}); {help_}"
 
 
+def undrawn_crops(values: Mapping[str, float]) -> str | None:
+    """Gives advice where many images have no crop of the recipe's area and ratio, and so get one and the same."""
+    share = values.get("undrawn_crops", 0.0)
+    if share < _UNDRAWN:
+        return None
+    return (
+        f"{share:.0%} of the crops so far are not drawn: none with the area of data.views.scale and the shape of "
+        "data.views.ratio fits in those images, which get the same centered crop in every epoch; widen the two, or set "
+        "data.views.crop=square, in another run"
+    )
+
+
 def idle_cores(num_workers: int, ranks_of_machine: int) -> int:
     """Cores for each rank of this machine beside its own threads and workers."""
     cores = len(os.sched_getaffinity(0)) // ranks_of_machine
@@ -103,4 +132,5 @@ def usual_checks(num_workers: int, ranks_of_machine: int) -> tuple[HealthCheck, 
         ranks_of_machine: ranks that share the cores of this machine.
     """
     idle = idle_cores(num_workers, ranks_of_machine)
-    return Debounced(partial(data_brake, num_workers=num_workers, idle_cores=idle)), Debounced(collapse)
+    brake = Debounced(partial(data_brake, num_workers=num_workers, idle_cores=idle))
+    return brake, Debounced(collapse), Debounced(undrawn_crops, lasting=2, again=sys.maxsize)

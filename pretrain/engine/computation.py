@@ -35,7 +35,7 @@ def choose_computation(objective: Objective, config: EngineConfig, device: torch
             fix="Leave the option out.",
         )
     if config.activation_checkpointing == "blocks":
-        dtype = torch.bfloat16 if config.precision == "bf16" else None
+        dtype = torch.bfloat16 if config.settled_precision == "bf16" else None
         checkpoint_activations(blocks, device=device, dtype=dtype, offload=config.offload_activations)
     if config.compile:
         for block in blocks:

@@ -34,7 +34,7 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,  # its own compiles kernels when first used
         "steps_per_print": 10**12,
     }
-    if config.precision == "bf16":
+    if config.settled_precision == "bf16":
         # No lower-precision modules: parameters, gradients and their reduction stay fp32.
         settings["torch_autocast"] = {
             "enabled": True,

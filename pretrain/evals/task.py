@@ -63,7 +63,7 @@ class Task:
                     where=f"{name} set",
                     expected="labels",
                     found="none",
-                    fix="Give class folders, or shards with `cls` members.",
+                    fix="Give two class folders or more, or shards with `cls` members.",
                 )
         test = match_classes(self.test, self.train, "the test set", "the training set")
         object.__setattr__(self, "test", test)

@@ -34,7 +34,7 @@ def is_hf_folder(folder: Path) -> bool:
     """It has a config.json of transformers, not of timm."""
     try:
         told = json.loads((folder / CONFIG).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(told, dict) and "model_type" in told and "pretrained_cfg" not in told
 
@@ -174,7 +174,7 @@ def _json(path: Path) -> dict[str, Any]:
         told = json.loads(path.read_text("utf-8"))
         if not isinstance(told, dict):
             raise ValueError(f"a {type(told).__name__}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             where=str(path),
             expected="a JSON object, as transformers writes it",

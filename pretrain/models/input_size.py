@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +33,7 @@ def set_image_size(module: nn.Module, old: int, new: int) -> dict[str, object] |
         return None
     if isinstance(module, VisionTransformer):
         grid: Any = module.patch_embed.grid_size
-        _check_multiple(new, max(module.patch_embed.patch_size))
+        check_every_pixel_is_seen(module, new)
         module.set_input_size(img_size=(new, new))
         return _told(grid, module.patch_embed.grid_size, TIMM_HOW) if module.pos_embed is not None else None
     from open_clip.transformer import VisionTransformer as OpenClipTransformer  # half a second, which few need
@@ -47,6 +48,7 @@ def set_image_size(module: nn.Module, old: int, new: int) -> dict[str, object] |
             found=str(new),
             fix="Only the position embedding of a ViT can be interpolated.",
         )
+    check_every_pixel_is_seen(module, new)
     return None
 
 
@@ -54,7 +56,7 @@ def _set_open_clip(visual: Any, new: int) -> dict[str, object]:
     from open_clip.model import resize_pos_embed
 
     patch = max(visual.patch_size)
-    _check_multiple(new, patch)
+    check_every_pixel_is_seen(visual, new)
     old, visual.image_size, visual.grid_size = visual.grid_size, (new, new), (new // patch, new // patch)
     positions = {"visual.positional_embedding": visual.positional_embedding.detach()}
     resize_pos_embed(positions, SimpleNamespace(visual=visual))
@@ -64,14 +66,34 @@ def _set_open_clip(visual: Any, new: int) -> dict[str, object]:
     return _told(old, visual.grid_size, OPEN_CLIP_HOW)
 
 
-def _check_multiple(size: int, patch: int) -> None:
-    if size % patch:
+def check_every_pixel_is_seen(module: nn.Module, size: int) -> None:
+    """The first convolution (of a ViT: into patches) must reach the last rows and columns of `size` pixels.
+
+    Raises:
+        InputError: it leaves some out, which is no error to timm.
+    """
+    first = next((found for found in module.modules() if isinstance(found, nn.Conv2d)), None)
+    embed = getattr(module, "patch_embed", None)
+    # A subclass pads by the size of its input; and so does timm's embedding where it is told to.
+    if first is None or type(first) is not nn.Conv2d or getattr(embed, "dynamic_img_pad", False):
+        return
+    if unseen := _unseen(first, size):
+        fitting = next(larger for larger in itertools.count(size + 1) if not _unseen(first, larger))
+        patches = first.kernel_size == first.stride
         raise InputError(
             where="--image-size",
-            expected=f"a multiple of the patch size {patch}",
-            found=str(size),
-            fix=f"Nearest above: {-(-size // patch) * patch}.",
+            expected=f"a multiple of the patch size {max(first.stride)}" if patches else "one that is seen to its edge",
+            found=f"{size}, whose last {unseen} rows and columns the encoder would not see",
+            fix=f"Nearest above: {fitting}.",
         )
+
+
+def _unseen(first: nn.Conv2d, size: int) -> int:
+    """How many of the last pixels of a row or column no window of the convolution holds."""
+    if isinstance(first.padding, str):
+        return 0
+    windows = zip(first.kernel_size, first.stride, first.padding, strict=True)
+    return max(0, *((size + 2 * padding - kernel) % stride - padding for kernel, stride, padding in windows))
 
 
 def _told(old: Any, new: Any, how: str) -> dict[str, object]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ SAVED, SAVED_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 _NUM_MERGES = 49152 - 256 - 2
 _CHARACTERS_PER_TOKEN = 100  # what lies behind is cut before it is looked at: a page of text, or an attack
+_WHITE_SPACE = re.compile(r"(?:\s|&nbsp;|&#160;|&#xa0;)+", re.IGNORECASE)
 _WORDS_KEPT = 100_000
 _CLEANINGS = ("whitespace", "lower", "canonicalize")
 
@@ -52,7 +54,7 @@ class ClipTokenizer:
         """Tokens of one caption, [L] int64."""
         if len(self._bpe.cache) > _WORDS_KEPT:  # open_clip keeps every word it ever met
             self._bpe.cache = {token: token for token in ("<start_of_text>", "<end_of_text>")}
-        tokens: Tensor = self._bpe(text[: _CHARACTERS_PER_TOKEN * self.context_length])[0]
+        tokens: Tensor = self._bpe(_cut(text, self.context_length))[0]
         return tokens
 
     @cached_property
@@ -95,7 +97,7 @@ class SavedTokenizer:
         """Tokens of one caption, [L] int64."""
         from open_clip.tokenizer import get_clean_fn
 
-        cleaned = get_clean_fn(self._clean)(text[: _CHARACTERS_PER_TOKEN * self.context_length])
+        cleaned = get_clean_fn(self._clean)(_cut(text, self.context_length))
         return torch.tensor(self._read.encode(cleaned).ids)
 
     @cached_property
@@ -123,6 +125,12 @@ class SavedTokenizer:
     def fingerprint(self) -> str:
         """SHA-256 in hex over the whole tokenizer, its cleaning and padding with it."""
         return hashlib.sha256(f"{self._clean} {self._read.to_str()}".encode()).hexdigest()
+
+
+def _cut(text: str, context_length: int) -> str:
+    """What tokens are made of: the beginning of a longer text, whose white space does not count: it is cleaned away."""
+    most = _CHARACTERS_PER_TOKEN * context_length
+    return text if len(text) <= most else _WHITE_SPACE.sub(" ", text).lstrip()[:most]
 
 
 def build_tokenizer(spec: TokenSpec) -> ClipTokenizer | SavedTokenizer:

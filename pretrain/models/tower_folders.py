@@ -282,7 +282,7 @@ def _read(path: Path) -> Iterator[None]:
     """What a file that cannot be used raises, as one error."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(
             where=str(path), expected="a file of two towers, as open_clip or this program writes it",
             found=f"{type(error).__name__}: {error}",

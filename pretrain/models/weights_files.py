@@ -153,7 +153,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
         files = sorted({str(name) for name in weight_map.values()})
         if elsewhere := [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]:
             raise ValueError(f"{elsewhere[0]!r} is no safetensors file beside it")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             where=str(index), expected="an index of safetensors files", found=f"{type(error).__name__}: {error}"
         ) from error

@@ -32,11 +32,11 @@ def param_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Groups by name: `decay` and `no_decay`, with layer decay one such pair per layer (`layer_3_decay`).
 
     Biases, norms, tokens and positions, Swin's relative ones too, are not decayed; those of open_clip's towers are, as
-    in its own training. With layer decay (BEiT, Bao et al. 2021, arXiv:2106.08254; MAE's fine-tuning) the learning rate
-    of layer l of L is scaled by layer_decay ** (L - l): layers are timm's, stem first; L is the head, with a norm of
-    pooled features where there is one, while a norm of tokens goes with the last block. Modules that the objective
-    names as `constant_lr_modules` have such groups of their own (`undecayed_decay`), whose learning rate stays at its
-    peak.
+    in the training of its release 3.3. With layer decay (BEiT, Bao et al. 2021, arXiv:2106.08254; MAE's fine-tuning)
+    the learning rate of layer l of L is scaled by layer_decay ** (L - l): layers are timm's, stem first; L is the head,
+    with a norm of pooled features where there is one, while a norm of tokens goes with the last block. Modules that the
+    objective names as `constant_lr_modules` have such groups of their own (`undecayed_decay`), whose learning rate
+    stays at its peak.
 
     Raises:
         InputError: layer decay for an encoder that does not say what its layers are.

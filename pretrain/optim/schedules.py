@@ -17,7 +17,8 @@ def learning_rate(progress: Progress, schedule: Schedule, *, peak_lr: float, war
 
     - cosine: half a cosine that reaches final_lr * peak at t = T, and stays there. Loshchilov & Hutter 2016
       (arXiv:1608.03983), Eq. 5, without restarts.
-    - step: the peak times gamma to the number of milestones passed, one at share m when t >= round(m T).
+    - step: the peak times gamma to the number of milestones passed, one at share m when t >= round(m T). (timm's
+      and SimMIM's take the rate of a step from the number of the one before, and so fall a step later.)
     - constant: the peak.
 
     Args:

@@ -116,15 +116,16 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> _Read:
     if not isinstance(parent, str):
         raise RecipeError(str(path), [f"extends: expected the path of one parent, found {parent!r}."])
     base = _read_with_parents(path.parent / parent, (*seen, file))
-    return _Read(_merge(base.tree, tree), base.problems + problems, base.notes + notes)
+    return _Read(merge(base.tree, tree), base.problems + problems, base.notes + notes)
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Merges two maps key by key; what is no map in both is taken from `over`."""
     merged = dict(base)
     for key, value in over.items():
         inner = merged.get(key)
         both = isinstance(inner, dict) and isinstance(value, dict)
-        merged[key] = _merge(inner, value) if both else value  # type: ignore[arg-type]
+        merged[key] = merge(inner, value) if both else value  # type: ignore[arg-type]
     return merged
 
 

@@ -52,7 +52,9 @@ class BatchSize(Group):
 
 class EngineConfig(Group):
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16"] = "bf16"  # bf16 is autocast: parameters and optimizer state stay fp32
+    # bf16 is autocast: parameters and optimizer state stay fp32; auto: bf16 where the device has instructions for it,
+    # settled at the start of a run and kept in its recipe.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     activation_checkpointing: Literal["none", "blocks"] = "none"  # blocks: each is computed again in the backward pass
     offload_activations: bool = False  # what checkpointed blocks keep lies in CPU memory
     offload_optimizer: bool = False  # fp32 partitions and optimizer state lie in CPU memory, and are stepped there
@@ -61,6 +63,12 @@ class EngineConfig(Group):
     channels_last: bool = False  # memory format of the images, and so of convolutions
     fused_adamw: bool = False
     compile: bool = False  # torch.compile of each block
+
+    @property
+    def settled_precision(self) -> Literal["fp32", "bf16"]:
+        """The precision, which is no longer `auto` once a run has begun."""
+        assert self.precision != "auto", "engine.precision is settled before anything is computed"
+        return self.precision
 
     @model_validator(mode="after")
     def _go_together(self) -> EngineConfig:

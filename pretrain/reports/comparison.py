@@ -21,8 +21,8 @@ from pretrain.evals.suite import HOW, KEPT, load_suite, nearest, result_path
 from pretrain.evals.uncertainty import Interval
 
 # Arguments of a command that say which encoder it judges, on what and where, and not by which protocol.
-_ENCODER = set("encoder towers random_init seed model image_size option weights weights_key weights_prefix".split())
-_NOT_PROTOCOL = _ENCODER | HOW | {"weights_ignore", "tokenizer", "command", "train", "test", "device"}
+_WHICH = {"encoder", "towers", "random_init", "seed", "model", "image_size", "option", "weights", "tokenizer"}
+_WHERE = {"weights_key", "weights_prefix", "weights_ignore", "command", "train", "test", "device"}
 
 Column = tuple[str, str]  # data set, protocol
 
@@ -255,7 +255,7 @@ def _short(data: Mapping[str, Any]) -> str:
 def _protocol(report: EvalReport, reports: Iterable[EvalReport]) -> str:
     """Its arguments that are not the same in all reports of its evaluator."""
     others = [r.arguments for r in reports if r.evaluator == report.evaluator]
-    keys = [key for key in report.arguments if key not in _NOT_PROTOCOL]
+    keys = [key for key in report.arguments if key not in (_WHICH | _WHERE | HOW)]
     own = {key: report.arguments[key] for key in keys if any(o.get(key) != report.arguments[key] for o in others)}
     return ", ".join(f"{key} {json.dumps(value)}" for key, value in own.items())
 

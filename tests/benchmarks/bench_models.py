@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from pretrain.engine.engine import Engine
-from pretrain.monitoring.metrics import flops_per_sample, measure_peak_flops
+from pretrain.monitoring.throughput import flops_per_sample, measure_peak_flops
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.supervised.config import SupervisedConfig

@@ -19,7 +19,7 @@ import torch
 from data_pipeline.batch import Batch
 from pretrain.engine.attention import choose_attention
 from pretrain.engine.engine import Engine
-from pretrain.monitoring.metrics import blank_batch as flops_batch
+from pretrain.objectives.blank import blank_batch as flops_batch
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
 from pretrain.optim.optimizers import build_optimizer

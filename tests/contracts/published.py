@@ -11,7 +11,7 @@ from tests.objectives.papers import CLASSES, Numbers, rand_augment
 
 # What an entry need not say: what all of these papers have, by its path. What is off may be left out as well.
 USUAL: Numbers = {
-    "views": {"ratio": (3 / 4, 4 / 3), "flip": 0.5},
+    "views": {"crop": "area", "ratio": (3 / 4, 4 / 3), "flip": 0.5},
     "mixing": {"probability": 1.0, "switch_probability": 0.5},
     "repeats": 1,
     "mean": (0.485, 0.456, 0.406),  # ImageNet's
@@ -56,3 +56,11 @@ MAE_FINETUNING: Numbers = {
     "model": {"name": "vit_base_patch16_224", "image_size": 224, "options": {"drop_path_rate": 0.1}},
     "objective": {**CLASSES, "label_smoothing": 0.1, "classifier_init": 2e-5},
 }  # fmt: skip
+
+# MAE's FINETUNE.md, for larger models: (drop path, epochs, learning rate for 256 images, layer decay).
+MAE_FINETUNING_BY_SIZE = {
+    "vit_small_patch16_224": (0.1, 100, 5e-4, 0.65),  # no figure of theirs: as ViT-B
+    "vit_base_patch16_224": (0.1, 100, 5e-4, 0.65),
+    "vit_large_patch16_224": (0.2, 50, 1e-3, 0.75),
+    "vit_huge_patch14_224": (0.3, 50, 1e-3, 0.75),
+}

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from launch.chains.folder import ChainFolder
-from pretrain.evals.finetune.recipe import PRESETS
+from pretrain.evals.finetune.recipe import preset_for
 from pretrain.recipe.files import load_recipe, make_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import resolve
-from tests.contracts.published import MAE_FINETUNING, PUBLISHED, USUAL, student
+from tests.contracts.published import MAE_FINETUNING, MAE_FINETUNING_BY_SIZE, PUBLISHED, USUAL, student
 from tests.objectives.papers import CIFAR10, IMAGENET, PAIRS, Numbers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -97,18 +97,28 @@ def test_noisy_students_count_by_their_labelled_images(stage: str, ratio: int) -
     assert differences(numbers(recipe, IMAGENET * (1 + ratio)), student(ratio)) == []
 
 
-def test_the_fine_tuning_of_mae_is_one_in_its_chain_and_its_preset() -> None:
+def test_the_fine_tuning_of_mae_in_its_chain_is_the_authors() -> None:
     chain = numbers(stage_of("mae_pretraining", "supervised"), IMAGENET)
     assert differences(chain, MAE_FINETUNING) == []
-    mae, preset = load_recipe(RECIPES["mae_vit_b16"]).model, PRESETS["mae"]
+
+
+@pytest.mark.parametrize("name", MAE_FINETUNING_BY_SIZE)
+def test_the_preset_of_mae_s_fine_tuning_is_that_of_the_model_s_size(name: str) -> None:
+    preset = preset_for("mae", name)
     tree = {
         **preset,
         "name": "preset",
         "data": {"train": "data/imagenet1k/train", **preset["data"]},
-        "model": {"name": mae.name, "image_size": mae.image_size, **preset["model"]},
+        "model": {"name": name, "image_size": 224, **preset["model"]},
         "objective": {"kind": "supervised", "num_classes": 1000, **preset["objective"]},
     }
-    pooling = {"global_pool": "avg", "fc_norm": True}  # which a chain cannot change
-    options = {"options": MAE_FINETUNING["model"]["options"] | pooling}
-    wanted = MAE_FINETUNING | {"model": MAE_FINETUNING["model"] | options}
+    drop_path, epochs, base_lr, layer_decay = MAE_FINETUNING_BY_SIZE[name]
+    # The pooling a chain cannot change.
+    options = {"drop_path_rate": drop_path, "global_pool": "avg", "fc_norm": True}
+    lr = base_lr * 1024 / 256
+    wanted = MAE_FINETUNING | {
+        "model": {"name": name, "image_size": 224, "options": options},
+        "optim": MAE_FINETUNING["optim"] | {"peak_lr": lr, "layer_decay": layer_decay},
+        "schedule": MAE_FINETUNING["schedule"] | {"epochs": epochs, "final_lr": 1e-6 / lr},
+    }
     assert differences(numbers(make_recipe(tree, where="preset"), IMAGENET), wanted) == []

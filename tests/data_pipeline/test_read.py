@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 
 from data_pipeline.batch import Sample
 from data_pipeline.datasets import read
@@ -17,7 +19,8 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.folders import open_source
 from data_pipeline.datasets.read import FolderDataset, ShardDataset, open_dataset
 from data_pipeline.datasets.selection import Subset
-from data_pipeline.errors import DataError, SampleError, ShardError
+from data_pipeline.errors import DataError, SampleError, ShardError, SourceError
+from data_pipeline.ingest.convert import ConvertOptions, convert
 from data_pipeline.shards.scan import index_shards
 from tests.data_pipeline.tiny import photo, write_shards
 
@@ -158,11 +161,53 @@ def test_class_folders_are_labels_in_the_order_of_their_names(tmp_path: Path) ->
 
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"a.png": b"1", "more/b.png": b"2"})
+    write_folder(tmp_path, {"a.png": b"1", "b.png": b"2"})
+    (tmp_path / "more").mkdir()
     dataset = open_dataset(str(tmp_path))
     assert dataset.classes is None
     assert dataset.label_counts is None
     assert [dict(s.fields) for s in all_samples(dataset)] == [{"png": b"1"}, {"png": b"2"}]
+
+
+LAYOUTS = {
+    "classes": (["cat/1.png", "cat/old/2.png", "dog/1.png"], ["cat", "cat", "dog"]),
+    "below shared folders": (["set/images/cat/1.png", "set/images/dog/1.png"], ["cat", "dog"]),
+    "one folder": (["photos/1.png", "photos/2.png"], [None, None]),
+    "one split": (["train/cat/1.png", "train/dog/1.png"], ["cat", "dog"]),
+    "splits": (["test/cat/1.png", "train/cat/1.png"], None),
+    "splits and others": (["cat/1.png", "test/cat/1.png", "train/cat/1.png"], None),
+    "a stray picture": (["cat/1.png", "dog/1.png", "preview.png"], None),
+    "names alike": (["cat/1.bmp", "cat/1.png", "dog/1.png"], ["cat", "cat", "dog"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_is_read_as_a_conversion_reads_it(tmp_path: Path, layout: str) -> None:
+    names, classes = LAYOUTS[layout]
+    root, out = tmp_path / "in", tmp_path / "out"
+    write_folder(root, {name: picture(name) for name in names})
+    if classes is None:
+        for read in (lambda: open_dataset(str(root)), lambda: convert(root, out, ConvertOptions())):
+            with pytest.raises(SourceError):
+                read()
+        return
+    convert(root, out, ConvertOptions(shuffle=False))
+    for dataset in (open_dataset(str(root)), open_dataset(str(out))):
+        found = [(sample.fields.get("cls"), sample.fields[sample_field(sample)]) for sample in all_samples(dataset)]
+        named = [dataset.classes[int(label)] if label and dataset.classes else None for label, _ in found]
+        assert named == classes
+        assert [data for _, data in found] == [picture(name) for name in names]
+        assert len({sample.key for sample in all_samples(dataset)}) == len(names)
+
+
+def picture(name: str) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (4, 4), (len(name), 0, 0)).save(data, "BMP" if name.endswith("bmp") else "PNG")
+    return data.getvalue()
+
+
+def sample_field(sample: Sample) -> str:
+    return next(field for field in sample.fields if field != "cls")
 
 
 def test_the_fingerprint_of_a_folder_follows_its_files(tmp_path: Path) -> None:
@@ -197,7 +242,7 @@ def test_what_lies_beside_images_is_passed_over_as_a_conversion_does(tmp_path: P
         tmp_path,
         {
             "cat/a.png": b"1",
-            "cat/b.pgm": b"2",
+            "dog/b.pgm": b"2",
             "cat/._a.png": b"",
             ".ipynb_checkpoints/a-checkpoint.png": b"1",
             "__MACOSX/cat/a.png": b"",
@@ -206,9 +251,9 @@ def test_what_lies_beside_images_is_passed_over_as_a_conversion_does(tmp_path: P
     )
     (tmp_path / ".#readme.txt").symlink_to("somebody@host.4711")  # an editor's
     dataset = open_dataset(str(tmp_path))
-    assert dataset.classes == ("cat",)
-    assert [dataset.origin(i)[1] for i in range(dataset.num_samples)] == ["cat/a.png", "cat/b.pgm"]
-    assert [entry.name for entry in open_source(tmp_path, tmp_path).images] == ["cat/a.png", "cat/b.pgm"]
+    assert dataset.classes == ("cat", "dog")
+    assert [dataset.origin(i)[1] for i in range(dataset.num_samples)] == ["cat/a.png", "dog/b.pgm"]
+    assert [entry.name for entry in open_source(tmp_path, tmp_path).images] == ["cat/a.png", "dog/b.pgm"]
 
 
 def test_a_class_folder_without_images_is_refused_by_name(tmp_path: Path) -> None:
@@ -216,8 +261,8 @@ def test_a_class_folder_without_images_is_refused_by_name(tmp_path: Path) -> Non
     (tmp_path / "fox" / "later").mkdir(parents=True)
     with pytest.raises(DataError, match=r"images in each class folder, found none in eel, fox\."):
         open_dataset(str(tmp_path))
-    write_folder(tmp_path, {"b.png": b"1"})  # no class folders then
-    assert open_dataset(str(tmp_path)).num_samples == 2
+    with pytest.raises(SourceError, match="none in fox"):
+        convert(tmp_path, tmp_path / "out", ConvertOptions())
 
 
 def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
@@ -227,10 +272,14 @@ def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
         open_dataset(str(tmp_path))
 
 
-def test_two_images_of_one_key_are_refused_by_their_names(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"apple/0.png": b"1", "apple/0.bmp": b"2", "pear/0.png": b"3"})
-    with pytest.raises(DataError, match=r"found apple/0\.bmp and apple/0\.png"):
-        open_dataset(str(tmp_path))
+def test_pictures_in_formats_that_are_not_read_are_samples_that_cannot_be_used(tmp_path: Path) -> None:
+    heic = b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(8)
+    write_folder(tmp_path, {"cat/a.png": b"1", "cat/b.HEIC": heic, "cat/c.heic": photo(0), "dog/a.png": b"1"})
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.num_samples == 4
+    with pytest.raises(SampleError, match=r"cat/b\.HEIC: expected .* found HEIC\. Convert it to JPEG, .*heif-convert"):
+        dataset.read(1)
+    assert dataset.read(2).fields["jpg"] == photo(0)
 
 
 def test_an_image_that_vanished_is_a_bad_sample(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from data_pipeline.order import keyed
 from data_pipeline.samples.config import Views
 from data_pipeline.samples.views import (
     crop_box,
+    draw_box,
+    drawn_view,
     evaluation_size,
     evaluation_view,
     patch_mask,
@@ -192,3 +194,47 @@ def test_evaluation_sizes_are_timms(size: int, eval_crop: float) -> None:
 @pytest.mark.parametrize("resized", range(200, 300))
 def test_a_share_of_two_whole_numbers_gives_them_back(resized: int) -> None:
     assert evaluation_size(400, 600, evaluated(200, eval_crop=200 / resized))[0] == resized
+
+
+SQUARE = Views(crop="square", flip=0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sides, sides, st.integers(0, 10**6))
+def test_a_square_crop_is_as_large_as_the_image_allows(height: int, width: int, key: int) -> None:
+    box = draw_box(height, width, SQUARE, keyed.uniforms("test", 0, 0, 0, str(key)))
+    assert box is not None
+    top, left, h, w = box
+    assert h == w == min(height, width)
+    assert 0 <= top <= height - h
+    assert 0 <= left <= width - w
+
+
+def test_a_square_crop_of_a_photograph_lies_anywhere_along_its_longer_side() -> None:
+    lefts = [crop_box(30, 45, SQUARE, keyed.uniforms("test", 0, 0, 0, str(i)))[1] for i in range(1600)]
+    counts = np.bincount(lefts, minlength=16)
+    assert len(counts) == 16
+    assert counts.min() > 60  # four standard errors below 100
+    views = [training_view(image(30, 45), 8, SQUARE, seed=0, epoch=e, key="a", view=0) for e in range(50)]
+    assert len({view.numpy().tobytes() for view in views}) > 10
+
+
+def test_a_square_view_is_the_crop_of_the_resized_image() -> None:
+    """CLIP's order is resize, then crop: where the corner falls on a whole pixel of both, the inside is the same."""
+    smooth = np.array(PillowImage.fromarray(image(6, 9)).resize((480, 320), PillowImage.Resampling.BICUBIC))
+    top, left, side, _ = crop_box(320, 480, SQUARE, iter([0.0, 80.5 / 161]))
+    assert (top, left, side) == (0, 80, 320)
+    ours = resize(smooth[top : top + side, left : left + side], (64, 64), "bicubic")
+    theirs = resize(smooth, (64, 96), "bicubic")[:, :, 16:80]
+    assert (ours.int() - theirs.int())[:, 2:-2, 2:-2].abs().max() <= 1
+
+
+def test_a_view_says_whether_its_crop_was_drawn() -> None:
+    """The caption recipes once asked for nine tenths of a photograph as a square: there is no such part of it."""
+    narrow, wide = Views(scale=(0.9, 1.0), ratio=(1, 1), flip=0), Views(scale=(0.9, 1.0), flip=0)
+    for shape, spec, expected in (
+        ((30, 45), narrow, False), ((30, 30), narrow, True), ((30, 45), wide, False), ((30, 36), wide, True),
+        ((30, 45), SQUARE, True), ((5, 90), Views(), False), ((5, 90), SQUARE, True),
+    ):  # fmt: skip
+        drawn = {drawn_view(image(*shape), 8, spec, seed=0, epoch=e, key="a", view=0)[1] for e in range(8)}
+        assert drawn == {expected}, (shape, spec)

@@ -11,7 +11,7 @@ import torch
 
 from pretrain.checkpoints import checkpoint
 from pretrain.engine.engine import Engine
-from pretrain.monitoring.metrics import flops_per_sample
+from pretrain.monitoring.throughput import flops_per_sample
 from pretrain.runtime.collectives import World, barrier
 from pretrain.runtime.state import Progress, RunState
 from tests.checkpoints.test_checkpoint import save

@@ -443,3 +443,32 @@ def test_what_makes_no_sense_is_an_input_error(
     spec = spec.replace("EMPTY", str(tmp_path / "empty")).replace("FILE", str(file))
     with pytest.raises(InputError, match=told):
         load_source(spec, architecture=architecture)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size", "above"),
+    [
+        ("vit_tiny_patch16_224", {"patch_size": 4, **TINY}, 18, "multiple of the patch size 4, found 18, .* above: 20"),
+        ("deit_tiny_patch16_224", {"depth": 1}, 230, "multiple of the patch size 16, .* last 6 rows .* above: 240"),
+        ("convnext_atto", {}, 65, "multiple of the patch size 4, found 65, whose last 1 rows .* above: 68"),
+        ("resnet10t", {}, 33, None),
+        ("convnext_atto", {}, 68, None),
+    ],
+)
+def test_a_size_whose_edge_would_not_be_seen_is_refused(
+    tmp_path: Path, name: str, options: dict[str, Any], size: int, above: str | None
+) -> None:
+    """The encoder must depend on the last pixel of each size that is taken; of a name and of a weights file alike."""
+    made = load_source(name, random_init=True, architecture=Architecture(name, None, options))
+    file = as_safetensors(dict(made.module.state_dict()), tmp_path / "weights")
+    asked = Architecture(name, size, options)
+    for spec, random_init in ((name, True), (str(file), False)):
+        if above:
+            with pytest.raises(InputError, match=rf"--image-size: expected .*{above}"):
+                load_source(spec, random_init=random_init, architecture=asked)
+            continue
+        module = load_source(spec, random_init=random_init, architecture=asked).module.eval()
+        images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        module(images).square().sum().backward()
+        assert images.grad is not None
+        assert images.grad[0, :, -1].abs().sum() > 0

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from data_pipeline.shards.load_manifest import load_manifest
 from launch.cli import main
+from pretrain.evals.zeroshot.protocol import nonempty_lines
 from tests.data_pipeline.archives import as_folder, as_tar, as_tar_gz, class_folders, contents, jpeg
 
 Run = Callable[..., tuple[int, str, str]]
@@ -66,10 +71,53 @@ def test_convert_tells_what_it_left_out(data: Run, tmp_path: Path) -> None:
     status, out, _ = data(*convert, "--skip-bad")
     assert status == 0
     assert out.splitlines()[1:] == [
-        "left out 1 bad images and 1 files that are no images",
+        "left out 1 bad image",
+        "passed over, being no images: 1 file (1 .txt), such as set/readme.txt",
+        "passed over set/, which all images share",
         "out/test: 1 samples, 3 classes, 1 shard, 0.0 MB, fields cls jpg",
         "out/train: 6 samples, 3 classes, 1 shard, 0.0 MB, fields cls jpg",
     ]
+
+
+def test_convert_accounts_for_every_file(data: Run, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 8), "red")
+    avif = io.BytesIO()
+    picture.save(avif, "AVIF")
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(8)
+    taken = {"cat/a.JPG": jpeg(0), "cat/b.jfif": jpeg(1), "dog/c.AVIF": avif.getvalue()}
+    refused = {"eel/d.heic": heic, "eel/e.HEIC": heic, "cat/f.jpg": heic, "cat/g.jxl": b"\xff\x0a", "cat/h.jpg": b"?"}
+    others = {"cat/notes.txt": b"", "fox/notes.txt": b"", "list.JSON": b"", ".DS_Store": b""}
+    as_folder(tmp_path / "in", taken | refused | others)
+    convert = ("convert", "in", "out", "--workers", "1")
+    status, _, err = data(*convert)
+    assert (status, "expected images in each class folder, found none in fox" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
+    for name in ("cat/notes.txt", "fox/notes.txt"):
+        (tmp_path / "in" / name).unlink()
+    (tmp_path / "in/fox").rmdir()
+    status, _, err = data(*convert)
+    assert (status, "5 that cannot" in err, "object at" in err) == (2, True, False)
+    assert all(name in err for name in refused)
+    assert "with heif-convert or ImageMagick. Convert it to JPEG, PNG, WebP or AVIF first, with djxl" in err
+    status, out, _ = data(*convert, "--skip-bad")
+    assert status == 0
+    assert {line.split(":")[1].strip() for line in out.splitlines() if line.startswith("left out:")} == set(refused)
+    assert out.splitlines()[-4:-1] == [
+        "left out 5 bad images",
+        "passed over, being no images: 2 files (1 hidden, 1 .JSON), such as list.JSON",
+        "classes without an image now: eel",
+    ]
+    samples = load_manifest("out")
+    assert (samples.total, samples.classes, samples.fields) == (3, ("cat", "dog", "eel"), ("avif", "cls", "jpg"))
+    assert data("verify", "out", "--workers", "1")[0] == 0
+
+
+def test_convert_leaves_out_folders_without_images_only_where_it_is_told_to(data: Run, tmp_path: Path) -> None:
+    as_tar_gz(tmp_path / "a.tar.gz", class_folders(3) | {"docs/readme.txt": b""})
+    assert data("convert", "a.tar.gz", "out", "--workers", "1")[0] == 2
+    status, out, _ = data("convert", "a.tar.gz", "out", "--workers", "1", "--skip-bad")
+    assert (status, "left out the folders without images: docs\n" in out) == (0, True)
+    assert load_manifest("out").classes == ("cat", "dog", "eel")
 
 
 def test_index_takes_class_names(data: Run, tmp_path: Path) -> None:
@@ -83,6 +131,36 @@ def test_index_takes_class_names(data: Run, tmp_path: Path) -> None:
     status, out, _ = data("index", "a.tar", "--classes", "names.txt")
     assert (status, out) == (0, ".: 1 samples, 2 classes, 1 shard, 0.0 MB, fields cls jpg\n")
     assert data("verify", ".")[0] == 0
+
+
+@pytest.mark.parametrize("text", ["\ufeffcat\ndog\n", "\ufeffcat\r\ndog"])
+def test_class_names_may_begin_with_an_editors_mark(data: Run, tmp_path: Path, text: str) -> None:
+    as_tar(tmp_path / "a.tar", {"x.jpg": jpeg(0), "x.cls": b"1"})
+    (tmp_path / "names.txt").write_bytes(text.encode())
+    assert data("index", "a.tar", "--classes", "names.txt")[0] == 0
+    assert load_manifest(".").classes == ("cat", "dog")
+    assert nonempty_lines(tmp_path / "names.txt", "names") == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("index", "a.tar", "--classes", "none.txt"), "none.txt: expected a text file, one class name a line, found"),
+        (("index", "a.tar", "--classes", "."), "found Is a directory."),
+        (("index", "a.tar", "--classes", "utf16.txt"), "one class name a line, found UTF-16. Save it as UTF-8."),
+        (("convert", "none.csv", "out"), "found nothing there"),
+        (("convert", "a.jpg", "out"), "another kind of file"),
+        (("convert", "folder", "out"), "found 1 that cannot: x.png: 5 bytes that are none (no known format)"),
+    ],
+)  # fmt: skip
+def test_messages_hold_no_numbers_of_errors_and_no_addresses(
+    data: Run, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    as_tar(tmp_path / "a.tar", {"x.jpg": jpeg(0), "x.cls": b"1"})
+    as_folder(tmp_path, {"a.jpg": jpeg(0), "folder/x.png": b"bytes", "utf16.txt": "cat".encode("utf-16")})
+    status, _, err = data(*words, "--workers", "1")
+    assert (status, said in err) == (2, True), err
+    assert not re.search(r"\[Errno|object at|0x[0-9a-f]{6}|Traceback", err)
 
 
 def test_verify_lists_faults_and_ends_with_status_2(data: Run, tmp_path: Path) -> None:
@@ -137,7 +215,7 @@ def test_convert_a_table_from_the_command_line(data: Run, tmp_path: Path) -> Non
     assert (status, "line 8 (cat/gone.jpg): No such file" in err) == (2, True)
     status, out, _ = data(*words, "--label-column", "species", "--skip-bad")
     assert status == 0
-    assert "left out 1 bad images" in out
+    assert "left out 1 bad image\n" in out
     assert "out: 6 samples, 3 classes, 1 shard" in out
     assert "fields cls jpg txt" in out
     status, _, err = data(*words, "--caption-column", "words")

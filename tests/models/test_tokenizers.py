@@ -78,6 +78,17 @@ def test_an_endless_text_is_cut_before_it_is_looked_at(clip: ClipTokenizer, monk
     assert seen == [7700]
 
 
+FAR = [" " * 7_700, "\n\t" * 50_000, "&nbsp;" * 2_000, "\u3000" * 9_000]
+
+
+@pytest.mark.parametrize("space", FAR)
+def test_white_space_does_not_push_a_caption_out_of_sight(clip: ClipTokenizer, folder: Path, space: str) -> None:
+    saved = SavedTokenizer(8, folder, "lower")
+    for tokenizer in (clip, saved):
+        assert torch.equal(tokenizer(f"{space}a red circle"), tokenizer("a red circle"))
+        assert torch.equal(tokenizer(f"a red{space}circle"), tokenizer("a red circle"))
+
+
 def test_a_local_file_of_merges_will_do(clip: ClipTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "merges.txt.gz"
     path.write_bytes(Path(default_bpe()).read_bytes())

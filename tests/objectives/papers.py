@@ -16,7 +16,8 @@ CLIP_PIXELS = {
 }
 CIFAR10_PIXELS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-WHOLE = {"scale": (0.9, 1.0), "ratio": (1.0, 1.0), "flip": 0.0, "interpolation": "bicubic", "eval_crop": 1.0}
+# CLIP's section 2.4: "a random square crop from resized images is the only data augmentation".
+SQUARE = {"crop": "square", "scale": (0.2, 1.0), "flip": 0.0, "interpolation": "bicubic", "eval_crop": 1.0}
 CLASSES: Numbers = {"kind": "supervised", "num_classes": 1000, "loss": "ce"}
 
 

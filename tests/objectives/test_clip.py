@@ -29,7 +29,7 @@ PUBLISHED["clip_vit_b32"] = {
     "batch": 32_768,
     "schedule": {"kind": "cosine", "epochs": 32, "warmup": 2000 * 32_768 / papers.PAIRS},
     "optim": {"kind": "adamw", "peak_lr": 5e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2},
-    "views": papers.WHOLE,
+    "views": papers.SQUARE,
     **papers.CLIP_PIXELS,
     "model": {"library": "open_clip", "name": "ViT-B-32-quickgelu", "image_size": 224},
     "objective": {"kind": "clip", "initial_scale": 1 / 0.07, "max_scale": 100},
@@ -59,7 +59,7 @@ PUBLISHED["lit_vit_b16"] = {
         "weight_decay": 1e-4 / 1e-3,
         "clip_norm": 1.0,
     },
-    "views": papers.WHOLE,
+    "views": papers.SQUARE,
     "model": {"name": "vit_base_patch16_224", "image_size": 224},
     "objective": {
         "kind": "clip",

@@ -258,3 +258,11 @@ PUBLISHED["mae_vit_l16"] = {
     **PUBLISHED["mae_vit_b16"],
     "model": {"name": "vit_large_patch16_224", "image_size": 224},
 }
+
+
+@pytest.mark.parametrize("side", [2, 3, 5, 6, 7])
+def test_at_three_quarters_as_many_are_hidden_as_by_the_authors_of_a_square_image(side: int) -> None:
+    model = cases.TINY_VIT.model_copy(update={"image_size": 4 * side})
+    objective = build_objective(model, MaeConfig(kind="mae", decoder_width=8, decoder_depth=1, decoder_heads=2))
+    assert objective.needs.mask is not None
+    assert objective.needs.mask.num_hidden == side**2 - int(side**2 * (1 - 0.75))

@@ -32,7 +32,7 @@ PUBLISHED["siglip_vit_b16"] = {
         "kind": "adamw", "peak_lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 1e-4 / 1e-3,
         "clip_norm": 1.0,
     },
-    "views": papers.WHOLE,
+    "views": papers.SQUARE,
     **papers.HALVES,
     "model": {"library": "open_clip", "name": "ViT-B-16-SigLIP", "image_size": 224, "vocab_size": 49408},
     "objective": {"kind": "siglip", "initial_scale": 10, "initial_bias": -10},

@@ -245,3 +245,23 @@ PUBLISHED["simmim_swin_b"] = {
     **PUBLISHED["simmim_vit_b16"],
     "model": {"name": "swin_base_patch4_window7_224", "image_size": 192, "options": {"window_size": 6}},
 }
+
+
+def test_a_vit_starts_as_in_the_authors_code() -> None:
+    """A normal that is cut at one deviation has 0.54 of it; what a block adds is smaller the deeper it is."""
+    model = cases.TINY_VIT.model_copy(update={"options": {"embed_dim": 192, "depth": 4, "num_heads": 2}})
+    torch.manual_seed(0)
+    objective = build_objective(model, SimmimConfig(kind="simmim", mask_patch=8))
+    weights = {name: p.detach() for name, p in objective.named_parameters()}
+    narrow = 0.5396 * 0.02
+    for name in ("encoder.patch_embed.proj", "encoder.blocks.3.attn.qkv", "encoder.blocks.0.mlp.fc1"):
+        assert float(weights[f"{name}.weight"].std()) == pytest.approx(narrow, rel=0.05), name
+        assert float(weights[f"{name}.weight"].abs().max()) <= 0.02
+        assert not weights[f"{name}.bias"].any()
+    for name in ("encoder.pos_embed", "encoder.cls_token", "mask_token"):
+        assert 0.5 * narrow < float(weights[name].std()) < 1.5 * narrow, name
+        assert float(weights[name].abs().max()) <= 0.02
+    for block in range(4):
+        for last in ("attn.proj", "mlp.fc2"):
+            found = float(weights[f"encoder.blocks.{block}.{last}.weight"].std())
+            assert found == pytest.approx(narrow / math.sqrt(2 * (block + 1)), rel=0.05), (block, last)

@@ -128,6 +128,7 @@ def test_every_other_key_of_these_groups_changes_the_identity_and_is_named(tmp_p
         "data.captions.key": "texts",
         "data.captions.lines": True,
         "model.name": "vit_small_patch16_224",
+        "data.views.crop": "square",
         "data.views.scale": [0.1, 0.5],
         "data.views.ratio": [0.5, 0.6],
         "data.views.eval_crop": 0.9,

@@ -186,7 +186,7 @@ class CacheEntry:
     def _record(self, number: int) -> dict[str, Any] | None:
         try:
             record = json.loads(self._record_path(number).read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         known = isinstance(record, dict) and record.keys() - {"left_out"} == {"width", "crc32", "labels", "keys"}
         return record if known else None

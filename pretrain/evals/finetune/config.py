@@ -31,7 +31,8 @@ class FinetuneConfig(ClassificationConfig):
     max_train: None = None
     max_test: None = None
     paper: Annotated[
-        Literal["mae"] | None, Option("A paper's setting. Default: one for small data sets, 20 epochs.")
+        Literal["mae"] | None,
+        Option("A paper's setting, for the model's size. Default: one for small data sets, 20 epochs."),
     ] = None
     epochs: Annotated[float | None, Option("In place of the setting's.")] = Field(None, gt=0)
     batch_size: Annotated[Count | None, Option("Of one step, over all processes; the setting's else.")] = None

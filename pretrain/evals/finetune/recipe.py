@@ -19,7 +19,7 @@ from pretrain.models.encoders import build_encoder
 from pretrain.models.load_encoder import load_encoder
 from pretrain.models.seeded import seeded
 from pretrain.models.strict_loading import load_strictly
-from pretrain.recipe.files import load_recipe, make_recipe
+from pretrain.recipe.files import load_recipe, make_recipe, merge
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.typed import as_tuples
 
@@ -35,7 +35,8 @@ PRESETS: dict[PresetName, dict[str, Any]] = {
         "ema": {"decay": 0.999},
     },
     # He et al. 2021 (arXiv:2111.06377), table 9, for ViT-B, where text and code differ as the code has it (layer decay
-    # 0.65; learning rate 5e-4 for 256 images, falling to 1e-6; head at 2e-5, norm of the mean of patches).
+    # 0.65; learning rate 5e-4 for 256 images, falling to 1e-6; head at 2e-5, norm of the mean of patches). For larger
+    # ones: MAE_BY_SIZE. RandAugment's geometry is bilinear, theirs bicubic.
     "mae": {
         "data": {
             "views": {"scale": [0.08, 1.0], "interpolation": "bicubic", "eval_crop": 0.875},
@@ -55,6 +56,26 @@ PRESETS: dict[PresetName, dict[str, Any]] = {
     },
 }
 
+# What MAE's authors (FINETUNE.md of their code) have otherwise for larger models than ViT-B, by a part of timm's names;
+# warmup is 5 epochs of any of them, and the learning rate falls to 1e-6.
+_LARGE: dict[str, Any] = {
+    "optim": {"base_lr": 1e-3, "layer_decay": 0.75},
+    "schedule": {"epochs": 50, "warmup": 0.1, "final_lr": 2.5e-4},
+}
+MAE_BY_SIZE: dict[str, dict[str, Any]] = {
+    "_large_": {**_LARGE, "model": {"options": {"drop_path_rate": 0.2}}},
+    "_huge_": {**_LARGE, "model": {"options": {"drop_path_rate": 0.3}}},
+}
+
+
+def preset_for(name: PresetName, model_name: str) -> dict[str, Any]:
+    """A preset as it is for a model of timm's: MAE's depends on its size; smaller ones than ViT-B take that one's."""
+    preset = deepcopy(PRESETS[name])
+    for part, changes in MAE_BY_SIZE.items() if name == "mae" else ():
+        if part in model_name:
+            preset = merge(preset, deepcopy(changes))
+    return preset
+
 
 def finetune_recipe(encoder: Encoder, config: FinetuneConfig, *, num_classes: int, start: Path) -> Recipe:
     """The recipe of a fine-tuning.
@@ -69,7 +90,7 @@ def finetune_recipe(encoder: Encoder, config: FinetuneConfig, *, num_classes: in
         InputError: an encoder that recipes cannot train, or a wrong override.
     """
     model = finetuned_model(encoder)
-    preset = deepcopy(PRESETS[config.preset])
+    preset = preset_for(config.preset, model.name)
     wanted: Mapping[str, Any] = preset["model"]["options"]
     if "fc_norm" in wanted and not model.name.startswith(("vit_", "deit_")):
         raise InputError(

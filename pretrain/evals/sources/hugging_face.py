@@ -147,7 +147,7 @@ def _tokenizer(folder: Path, context_length: int) -> str:
             path = folder / "tokenizer.json"
             vocabulary = json.loads(path.read_text("utf-8"))["model"]["vocab"]
         words = sorted(vocabulary, key=vocabulary.__getitem__)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             where=str(folder),
             expected="the tokenizer's vocab.json or tokenizer.json",

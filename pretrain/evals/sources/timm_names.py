@@ -19,7 +19,7 @@ from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.sources.tags import note_on_tags
 from pretrain.models.foreign.fitting import advice, joined_chunks, note_on_ignored, without_ignored
-from pretrain.models.input_size import set_image_size
+from pretrain.models.input_size import check_every_pixel_is_seen, set_image_size
 from pretrain.models.seeded import seeded
 from pretrain.models.strict_loading import FIX, load_strictly
 from pretrain.models.weights_files import WHOLE, Part, read_tensors
@@ -191,8 +191,10 @@ def _fresh(architecture: Architecture, seed: int, description: Mapping[str, obje
 
 
 def _encoder(module: nn.Module, architecture: Architecture, tag: str, description: Mapping[str, object]) -> Encoder:
-    """With the preprocessing that timm has for the name."""
+    """With the preprocessing that timm has for the name; raises InputError where the size asked for is not all seen."""
     config = _config(module)
+    if architecture.image_size is not None:
+        check_every_pixel_is_seen(module, architecture.image_size)
     mode = config.get("crop_mode", "center")
     if mode not in ("center", "squash"):
         raise InputError(

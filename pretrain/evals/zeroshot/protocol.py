@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.errors import FieldError, InputError
+from data_pipeline.text_files import read_text
 from pretrain.evals.features.extract import Extraction, full_precision, left_out_notes
 from pretrain.evals.features.neighbors import nearest
 from pretrain.evals.features.pairs import TOWER_LIBRARIES, embed_texts, image_side
@@ -265,10 +266,7 @@ def class_vectors(towers: Towers, classes: Sequence[str], prompts: Prompts, extr
 
 def nonempty_lines(path: Path, expected: str) -> tuple[str, ...]:
     """The lines of a text file that are not empty; InputError if there is none."""
-    try:
-        lines = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(where=str(path), expected=expected, found=str(error)) from error
+    lines = tuple(line.strip() for line in read_text(path, expected).splitlines() if line.strip())
     if not lines:
         raise InputError(where=str(path), expected=expected, found="an empty file")
     return lines

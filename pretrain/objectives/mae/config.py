@@ -13,7 +13,7 @@ class MaeConfig(ObjectiveConfig):
     """The share of patches that is hidden, and the decoder that predicts them."""
 
     kind: Literal["mae"]
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    mask_ratio: float = Field(0.75, gt=0, lt=1)  # round(ratio * N) of N patches; the authors keep int(N * (1 - ratio))
     decoder_width: int = Field(512, ge=1)
     decoder_depth: int = Field(8, ge=1)
     decoder_heads: int = Field(16, ge=1)

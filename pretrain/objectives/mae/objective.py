@@ -41,13 +41,9 @@ class Mae(Objective):
         self.normalize_target = config.normalize_target
         self.needs = BatchSpec(image_size, mask=MaskSpec(num_patches, num_hidden))
         self.decoder = MaeDecoder(
-            in_width=vit.embed_dim,
-            width=config.decoder_width,
-            depth=config.decoder_depth,
-            heads=config.decoder_heads,
-            grid=vit.patch_embed.grid_size,
-            patch_values=3 * self.patch_size**2,
-        )
+            in_width=vit.embed_dim, width=config.decoder_width, depth=config.decoder_depth, heads=config.decoder_heads,
+            grid=vit.patch_embed.grid_size, patch_values=3 * self.patch_size**2,
+        )  # fmt: skip
         self._initialize(vit)
 
     def forward(self, batch: Batch, progress: Progress) -> LossOutput:

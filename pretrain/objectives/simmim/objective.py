@@ -26,8 +26,8 @@ class Simmim(Objective):
     `mask_patch` pixels, G x G of them, whatever the encoder's patches; each of these lies in one block. One
     linear layer predicts the stride x stride pixels of each of the encoder's last tokens.
 
-    The encoder starts as timm starts it, which is as the paper does, normal of deviation 0.02. One departure:
-    their ViT has relative positions shared by its blocks, timm's has learned absolute ones.
+    Weights start as in the authors' code: a Swin's as timm's, a ViT's as of `_initialize`. One departure: their ViT has
+    relative positions shared by its blocks, timm's has learned absolute ones.
 
     Raises:
         InputError: the encoder is no ViT with plain patches and no Swin, or has parameters that only its pooling
@@ -53,7 +53,26 @@ class Simmim(Objective):
         width: int = vit.patch_embed.proj.out_channels  # type: ignore[union-attr, assignment]
         self.mask_token = nn.Parameter(torch.zeros(width))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
+        if not swin:
+            self._initialize(vit)
         self.head = nn.Conv2d(int(encoder.num_features), 3 * self.stride**2, kernel_size=1)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _initialize(self, vit: nn.Module) -> None:
+        """Normal of deviation 0.02, cut at one deviation, which leaves 0.0108; and as in BEiT what block l of 1, 2, ...
+        adds to the stream is divided by sqrt(2 l).
+        """
+        for module in vit.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                _narrow_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for token in (vit.cls_token, vit.pos_embed, self.mask_token):
+            if token is not None:
+                _narrow_(token)  # type: ignore[arg-type]
+        for number, block in enumerate(vit.blocks, start=1):  # type: ignore[arg-type]
+            for last in (block.attn.proj, block.mlp.fc2):
+                last.weight.div_(math.sqrt(2 * number))
 
     def forward(self, batch: Batch, progress: Progress) -> LossOutput:
         """Mean absolute error over the hidden pixels (Eq. 1).
@@ -108,6 +127,10 @@ class Simmim(Objective):
         assert self.needs.mask is not None
         side = math.isqrt(self.needs.mask.num_patches)
         return checked_masks(batch, self.needs.mask).view(-1, side, side)
+
+
+def _narrow_(tensor: Tensor) -> None:
+    nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
 
 
 def _spread(hidden: Tensor, times: int) -> Tensor:
