@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,16 +27,34 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
     """
     # Not by the process id: containers and machines that share a folder may have the same ones.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with naming(path, temporary):
+        try:
+            with temporary.open("w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # what went wrong before is what is told
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path, stands_for: Path | None = None) -> Iterator[None]:
+    """Gives errors of the system in its block the path that they are about, where they do not say it.
+
+    Args:
+        path: what is written.
+        stands_for: another path, which errors name and nobody knows.
+    """
     try:
-        with temporary.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.filename is None or (stands_for is not None and error.filename in (stands_for, str(stands_for))):
+            error.filename, error.filename2 = str(path), None
         raise
-    sync_folder(path.parent)
 
 
 def check_writable(path: Path, what: str, fix: str) -> None:
@@ -105,7 +123,7 @@ def write_text(path: Path, text: str) -> None:
 
 def append_line(path: Path, record: Mapping[str, Any], *, durable: bool = False) -> None:
     """A JSON object as a line at the end of a file; behind a line that a kill tore it begins a new one."""
-    with path.open("ab+", buffering=0) as file:
+    with naming(path), path.open("ab+", buffering=0) as file:
         torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
         file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
         if durable:
@@ -151,6 +169,7 @@ def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable: a rename is safe only once its folder is on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

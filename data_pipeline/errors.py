@@ -11,9 +11,15 @@
     │       ├── FieldError    samples lack what the run needs (an image, a label in range)
     │       └── SampleError   one sample cannot be used; a loader replaces and counts it
     └── RunError              the run failed after it had started (exit status 1)
+        └── StorageError      a file could not be read or written: full, read-only, failing
 
 A message names the field or path, what was expected, what was found, and the next step.
 """
+
+import errno
+import os
+import re
+from pathlib import Path
 
 from data_pipeline.messages import visible
 
@@ -31,6 +37,7 @@ class PretrainError(Exception):
     exit_status = 1
 
     def __init__(self, where: str, expected: str, found: str, fix: str = "") -> None:
+        found = plain(found)
         self.where, self.expected, self.found, self.fix = where, expected, found, fix
         super().__init__(where, expected, found, fix)  # as given, so that it survives pickling
 
@@ -47,7 +54,7 @@ class RecipeError(InputError):
     """A recipe is wrong. `problems` holds all of them, each already a full sentence with its path; `fix` is none."""
 
     def __init__(self, where: str, problems: list[str], fix: str = "") -> None:
-        self.problems = problems
+        self.problems = problems = [plain(problem) for problem in problems]
         PretrainError.__init__(self, where, "a valid recipe", f"{len(problems)} problem(s)", fix)
         self.args = (where, problems, fix)
 
@@ -87,3 +94,53 @@ class SampleError(DataError):
 
 class RunError(PretrainError):
     pass
+
+
+class StorageError(RunError):
+    pass
+
+
+def plain(text: str) -> str:
+    """A text of a library for a user: without error numbers, and without objects by their addresses."""
+    return re.sub(r"\[Errno -?\d+\] | ?<[^<>]* object at 0x[0-9a-f]+>", "", text)
+
+
+_MENDS = {
+    errno.ENOSPC: "Free space there, or name a folder that has room",
+    errno.EDQUOT: "Free space within the quota, or name another folder",
+    errno.EFBIG: "Raise the limit on the size of files, or name another folder",
+    errno.EROFS: "Make it writable, or name a folder that is",
+    errno.EACCES: "Give yourself the right to it, or name another folder",
+    errno.EPERM: "Give yourself the right to it, or name another folder",
+    errno.ENOENT: "Check the path, and that the file system is mounted",
+    errno.ENOTDIR: "Check the path",
+    errno.EISDIR: "Check the path",
+    errno.EEXIST: "Remove it, or name another path",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EMFILE: "Raise the limit on open files (`ulimit -n`)",
+}
+
+
+def storage_error(error: BaseException) -> StorageError | None:
+    """An operation of the system that failed, as a message with its path and what to do; None: it is another error.
+
+    Args:
+        error: an OSError, or one of a library that only tells the system's error number in words.
+    """
+    if not isinstance(error, OSError):
+        told = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors and others in Rust do
+        if told is None:
+            return None
+        error = OSError(int(told[1]), os.strerror(int(told[1])))
+    path = error.filename2 or error.filename
+    where = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
+    fix = _MENDS.get(error.errno or 0, "Check the storage, and start again")
+    temporary = "temporary directory" in str(error)  # of Python's own, which found no place for one
+    if temporary or (where and Path(where).is_relative_to(os.environ.get("TMPDIR") or where + "-")):
+        fix += "; TMPDIR says where temporary files go"
+    return StorageError(
+        where=where or ("TMPDIR" if temporary else "storage"),
+        expected="to be read and written",
+        found=error.strerror or str(error) or type(error).__name__,
+        fix=f"{fix}.",
+    )

@@ -25,7 +25,7 @@ PREFETCH = 2  # entries that each worker holds ready
 SHARED_MEMORY = Path("/dev/shm")  # where torch's processes hand tensors over
 STALLED_SECONDS = 1800.0  # without an entry, of workers that live: more than the slowest of them takes
 _MOST_WORDS = 2000  # bytes, which a pipe takes at once
-_OUTLIVED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_OUTLIVED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Table(Protocol[EntryOut]):

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+
+if __name__ == "__main__":  # before anything is imported that could be found in the working folder
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from pretrain.runtime.safe_path import leave_working_folder
+
+    del sys.path[0]
+    leave_working_folder("launch.cli")
+
 from importlib import import_module
 from typing import Annotated
 
 import typer
 
-from data_pipeline.errors import PretrainError
+from data_pipeline.errors import PretrainError, storage_error
 from launch.commands.arguments import command_app, examples
+from pretrain.recipe.home import expand_words
 from pretrain.runtime import lean_imports
 
 # The commands in the order of help, each an app in launch/commands; the text is the first sentence of its own help.
@@ -50,9 +60,12 @@ def main() -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="pretrain")
-    except PretrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    except Exception as error:
+        told = error if isinstance(error, PretrainError) else storage_error(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return told.exit_status
     return 0
 
 
@@ -90,7 +103,7 @@ def _mount(name: str, text: str) -> None:
     )
     def hand_over(context: typer.Context) -> None:
         own = import_module(f"launch.commands.{name}").app
-        words = context.args or (["--help"] if own.info.no_args_is_help else [])
+        words = expand_words(context.args) or (["--help"] if own.info.no_args_is_help else [])
         own(words, prog_name=f"pretrain {name}")
 
 

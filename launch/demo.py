@@ -25,6 +25,7 @@ from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import differences, resolve
 from pretrain.runtime.run_folder import is_claimed
+from pretrain.runtime.signals import STOPPED
 
 if TYPE_CHECKING:
     from pretrain.reports.run_results import ProtocolResult
@@ -154,8 +155,9 @@ def _started(command: Sequence[str]) -> Iterator[Command]:
     print(f"$ pretrain {shlex.join(command)}", flush=True)
     with started_command(command) as started:
         yield started
-    if started.process.returncode not in (0, -signal.SIGKILL):
-        raise typer.Exit(started.wait())
+    status = started.wait()
+    if status == STOPPED or started.process.returncode not in (0, -signal.SIGKILL):
+        raise typer.Exit(status)
 
 
 def _kill_in_mid_interval(process: subprocess.Popen[str], out: Path, half: int) -> Interruption | None:

@@ -1,10 +1,14 @@
-"""One rank of a run: `torchrun --nproc-per-node 2 -m pretrain RECIPE`. `pretrain train` ends here too."""
+"""One rank of a run, as torchrun, srun and `pretrain train` start it: `python -P -m pretrain RECIPE`."""
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before anything is imported that could be found in the working folder
+    from pretrain.runtime.safe_path import leave_working_folder
+
+    leave_working_folder("pretrain")
+
 import argparse
 import os
-import signal
 import sys
 import time
 import traceback
@@ -12,15 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from data_pipeline.errors import InputError, PretrainError
+from data_pipeline.errors import InputError, PretrainError, storage_error
+from pretrain.inputs import refuse_wrong_inputs
+from pretrain.monitoring.outlets import flush_streams, write_stderr
 from pretrain.recipe.files import load_recipe, print_note
+from pretrain.recipe.home import expand_words
 from pretrain.recipe.recipe import Recipe
 from pretrain.runtime import lean_imports
-from pretrain.runtime.signals import STOPPED, Request, signals
+from pretrain.runtime.signals import STOPPED, stop_while_starting
+from pretrain.runtime.slurm_step import join_step
 from pretrain.train_options import TrainOptions, add_arguments, options_from
 
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 # All ranks of a machine find the same wrong input. The first says so and ends, and the launcher then ends the
 # others; if one of those ended before, the first would be ended unheard.
 SECONDS_FOR_THE_FIRST_RANK = 20
@@ -33,14 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 the run failed, 2 the input was wrong, STOPPED where a signal asked it to stop.
     """
     lean_imports.install()
+    join_step()
     recipe_path, options = _parse(arguments)
-    for signum, request in signals().items():  # until there is a run, there is nothing to save
-        signal.signal(signum, signal.SIG_IGN if request == Request.SAVE else lambda *_: os._exit(STOPPED))
+    stop_while_starting(speaks=_is_first())
     try:
-        recipe = load_recipe(recipe_path, list(options.overrides), note=None if LOCAL_RANK else print_note)
-        from pretrain import run  # after the recipe: loading torch takes seconds
+        recipe = load_recipe(recipe_path, list(options.overrides), note=print_note if _is_first(local=True) else None)
+        if _is_first(local=True):
+            refuse_wrong_inputs(recipe)
+        _tell("starting: loading PyTorch")
+        from pretrain import run  # after all that needs none of it: loading torch takes seconds
 
         out = options.out or default_out(recipe)
+        _tell(
+            f"starting: checking {recipe.name} and {out}, building the model; the first step takes longer than others"
+        )
         whole = run.run(
             recipe,
             out,
@@ -50,18 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             evals_apart=options.evals_apart,
         )
     except InputError as error:
-        if LOCAL_RANK:
+        if not _is_first(local=True):
             time.sleep(SECONDS_FOR_THE_FIRST_RANK)
         print(f"error: {error}", file=sys.stderr)
         return _end(error.exit_status)
     except PretrainError as error:
         _print_error(f"error: {error}")
         return _end(error.exit_status)
-    except KeyboardInterrupt:
-        return _end(130)
-    except Exception:
-        _print_error(traceback.format_exc())
+    except Exception as error:
+        found = storage_error(error)
+        _print_error(f"error: {found}" if found else traceback.format_exc())
         return _end(1)
+    flush_streams()
     return 0 if whole else _end(STOPPED)  # at once: Python, tidying up, would die of a second SIGTERM
 
 
@@ -70,11 +82,25 @@ def _end(status: int) -> int:
 
     To tear the process group down is to wait for the others, and they wait for this one.
     """
-    if WORLD_SIZE > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    flush_streams()
+    if _are_several():
         os._exit(status)
     return status
+
+
+def _tell(text: str) -> None:
+    """Says what goes on before there is a log, on the first rank."""
+    if _is_first():
+        write_stderr(text)
+
+
+def _are_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _is_first(local: bool = False) -> bool:
+    """Whether this is the first rank of all, or of this machine."""
+    return os.environ.get("LOCAL_RANK" if local else "RANK", "0") == "0"
 
 
 def default_out(recipe: Recipe) -> Path:
@@ -83,14 +109,14 @@ def default_out(recipe: Recipe) -> Path:
 
 def _print_error(text: str) -> None:
     """Prints to stderr, each line with the number of the rank where there are several."""
-    prefix = f"[rank {os.environ.get('RANK', 0)}] " if WORLD_SIZE > 1 else ""
+    prefix = f"[rank {os.environ.get('RANK', 0)}] " if _are_several() else ""
     for line in text.splitlines():
         print(prefix + line, file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        if LOCAL_RANK == 0:
+        if _is_first(local=True):
             super().error(message)
         sys.exit(2)
 
@@ -100,7 +126,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Path, TrainOptions]:
     parser = _Parser(prog="python -m pretrain", description=__doc__, allow_abbrev=False)
     parser.add_argument("recipe", type=Path, metavar="RECIPE")
     add_arguments(parser)
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(expand_words(sys.argv[1:] if arguments is None else arguments))
     return given.recipe, options_from(given)
 
 

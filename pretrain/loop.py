@@ -19,7 +19,7 @@ from pretrain.engine.engine import Engine, StepResult
 from pretrain.engine.micro_batches import LazyBatches
 from pretrain.monitoring.budgets import Budgets
 from pretrain.monitoring.clocks import Clocks
-from pretrain.monitoring.metrics import MetricLog
+from pretrain.monitoring.log import MetricLog, evaluation_line
 from pretrain.monitoring.throughput import Throughput
 from pretrain.runtime.collectives import mean_over_ranks
 from pretrain.runtime.state import Progress, RunState
@@ -65,7 +65,7 @@ def train(state: RunState, context: LoopContext, stop_at: int) -> RunState:
         RunError: a budget is used up; the message names the samples.
     """
     phase, bad_samples = context.clocks.phase, list[BadSample]()
-    while state.progress.step < stop_at:
+    while state.progress.step < stop_at and not context.checkpoints.stopping:
         with phase("data", state.progress.step):
             data = next(context.steps)
         with phase("step", state.progress.step):
@@ -98,8 +98,6 @@ def train(state: RunState, context: LoopContext, stop_at: int) -> RunState:
             _save(state, context)
         if logged or save:
             context.clocks.restart()
-        if context.checkpoints.stopping:
-            break
     return state
 
 
@@ -130,7 +128,7 @@ def _evaluate(callback: Callback, state: RunState, context: LoopContext) -> None
         values = callback.evaluate(state)
     if values:
         context.log.write(step, values)
-        context.log.say("  ".join([f"step {step}", *(f"{name} {value:.4f}" for name, value in values.items())]))
+        context.log.say(evaluation_line(step, values))
 
 
 def _log_step(state: RunState, result: StepResult, context: LoopContext) -> None:

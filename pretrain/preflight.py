@@ -24,6 +24,7 @@ from pretrain.augment.augment import augmentations, mixing
 from pretrain.callbacks.online_probe import ProbeShape, find_probe_shape, probe_bytes
 from pretrain.checkpoints.start import refuse_locked_at_random
 from pretrain.evals.protocols import check_evaluations
+from pretrain.inputs import refuse_wrong_inputs
 from pretrain.models.tokenizers import build_tokenizer
 from pretrain.monitoring.sinks import refuse_missing_wandb
 from pretrain.objectives.contract import Contrastive, Objective
@@ -75,6 +76,7 @@ def preflight(
     Raises:
         InputError: one of them is wrong.
     """
+    refuse_wrong_inputs(recipe)
     data, cache = recipe.data, recipe.data.cache
     train_data = open_training(data.train, cache)
     resolved = resolve(recipe, world_size, train_data.num_samples)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from data_pipeline.durable import durable_file
-from data_pipeline.errors import RecipeError, RunError
+from data_pipeline.errors import InputError, PretrainError, RecipeError, RunError
 from pretrain.checkpoints.checkpoint import read_state
 from pretrain.checkpoints.start import length_problems
 from pretrain.recipe.files import dump, load_recipe, resolved_yaml
@@ -17,6 +21,7 @@ from pretrain.recipe.strict_yaml import read_yaml
 from pretrain.runtime.agreement import agree
 from pretrain.runtime.collectives import World
 from pretrain.runtime.data_record import DataRecord
+from pretrain.runtime.failure import forget_failure, note_failure
 from pretrain.runtime.run_folder import LOCK, newest_checkpoint
 
 
@@ -72,30 +77,77 @@ def changed_settings(recipe: Recipe, checkpoint: Path) -> tuple[str, ...]:
     return tuple(f"changed: {change}" for change in differences(recipe, load_recipe(kept)))
 
 
-def claim(out: Path, world: World) -> BinaryIO | None:
-    """Takes the run's folder for this job alone. Every rank calls it.
+@contextmanager
+def claimed(out: Path, world: World, check: Callable[[], object]) -> Iterator[None]:
+    """Keeps the run's folder for this job alone until the end of the block, and the reason where that fails.
 
-    Returns:
-        On rank 0, the lock: it holds until it is closed or the process ends.
+    Every rank enters it. A folder that was made for it is removed where wrong input ends the block before anything was
+    written.
+
+    Args:
+        out: the run's folder.
+        world: this process among the ranks.
+        check: called by rank 0 once the folder is its own: whoever had it before may have changed what is in there.
 
     Raises:
-        RunError: another job has it; the same on every rank.
+        RunError: another job has the folder; as what `check` raises, the same on every rank.
     """
 
-    def lock() -> BinaryIO:
+    def take() -> BinaryIO:
+        file = _locked(out)
+        try:
+            check()
+        except InputError:
+            _leave_if_empty(out)
+            raise
+        return file
+
+    lock = agree(lambda: take() if world.is_main else None)
+    try:
+        yield
+    except InputError:  # nothing was begun
+        if world.is_main:
+            _leave_if_empty(out)
+        raise
+    except Exception as error:
+        known = isinstance(error, PretrainError)
+        words = str(error) if known else f"{type(error).__name__}: {error}"
+        note_failure(out, words, rank=world.rank, trace="" if known else traceback.format_exc())
+        raise
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _locked(out: Path) -> BinaryIO:
+    """Takes the lock of a folder, which is made where there is none; raises RunError where another process has it."""
+    while True:
         out.mkdir(parents=True, exist_ok=True)
-        file = (out / LOCK).open("ab")
+        try:
+            file = (out / LOCK).open("ab")
+        except FileNotFoundError:  # whoever had it has just removed the folder
+            continue
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's own: forked workers do not keep it
         except OSError as error:
+            file.close()
             raise RunError(
                 where=str(out), expected="one job at a time in a run's folder",
                 found=f"another at work in it, or no locks there ({error.strerror})",
                 fix="Wait for it or stop it, or choose another folder with --out.",
             ) from None  # fmt: skip
-        return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(out / LOCK), os.fstat(file.fileno())):
+                return file
+        file.close()  # of a folder that was removed while this waited
 
-    return agree(lambda: lock() if world.is_main else None)
+
+def _leave_if_empty(out: Path) -> None:
+    """Removes a folder in which there is nothing but the lock, which is held."""
+    with suppress(OSError):
+        if os.listdir(out) == [LOCK]:
+            (out / LOCK).unlink()
+            out.rmdir()
 
 
 def record_run(out: Path, recipe: Recipe, resolved: Resolved, data: DataRecord, environment: str) -> None:
@@ -108,7 +160,7 @@ def record_run(out: Path, recipe: Recipe, resolved: Resolved, data: DataRecord, 
         data: of the run.
         environment: JSON that describes the hardware and software.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    forget_failure(out)
     _keep_the_shorter(out, recipe)
     data.save(out)
     # The recipe last: it is what makes the folder this run's.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -18,6 +18,7 @@ import torch
 from data_pipeline.batch import Batch
 from data_pipeline.errors import InputError, RunError
 from data_pipeline.loader import StepData, TrainLoader
+from pretrain.announce import closing_line, opening
 from pretrain.augment.augment import augmentations, mixing, prepare
 from pretrain.callbacks.callback import Callback
 from pretrain.callbacks.evaluations import ProtocolEvaluation, Validation, ValidationData, steps_between
@@ -35,12 +36,14 @@ from pretrain.engine.precision import settle_precision
 from pretrain.evals.protocols import inline_evaluators
 from pretrain.evals.sources.trained import TrainedRun
 from pretrain.loop import LoopContext, train
+from pretrain.monitoring.budgets import FILE_NAME as SKIPPED
 from pretrain.monitoring.budgets import Budgets
 from pretrain.monitoring.clocks import Clocks
-from pretrain.monitoring.goodput import Timeline, read_goodput
-from pretrain.monitoring.metrics import MetricLog
+from pretrain.monitoring.goodput import read_goodput
+from pretrain.monitoring.log import MetricLog
 from pretrain.monitoring.sinks import open_sinks
 from pretrain.monitoring.throughput import Throughput, flops_per_sample
+from pretrain.monitoring.timeline import Timeline
 from pretrain.monitoring.watchdog import Watchdog
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
@@ -48,7 +51,7 @@ from pretrain.optim.schedules import learning_rates
 from pretrain.plan import checkpoint_bytes
 from pretrain.preflight import Plan, preflight
 from pretrain.recipe.recipe import Recipe
-from pretrain.record import changed_settings, claim, record_run
+from pretrain.record import changed_settings, claimed, record_run, refuse_other_run
 from pretrain.runtime.collectives import World, gather_objects, process_group
 from pretrain.runtime.environment import choose_device, describe, pin_threads
 from pretrain.runtime.signals import SignalRequests
@@ -103,7 +106,7 @@ def run(
         evals_apart: other jobs judge the checkpoints, by the recipe's `evals`.
 
     Returns:
-        Whether it got as far as it was to; False: a stop was requested before (SIGUSR2), and its state is saved.
+        Whether it got as far as it was to; False: a stop was requested before (Ctrl-C, SIGTERM), its state is saved.
 
     Raises:
         InputError: something given is wrong; nothing was changed.
@@ -116,12 +119,14 @@ def run(
     if overfit_batch:
         recipe = recipe.model_copy(update={"resume_from": None})
     plan = preflight(recipe, world.size, out, evals_apart=evals_apart)
-    requests, timeout = SignalRequests(), recipe.runtime.step_timeout_seconds
+    requests, timeout = SignalRequests(world.is_main), recipe.runtime.step_timeout_seconds
     group = process_group(world, device, seconds=max(1800, 2 * (timeout or 0)))  # after the watchdog, which says more
-    with requests.listening(), group, Watchdog(world, timeout, out) as watchdog:
+    check = partial(refuse_other_run, recipe, plan.data, plan.resolved.total_steps, out)
+    with requests.listening(), group, Watchdog(world, timeout, out) as watchdog, claimed(out, world, check):
         torch.manual_seed(recipe.seed)
         objective = build_objective(recipe.model, recipe.objective)
-        recipe = settle_precision(recipe, objective, device, out)
+        settled = settle_precision(recipe.engine, recipe.resume_from, objective, device, out)
+        recipe = recipe.model_copy(update={"engine": settled})
         context = RunContext(
             recipe, plan, world, device, out, max_steps, overfit_batch, profile_steps, evals_apart, requests, watchdog
         )
@@ -134,14 +139,13 @@ def run(
         if start.checkpoint is not None and not start.own:
             start = replace(start, notes=changed_settings(recipe, start.checkpoint.path))
         state, start = resume(start, engine.state, probe.fragments() if probe else (), plan.resolved.total_steps)
-        with claim(out, world) or nullcontext():
-            hosts = gather_objects(platform.node())
-            if world.is_main:
-                record_run(out, recipe, plan.resolved, plan.data, describe(world, device, threads, hosts))
-            try:
-                return _train(context, engine, throughput, probe, start, state)
-            except InputError as error:  # what was given was right when it was looked at
-                raise RunError(error.where, error.expected, error.found, error.fix) from error
+        hosts = gather_objects(platform.node())
+        if world.is_main:
+            record_run(out, recipe, plan.resolved, plan.data, describe(world, device, threads, hosts))
+        try:
+            return _train(context, engine, throughput, probe, start, state)
+        except InputError as error:  # what was given was right when it was looked at
+            raise RunError(error.where, error.expected, error.found, error.fix) from error
 
 
 def _engine(context: RunContext, objective: Objective) -> tuple[Engine, Throughput]:
@@ -170,10 +174,12 @@ def _train(
     stop_at, first_step = min(total_steps, context.max_steps or total_steps), state.progress.step
     peak_lr, warmup = context.plan.resolved.peak_lr, context.plan.resolved.warmup_steps
     export = partial(export_encoder, recipe.model, recipe.objective, recipe.data, folder=out / "encoder")
-    sinks = open_sinks(recipe.logging, out, recipe.name, first_step) if world.is_main else ()
+    sinks = open_sinks(recipe.logging, out, recipe.name, first_step) if world.is_main else {}
     log = MetricLog(out, step=first_step, total_steps=total_steps, active=world.is_main, sinks=sinks)
     with closing(log):
-        for line in (_opening(context, state, start), *context.plan.notes, *start.notes):
+        what = f"{recipe.name}: {recipe.objective.kind} {recipe.model.name}"
+        first_line = opening(what, recipe.engine, context.plan, world, context.device, first_step, start)
+        for line in (first_line, *context.plan.notes, *start.notes):
             log.say(line)
         writer = CheckpointWriter(
             out / "checkpoints", engine.state, world=world, keep_last=recipe.checkpoint.keep_last, say=log.say,
@@ -184,7 +190,7 @@ def _train(
             every_steps=recipe.checkpoint.every_steps, every_minutes=recipe.checkpoint.every_minutes,
         )  # fmt: skip
         timeline = Timeline(out, step=first_step, active=world.is_main)
-        traces = profiled(context.profile_steps, out / "profile" / f"rank{world.rank}.json.gz")
+        traces = profiled(context.profile_steps, out / "profile" / f"rank{world.rank}.json.gz", log)
         with timeline, writer, traces as profilers:
             loop = LoopContext(
                 engine=engine,
@@ -195,7 +201,9 @@ def _train(
                 checkpoints=checkpoints,
                 clocks=Clocks(engine.clock, (context.watchdog.progress, timeline.mark)),
                 throughput=throughput,
-                budgets=Budgets(recipe.data.max_bad_samples, recipe.runtime.max_skipped_steps, log.say),
+                budgets=Budgets(
+                    recipe.data.max_bad_samples, recipe.runtime.max_skipped_steps, log.say, log.append, out / SKIPPED
+                ),
                 log=log,
                 log_every=recipe.logging.every_steps,
             )
@@ -203,10 +211,10 @@ def _train(
             writer.finish()
             if state.progress.step == first_step and start.checkpoint is not None and world.is_main:
                 export(start.checkpoint.path)  # the process before may have died between a checkpoint and its export
-            timeline.end(finished=True)
+            timeline.end(finished=True, done=state.progress.step >= stop_at)
             if world.is_main and (goodput := read_goodput(out)) is not None:
                 log.say(str(goodput))
-            log.say(_closing(context, state))
+            log.say(closing_line(out, state.progress))
     return state.progress.step >= stop_at
 
 
@@ -226,7 +234,7 @@ def _callbacks(context: RunContext, engine: Engine, probe: OnlineProbe | None, l
     evaluators = () if context.evals_apart else inline_evaluators(recipe.evals, data.cache, data.max_bad_samples)
     for i, (config, evaluator) in enumerate(zip(recipe.evals, evaluators, strict=not context.evals_apart)):
         every = steps_between(config.every_epochs, epoch)
-        yield ProtocolEvaluation(every, i, config, evaluator, engine, trained, context.watchdog.alive, log.say)
+        yield ProtocolEvaluation(every, i, config, evaluator, engine, trained, context.watchdog.alive, log)
     if (every_steps := recipe.logging.images_every_steps) is not None:
         rebuild = partial(build_objective, recipe.model, recipe.objective)
         yield Pictures(every_steps, engine, rebuild, data.mean, data.std, log, context.out)
@@ -247,19 +255,3 @@ def _steps(context: RunContext, cursor: int) -> Iterator[StepData]:
     first = next(loader.steps(0))
     again = replace(first, bad=(), seconds=dict.fromkeys(first.seconds, 0.0))
     return (replace(again if step > 1 else first, cursor=first.cursor * step) for step in count(1))
-
-
-def _opening(context: RunContext, state: RunState, start: Start) -> str:
-    recipe, resolved, world = context.recipe, context.plan.resolved, context.world
-    size = f"{resolved.global_size} = {world.size} x {resolved.accumulation} x {resolved.micro_size}"
-    engine = f"ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}, {world.size} x {context.device.type}"
-    return (
-        f"{recipe.name}: {recipe.objective.kind} {recipe.model.name}, {context.plan.train.num_samples} samples, batch "
-        f"{size}, {engine}; steps {state.progress.step} to {resolved.total_steps}, {start.source}"
-    )
-
-
-def _closing(context: RunContext, state: RunState) -> str:
-    step, total_steps, encoder = state.progress.step, state.progress.total_steps, context.out / "encoder"
-    where = f"; the encoder is in {encoder}" if encoder.is_dir() else ""
-    return f"{'finished' if step == total_steps else 'stopped'} at step {step} of {total_steps}{where}"

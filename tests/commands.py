@@ -168,7 +168,8 @@ def _fork_or_execute(
     ends = (p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
     words = [] if isinstance(args, str | bytes) else [os.fspath(word) for word in args]
     module = words.index("-m") if "-m" in words[:3] else None
-    flags = None if module is None or words[0] != sys.executable else set(words[1:module])
+    ours = words[:1] in ([sys.executable], ["python"])  # as an environment that is activated has it
+    flags = set(words[1:module]) if ours and module is not None else None
     if flags is None or module is None or flags - {"-u", "-P"} or pass_fds or preexec_fn:
         _execute(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
                  *ends, restore_signals, gid, gids, uid, umask, start_new_session, process_group)  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pydantic import Field
 
 from data_pipeline.settings import Group
@@ -10,7 +12,7 @@ from data_pipeline.settings import Group
 class CacheConfig(Group):
     """How data behind http://, https:// or s3:// are fetched and kept on this machine; none of it changes a result."""
 
-    folder: str = "~/.cache/pretrain"  # on a local disk; shared by ranks, workers and runs
+    folder: str = Field(default_factory=lambda: os.path.expanduser("~/.cache/pretrain"))  # a local disk
     max_gb: float = Field(50, gt=0)  # the shard used longest ago goes first; 10^9 bytes each
     timeout_seconds: float = Field(30, gt=0)  # that an answer, or its next bytes, may take
     retries: int = Field(5, ge=0, le=100)  # attempts after the first

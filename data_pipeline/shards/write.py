@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 from data_pipeline.durable import TEMPORARY_PATTERN, claimed, durable_file
-from data_pipeline.errors import DataError, ManifestError, RunError, SampleError, SourceError
-from data_pipeline.messages import reason
+from data_pipeline.errors import DataError, ManifestError, SampleError, SourceError
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
 from data_pipeline.shards.index import SUFFIX, ShardIndex
@@ -164,8 +163,6 @@ def _make_shard(out: Path, producer: Producer[Item], skip_bad: bool, task: Task[
         return Shard(index_shard(path), tuple(bad))
     except SampleError:
         return Shard(None, tuple(bad))
-    except OSError as error:
-        raise RunError(where=str(path), expected="to write a shard", found=reason(error)) from error
 
 
 def _good(produced: Iterable[Record | SampleError], bad: list[SampleError]) -> Iterator[Record]:

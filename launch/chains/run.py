@@ -16,6 +16,8 @@ from launch.chains.check import Evaluations, check_chain
 from launch.chains.config import stage_words
 from launch.chains.folder import ChainFolder
 from launch.ranks.child import run_command
+from pretrain.runtime.failure import read_failure
+from pretrain.runtime.signals import STOPPED
 
 
 def run_chain(path: Path, out: Path | None, num_ranks: int, evaluations: Evaluations) -> int:
@@ -41,17 +43,24 @@ def run_chain(path: Path, out: Path | None, num_ranks: int, evaluations: Evaluat
         words = stage_words(stage, chain.folder, chain.out, num_ranks)
         print(f"{head}: pretrain {shlex.join(words)}", flush=True)
         status = run_command(words)
-        if status > 128:
-            return status  # a signal to this process, which the stage has answered
+        if status == STOPPED or status > 128:
+            return status  # a signal, which the stage has answered
         if status:
             raise RunError(
-                where=f"stage {stage.name}", expected="its command to succeed", found=f"exit status {status}",
+                where=f"stage {stage.name}", expected="its command to succeed",
+                found=_found(status, stage.output(chain.out)),
                 fix="See what it said above; the same command goes on from there.",
             )  # fmt: skip
         chain.keep(stage)
     for line in _results(chain):
         print(line)
     return 0
+
+
+def _found(status: int, output: Path) -> str:
+    """Says how a stage failed; a training leaves the reason in its folder."""
+    why = read_failure(output)
+    return f"exit status {status}" + (f" ({why.rstrip('.')})" if why else "")
 
 
 def _results(chain: ChainFolder) -> Iterator[str]:

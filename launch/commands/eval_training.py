@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -33,19 +32,15 @@ class LocalTrainer:
 
     def train(self, recipe: Recipe, run: Path) -> None:
         """Trains to the end, or goes on; exits with the ranks' status where they do not get there."""
-        from launch.ranks.launcher import launch
+        from launch.ranks.launcher import SAVING, launch
         from pretrain.recipe.files import dump
-        from pretrain.runtime.signals import STOPPED, Request, signals
+        from pretrain.runtime.signals import STOPPED, second_ends
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "recipe.yaml"
             path.write_text(dump(recipe), "utf-8")
-            # Where SIGTERM asks the ranks to save, they are to have the time for it.
-            saving: dict[int, int] = {
-                signum: signal.SIGUSR2 for signum, request in signals().items() if request == Request.STOP
-            }
-            arguments = [str(path), "--out", str(run)]
-            status = launch(arguments, self.num_ranks, threads=recipe.runtime.threads, passed_on=saving)
+            arguments, threads = [str(path), "--out", str(run)], recipe.runtime.threads
+            status = launch(arguments, self.num_ranks, threads=threads, passed_on=SAVING, second_ends=second_ends())
         if status == STOPPED:
             print(f"{run}: asked to stop, and saved; the same command goes on", file=sys.stderr)
         if status:  # a rank has said why

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from data_pipeline.errors import InputError
 from launch.commands.arguments import NumRanks, RecipePath, command_app, examples
 from pretrain.train_options import Option, TrainOptions
 
@@ -55,16 +57,37 @@ def train(recipe_path: RecipePath, num_ranks: NumRanks = 1, **given: Any) -> Non
 
     from pretrain import __main__ as rank
     from pretrain.recipe.files import load_recipe
+    from pretrain.runtime.signals import STOP_SIGNALS, stop_while_starting
+    from pretrain.runtime.slurm_step import is_task_of_several
 
+    if num_ranks > 1 and is_task_of_several():
+        raise InputError(
+            where=f"--nproc {num_ranks}", expected="one process in each task of srun, which are the ranks",
+            found=f"{os.environ['SLURM_STEP_NUM_TASKS']} tasks",
+            fix="Leave --nproc out; `srun --ntasks-per-node N` says how many ranks a node has.",
+        )  # fmt: skip
+    if num_ranks > 1:
+        stop_while_starting()
     options = TrainOptions(**{**given, "overrides": tuple(given["overrides"] or ())})
     recipe = load_recipe(recipe_path, list(options.overrides))
     out = options.out or rank.default_out(recipe)
     arguments = [str(recipe_path), *replace(options, out=out).words()]
     if num_ranks == 1:
         raise typer.Exit(rank.main(arguments))
-    from launch.ranks.launcher import launch
+    from signal import Signals
+
+    from pretrain.inputs import refuse_wrong_inputs
+
+    refuse_wrong_inputs(recipe)
+    typer.echo(f"starting: checking {recipe.name} for {num_ranks} processes", err=True)
+    from launch.ranks.launcher import SAVING, launch
     from pretrain.preflight import preflight
     from pretrain.run import output_folder
+    from pretrain.runtime.failure import note_failure
+    from pretrain.runtime.run_folder import is_run
 
     preflight(recipe, num_ranks, output_folder(out, options.overfit_batch))  # one message, before anything is started
-    raise typer.Exit(launch(arguments, num_ranks, threads=recipe.runtime.threads))
+    status = launch(arguments, num_ranks, threads=recipe.runtime.threads, passed_on=SAVING)
+    if status > 128 and status - 128 not in STOP_SIGNALS and is_run(out):
+        note_failure(out, f"a rank was killed by {Signals(status - 128).name}")  # which could not say so
+    raise typer.Exit(status)

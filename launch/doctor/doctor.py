@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.errors import PretrainError
 from launch.doctor import machine, storage
-from launch.slurm.checks import check_slurm
+from launch.slurm.checks import check_folder_name, check_slurm
 from launch.slurm.finding import Finding, from_error
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def findings(
     out = out or Path("runs", *([recipe.name] if recipe is not None else []))
     yield from storage.writable(out)
     if cluster is not None:
+        yield from check_folder_name(out)
         yield from storage.shared(out, cluster.nodes)
     device = recipe.runtime.device if recipe is not None and cluster is None else "cpu"
     yield from machine.cuda(device, num_ranks)

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from data_pipeline.durable import write_text
 from data_pipeline.errors import PretrainError, RunError
 from launch.jobs.eval_jobs import release
 from launch.jobs.folder import JobFolder
 from launch.jobs.node import MAX_ATTEMPTS_WITHOUT_CHECKPOINT, Node, attempt_folder
+from launch.jobs.telling import comment, note, tell
 from launch.slurm.cluster import Cluster, load_cluster
 from launch.slurm.commands import job_fields, slurm
 from pretrain.runtime.signals import HUNG, STOPPED
@@ -145,9 +149,10 @@ def main(run: Path, status: int, when_done: Callable[[JobFolder], Next] = lambda
             report["why"] = _found_by_watchdog(folder, since=start["at"] if start is not None else 0)
     joined = {path.stem for path in left.glob("*.joined")}
     end = ending(reports, joined, nodes, status)
+    if set(nodes) - reports.keys() and (problem := _takes_no_file(run)):
+        end = Ending(1, problem)  # whatever the nodes could not say
     step = folder.newest_step()
     attempt = start["attempt"] if start is not None else 0
-    folder.note("end", attempt=attempt, status=end.status, why=end.why, step=step)
     fields = _ask_patiently(lambda: job_fields(node.job_id) or {}) or {} if "SLURM_JOB_ID" in os.environ else {}
     then = decide(
         end,
@@ -163,16 +168,41 @@ def main(run: Path, status: int, when_done: Callable[[JobFolder], Next] = lambda
         then = when_done(folder)
     if then.event == "requeue" and "SLURM_JOB_ID" not in os.environ:
         then = Next("stop", f"{then.why}; submitted again, it goes on")
-    folder.note(then.event, attempt=attempt, why=then.why)
-    print(f"{then.event}: {then.why}" if then.why else then.event, flush=True)
-    if then.event != "requeue" and submitted.get("held"):
-        release(Path(submitted["held"]))
-    if then.event == "requeue" and not is_queued(fields, node.restart):
-        if _ask_patiently(lambda: _requeue(node)) is None:
-            folder.note("stop", attempt=attempt, why="SLURM did not queue it again, see the log")
-            return 1
-        time.sleep(60)  # until the batch script is ended with it: nothing may come after
+    # Every action before every word: what a word is written to may be full, or hang.
+    with _until_slurm_ends_it(then.event == "requeue" and not is_queued(fields, node.restart)) as asks:
+        if asks and _ask_patiently(lambda: _requeue(node)) is None:
+            then, end = Next("stop", "SLURM did not queue it again, see the log"), Ending(1, end.why)
+        if then.event != "requeue" and submitted.get("held"):
+            release(Path(submitted["held"]))
+        noted = note(folder, "end", attempt=attempt, status=end.status, why=end.why, step=step)
+        noted = note(folder, then.event, attempt=attempt, why=then.why) and noted
+        words = f"{then.event}: {then.why}" if then.why else then.event
+        if not (tell(words) and noted):
+            comment(node.job_id, words)
+        if asks and then.event == "requeue":
+            time.sleep(60)  # until the batch script is ended with it: nothing may come after
     return 0 if then.event == "done" else end.status if 0 < end.status < 256 else 1
+
+
+@contextmanager
+def _until_slurm_ends_it(asks: bool) -> Iterator[bool]:
+    """Ignores SIGTERM for a block that asks for a requeue: SLURM sends it with that, and leaves time for the words."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if asks else None
+    try:
+        yield asks
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _takes_no_file(run: Path) -> str:
+    """Says why the run's folder takes no more files; empty: it does."""
+    try:
+        write_text(JobFolder(run).path / ".room", "x" * 4096)
+        (JobFolder(run).path / ".room").unlink()
+    except OSError as failed:
+        return f"{run} takes no more files: {failed.strerror or failed}"
+    return ""
 
 
 def _requeue(node: Node) -> bool:
@@ -191,7 +221,7 @@ def _ask_patiently(ask: Callable[[], T]) -> T | None:
         try:
             return ask()
         except RunError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tell(f"error: {error}", error=True)
             if time.monotonic() > deadline:
                 return None
             time.sleep(5)
@@ -219,7 +249,7 @@ def run_program(when_done: Callable[[JobFolder], Next] = lambda folder: Next("do
     try:
         sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), when_done))
     except PretrainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}", error=True)
         sys.exit(error.exit_status)
 
 

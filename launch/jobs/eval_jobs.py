@@ -19,6 +19,7 @@ from pathlib import Path
 
 from data_pipeline.errors import RunError
 from launch.jobs.folder import JobFolder
+from launch.ranks.child import child_environment, python_command
 from launch.slurm.cluster import Cluster
 from launch.slurm.commands import AT_WORK, WAITING, job_states
 from pretrain.evals.config import ProtocolConfig
@@ -126,9 +127,12 @@ class EvalJobs:
 
     def _queue(self, index: int, step: int) -> None:
         """Queues an evaluation; raises RunError where that fails."""
-        command = [sys.executable, "-m", "launch.jobs.eval_submit", str(self._run), str(index), str(step)]
+        command = python_command("launch.jobs.eval_submit", str(self._run), str(index), str(step))
         # In a session of its own: a signal to all processes of this job is not for it.
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SUBMIT_SECONDS, start_new_session=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SUBMIT_SECONDS, start_new_session=True,
+            env=child_environment(os.environ),
+        )  # fmt: skip
         print((done.stdout + done.stderr).strip(), flush=True)
         if done.returncode:
             raise RunError(f"evaluation of step {step}", "a job of its own", "none, see above")

@@ -24,6 +24,7 @@ from launch.jobs.eval_jobs import EvalJobs, are_separate
 from launch.jobs.folder import JobFolder
 from launch.jobs.node import Node
 from launch.jobs.rendezvous import Rendezvous, host_rendezvous, join_rendezvous, verify_shared_folder
+from launch.jobs.telling import tell
 from launch.ranks.launcher import Place, launch
 from launch.slurm.cluster import Cluster, load_cluster
 from launch.slurm.commands import job_fields, kill_wait_seconds
@@ -79,10 +80,12 @@ def run_node(run: Path, token: str, was_done: Callable[[JobFolder], bool] = lamb
             status = _run_command(words, load_cluster(folder.cluster), rendezvous)
         else:
             return _run_share(folder, node, rendezvous)
-    except PretrainError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        _report(run, node, error.exit_status, str(error))
-        return error.exit_status
+    except (PretrainError, OSError) as error:  # such as a disk that is full
+        why = str(error) if isinstance(error, PretrainError) else f"{run} on {node.name}: {error}"
+        status = error.exit_status if isinstance(error, PretrainError) else 1
+        tell(f"error: {why}", error=True)
+        _report(run, node, status, why)
+        return status
     _report(run, node, status, "")
     return status
 
@@ -115,7 +118,9 @@ def _run_command(words: list[str], cluster: Cluster, rendezvous: Rendezvous) -> 
     from what it finished, or begins again.
     """
     place = Place(environment=_rank_environment(cluster, rendezvous))
-    return launch(words, 1, module="launch.cli", place=place, passed_on=PASSED_ON, seconds_left=_seconds_left())
+    return launch(
+        words, 1, module="launch.cli", place=place, passed_on=PASSED_ON, second_ends=False, seconds_left=_seconds_left()
+    )
 
 
 def _rank_environment(cluster: Cluster, rendezvous: Rendezvous) -> dict[str, str]:
@@ -158,6 +163,7 @@ def _run_ranks(arguments: list[str], threads: int | None, cluster: Cluster, node
             environment=_rank_environment(cluster, rendezvous),
         ),
         passed_on=PASSED_ON,
+        second_ends=False,
         seconds_left=_seconds_left(),
     )
 
@@ -189,5 +195,8 @@ def _check_data(data: Data, node: Node) -> None:
 def _report(run: Path, node: Node, status: int, why: str) -> None:
     """Writes down how this node's part ended, for `after_job`."""
     folder = node.folder(run)
-    if folder.is_dir():
-        write_text(folder / f"{node.name}.json", json.dumps({"status": status, "why": why, "at": time.time()}))
+    try:
+        if folder.is_dir():
+            write_text(folder / f"{node.name}.json", json.dumps({"status": status, "why": why, "at": time.time()}))
+    except OSError as failed:
+        tell(f"error: {folder} takes no word of how {node.name} ended: {failed}", error=True)

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from launch.jobs.record import ENDINGS, JobRecord
 from launch.slurm.commands import AT_WORK, WAITING
+from pretrain.runtime.failure import read_failure
 from pretrain.runtime.run_folder import is_claimed, newest_checkpoint, step_of
 
 State = Literal["pending", "running", "requeued", "done", "stopped", "cancelled", "failed", "unknown"]
@@ -44,7 +45,7 @@ def find_state(run: Path, job: JobRecord | None, queue: Mapping[str, str] | None
         queue: SLURM's states by job id; None: it does not answer, and "unknown" may be all that is left to say.
     """
     if job is None:
-        return "running" if is_claimed(run) else _idle_state(run)
+        return "running" if is_claimed(run) else "failed" if read_failure(run) is not None else _idle_state(run)
     if job.ending is not None:
         return ENDINGS[job.ending["event"]]
     if is_claimed(run):

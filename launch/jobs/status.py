@@ -14,7 +14,9 @@ from data_pipeline.messages import visible
 from launch.jobs.logs import last_lines, log_files, refuse_no_run
 from launch.jobs.record import JobRecord, load_job
 from launch.jobs.run_state import OVER, State, find_state, planned
-from launch.slurm.commands import job_states
+from launch.jobs.telling import COMMENT
+from launch.slurm.commands import job_comment, job_states
+from pretrain.runtime.failure import read_failure
 from pretrain.runtime.run_folder import COMPLETE, is_run, newest_checkpoint, step_of
 
 _TAIL = 1 << 16  # bytes
@@ -31,7 +33,7 @@ class Status:
         goodput: share of the wall time that trained, in [0, 1].
         eta_seconds: of training that is left, at the latest rate; None of a run that is over.
         requeues: starts that no submission asked for; None: it was never submitted.
-        error: the last line of its job's logs that tells of one, or why it was stopped.
+        error: the last line of its job's logs that tells of one, or why it was stopped, or failed.
     """
 
     run: str
@@ -104,7 +106,7 @@ def run_status(run: Path, job: JobRecord | None, queue: dict[str, str] | None) -
         checkpoint_step=None if newest is None else step_of(newest),
         checkpoint_age_seconds=None if newest is None else _age(newest / COMPLETE),
         requeues=None if job is None else job.requeues,
-        error=_error(run, job),
+        error=_error(run, job) or _left_with_slurm(state, job),
     )
 
 
@@ -177,13 +179,21 @@ def _last_logged(run: Path) -> tuple[int | None, float | None]:
     return step, None
 
 
+def _left_with_slurm(state: State, job: JobRecord | None) -> str | None:
+    """Returns what a job that failed could not write into its folder, and left as a comment."""
+    if state != "failed" or job is None or job.job_id is None or job.is_local:
+        return None
+    said = job_comment(job.job_id)
+    return said.removeprefix(COMMENT) if said.startswith(COMMENT) else None
+
+
 def _error(run: Path, job: JobRecord | None) -> str | None:
     if job is None:
-        return None
+        return read_failure(run)
     newest = sorted((path for path in log_files(run)), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest:
         for line in reversed(last_lines(path, _TAIL)):
             if _ERROR.search(line):
                 return line.strip()
     why = job.ending.get("why") if job.ending is not None else None
-    return None if why is None else str(why)
+    return read_failure(run) if why is None else str(why)

@@ -21,7 +21,7 @@ from launch.jobs.batch import batch_script, local_executor, slurm_executor
 from launch.jobs.code_copy import code_folder, copy_code
 from launch.jobs.folder import JobFolder
 from launch.jobs.job import SubmittedJob
-from launch.slurm.checks import check_script, check_slurm
+from launch.slurm.checks import check_folder_name, check_script, check_slurm
 from launch.slurm.cluster import Cluster
 from launch.slurm.commands import AT_WORK, WAITING, from_outside, job_fields, slurm
 from pretrain.recipe.strict_yaml import write_yaml
@@ -78,6 +78,9 @@ def submit_jobs(
         InputError: something is wrong; nothing was written or started.
         RunError: SLURM refused a job; no job is left in its queue.
     """
+    for job in jobs:
+        for wrong in check_folder_name(job.folder):
+            raise InputError(f"--out {job.folder}", "a path that SLURM takes as it is", wrong.found, wrong.fix)
     if not local:
         for cluster in {write_yaml(job.cluster.model_dump(mode="json")): job.cluster for job in jobs}.values():
             check_cluster(cluster, cluster_path, dry_run)

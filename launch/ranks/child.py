@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from pretrain.runtime.signals import STOP_SIGNALS, STOPPED
+
 REQUEST_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # a rank answers: it saves, and goes on or stops
 ROOT = Path(__file__).resolve().parents[2]  # the folder that holds our packages
 
@@ -41,13 +42,9 @@ def start_child(
         own_group: a process group of its own: Ctrl-C in a terminal reaches this process alone, which passes it on, and
             what the child starts can be killed with it.
     """
-    given = os.environ if environment is None else environment
-    # Ours first; an empty entry would be the current folder.
-    others = [entry for entry in given.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", str(ROOT))]
     return subprocess.Popen(
-        # With a safe path, on which the current folder is not.
-        [sys.executable, "-P", "-m", "launch.ranks.rank", str(os.getpid()), module, *words],
-        env={**given, "PYTHONPATH": os.pathsep.join([str(ROOT), *others])},
+        python_command("launch.ranks.rank", str(os.getpid()), module, *words),
+        env=child_environment(os.environ if environment is None else environment),
         stdin=stdin,
         stdout=subprocess.PIPE if piped else None,
         stderr=subprocess.STDOUT if piped else None,
@@ -55,6 +52,18 @@ def start_child(
         errors="replace",
         process_group=0 if own_group else None,
     )
+
+
+def python_command(module: str, *words: str) -> list[str]:
+    """Returns `python -m MODULE WORDS` with a safe path, on which the current folder is not."""
+    return [sys.executable, "-P", "-m", module, *words]
+
+
+def child_environment(given: Mapping[str, str]) -> dict[str, str]:
+    """Returns variables with which a Python process finds our packages before all others of their names."""
+    # An empty entry would be the current folder.
+    others = [entry for entry in given.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", str(ROOT))]
+    return {**given, "PYTHONPATH": os.pathsep.join([str(ROOT), *others])}
 
 
 class Command:
@@ -66,17 +75,29 @@ class Command:
         self.process = start_child("launch.cli", words)
 
     def pass_on(self, signum: int, frame: FrameType | None = None) -> None:
-        """Sends the child a signal that came to this process; in place of a second one that stops, SIGKILL."""
+        """Sends the child a signal that came to this process; in place of a second one that stops, SIGKILL.
+
+        A training is asked to stop by SIGUSR2: what sent this signal may have sent it to the child as well, which
+        would take ours for the second.
+        """
         if signum in STOP_SIGNALS:
             self._stopped_by.append(signum)
+            if len(self._stopped_by) > 1:
+                signum = signal.SIGKILL
+            elif self._answers:
+                signum = signal.SIGUSR2
         elif not self._answers:
             return
-        self.process.send_signal(signum if len(self._stopped_by) < 2 else signal.SIGKILL)
+        self.process.send_signal(signum)
 
     def wait(self) -> int:
-        """Returns the exit status: 128 + N where signal N stopped this process, 1 where the child was killed."""
+        """Returns the exit status: STOPPED where a signal stopped this process, 128 + N where a second one, N, ended
+        the child; 1 where the child was killed.
+        """
         status = self.process.wait()
-        return 128 + self._stopped_by[0] if self._stopped_by else status if status >= 0 else 1
+        if self._stopped_by:
+            return STOPPED if len(self._stopped_by) == 1 else 128 + self._stopped_by[1]
+        return status if status >= 0 else 1
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from data_pipeline.errors import RunError
-from launch.ranks.child import STOP_SIGNALS, handled_by, start_child
-from pretrain.runtime.signals import STOPPED
+from launch.ranks.child import handled_by, start_child
+from pretrain.runtime.signals import STOP_SIGNALS, STOPPED
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,15 @@ class Ended:
 
 @dataclass(frozen=True)
 class SignalReceived:
-    """The launcher was sent a signal; `signum` is what the ranks are sent for it."""
+    """The launcher was sent a signal; `signum` is what the ranks are sent for it.
+
+    Attributes:
+        ends: it stops, and is not the first that does: the ranks are killed.
+    """
 
     signum: int
     sent: int
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ class Place:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+# Ranks that save when they are asked to stop are asked by SIGUSR2: what sent SIGTERM may have sent it to them as well,
+# and would be taken for a second one.
+SAVING: Mapping[int, int] = dict.fromkeys(STOP_SIGNALS, signal.SIGUSR2)
+
 Events = SimpleQueue[Ended | SignalReceived]  # of the queues, the one that a signal handler may put into
 
 
@@ -68,34 +77,43 @@ def launch(
     grace_seconds: float = 10.0,
     place: Place | None = None,
     passed_on: Mapping[int, int] | None = None,
+    second_ends: bool = True,
     seconds_left: Callable[[int], float | None] = lambda signum: None,
 ) -> int:
     """Runs `python -m MODULE ARGUMENTS` as so many ranks and waits for all of them.
 
     They find each other as under torchrun (RANK, WORLD_SIZE, MASTER_ADDR, ...). The first writes to the stdout
     and stderr of this process; the lines of the others go to stderr behind `[rank N] `. When one fails, the
-    others get SIGTERM and after a grace SIGKILL. Signals are passed on; a second one that stops kills. Main
-    thread only: a rank is killed when the thread that started it ends.
+    others get SIGTERM and after a grace SIGKILL. Signals are passed on. Main thread only: a rank is killed when
+    the thread that started it ends.
 
     Args:
         threads: OMP_NUM_THREADS of each rank; None: as it is set, or cores / num_ranks.
         grace_seconds: between asking a rank to stop and killing it.
         place: of this machine's ranks among all; None: they are all.
-        passed_on: signals that reach ranks as others, such as a scheduler's warning.
+        passed_on: signals that reach ranks as others: `SAVING` for ranks that save when they are asked to stop, which
+            take as long as they need.
+        second_ends: a second signal that stops kills the ranks.
         seconds_left: until whoever sent a signal kills all of this; ranks that stop at it are killed by then. None:
             they may take as long as they need.
 
     Returns:
-        0 when all ranks returned 0; 128 + N when signal N stopped the launcher; else the exit status of the
-        first rank that failed, 128 + N where signal N killed it.
+        0 when all ranks returned 0; 128 + N when signal N, not passed on as another, or a second one, stopped the
+        launcher; else the exit status of the first rank that failed, 128 + N where signal N killed it.
     """
     events: Events = SimpleQueue()
     place = place or Place()
     environment = _environment(num_ranks, threads, place)
     ranks: list[subprocess.Popen[str]] = []
     printers: list[threading.Thread] = []
-    sent_as = passed_on or {}
-    with handled_by(lambda signum, frame: events.put(SignalReceived(sent_as.get(signum, signum), signum))):
+    sent_as, stopping = passed_on or {}, list[int]()
+
+    def receive(signum: int, frame: object) -> None:
+        events.put(SignalReceived(sent_as.get(signum, signum), signum, second_ends and bool(stopping)))
+        if signum in STOP_SIGNALS:
+            stopping.append(signum)
+
+    with handled_by(receive):
         try:
             for rank in range(num_ranks):
                 process = _start(rank, place.first_rank + rank, environment, module, arguments)
@@ -132,11 +150,11 @@ def _supervise(
                 _kill(ranks[rank])
             continue
         if isinstance(event, SignalReceived):
-            stopping = event.signum in STOP_SIGNALS
+            ends = event.ends and event.sent in STOP_SIGNALS
             to_stop = to_stop or event.signum == signal.SIGUSR2
             for rank in running:
-                _kill(ranks[rank]) if asked and stopping else ranks[rank].send_signal(event.signum)
-            if stopping:
+                _kill(ranks[rank]) if ends else ranks[rank].send_signal(event.signum)
+            if ends or event.signum in STOP_SIGNALS:
                 asked = asked or event
             elif (left := seconds_left(event.sent)) is not None and deadline is None:
                 deadline = time.monotonic() + left
@@ -153,7 +171,7 @@ def _supervise(
         if (failed or asked) and not stopped and deadline is None:
             deadline = time.monotonic() + grace_seconds
     if asked:
-        return 128 + asked.signum
+        return 128 + asked.sent
     return _verdict(failed, first_rank) if failed else 0
 
 
@@ -221,8 +239,9 @@ def _print_lines(rank: int, process: subprocess.Popen[str]) -> None:
     prefix = f"[rank {rank}] "
     assert process.stdout is not None
     for line in process.stdout:
-        sys.stderr.write(line if line.startswith(prefix) else prefix + line)
-        sys.stderr.flush()
+        with suppress(OSError):  # a full disk costs lines; a rank whose pipe nobody empties would wait for ever
+            sys.stderr.write(line if line.startswith(prefix) else prefix + line)
+            sys.stderr.flush()
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

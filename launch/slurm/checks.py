@@ -6,6 +6,7 @@ import getpass
 import shutil
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import PretrainError
@@ -45,6 +46,14 @@ def check_slurm(cluster: Cluster | None) -> Iterator[Finding]:
     if cluster is not None:
         yield from _partition(cluster)
         yield from _account(cluster)
+
+
+def check_folder_name(folder: Path) -> Iterator[Finding]:
+    """Checks that SLURM takes a job's folder as it is written: in the names of logs it replaces some characters."""
+    if found := sorted(set(str(folder.absolute())) & set("%\\\n")):
+        shown = ", ".join(repr(character) for character in found)
+        yield error("run folder", f"{folder.absolute()} has {shown} in its path, which SLURM reads as a pattern",
+                    "Choose another folder with --out.")  # fmt: skip
 
 
 def check_script(script: str) -> Iterator[Finding]:

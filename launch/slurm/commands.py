@@ -91,6 +91,18 @@ def job_fields(job_id: str) -> Mapping[str, str] | None:
         raise
 
 
+def job_comment(job_id: str) -> str:
+    """Returns the comment on a job, as long as SLURM or its accounts keep it; empty: there is none."""
+    with suppress(PretrainError):
+        said = slurm("scontrol", "show", "job", job_id, seconds=10)
+        if (match := re.search(r"^\s*Comment=(.*)$", said, re.MULTILINE)) is not None:
+            return match[1].strip()
+    with suppress(PretrainError):
+        words = ("--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=Comment")
+        return slurm("sacct", *words, seconds=10).strip()
+    return ""
+
+
 def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
     """Returns SLURM's word for the state of each job that it still knows; None: SLURM does not answer."""
     ids = sorted(set(job_ids))

@@ -26,6 +26,7 @@ from pretrain.evals.protocols import AnyEvaluator
 from pretrain.evals.sources.copies import build_copy, judged_copy
 from pretrain.evals.sources.trained import TrainedRun
 from pretrain.monitoring.budgets import too_many_left_out
+from pretrain.monitoring.log import MetricLog
 from pretrain.recipe.recipe import Data
 from pretrain.runtime.collectives import from_main, gather_objects, side_group, sum_over_ranks
 from pretrain.runtime.run_folder import eval_name, folder_name
@@ -167,7 +168,7 @@ class ProtocolEvaluation(Periodic):
         engine: holds the objective, whose encoder or whose two towers are judged.
         run: as it is described in reports, which go to `evals/` in its folder.
         alive: called with every batch.
-        say: receives a sentence for the log, on rank 0, about samples that are left out.
+        log: keeps the reports, and receives on rank 0 a sentence about samples that are left out.
     """
 
     def __init__(
@@ -179,11 +180,12 @@ class ProtocolEvaluation(Periodic):
         engine: Engine,
         run: TrainedRun,
         alive: Callable[[], None],
-        say: Callable[[str], None],
+        log: MetricLog,
     ) -> None:
         super().__init__(every_steps)
+        self._log = log
         self._name, self._judges, self._evaluator = eval_name(index, config.kind), config.judges, evaluator
-        self._engine, self._run, self._alive, self._say = engine, run, alive, say
+        self._engine, self._run, self._alive = engine, run, alive
         self._group = side_group()  # rank 0 may take long, and NCCL's patience is short
 
     def evaluate(self, state: RunState) -> dict[str, float]:
@@ -200,7 +202,8 @@ class ProtocolEvaluation(Periodic):
                 part.register_forward_pre_hook(lambda *_: self._alive())
             judged = judged_copy(self._run, self._judges, module, tag=folder_name(step), description={"step": step})
             report = self._evaluator.run(judged)
-            report.save(self._run.folder / "evals" / f"{self._name}_{folder_name(step)}.json")
+            path = self._run.folder / "evals" / f"{self._name}_{folder_name(step)}.json"
+            self._log.keep(str(path), lambda: report.save(path))
             values = {f"{self._name}/{report.metric}": report.value}
             if isinstance(left_out := report.data.get("left_out"), dict):
                 values[f"{self._name}/left_out"] = float(sum(left_out.values()))

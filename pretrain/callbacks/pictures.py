@@ -16,7 +16,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.durable import durable_file
 from pretrain.callbacks.callback import Periodic
 from pretrain.engine.engine import Engine
-from pretrain.monitoring.metrics import MetricLog
+from pretrain.monitoring.log import MetricLog
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.masked import find_painter
 from pretrain.runtime.state import RunState
@@ -75,12 +75,7 @@ class Pictures(Periodic):
         if self._engine.world.is_main:
             pixels = grid(columns, self._mean, self._std)
             path = self._out / "images" / f"step_{state.progress.step:08d}.png"
-            try:
-                path.parent.mkdir(exist_ok=True)
-                with durable_file(path) as file:
-                    Image.fromarray(pixels).save(file, "PNG")
-            except OSError as error:  # no picture is worth a run
-                self._log.say(f"no picture: {path}: {error.strerror}")
+            self._log.keep(str(path), lambda: _write_png(path, pixels))
             self._log.picture(state.progress.step, "images", pixels)
         return {}
 
@@ -93,6 +88,12 @@ class Pictures(Periodic):
         assert painter is not None
         shown = painter.reconstruct(self._seen)
         return shown.original, shown.masked, shown.filled
+
+
+def _write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with durable_file(path) as file:
+        Image.fromarray(pixels).save(file, "PNG")
 
 
 def grid(columns: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from pretrain.callbacks.callback import Callback
+from pretrain.monitoring.log import MetricLog
 from pretrain.runtime.state import RunState
 
 
@@ -26,12 +29,19 @@ class Profiler(Callback):
 
 
 @contextmanager
-def profiled(steps: int | None, path: Path) -> Iterator[tuple[Callback, ...]]:
+def profiled(steps: int | None, path: Path, log: MetricLog) -> Iterator[tuple[Callback, ...]]:
     """Gives the callback that traces `steps` applied steps, after two that warm up, to `path`; None: no callback."""
     if steps is None:
         yield ()
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it calls a machine without a GPU an error, on stderr
+
+    def export(profiler: torch.profiler.profile) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+
     plan = torch.profiler.schedule(wait=0, warmup=2, active=steps, repeat=1)
-    with torch.profiler.profile(schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(str(path))) as profiler:
+    ready = partial(log.keep, str(path))
+    with torch.profiler.profile(schedule=plan, on_trace_ready=lambda p: ready(lambda: export(p))) as profiler:
         yield (Profiler(profiler),)

@@ -64,7 +64,7 @@ class CheckpointSchedule:
     """Saves every so many steps and minutes, and where it is requested of any rank.
 
     Attributes:
-        stopping: whether a stop is requested; known from `due` on.
+        stopping: whether a stop is requested: since the process began, then as of the last call of `due`.
 
     Args:
         writer: saves a state; None: nothing is ever saved.
@@ -87,7 +87,7 @@ class CheckpointSchedule:
         self._every_steps, self._every_minutes = every_steps, every_minutes
         self._last = time.monotonic()
         self._group = side_group()  # a flag between hosts: over NCCL every step would wait for the GPU
-        self.stopping = False
+        self.stopping = greatest_of_ranks(requests.take(), self._group) == Request.STOP
 
     def due(self, step: int) -> bool:
         """Whether to save after this step; every rank asks at every step, and all get the same answer.
@@ -97,14 +97,13 @@ class CheckpointSchedule:
         minutes = (time.monotonic() - self._last) / 60
         by_time = self._world.is_main and self._every_minutes is not None and minutes >= self._every_minutes
         request = greatest_of_ranks(
-            max(self._requests.pending, Request.SAVE if by_time else Request.NOTHING), self._group
+            max(self._requests.take(), Request.SAVE if by_time else Request.NOTHING), self._group
         )
         self.stopping = request == Request.STOP
         return request > Request.NOTHING or (self._every_steps is not None and step % self._every_steps == 0)
 
     def save(self, state: RunState) -> None:
-        """Saves the state; what was requested is answered by it."""
-        self._requests.pending = Request.NOTHING
+        """Saves the state."""
         if self._writer is not None:
             self._writer.save(state)
         self._last = time.monotonic()

@@ -112,6 +112,11 @@ def resume(
     if start.own and (problems := length_problems(total_steps, state.progress)):
         run = start.checkpoint.path.parent.parent
         raise RecipeError(f"{run} holds another run", problems)  # its last checkpoint was passed over
+    if start.own and total_steps > (done := state.progress.total_steps):
+        longer = (
+            f"extended from {done} to {total_steps} steps: the learning rate is that of step {done} of {total_steps}"
+        )
+        notes = (*notes, f"{longer}, not the one that the shorter run ended with")
     state = replace(state, progress=replace(state.progress, total_steps=total_steps))
     return state, replace(start, notes=(*start.notes, *notes))
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.durable import sync_folder
-from data_pipeline.errors import PretrainError, RunError
+from data_pipeline.errors import PretrainError, RunError, StorageError
 from pretrain.checkpoints.files import FORMAT, STATE
 from pretrain.checkpoints.shares import Share, Snapshot, put_verified
 from pretrain.engine.training_state import Fragment
@@ -185,6 +185,8 @@ class CheckpointWriter:
             agree(work, self._group)
         except RanksFailedError as error:
             return str(error)
+        except StorageError as error:
+            return f"{error.found}: {error.where}"
         except PretrainError as error:
             return f"{type(error).__name__}: {error}"
         return ""

@@ -17,7 +17,7 @@ from pretrain.engine.attention import choose_attention
 from pretrain.objectives.blank import blank_batch
 from pretrain.objectives.contract import Objective
 from pretrain.recipe.files import load_recipe
-from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.agreement import agree
 from pretrain.runtime.collectives import from_main, gather_objects
 from pretrain.runtime.run_folder import newest_checkpoint
@@ -33,13 +33,17 @@ _BLOCKS = 12  # of memory of each size that are stained: with two, one of three 
 _TOLERANCE = 0.5
 
 
-def settle_precision(recipe: Recipe, objective: Objective, device: torch.device, out: Path) -> Recipe:
-    """The recipe with `engine.precision` settled. Every rank calls it, and all settle the same.
+def settle_precision(
+    config: EngineConfig, resume_from: str | None, objective: Objective, device: torch.device, out: Path
+) -> EngineConfig:
+    """Returns the settings with `precision` settled. Every rank calls it, and all settle the same.
 
     `auto` is the precision of the run that is gone on with, wherever that began; else bf16 where the devices of all
     ranks have instructions for it, else fp32.
 
     Args:
+        config: `engine` of the recipe.
+        resume_from: that of the recipe.
         objective: as built, on the CPU; it is left as it was.
         device: of this rank.
         out: the run's folder.
@@ -47,13 +51,13 @@ def settle_precision(recipe: Recipe, objective: Objective, device: torch.device,
     Raises:
         InputError: bf16 on a CPU that computes wrong gradients in it.
     """
-    if recipe.engine.precision == "auto":
+    if config.precision == "auto":
         native = set(gather_objects(native_precision(device)))
-        settled = from_main(kept_precision(recipe.resume_from, out)) or ("bf16" if native == {"bf16"} else "fp32")
-        recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"precision": settled})})
-    if recipe.engine.precision == "bf16" and device.type == "cpu":
+        settled = from_main(kept_precision(resume_from, out)) or ("bf16" if native == {"bf16"} else "fp32")
+        config = config.model_copy(update={"precision": settled})
+    if config.precision == "bf16" and device.type == "cpu":
         agree(lambda: refuse_wrong_bf16(objective))
-    return recipe
+    return config
 
 
 def native_precision(device: torch.device) -> Precision:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import DataError, PretrainError, RunError
 from data_pipeline.loader import BadSample
+from data_pipeline.messages import short_list
 from pretrain.runtime.collectives import gather_objects
 
-NUM_SHOWN = 64  # keys of samples in a message
+NUM_SHOWN = 5  # keys of samples in a message
+FILE_NAME = "skipped-samples.jsonl"  # in the run's folder: all of them, a line for each step
 
 
 def too_many_left_out(where: str, found: int, budget: int | None) -> PretrainError:
@@ -28,11 +32,15 @@ class Budgets:
         bad_samples: that may be replaced.
         skipped_steps: that may be without a finite loss or gradient.
         say: receives a sentence for the log, on rank 0.
+        append: writes a line to a file, on rank 0.
+        file: takes the samples of skipped steps that a message has no room for.
     """
 
     bad_samples: int
     skipped_steps: int
     say: Callable[[str], None]
+    append: Callable[[Path, Mapping[str, Any]], object]
+    file: Path
 
     def count_skipped_step(self, step: int, num_skipped: int, loss_is_finite: bool, keys: Sequence[str]) -> None:
         """Names the samples of a skipped step; those of a rank whose own loss was finite only if all losses were.
@@ -50,8 +58,10 @@ class Budgets:
         blamed = [key for finite, ks in found if not finite for key in ks]
         blamed = blamed or [key for _, ks in found for key in ks]
         what = "loss" if any(not finite for finite, _ in found) else "gradient"
-        more = f" and {len(blamed) - NUM_SHOWN} more" if len(blamed) > NUM_SHOWN else ""
-        shown = ", ".join(blamed[:NUM_SHOWN]) + more
+        shown = short_list(blamed, NUM_SHOWN)
+        if len(blamed) > NUM_SHOWN:
+            self.append(self.file, {"step": step, "samples": blamed})
+            shown += f", all of them in {self.file}"
         self.say(f"step {step} skipped: the {what} is not finite ({num_skipped} so far); samples: {shown}")
         if num_skipped > self.skipped_steps:
             raise RunError(
@@ -81,7 +91,7 @@ class Budgets:
         if num_bad > self.bad_samples:
             raise RunError(
                 where="data.max_bad_samples", expected=f"at most {self.bad_samples} unusable samples",
-                found=f"{num_bad}; the last: {', '.join(one.key for one in found)}",
+                found=f"{num_bad}; the last: {short_list([one.key for one in found], NUM_SHOWN)}",
                 fix="Run `pretrain data verify` on the shards, or raise the budget.",
             )  # fmt: skip
         return num_bad

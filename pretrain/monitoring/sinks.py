@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import os
+import platform
+import secrets
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.durable import durable_file
-from data_pipeline.errors import RecipeError
+from data_pipeline.errors import RecipeError, RunError
+from pretrain.monitoring.outlets import AppendedFile
 from pretrain.recipe.recipe import Logging
 
 
@@ -26,14 +32,42 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def open_sinks(config: Logging, folder: Path, name: str, step: int) -> list[Sink]:
-    """Opens the sinks that the recipe asks for; what they hold about steps after `step` no longer counts."""
-    sinks: list[Sink] = []
+def open_sinks(config: Logging, folder: Path, name: str, step: int) -> dict[str, Sink]:
+    """Opens the sinks that the recipe asks for, by name; what they hold about steps after `step` no longer counts.
+
+    Raises:
+        RunError: Weights & Biases takes no run, and this one is at its start; a run that goes on does so without.
+    """
+    sinks: dict[str, Sink] = {}
     if config.tensorboard:
-        sinks.append(TensorBoard(folder, step))
+        sinks["TensorBoard"] = TensorBoard(folder, step)
     if config.wandb is not None:
-        sinks.append(Wandb(folder, name, config.wandb.model_dump()))
+        try:
+            sinks["wandb"] = Wandb(folder, name, config.wandb.model_dump())
+        except Exception as error:  # whatever it raises
+            if not step:
+                raise RunError(
+                    where="logging.wandb", expected="that Weights & Biases takes this run",
+                    found=f"{type(error).__name__}: {error}",
+                    fix="Log in with `wandb login`, or set logging.wandb.mode=offline, or logging.wandb=null.",
+                ) from error  # fmt: skip
+            sinks["wandb"] = _Absent(error)
     return sinks
+
+
+class _Absent:
+    """In place of a sink that could not be opened; all that it is given is lost, and its guard says so."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        raise self._error
+
+    def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        raise self._error
+
+    def close(self) -> None: ...
 
 
 def refuse_missing_wandb(config: Logging, name: str) -> None:
@@ -54,22 +88,41 @@ def refuse_missing_wandb(config: Logging, name: str) -> None:
 
 
 class TensorBoard:
-    """Event files in the run's folder."""
+    """Event files in the run's folder, written at once and by whole events.
+
+    torch's SummaryWriter hands them to a thread, which ends for good with the first write that fails.
+    """
 
     def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
 
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._summary: Any = summary
+        self._make_event: Any = Event
+        self._writer: Any = RecordWriter
+        start = SessionLog(status=SessionLog.START)
+
+        def head() -> bytes:
+            return self._record(file_version="brain.Event:2") + self._record(step=step + 1, session_log=start)
+
+        name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}.{secrets.token_hex(2)}"
+        self._file = AppendedFile(folder / "tensorboard" / name, head)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        scalars = [self._summary.scalar(name, value) for name, value in values.items()]
+        self._file.write(b"".join(self._record(step=step, summary=scalar) for scalar in scalars))
 
     def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
-        self._writer.add_image(name, pixels, step, dataformats="HWC")
+        self._file.write(self._record(step=step, summary=self._summary.image(name, pixels, dataformats="HWC")))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _record(self, **content: object) -> bytes:
+        buffer = io.BytesIO()
+        self._writer(buffer).write(self._make_event(wall_time=time.time(), **content).SerializeToString())
+        return buffer.getvalue()
 
 
 class Wandb:

@@ -30,6 +30,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from data_pipeline.durable import durable_file
 from pretrain.runtime.collectives import World, from_main, gather_objects
+from pretrain.runtime.failure import note_failure
 from pretrain.runtime.signals import HUNG
 
 START_UP_SECONDS = 600.0  # at least, until a step is done: checkpoints are verified, models compiled, caches filled
@@ -219,6 +220,7 @@ class Watchdog:
             assert isinstance(stack, tuple)
             print("\n  ".join([str(one["line"]), *stack]), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+        note_failure(self._folder, str(found[0]["line"]), rank=self._world.rank)
         if (self._folder / "job").is_dir():
             with durable_file(self._folder / "job" / f"hang-{self._world.rank}.json") as file:
                 file.write(json.dumps({"at": time.time(), "found": found}, indent=1).encode())

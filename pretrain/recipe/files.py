@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import RecipeError
+from pretrain.recipe.home import expand_home
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.renamed import rename_keys
 from pretrain.recipe.resolve import Resolved, identity
@@ -115,7 +116,7 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> _Read:
         return _Read(tree, problems, notes)
     if not isinstance(parent, str):
         raise RecipeError(str(path), [f"extends: expected the path of one parent, found {parent!r}."])
-    base = _read_with_parents(path.parent / parent, (*seen, file))
+    base = _read_with_parents(path.parent / expand_home(parent), (*seen, file))
     return _Read(merge(base.tree, tree), base.problems + problems, base.notes + notes)
 
 

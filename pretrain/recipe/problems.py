@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pretrain.recipe.schema import all_paths, groups_in, kinds, member_of_kind, tag_of
+from pretrain.recipe.schema import absent_paths, groups_in, kinds, member_of_kind, paths_at_hand, tag_of
 from pretrain.recipe.strict_yaml import write_inline
 
 _EXPECTED = {
@@ -96,24 +96,20 @@ def _found(path: tuple[str, ...], tree: Any) -> str:
 
 
 def _unknown(path: tuple[str, ...], tree: dict[str, Any], root: type[BaseModel]) -> str:
-    """The nearest key at the same level if one is near, else the nearest anywhere, else all of this level."""
+    """The nearest key at the same level if one is near, else in the groups that are given, of their kinds, else in one
+    that is not; else all of this level.
+    """
     *parents, key = path
     siblings = [".".join((*parents, name)) for name in member_of_kind(*_members_at(parents, tree, root)).model_fields]
-    groups = [name for name in all_paths(root) if not _within_other_kind(name, parents, siblings)]
-    elsewhere = [name for name in groups if name != ".".join(path)]  # another kind's key
-    for candidates, cutoff in ((siblings, 0.6), (elsewhere, 0.8)):
+    given = [name for name in paths_at_hand(root, tree) if name != ".".join(path)]
+    for candidates, cutoff in ((siblings, 0.6), (given, 0.8), (list(absent_paths(root, tree)), 0.8)):
+        if not candidates:
+            continue
         likeness = {name: _likeness(key, name.rpartition(".")[2]) for name in candidates}
         best = max(likeness, key=likeness.__getitem__)
         if likeness[best] >= cutoff:
             return f"unknown key. Did you mean {best}?"
     return f"unknown key. Known here: {', '.join(name.rpartition('.')[2] for name in siblings)}."
-
-
-def _within_other_kind(name: str, parents: Sequence[str], siblings: Sequence[str]) -> bool:
-    """Whether a key lies in a group below `parents` that the kind given there does not have."""
-    here = "".join(f"{part}." for part in parents)
-    inside, _, deeper = name.removeprefix(here).partition(".")
-    return name.startswith(here) and bool(deeper) and here + inside not in siblings
 
 
 def _likeness(given: str, known: str) -> float:

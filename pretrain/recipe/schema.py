@@ -32,9 +32,26 @@ def kinds(member: type[BaseModel]) -> tuple[Any, ...]:
     return get_args(field.annotation) if field is not None else ()
 
 
-def all_paths(group: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key of a group and of the groups within it, by dotted path."""
-    for name, field in group.model_fields.items():
+def paths_at_hand(group: type[BaseModel], node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every key of a group, and of the groups given in its map, of the kinds given there, by dotted path."""
+    for name, members in _fields(group):
         yield prefix + name
-        for inner in groups_in(field.annotation):
-            yield from all_paths(inner, f"{prefix}{name}.")
+        inner = node.get(name)
+        if members and isinstance(inner, Mapping):
+            yield from paths_at_hand(member_of_kind(members, inner), inner, f"{prefix}{name}.")
+
+
+def absent_paths(group: type[BaseModel], node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys of groups that a map of this group could have and has not, where there is one kind of them."""
+    for name, members in _fields(group):
+        inner = node.get(name)
+        if members and isinstance(inner, Mapping):
+            yield from absent_paths(member_of_kind(members, inner), inner, f"{prefix}{name}.")
+        elif len(members) == 1 and name not in node:
+            yield from (f"{prefix}{name}.{key}" for key in members[0].model_fields)
+
+
+def _fields(group: type[BaseModel]) -> Iterator[tuple[str, list[type[BaseModel]]]]:
+    """Each field with the groups that it may hold."""
+    for name, field in group.model_fields.items():
+        yield name, list(groups_in(field.annotation))

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from data_pipeline.errors import RecipeError
 from pretrain.recipe.configs_folder import where_it_is
+from pretrain.recipe.home import expand_tree
 from pretrain.recipe.problems import explain
 from pretrain.recipe.strict_yaml import StrictYamlError, read_yaml
 
@@ -42,7 +43,7 @@ def validate_tree(
     """Checks a map and returns it as a model.
 
     Args:
-        tree: the map, with lists as YAML reads them.
+        tree: the map, with lists as YAML reads them; `~` in it is the home folder.
         model: the class that says what stands in the map.
         where: the map is from, for messages.
         problems: those that were found while the map was read.
@@ -51,7 +52,7 @@ def validate_tree(
     Raises:
         RecipeError: with every problem found.
     """
-    found = list(problems)
+    found, tree = list(problems), expand_tree(tree)
     try:
         loaded = model.model_validate(as_tuples(tree), strict=True)
     except ValidationError as error:

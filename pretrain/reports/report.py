@@ -31,6 +31,7 @@ from pretrain.reports.report_figures import Picture, Series, curve
 from pretrain.reports.run_facts import environment_rows, learned_from, load_environment, run_facts, shown_data
 from pretrain.reports.run_results import curves_over_steps, find_protocol_results, kept_results, verdict
 from pretrain.reports.sample_images import NeighborSample, neighbours
+from pretrain.runtime.failure import read_failure
 from pretrain.runtime.run_folder import newest_checkpoint
 
 FILE_NAME = "report.html"
@@ -72,7 +73,7 @@ def write_report(run: Path, *, notes: Sequence[str] = ()) -> Path:
         "verdict": verdict(results),
         "facts": run_facts(recipe, read_state(checkpoint).progress, checkpoint, environment, train, val),
         "comparisons": results,
-        "notes": notes,
+        "notes": [*notes, f"The run failed: {why}"] if (why := read_failure(run)) is not None else notes,
         "goodput": read_goodput(run),
         "curves": _curves(_metrics(run / "metrics.jsonl")),
         "eval_curves": curves_over_steps(kept),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from data_pipeline.errors import PretrainError
+from data_pipeline.errors import PretrainError, StorageError, storage_error
 from pretrain.runtime.collectives import Group, gather_objects
 
 T = TypeVar("T")
@@ -26,7 +26,8 @@ def agree(work: Callable[[], T], group: Group = None) -> T:
         What `work` returned on this rank.
 
     Raises:
-        PretrainError: it was raised by the work of a rank, of several by that of the first; the same on every rank.
+        PretrainError: it, or an OSError, was raised by the work of a rank, of several by that of the first; the same on
+            every rank.
         RanksFailedError: the work of a rank raised anything else; on that rank itself, it is the cause.
     """
     done: list[T] = []
@@ -35,9 +36,12 @@ def agree(work: Callable[[], T], group: Group = None) -> T:
         done.append(work())
     except Exception as error:  # whatever it is: the others wait below
         problem = error
-    shared = problem if isinstance(problem, PretrainError) else None  # any other may not travel to another process
+    # Any other may not travel to another process.
+    shared = problem if isinstance(problem, PretrainError) else storage_error(problem) if problem else None
     answers = gather_objects((shared, f"{type(problem).__name__}: {problem}" if problem else ""), group)
-    for first, _ in answers:
+    for rank, (first, _) in enumerate(answers):
+        if isinstance(first, StorageError) and len(answers) > 1:  # it may be of one machine alone
+            first = StorageError(first.where, first.expected, f"rank {rank}: {first.found}", first.fix)
         if first is not None:
             raise first
     if found := [f"rank {rank}: {text}" for rank, (_, text) in enumerate(answers) if text]:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.errors import InputError
+
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
 
@@ -28,19 +30,41 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        if "RANK" not in os.environ:
+        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without the first two this process is alone.
+
+        Raises:
+            InputError: a part of them is missing or wrong: a rank that took itself for all would train alone.
+        """
+        given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+        if not given or given == {"WORLD_SIZE": "1"}:
             return cls()
-        size = int(os.environ["WORLD_SIZE"])
-        return cls(
-            rank=int(os.environ["RANK"]),
-            size=size,
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
-        )
+        _refuse_missing("RANK", "WORLD_SIZE")
+        size, rank = (_whole(name) for name in ("WORLD_SIZE", "RANK"))
+        if rank >= size:
+            raise _wrong_variables("RANK", f"less than WORLD_SIZE, which is {size}", str(rank))
+        local_rank, local_size = _whole("LOCAL_RANK", 0), _whole("LOCAL_WORLD_SIZE", size)
+        return cls(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def _refuse_missing(*names: str) -> None:
+    if missing := [name for name in names if not os.environ.get(name)]:
+        raise _wrong_variables(", ".join(missing), "a value", "none")
+
+
+def _whole(name: str, default: int = 0) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise _wrong_variables(name, "a whole number", repr(text))
+    return int(text)
+
+
+def _wrong_variables(names: str, expected: str, found: str) -> InputError:
+    fix = "Start ranks with torchrun, srun or `pretrain train --nproc N`; for one process, unset RANK and WORLD_SIZE."
+    return InputError(f"{names} in the environment", expected, found, fix)
 
 
 @contextmanager
@@ -49,7 +73,12 @@ def process_group(world: World, device: torch.device, seconds: float = 1800) -> 
 
     Args:
         seconds: how long a rank waits for the others in a collective.
+
+    Raises:
+        InputError: there is no address at which several ranks could meet.
     """
+    if world.size > 1:
+        _refuse_missing("MASTER_ADDR", "MASTER_PORT")
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -15,11 +15,12 @@ import torch
 
 from data_pipeline.errors import InputError
 from pretrain.runtime.collectives import World
+from pretrain.runtime.slurm_step import has_own_gpu
 from pretrain.runtime.versions import commit, installed
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"], world: World) -> torch.device:
-    """Chooses this rank's device; `auto` is CUDA where it is present.
+    """Chooses this rank's device; `auto` is CUDA where it is present. A GPU that srun binds to a task is all it sees.
 
     Raises:
         InputError: the recipe asks for CUDA and there is none, or fewer GPUs than ranks on this machine.
@@ -27,6 +28,8 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"], world: World) -> torch
     present = torch.cuda.is_available()
     if wanted == "cpu" or (wanted == "auto" and not present):
         return torch.device("cpu")
+    if present and torch.cuda.device_count() == 1 and has_own_gpu(world.rank, world.size):
+        return torch.device("cuda", 0)
     if not present or torch.cuda.device_count() < world.local_size:
         raise InputError(
             where="runtime.device", expected=f"{world.local_size} GPU(s), one for each process on this machine",

@@ -179,7 +179,7 @@ def test_retention_counts_complete_ones_only(tmp_path: Path) -> None:
 def test_one_rank_that_cannot_write_leaves_nothing_complete(tmp_path: Path) -> None:
     """The run goes on for a while, with the last good one kept, and then stops on every rank alike."""
     (told, _), (silent, _) = found = run_ranks(refuse_to_write, 2, tmp_path)
-    assert all("rank 1: OSError: [Errno 28] No space left" in message for _, message in found)
+    assert all("rank 1: No space left" in message for _, message in found)
     assert [p.name for p in checkpoint.all_folders(tmp_path)] == ["step_00000004"]
     assert all("step_00000004" in message for _, message in found)
     assert [line.split()[0] for line in told] == ["saved", "NOT", "NOT", "NOT"]

@@ -90,10 +90,12 @@ def test_auto_is_the_default_and_settles_as_the_device_is(
     assert EngineConfig().precision == "auto"
     monkeypatch.setattr(precision, "native_precision", lambda device: native)
     objective = Scaled(1.0)
-    assert settle_precision(written(tmp_path), objective, CPU, tmp_path / "run").engine.settled_precision == native
+    assert (
+        settle_precision(written(tmp_path).engine, None, objective, CPU, tmp_path / "run").settled_precision == native
+    )
     for asked in ("fp32", "bf16"):
         recipe = written(tmp_path, precision=asked)
-        assert settle_precision(recipe, objective, CPU, tmp_path / "run") == recipe
+        assert settle_precision(recipe.engine, None, objective, CPU, tmp_path / "run") == recipe.engine
     with pytest.raises(AssertionError, match=r"engine\.precision"):
         _ = written(tmp_path).engine.settled_precision
 

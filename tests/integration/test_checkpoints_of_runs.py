@@ -11,9 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipeline.errors import RecipeError
 from pretrain.checkpoints.checkpoint import complete_checkpoints, digests, module_state
+from pretrain.record import claimed
+from pretrain.runtime.collectives import World
+from pretrain.runtime.run_folder import is_claimed, step_of
+from pretrain.runtime.signals import STOPPED
+from tests.commands import begun, program
 from tests.gate import Gate, until
-from tests.ranks import Ranks
+from tests.ranks import Ranks, started
 from tests.runs import MODEL, losses, running, train, wait_for_step, write_recipe
 from tests.shards import write_shards
 
@@ -88,6 +94,64 @@ def test_a_signal_to_one_rank_saves_and_stops_all_and_they_go_on_to_the_bit(reci
     assert losses(out) == losses(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("nproc", "signum"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_ctrl_c_and_sigterm_save_and_stop(shards: Path, tmp_path: Path, nproc: int, signum: int) -> None:
+    """As a person or a service manager sends them to the command, long before the first checkpoint."""
+    recipe = write_recipe(tmp_path / "r.yaml", shards, schedule={"steps": 10**6}, checkpoint={"every_steps": 10**6})
+    out = tmp_path / "run"
+    with begun(program("launch.cli", "train", recipe, "--out", out, "--nproc", nproc)) as command:
+        until(lambda: max(losses(out), default=0) >= 2, meanwhile=command.running, said=command.said)
+        os.kill(command.pid, signum)
+        done = command.wait()
+    assert done.status == STOPPED
+    assert done.stderr.count("asked to stop: it saves") == 1
+    assert step_of(complete_checkpoints(out / "checkpoints")[-1]) == max(losses(out))
+
+
+def held_before_the_engine(_: World, recipe: Path, out: Path, folder: Path) -> bool:
+    """A run that stands between what it starts from and its first step until the test has done its part."""
+    from pretrain import run as module
+    from pretrain.recipe.files import load_recipe
+
+    build = module._engine
+
+    def engine(*arguments: object) -> object:
+        (folder / "there").touch()
+        until((folder / "go").exists)
+        return build(*arguments)  # type: ignore[arg-type]
+
+    module._engine = engine  # type: ignore[assignment]
+    return module.run(load_recipe(recipe), out)
+
+
+def test_a_folder_is_taken_before_its_start_is_looked_up(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    """Else the second of two that begin at once would train from scratch over what the first one did."""
+    out = tmp_path / "run"
+    with started(held_before_the_engine, 1, recipe, out, tmp_path, joined=False) as first:
+        until((tmp_path / "there").exists, meanwhile=first.processes[0].is_alive)
+        with pytest.raises(AssertionError, match=r"(?s)RunError.*one job at a time"):
+            train(recipe, out)
+        assert not (out / "metrics.jsonl").exists()
+        (tmp_path / "go").touch()
+        assert first.results() == [True]
+    assert losses(out) == losses(finished)
+
+
+def test_what_came_into_a_folder_meanwhile_is_looked_at_under_its_lock(tmp_path: Path) -> None:
+    def check() -> None:
+        raise RecipeError("r", ["another run."])
+
+    for out in (tmp_path / "new", tmp_path / "old"):
+        kept = out.name == "old"
+        if kept:
+            out.mkdir()
+            (out / "recipe.yaml").touch()
+        with pytest.raises(RecipeError), claimed(out, World(), check):
+            raise AssertionError("it was not looked at")
+        assert out.exists() == kept, "a folder that is new is left as it was"
+        assert not is_claimed(out)
+
+
 def test_a_damaged_one_is_named_and_the_one_before_goes_on_to_the_bit(
     recipe: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -132,7 +196,8 @@ def test_resume_from_takes_the_whole_state_or_nothing(recipe: Path, finished: Pa
 
 def test_a_finished_run_goes_on_for_longer(recipe: Path, finished: Path, tmp_path: Path) -> None:
     out = copied(finished, tmp_path)
-    train(recipe, out, 1, "schedule.steps=16")
+    log = train(recipe, out, 1, "schedule.steps=16")
+    assert "extended from 12 to 16 steps: the learning rate is that of step 12 of 16" in log
     found = losses(out)
     assert sorted(found) == list(range(1, 17))
     assert {step: found[step] for step in range(1, 13)} == losses(finished)

@@ -16,7 +16,8 @@ import pytest
 
 from data_pipeline.durable import read_lines
 from pretrain.checkpoints.checkpoint import complete_checkpoints, digests
-from pretrain.monitoring.goodput import FILE_NAME, read_goodput
+from pretrain.monitoring.goodput import read_goodput
+from pretrain.monitoring.timeline import FILE_NAME
 from tests.commands import Done, begun, pretrain, program
 from tests.gate import Gate, until
 from tests.runs import logged, losses, train, write_recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -29,10 +30,13 @@ def recipe(shards: Path, tmp_path: Path) -> Path:
 
 def test_torchrun_starts_the_same_run(recipe: Path, tmp_path: Path) -> None:
     """In processes of their own, all of them."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    (tmp_path / "pretrain.py").write_text("raise SystemExit(0)")  # which is not ours, nor found
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        [*torchrun, "-m", "pretrain", str(recipe), "--out", str(tmp_path / "a"), "--max-steps", "2"],
-        capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=300,
+        [*torchrun, "python", "-P", "-m", "pretrain", str(recipe), "--out", str(tmp_path / "a"), "--max-steps", "2"],
+        capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": path}, timeout=300,
+        cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     train(recipe, tmp_path / "b", 2, max_steps=2)
@@ -57,6 +61,11 @@ def test_a_budget_of_skipped_steps_names_the_samples(shards: Path, tmp_path: Pat
     assert "expected at most 2 steps without a finite" in failed.stderr
     assert "0000" in failed.stderr
     assert "skipped" in failed.stdout
+    (line, *_) = (line for line in failed.stderr.splitlines() if "expected at most 2 steps" in line)
+    words = line.partition("error: ")[2]
+    assert words in (tmp_path / "run" / "log-rank0.txt").read_text()
+    (shown,) = json.loads(pretrain("status", tmp_path / "run", "--json").stdout)
+    assert (shown["state"], shown["error"]) == ("failed", words)
 
 
 def rank_says(*arguments: object) -> tuple[int, str]:

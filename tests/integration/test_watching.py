@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pretrain.monitoring.sinks import refuse_missing_wandb
+from tests.commands import pretrain
 from tests.runs import losses, train, write_recipe
 from tests.shards import write_shards
 
@@ -115,3 +116,12 @@ def test_weights_and_biases_must_be_there(recipe: Path, monkeypatch: pytest.Monk
     refuse_missing_wandb(load_recipe(recipe).logging, "run")
     with pytest.raises(RecipeError, match=r"logging\.wandb"):
         refuse_missing_wandb(load_recipe(recipe, [WATCHED]).logging, "run")
+
+
+def test_a_run_says_that_it_starts_and_a_trace_is_no_error(recipe: Path, tmp_path: Path) -> None:
+    done = pretrain("train", recipe, "--out", tmp_path / "run", "--profile", 1, "--set", "schedule.steps=3")
+    told = [line for line in done.stderr.splitlines() if line.startswith("starting: ")]
+    assert told[0] == "starting: loading PyTorch"
+    assert str(tmp_path / "run") in told[1]
+    assert "ERROR" not in done.stderr, "kineto, of a machine without a GPU"
+    assert (tmp_path / "run" / "profile" / "rank0.json.gz").is_file()

@@ -14,10 +14,10 @@ import torch
 
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.engine.training_state import Fragment
-from pretrain.monitoring.metrics import MetricLog
+from pretrain.monitoring.log import MetricLog
 from pretrain.recipe.files import dump, resolved_yaml
 from pretrain.recipe.resolve import resolve
-from pretrain.record import claim
+from pretrain.record import claimed as claimed_by_this_process
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress, RunState
 from tests.recipe.recipes import SMALL, load
@@ -73,10 +73,9 @@ def claimed(run: Path) -> Iterator[None]:
 
 
 def _claim(run: Path, ready: Any, end: Any) -> None:
-    lock = claim(run, World())
-    assert lock is not None
-    ready.set()
-    end.wait()
+    with claimed_by_this_process(run, World(), lambda: None):
+        ready.set()
+        end.wait()
 
 
 def submit(run: Path, job_id: str = "7", *, executor: str = "slurm", at: float | None = None) -> Path:

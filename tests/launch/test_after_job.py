@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_pipeline.errors import InputError, RunError
-from launch.jobs import after_job
+from launch.jobs import after_job, job
 from launch.jobs.after_job import Ending, decide, ending, is_canceled, is_queued
 from launch.jobs.folder import JobFolder
 from launch.jobs.node import MAX_ATTEMPTS_WITHOUT_CHECKPOINT, Node, attempt_folder
@@ -179,8 +182,57 @@ def test_a_controller_that_never_answers_is_told_of(
     commands.says("scontrol", "Socket timed out", status=1)
     monkeypatch.setattr(after_job, "_PATIENCE_SECONDS", 0)
     assert after_job.main(run, 1) == 1
-    assert [event for event, _ in said(run)] == ["end", "requeue", "stop"]
+    assert [event for event, _ in said(run)] == ["end", "stop"]
     assert "SLURM did not queue it again" in said(run)[-1][1]
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def acts(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the end of the job of a run on a full disk does, in its order; its log is on that disk too."""
+    acts: list[str] = []
+
+    def refused(*_: object, **__: object) -> None:
+        acts.append("word")
+        raise FULL
+
+    monkeypatch.setattr("launch.jobs.folder.append_line", refused)
+    monkeypatch.setattr(after_job, "write_text", refused)
+    monkeypatch.setattr(after_job, "_requeue", lambda node: acts.append("requeue") or True)
+    monkeypatch.setattr(after_job, "comment", lambda job_id, words: acts.append(f"comment on {job_id}: {words}"))
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, open("/dev/full", "w"))  # noqa: SIM115
+    return acts
+
+
+def test_a_full_disk_takes_no_requeue_with_it(run: Path, acts: list[str]) -> None:
+    assert after_job.main(run, 1) == STOPPED
+    assert acts[0] == "requeue"
+    assert acts[-1] == "comment on 7: requeue: asked to stop (n0)"
+    sys.stdout.flush()  # as Python does at its end: no other exit status comes of it
+
+
+def test_one_that_was_full_from_the_start_says_so_and_is_tried_again(run: Path, acts: list[str]) -> None:
+    left = attempt_folder(run, "7", 0)
+    for path in left.iterdir():
+        path.unlink()
+    assert after_job.main(run, 1) == 1
+    assert acts[:2] == ["word", "requeue"], "the first is to see whether the folder takes any"
+    assert acts[-1] == f"comment on 7: requeue: {run} takes no more files: No space left on device"
+
+
+def test_a_node_on_a_full_disk_says_so(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def refused(*_: object) -> None:
+        raise FULL
+
+    monkeypatch.setattr(job, "verify_shared_folder", refused)
+    monkeypatch.setattr(job, "write_text", refused)
+    assert job.run_node(run, "token") == 1
+    said = capsys.readouterr().err
+    assert f"error: {run} on n0: [Errno 28] No space left on device" in said
+    assert "takes no word of how n0 ended" in said
 
 
 def test_progress_is_that_of_the_job(run: Path) -> None:

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import InputError, RecipeError
+from data_pipeline.errors import InputError, RecipeError, RunError
 from launch import cli
 from launch.chains import check as chain_check
 from launch.chains import run as chain_module
 from launch.chains.config import load_chain
 from launch.chains.folder import ChainFolder
 from launch.commands.chain import evaluation_commands
+from pretrain.runtime.failure import note_failure
+from pretrain.runtime.signals import STOPPED
 from tests.runs import losses, train, write_recipe
 from tests.shards import write_shards
 
@@ -102,6 +104,23 @@ def test_stages_follow_one_another_once(tmp_path: Path, shards: Path, out: Path,
     (out / "chain" / "chosen.json").unlink()
     assert run_chain(path, out, 1) == 0
     assert ran == ["chosen"], "it is made again as it was, and what was made of it holds"
+
+
+def test_a_stage_that_failed_or_was_stopped_ends_the_chain_with_its_words(
+    tmp_path: Path, shards: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(words: list[str]) -> int:
+        folder = Path(words[words.index("--out") + 1])
+        folder.mkdir(parents=True)
+        note_failure(folder, "too many samples are bad.")
+        return 1
+
+    path = write_chain(tmp_path, {**tree_of(tmp_path, shards), "stages": [{"name": "teacher", "train": "r.yaml"}]})
+    monkeypatch.setattr(chain_module, "run_command", fail)
+    with pytest.raises(RunError, match=r"found exit status 1 \(too many samples are bad\)"):
+        run_chain(path, out, 1)
+    monkeypatch.setattr(chain_module, "run_command", lambda words: STOPPED)
+    assert run_chain(path, out, 1) == STOPPED, "and no stage after it is begun"
 
 
 def test_a_stage_whose_inputs_changed_is_refused(tmp_path: Path, shards: Path, out: Path, ran: list[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.ranks.child import start_child
+from pretrain.runtime.signals import STOPPED
 from tests.gate import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,11 +47,11 @@ import os, pathlib, signal, sys, time
 
 def heard(signum, frame):
     (folder / signal.Signals(signum).name).touch()
-    if signum == signal.SIGTERM:
+    if signum == signal.SIGUSR2 or (signum == signal.SIGTERM and "data" in sys.argv):
         os._exit(3)
 
 folder = pathlib.Path(sys.argv[2])
-for signum in (signal.SIGTERM, signal.SIGUSR1):
+for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(signum, heard)
 (folder / "ready").touch()
 while True:
@@ -63,13 +64,25 @@ def test_a_command_gets_the_signals_that_it_knows(tmp_path: Path, command: str, 
     (tmp_path / "part.py").write_text(PART)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     parent = subprocess.Popen([sys.executable, "-c", COMMAND, command, str(tmp_path)], env=environment)
-    until((tmp_path / "ready").exists, seconds=60)
+    until((tmp_path / "ready").exists)
     parent.send_signal(signal.SIGUSR1)
     if heard:
-        until((tmp_path / "SIGUSR1").exists, seconds=60)
+        until((tmp_path / "SIGUSR1").exists)
     else:
         time.sleep(0.3)
     parent.send_signal(signal.SIGTERM)
-    assert parent.wait(timeout=60) == 128 + signal.SIGTERM
-    assert (tmp_path / "SIGTERM").exists()
+    assert parent.wait(timeout=60) == STOPPED
+    assert (tmp_path / "SIGTERM").exists() != heard, "a training would take a second one for the end"
+    assert (tmp_path / "SIGUSR2").exists() == heard
     assert (tmp_path / "SIGUSR1").exists() == heard
+
+
+def test_a_second_signal_ends_the_command_at_once(tmp_path: Path) -> None:
+    (tmp_path / "part.py").write_text(PART.replace("os._exit(3)", "pass"))
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    parent = subprocess.Popen([sys.executable, "-c", COMMAND, "train", str(tmp_path)], env=environment)
+    until((tmp_path / "ready").exists)
+    parent.send_signal(signal.SIGTERM)
+    until((tmp_path / "SIGUSR2").exists)
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(timeout=60) == 128 + signal.SIGTERM

@@ -98,6 +98,7 @@ def refused(folder: Path, call: Callable[..., Outcome], *arguments: str) -> str:
     status, out, err = call(*arguments)
     assert (status, out) == (2, ""), err
     assert snapshot(folder) == before
+    err = "".join(line for line in err.splitlines(keepends=True) if not line.startswith("starting: "))
     assert err.startswith("error: ")
     assert err.count("error:") == 1
     assert "Traceback" not in err

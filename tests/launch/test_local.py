@@ -23,6 +23,7 @@ LAUNCH = (
     "sys.exit(launch(sys.argv[2:], int(sys.argv[1]), module='part', grace_seconds=1.0))"
 )
 
+SAVES = LAUNCH.replace("import launch;", "import SAVING, launch;").replace("grace", "passed_on=SAVING, grace")
 PATIENT = LAUNCH.replace("grace_seconds=1.0", "grace_seconds=30.0")
 
 PART = """
@@ -67,6 +68,7 @@ else:
     if what in ("deaf", "late"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, lambda *_: (folder / f"heard{rank}").touch())
     if what.endswith("polite"):
         signal.signal(signal.SIGTERM, lambda *_: ((folder / f"saved{rank}").touch(), sys.exit(0)))
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
@@ -146,13 +148,16 @@ def test_ranks_of_one_node_of_many(tmp_path: Path, environment: dict[str, str]) 
         }  # fmt: skip
 
 
-@pytest.mark.parametrize(("program", "signum"), [(LAUNCH, signal.SIGUSR2), (PLACED, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("program", "signum"),
+    [(LAUNCH, signal.SIGUSR2), (PLACED, signal.SIGTERM), (SAVES, signal.SIGINT), (SAVES, signal.SIGTERM)],
+)
 def test_ranks_that_are_asked_to_stop_are_waited_for(
     tmp_path: Path, environment: dict[str, str], program: str, signum: int
 ) -> None:
     """The second takes longer over its last save than the grace for ranks that failed."""
     launcher = start("asked", tmp_path, environment, program=program)
-    first = 0 if program == LAUNCH else 4
+    first = 4 if program == PLACED else 0
     ranks = family(tmp_path, (first, first + 1))
     launcher.send_signal(signum)
     assert launcher.wait(timeout=60) == 75
@@ -249,6 +254,16 @@ def test_ctrl_c_stops_all_and_a_second_one_does_not_wait(tmp_path: Path, environ
         launcher.wait(timeout=0.3)
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(timeout=60) == 130
+    assert all_gone(processes)
+
+
+def test_a_second_signal_kills_ranks_that_save(tmp_path: Path, environment: dict[str, str]) -> None:
+    launcher = start("deaf", tmp_path, environment, program=SAVES)
+    processes = family(tmp_path, (0, 1))
+    launcher.send_signal(signal.SIGINT)
+    until(lambda: all((tmp_path / f"heard{rank}").exists() for rank in (0, 1)), seconds=60)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=60) == 128 + signal.SIGTERM
     assert all_gone(processes)
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from launch.slurm.checks import check_script, check_slurm
+from data_pipeline.errors import InputError
+from launch.doctor import doctor
+from launch.jobs.submission import PlannedJob, submit_jobs
+from launch.slurm.checks import check_folder_name, check_script, check_slurm
 from launch.slurm.cluster import Cluster
 from tests.launch.findings import asked, levels, problems
 from tests.launch.run_folders import Commands
@@ -62,6 +68,21 @@ def test_slurm_that_is_not_there_or_does_not_answer(commands: Commands) -> None:
     assert levels(check_slurm(None)) == [("warning", "SLURM")]
     assert levels(check_slurm(asked())) == [("error", "SLURM")]
     assert "Unable to contact slurm controller. See that slurm.conf" in problems(check_slurm(asked()))
+
+
+def test_a_path_that_slurm_reads_as_a_pattern_is_refused_alike_by_submit_and_doctor(tmp_path: Path) -> None:
+    out, cluster_file = tmp_path / "100%" / "run", tmp_path / "c.yaml"
+    cluster_file.write_text("time_minutes: 10\n")
+    told = f"{out} has '%' in its path, which SLURM reads as a pattern"
+    for local in (True, False):
+        with pytest.raises(InputError, match=re.escape(told)):
+            submit_jobs([PlannedJob(out, "j", Cluster(time_minutes=10))], cluster_file, out, local=local)
+    assert not out.parent.exists()
+    findings = doctor.findings(None, [], cluster_file, 1, out)
+    assert [finding.found for finding in findings if finding.what == "run folder" and "SLURM" in finding.found] == [
+        told
+    ]
+    assert not list(check_folder_name(tmp_path / "plain name,=:'~"))
 
 
 def test_a_cluster_without_accounting_is_only_warned_of(cluster: Commands) -> None:

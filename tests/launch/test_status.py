@@ -16,7 +16,8 @@ from launch.jobs.record import load_job
 from launch.jobs.run_state import find_state
 from launch.jobs.status import find_runs, productive_share, run_status, show_status
 from launch.slurm.commands import job_states
-from pretrain.monitoring.goodput import Timeline
+from pretrain.monitoring.timeline import Timeline
+from pretrain.runtime.failure import forget_failure, note_failure
 from pretrain.runtime.run_folder import is_claimed
 from tests.launch.run_folders import TOTAL_STEPS, Commands, claimed, event, make_run, submit
 
@@ -187,6 +188,29 @@ def test_the_last_error_is_the_newest_line_that_tells_of_one(tmp_path: Path, com
     log.write_text("[rank 2] ValueError: x\nerror: rank 3 was killed by SIGKILL; the others were stopped\nstep 4\n")
     (run / "job" / "slurm" / "7_0_log.out").write_text("step 4 loss 2\n")
     assert run_status(run, load_job(run), {}).error == "error: rank 3 was killed by SIGKILL; the others were stopped"
+
+
+def test_what_a_full_disk_did_not_take_was_left_with_slurm(tmp_path: Path, commands: Commands) -> None:
+    run = submit(tmp_path / "run")
+    commands.says("squeue", "7 FAILED")
+    commands.says("scontrol", "JobId=7 JobName=r\n   Comment=pretrain: stop: no more room\n   Power=")
+    found = run_status(run, load_job(run), job_states(["7"]))
+    assert (found.state, found.error) == ("failed", "stop: no more room")
+    commands.says("scontrol", "slurm_load_jobs error: Invalid job id specified", status=1)
+    commands.says("sacct", "pretrain: stop: as the accounts have it")
+    assert run_status(run, load_job(run), job_states(["7"])).error == "stop: as the accounts have it"
+
+
+def test_a_run_that_failed_here_says_why_until_it_is_begun_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", logged=5, saved=5)
+    note_failure(run, "loader worker: expected\na process, found none.", rank=1, trace="Traceback\n")
+    note_failure(run, "connection closed by peer", rank=0)
+    found = run_status(run, None, None)
+    assert (found.state, found.error) == ("failed", "loader worker: expected a process, found none.")
+    log = (run / "log-rank0.txt").read_text()
+    assert log.endswith("Traceback\nerror: loader worker: expected\na process, found none.\n")
+    forget_failure(run)
+    assert run_status(run, None, None).state == "stopped"
 
 
 def test_of_a_large_log_the_end_alone_is_read(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def plan(folder: Path, *overrides: str) -> Plan:
 def started(folder: Path, *overrides: str) -> Plan:
     """As a run that has written down what it is, and stopped."""
     found = plan(folder, *overrides)
+    (folder / "run").mkdir(exist_ok=True)
     record_run(folder / "run", load_recipe(folder / "r.yaml", list(overrides)), found.resolved, found.data, "{}")
     return found
 

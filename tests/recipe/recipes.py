@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from pretrain.evals import config as protocols
 from pretrain.objectives.config import KINDS as OBJECTIVES
 from pretrain.objectives.config import config_class
 from pretrain.optim.config import KINDS as OPTIMS
+from pretrain.optim.config import config_class as optim_class
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.schema import groups_in
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -55,7 +59,7 @@ def changed(path: str, value: Any, tree: dict[str, Any] = SMALL) -> dict[str, An
 def listed(path: str, tree: dict[str, Any] = SMALL) -> tuple[str, dict[str, Any]]:
     """A path of the recipe's classes as one into the first entry of its lists, and the tree with such entries.
 
-    The objective, or the protocol, is one that has the key; a sum has one term, whose objective is.
+    The objective, optimizer, schedule or protocol is one that has the key; a sum has one term, whose objective is.
     """
     if path.startswith("data.train."):
         tree = changed("data.train", [{"path": "shards"}], tree)
@@ -75,6 +79,10 @@ def listed(path: str, tree: dict[str, Any] = SMALL) -> tuple[str, dict[str, Any]
         if "terms" in groups:
             objective["terms"] = [{"objective": {"kind": _kind_with(key)}}] if groups[-1] == "objective" else [{}]
         tree = changed("objective", objective, tree)
+    if path.startswith("optim."):
+        tree = changed("optim.kind", next(k for k in OPTIMS if path[6:] in optim_class(k).model_fields), tree)
+    if path in ("schedule.milestones", "schedule.gamma"):
+        tree = changed("schedule.kind", "step", tree)
     if path.startswith("evals."):
         evaluation = {"kind": _evaluation_with(path.split(".")[1]), "train": "a", "test": "b"}
         tree = changed("evals", [evaluation], tree)
@@ -177,3 +185,11 @@ trees = st.fixed_dictionaries(
         "checkpoint": st.fixed_dictionaries({}, optional={"every_minutes": st.none() | st.floats(0.1, 99)}),
     },
 )
+
+
+def all_paths(group: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a group and of the groups within it, of all kinds, by dotted path."""
+    for name, field in group.model_fields.items():
+        yield prefix + name
+        for inner in groups_in(field.annotation):
+            yield from all_paths(inner, f"{prefix}{name}.")

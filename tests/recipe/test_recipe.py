@@ -16,9 +16,21 @@ from pretrain.evals.config import KINDS as PROTOCOLS
 from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.recipe import Captions, Recipe, Source
 from pretrain.recipe.resolve import identity
-from pretrain.recipe.schema import all_paths
 from pretrain.recipe.strict_yaml import write_yaml
-from tests.recipe.recipes import KINDS, OPTIMIZERS, SMALL, bounded, changed, listed, load, scalars, trees, words, write
+from tests.recipe.recipes import (
+    KINDS,
+    OPTIMIZERS,
+    SMALL,
+    all_paths,
+    bounded,
+    changed,
+    listed,
+    load,
+    scalars,
+    trees,
+    words,
+    write,
+)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -297,3 +309,20 @@ def test_captions_are_lines_or_an_entry_not_both(tmp_path: Path) -> None:
 def test_binary_targets_must_mean_something(tmp_path: Path, further: dict[str, Any], problem: str) -> None:
     tree = changed("objective", {"kind": "supervised", "num_classes": 10, **further})
     assert problems(tmp_path, tree) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "meant"),
+    [
+        ("mae", "lr", "optim.base_lr"),  # not objective.fixed_predictor_lr, which is SimSiam's
+        ("simsiam", "fixed_predictor", "objective.fixed_predictor_lr"),
+        ("mae", "temperature", None),  # SimCLR's
+        ("mae", "cosine", None),
+    ],
+)
+def test_a_key_of_another_kind_is_never_suggested(tmp_path: Path, kind: str, key: str, meant: str | None) -> None:
+    tree = {**SMALL, "objective": {"kind": kind}, "evals": [], key: 1}
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path, tree)
+    (problem,) = error.value.problems
+    assert problem.startswith(f"{key}: unknown key. {f'Did you mean {meant}?' if meant else 'Known here: '}")

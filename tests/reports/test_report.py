@@ -44,6 +44,7 @@ from pretrain.reports.reconstructions import draw_reconstructions
 from pretrain.reports.report_figures import Neighbors, Picture, curve, picture
 from pretrain.reports.run_results import ProtocolResult, find_protocol_results, kept_results
 from pretrain.reports.sample_images import NeighborSample, neighbours, of_several_classes
+from pretrain.runtime.failure import forget_failure, note_failure
 from tests import runs
 from tests.shards import write_shards
 
@@ -98,7 +99,9 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(run: Path) -> Page:
+    note_failure(run, "the disk was lost")
     path = report.write_report(run, notes=["it went <well>"])
+    forget_failure(run)
     assert path == run / "report.html"
     return Page(path.read_text("utf-8"))
 
@@ -169,6 +172,7 @@ def test_the_table_says_what_the_evaluations_found(data: Path, run: Path, page: 
     assert re.search(r"last started 20\d\d-\d\d-\d\d \d\d:\d\d UTC, step_00000004 saved 20\d\d-", row)
     assert f"by kNN, k = 5 ({trained.value:.1f} % after {random.value:.1f} %, {interval.difference:+.1f} points" in row
     assert "it went <well>" in row
+    assert "The run failed: the disk was lost" in row
     assert "zero_stage: 1" in row
     assert f"torch {version('torch')}" in row
 

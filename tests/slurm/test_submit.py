@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -10,8 +11,9 @@ from data_pipeline.errors import RunError
 from launch.jobs.drill import _compare
 from launch.jobs.folder import JobFolder
 from launch.jobs.node import attempt_folder
+from tests.runs import losses
 from tests.slurm.cluster import NODES
-from tests.slurm.jobs import CANARY, STEPS, Place
+from tests.slurm.jobs import CANARY, CHECKOUT, STEPS, Place
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -22,6 +24,10 @@ def test_two_nodes_train_and_the_encoder_is_judged(place: Place, expected: dict[
     assert "#SBATCH --nodes=2" in printed
     assert "#SBATCH --signal=USR2@30" in printed
     assert not (place.folder / "runs").exists(), "a dry run writes nothing"
+    place.cluster.run(
+        "sbatch", "-N2", "-n2", f"--chdir={place.folder}", "--output=srun.log",
+        f"--wrap=PYTHONPATH={CHECKOUT} srun {sys.executable} -P -m pretrain recipe.yaml --out by_srun",
+    )  # fmt: skip
     job = place.submit("two", "--set", "logging.wandb={project: tiny, mode: offline}")
     running = place.pretrain(
         "submit", "recipe.yaml", "--cluster", str(place.cluster_file()), "--out", "two", check=False
@@ -39,6 +45,8 @@ def test_two_nodes_train_and_the_encoder_is_judged(place: Place, expected: dict[
     assert place.pretrain("logs", "two").stdout.rstrip().endswith("done")
     files = [path for path in job.run.rglob("*") if path.is_file()]
     assert any("wandb" in str(path) for path in files)
+    place.wait_for_all(place.folder)
+    assert losses(place.folder / "by_srun") == expected, (place.folder / "srun.log").read_text()  # one run of two ranks
     told = [path for path in files if CANARY.encode() in path.read_bytes()]
     assert not told, "what is secret in the environment stays there"
     assert CANARY not in printed

@@ -21,7 +21,8 @@ from pretrain.evals.features.readout import OWN, Reader, Readout
 from pretrain.evals.features.store import CacheEntry, FeatureStore, architecture_sha256, joined
 from pretrain.evals.features.store import Features as Features
 from pretrain.monitoring.budgets import too_many_left_out
-from pretrain.runtime.collectives import barrier, from_main
+from pretrain.runtime.agreement import agree
+from pretrain.runtime.collectives import from_main
 from pretrain.runtime.versions import LIBRARIES, of
 
 NUM_SHOWN = 5  # samples that a note names
@@ -120,11 +121,16 @@ class Extraction:
         missing = [tuple(shelf.missing()) for shelf in shelves] if self.rank == 0 else []
         if self.world_size > 1:
             missing = from_main(missing)
-        for numbers in dict.fromkeys(missing):  # readouts that lack the same take the same forward passes
-            chosen = [i for i, found in enumerate(missing) if found == numbers]
-            self._fill([shelves[i] for i in chosen], asked, [self.readouts[i] for i in chosen], numbers)
+
+        def fill() -> None:
+            for numbers in dict.fromkeys(missing):  # readouts that lack the same take the same forward passes
+                chosen = [i for i, found in enumerate(missing) if found == numbers]
+                self._fill([shelves[i] for i in chosen], asked, [self.readouts[i] for i in chosen], numbers)
+
         if self.world_size > 1:
-            barrier()
+            agree(fill)
+        else:
+            fill()
         return tuple(shelf.features() for shelf in shelves)
 
     def _fill(

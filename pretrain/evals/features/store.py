@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import LeftOut
-from data_pipeline.durable import write_text
+from data_pipeline.durable import naming, write_text
 from data_pipeline.errors import InputError, RunError
 
 FORMAT = 2  # raised where other features would come out of the same question: by another readout, other views
@@ -135,11 +135,12 @@ class CacheEntry:
         width = values.shape[1]
         descriptor = os.open(self._values, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            size = self.total * width * 4
-            if os.fstat(descriptor).st_size != size:
-                os.ftruncate(descriptor, size)
-            _write_at(descriptor, content, rows.start * width * 4)
-            os.fsync(descriptor)
+            with naming(self._values):
+                size = self.total * width * 4
+                if os.fstat(descriptor).st_size != size:
+                    os.ftruncate(descriptor, size)
+                _write_at(descriptor, content, rows.start * width * 4)
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
         record = {
