@@ -208,5 +208,5 @@ class ProtocolEvaluation(Periodic):
             if isinstance(left_out := report.data.get("left_out"), dict):
                 values[f"{self._name}/left_out"] = float(sum(left_out.values()))
                 for note in report.notes:
-                    self._say(f"{self._name}: {note}")
+                    self._log.say(f"{self._name}: {note}")
         return from_main(values, self._group)
