@@ -133,6 +133,13 @@ class BatchBuffer:
         self.undrawn_crops = [0] * num_samples
         self.seconds = {"read": 0.0, "decode": 0.0, "transform": 0.0}
 
+    def blank(self, row: int, key: str) -> None:
+        """Fill the row of a sample that cannot be used: with zeros, so that what is computed of it is harmless."""
+        self.keys[row] = key
+        for values in (*self.views, self.labels, self.tokens, self.masks):
+            if values is not None:
+                values[row] = 0
+
     def batch(self, start: int, stop: int) -> Batch:
         return Batch(
             keys=tuple(self.keys[start:stop]),

@@ -68,6 +68,16 @@ class BatchSpec:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A sample that an evaluation cannot use: its row in the batch, its key, the file it lies in, and why."""
+
+    row: int
+    key: str
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Batch:
     """B samples on one rank. Shapes: B samples, N patches, L tokens, K classes."""
 
@@ -78,6 +88,7 @@ class Batch:
     tokens: Tensor | None = None  # [B, L] int64
     masks: Tensor | None = None  # [B, N] bool, True = hidden
     augment: dict[str, Tensor] = field(default_factory=dict)  # per-sample parameters the host drew, [B, ...]
+    left_out: tuple[LeftOut, ...] = ()  # of an evaluation: rows that are blank, and count for nothing
     undrawn_crops: int = 0  # views whose crop was not drawn, as none by the recipe's geometry fitted in the image
 
     def __len__(self) -> int:
@@ -97,6 +108,22 @@ class Batch:
             elif f.name == "augment":
                 moved[f.name] = {name: t.to(device, non_blocking=True) for name, t in value.items()}
         return replace(self, **moved)  # type: ignore[arg-type]
+
+    def kept(self) -> Batch:
+        """The samples that are not left out; no augmentation is drawn for an evaluation."""
+        if not self.left_out:
+            return self
+        import torch
+
+        blank = {one.row for one in self.left_out}
+        rows = torch.tensor([row for row in range(len(self)) if row not in blank], dtype=torch.int64)
+        return Batch(
+            keys=tuple(self.keys[row] for row in rows.tolist()),
+            views=tuple(view[rows] for view in self.views),
+            labels=None if self.labels is None else self.labels[rows],
+            tokens=None if self.tokens is None else self.tokens[rows],
+            masks=None if self.masks is None else self.masks[rows],
+        )
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader in its pinning thread."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from data_pipeline.assemble import Assembler, BatchBuffer, check
-from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.batch import Batch, BatchSpec, LeftOut
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.remote_parts import remote_parts
 from data_pipeline.errors import DataError, RunError, SampleError
@@ -18,7 +18,7 @@ from data_pipeline.samples.captions import CaptionReader
 from data_pipeline.samples.config import Augmentation, Mixing, Views
 from data_pipeline.samples.draws import draw_mix
 from data_pipeline.samples.preprocessing import Preprocessing
-from data_pipeline.workers import entries
+from data_pipeline.workers import check_shared_memory, entries
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,12 @@ class TrainLoader:
         Worker processes end when the iterator is closed or dropped.
 
         Raises:
-            RunError: a sample and all that might stand in for it cannot be used, or a worker died.
+            RunError: a sample and all that might stand in for it cannot be used, a worker died, or its batches do not
+                fit into shared memory.
             DataError: a shard cannot be read at all.
         """
+        spec, local_size = self._steps.assembler.spec, self._steps.global_size // self._steps.world_size
+        check_shared_memory(self._num_workers, None, local_size * _view_bytes(spec))
         made = entries(self._steps, count(cursor, self._steps.global_size), self._num_workers)
         return prefetched(
             made,
@@ -218,6 +221,8 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Every sample exactly once over the ranks, in the order of the data set, resized and center cropped.
 
+    One that cannot be used is a blank row, named in its batch's `left_out`.
+
     Rank r has the contiguous piece r of `world_size`; pieces differ by at most one sample, and the last batch
     is short. Nothing is random: a mask, where `spec` asks for one, depends on the key alone.
 
@@ -228,7 +233,6 @@ def evaluation_batches(
 
     Raises:
         FieldError: the data set lacks what `spec` needs (see `check`); before anything is read.
-        SampleError: a sample cannot be used: an evaluation leaves none out.
     """
     total = dataset.num_samples if limit is None else min(limit, dataset.num_samples)
     first, end = total * rank // world_size, total * (rank + 1) // world_size
@@ -253,7 +257,14 @@ def batches_of(
         raise ValueError(f"views of {spec.image_size} pixels, prepared for {preprocessing.image_size}")
     check(dataset, spec, captions)
     assembler = Assembler(dataset, spec, preprocessing, seed=0, max_pixels=max_pixels, captions=captions)
+    largest = max(map(len, pieces), default=0)
+    check_shared_memory(num_workers, len(pieces), largest * _view_bytes(spec))
     return entries(_Pieces(assembler, pieces), range(len(pieces)), num_workers)
+
+
+def _view_bytes(spec: BatchSpec) -> int:
+    """The views of one sample, uint8; what else a batch has is small beside them."""
+    return spec.num_views * 3 * spec.image_size**2
 
 
 @dataclass(frozen=True)
@@ -266,6 +277,12 @@ class _Pieces:
     def __getitem__(self, number: int) -> Batch:
         indices = self.pieces[number]
         buffer = self.assembler.buffer(len(indices))
+        left_out = []
         for row, i in enumerate(indices):
-            self.assembler.fill(buffer, row, i, epoch=None)
-        return buffer.batch(0, len(indices))
+            try:
+                self.assembler.fill(buffer, row, i, epoch=None)
+            except SampleError as error:
+                key, file = self.assembler.dataset.origin(i)
+                buffer.blank(row, key)
+                left_out.append(LeftOut(row, key, file, str(error)))
+        return replace(buffer.batch(0, len(indices)), left_out=tuple(left_out))

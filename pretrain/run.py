@@ -226,12 +226,12 @@ def _callbacks(context: RunContext, engine: Engine, probe: OnlineProbe | None, l
     yield UndrawnCrops()
     yield HealthChecks(usual_checks(recipe.runtime.num_workers, context.world.local_size), log.say)
     if plan.val is not None:
-        preprocessing = data.preprocessing(recipe.model.judged_size)
-        val = ValidationData(plan.val, preprocessing, recipe.batch.micro_size, data.max_pixels, plan.captions)
-        yield Validation(steps_between(recipe.validation.every_epochs, epoch), val, engine, context.prepare, probe)
+        every = steps_between(recipe.validation.every_epochs, epoch)
+        val = ValidationData(plan.val, data, recipe.model.judged_size, recipe.batch.micro_size, plan.captions)
+        yield Validation(every, val, engine, context.prepare, probe, log.say)
 
     trained = TrainedRun(context.out, recipe.name, recipe.seed, recipe.model, recipe.objective, data)
-    evaluators = () if context.evals_apart else inline_evaluators(recipe.evals, data.cache)
+    evaluators = () if context.evals_apart else inline_evaluators(recipe.evals, data.cache, data.max_bad_samples)
     for i, (config, evaluator) in enumerate(zip(recipe.evals, evaluators, strict=not context.evals_apart)):
         every = steps_between(config.every_epochs, epoch)
         yield ProtocolEvaluation(every, i, config, evaluator, engine, trained, context.watchdog.alive, log)

@@ -49,6 +49,7 @@ class Described(BaseModel):
         teacher: what made them; `weights_sha256` and more.
         num_samples: of each shard, [S].
         sha256: of each file, [S].
+        left_out: samples that the teacher could not look at, each with its file and the reason.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -60,6 +61,7 @@ class Described(BaseModel):
     teacher: dict[str, Any]
     num_samples: list[Annotated[int, Field(ge=0, lt=2**62)]]
     sha256: list[Sha256]
+    left_out: list[str] = Field(default_factory=list)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -12,7 +12,8 @@ from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.errors import SampleError
 from data_pipeline.messages import reason
-from data_pipeline.samples.decode import FORMATS, decode_image
+from data_pipeline.samples.bounds import check_bounds
+from data_pipeline.samples.decode import FORMATS, UNDECODABLE, decode_image
 from data_pipeline.samples.unread import unread
 
 EXTENSIONS = {
@@ -60,9 +61,10 @@ def image_header(data: bytes, where: str) -> tuple[str, tuple[int, int]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            check_bounds(data)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 return EXTENSIONS[image.format or ""], image.size
-    except (OSError, ValueError, SyntaxError, KeyError, Image.DecompressionBombError) as error:
+    except UNDECODABLE as error:
         why = "no known format" if isinstance(error, UnidentifiedImageError) else reason(error)
         raise unread(data, where) or SampleError(
             where=where, expected="an image", found=f"{len(data)} bytes that are none ({why})"

@@ -1,8 +1,8 @@
 """Bytes of an image -> uint8 RGB, [H, W, 3]; JPEG by libjpeg-turbo, the rest by Pillow.
 
-- The size is read from the header and held against the limit before a pixel is decoded.
-- A damaged or truncated image is a SampleError, never half a picture. What libjpeg-turbo doubts (stray bytes
-  before a marker, for one) is left to Pillow, which takes it where no data is missing.
+- The size is read from the header and held against the limit before a pixel is decoded, and so is what else a
+  header may ask for (bounds.py).
+- A damaged or truncated image is a SampleError, never half a picture (of JPEGs: jpeg.py).
 - EXIF orientation is not applied: pixels as they are stored, as torchvision, timm and open_clip read them.
 - Transparency is laid over white; 16-bit gray is scaled to 8 bits; palettes, gray and CMYK become RGB.
 - Of an animation, the first frame.
@@ -11,15 +11,23 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from data_pipeline.errors import SampleError
+from data_pipeline.samples import jpeg
+from data_pipeline.samples.bounds import check_bounds
 from data_pipeline.samples.unread import unread
 
+# What Pillow and libjpeg-turbo raise of bytes that are no image; of some damage also what a slip of their own raises.
+UNDECODABLE = (
+    OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, EOFError, AttributeError,
+    struct.error, zlib.error, MemoryError, RecursionError, Image.DecompressionBombError,
+)  # fmt: skip
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # or each loader process would start one for every core
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF")  # Pillow tries no others: some run programs
 
@@ -35,50 +43,68 @@ def decode_image(data: bytes, *, max_pixels: int, where: str) -> NDArray[np.uint
     Raises:
         SampleError: no image, damaged, truncated, of more than `max_pixels`, or of values without a known white.
     """
-    if data[:2] == b"\xff\xd8":
-        image = _decode_jpeg(data, max_pixels, where)
-        if image is not None:
-            return image
-    return _decode_any(data, max_pixels, where)
-
-
-def _decode_jpeg(data: bytes, max_pixels: int, where: str) -> NDArray[np.uint8] | None:
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(width, height, max_pixels, where)
-        if colorspace in ("CMYK", "YCCK"):  # inks, often inverted: Pillow knows Adobe's marker
-            return None
-        image: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB")
-    except ValueError:
-        return None
-    return image
-
-
-def _decode_any(data: bytes, max_pixels: int, where: str) -> NDArray[np.uint8]:
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(image.width, image.height, max_pixels, where)
-            _check_range(image, where)
-            return np.array(_to_rgb(image))  # a copy, so that it can be written to
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if data[:2] == b"\xff\xd8":
+            return _decode_jpeg(data, max_pixels, where)
+        check_bounds(data)
+        return _decode_any(data, max_pixels, where)
+    except UNDECODABLE as error:
         unknown = isinstance(error, UnidentifiedImageError)  # its own words are an address in memory
-        reason = "no known format" if unknown else str(error)
+        reason = "no known format" if unknown else str(error) or type(error).__name__
         raise unread(data, where) or SampleError(
             where=where, expected="a whole image", found=f"{len(data)} bytes that do not decode: {reason}"
         ) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _decode_jpeg(data: bytes, max_pixels: int, where: str) -> NDArray[np.uint8]:
+    frame = jpeg.read_frame(data)
+    _check_size(frame.width, frame.height, max_pixels, where)
+    pixels = jpeg.decode(data, frame)
+    if len(frame.components) == 4:  # inks, inverted as Adobe writes them
+        return np.array(Image.fromarray(255 - pixels, "CMYK").convert("RGB"))
+    return pixels
+
+
+def _decode_any(data: bytes, max_pixels: int, where: str) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check_size(image.width, image.height, max_pixels, where)
+        _check_range(image, where)
+        return np.array(_to_rgb(image, data))  # a copy, so that it can be written to
+
+
+def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
+    if image.format == "PNG" and "transparency" in image.info:
+        return _over_white(image, depth=data[24])
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
-        gray = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
+        image = Image.fromarray(_eight_bits(np.asarray(image).astype(np.int64)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _over_white(image: Image.Image, depth: int) -> Image.Image:
+    """A PNG of which one value is transparent, or entries of its palette are.
+
+    Pillow holds the value, which has the file's `depth` in bits, against pixels that it made 8 bits deep.
+    """
+    transparent = image.info["transparency"]
+    if image.mode.startswith("I"):  # 16-bit gray
+        gray = np.asarray(image).astype(np.int64)
+        return Image.fromarray(_eight_bits(np.where(gray == transparent, 65535, gray))).convert("RGB")
+    if image.mode == "L" and depth < 8:
+        image.info["transparency"] = transparent * (255 // (2**depth - 1))
+    if image.mode == "RGB" and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _eight_bits(gray: NDArray[np.int64]) -> NDArray[np.uint8]:
+    return ((gray.clip(0, 65535) + 128) // 257).astype(np.uint8)
 
 
 def _check_range(image: Image.Image, where: str) -> None:

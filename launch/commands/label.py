@@ -57,6 +57,8 @@ def label(
     dataset = shards_in(open_dataset(shards))
     how = Labelling(top_k, precision.value, batch_size, num_workers, checked_device(device))
     labels = write_labels(dataset, load_teacher(teacher), out, how)
+    for name in labels.described.left_out:
+        print(f"left out, as it cannot be used: {name}")
     kept = f"{labels.described.top_k} of " if labels.described.top_k else ""
     num_bytes = sum(path.stat().st_size for path in out.iterdir())
     print(

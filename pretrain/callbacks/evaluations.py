@@ -6,14 +6,14 @@ The linear classifier that is trained beside: online_probe.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import Batch, BatchSpec
+from data_pipeline.batch import Batch, BatchSpec, LeftOut
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.samples.captions import CaptionReader
@@ -25,8 +25,10 @@ from pretrain.evals.config import ProtocolConfig
 from pretrain.evals.protocols import AnyEvaluator
 from pretrain.evals.sources.copies import build_copy, judged_copy
 from pretrain.evals.sources.trained import TrainedRun
+from pretrain.monitoring.budgets import too_many_left_out
 from pretrain.monitoring.log import MetricLog
-from pretrain.runtime.collectives import from_main, side_group, sum_over_ranks
+from pretrain.recipe.recipe import Data
+from pretrain.runtime.collectives import from_main, gather_objects, side_group, sum_over_ranks
 from pretrain.runtime.run_folder import eval_name, folder_name
 from pretrain.runtime.state import RunState
 
@@ -44,17 +46,22 @@ class ValidationData:
 
     Attributes:
         dataset: with a sample for each rank at least.
-        preprocessing: of evaluation views.
+        data: the recipe's group: how images are read, and how many may be left out.
+        image_size: of evaluation views, pixels.
         micro_size: samples of one forward pass in training, as the recipe says; None: it does not say.
-        max_pixels: an image of more pixels is refused before it is decoded.
         captions: how captions are read, where the objective asks for tokens.
     """
 
     dataset: Dataset
-    preprocessing: Preprocessing
+    data: Data
+    image_size: int
     micro_size: int | None
-    max_pixels: int
     captions: CaptionReader | None
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become evaluation views."""
+        return self.data.preprocessing(self.image_size)
 
 
 class Validation(Periodic):
@@ -66,6 +73,7 @@ class Validation(Periodic):
         engine: holds the objective.
         prepare: makes the normalized batch on the device out of a host batch.
         probe: validated with the objective; None: there is none.
+        say: receives a sentence for the log, on rank 0, about each sample that is left out.
     """
 
     def __init__(
@@ -75,25 +83,38 @@ class Validation(Periodic):
         engine: Engine,
         prepare: Callable[[Batch], Batch],
         probe: OnlineProbe | None,
+        say: Callable[[str], None],
     ) -> None:
         super().__init__(every_steps)
-        self._data, self._engine, self._prepare, self._probe = data, engine, prepare, probe
+        self._data, self._engine, self._prepare, self._probe, self._say = data, engine, prepare, probe, say
+        self._said: set[tuple[str, str]] = set()  # samples that were left out before, by file and key
         self._batch_size = max(1, min(data.micro_size or BATCH_SIZE, BATCH_SIZE))
         if engine.objective.coupling:  # whose loss depends on the size
             self._batch_size = BATCH_SIZE
 
     def evaluate(self, state: RunState) -> dict[str, float]:
-        """Means by name, whatever the number of ranks; every rank calls it."""
+        """Means by name, whatever the number of ranks; every rank calls it.
+
+        Samples that cannot be used are left out, named in the log and counted as `val/left_out`.
+
+        Raises:
+            RunError: they are more than data.max_bad_samples.
+        """
         batches = self._batches()
         sums: dict[str, Tensor] = {}
         # At ZeRO 3 each forward is a collective: ranks whose share is a batch shorter repeat their last, unweighted.
         rounds = math.ceil(math.ceil(self._data.dataset.num_samples / self._engine.world.size) / self._batch_size)
         batch: Batch | None = None
+        left_out: list[LeftOut] = []
         for _ in range(rounds):
             following = next(batches, None)
-            batch = self._prepare(following) if following is not None else batch
+            weight = 0
+            if following is not None:
+                kept = following.kept()
+                left_out += following.left_out
+                weight = len(kept)
+                batch = self._prepare(kept if weight else replace(following, left_out=()))  # all blank: for no weight
             assert batch is not None  # preflight saw to a sample for each rank
-            weight = len(batch) if following is not None else 0
             output = self._engine.evaluate(batch, state.progress)
             probed = {} if self._probe is None else self._probe.measure(batch)
             for name, value in {"loss": output.loss, **output.metrics, **probed, "n": torch.ones(())}.items():
@@ -102,7 +123,23 @@ class Validation(Periodic):
         names = sorted(sums)
         stacked = torch.stack([sums[name] for name in names]).to(self._engine.device)
         totals = dict(zip(names, sum_over_ranks(stacked).tolist(), strict=True))
-        return {f"val/{name}": total / totals["n"] for name, total in totals.items() if name != "n"}
+        num_left_out = self._count(left_out)
+        if not totals["n"]:
+            raise too_many_left_out("data.val", num_left_out, None)
+        means = {f"val/{name}": total / totals["n"] for name, total in totals.items() if name != "n"}
+        return means | ({"val/left_out": float(num_left_out)} if num_left_out else {})
+
+    def _count(self, left_out: Sequence[LeftOut]) -> int:
+        """Those of all ranks; each is named in the log once."""
+        found = [one for rank in gather_objects(list(left_out)) for one in rank]
+        for one in found:
+            if (one.file, one.key) not in self._said:
+                self._said.add((one.file, one.key))
+                self._say(f"validation leaves {one.key} in {one.file} of data.val out: {one.reason}")
+        budget = self._data.data.max_bad_samples
+        if len(found) > budget:
+            raise too_many_left_out("data.val", len(found), budget)
+        return len(found)
 
     def _batches(self) -> Iterator[Batch]:
         needs: BatchSpec = replace(self._engine.objective.needs, image_size=self._data.preprocessing.image_size)
@@ -115,7 +152,7 @@ class Validation(Periodic):
             batch_size=self._batch_size,
             rank=self._engine.world.rank,
             world_size=self._engine.world.size,
-            max_pixels=self._data.max_pixels,
+            max_pixels=self._data.data.max_pixels,
             captions=self._data.captions,
         )
 
@@ -131,7 +168,7 @@ class ProtocolEvaluation(Periodic):
         engine: holds the objective, whose encoder or whose two towers are judged.
         run: as it is described in reports, which go to `evals/` in its folder.
         alive: called with every batch.
-        log: keeps the reports.
+        log: keeps the reports, and receives on rank 0 a sentence about samples that are left out.
     """
 
     def __init__(
@@ -168,4 +205,8 @@ class ProtocolEvaluation(Periodic):
             path = self._run.folder / "evals" / f"{self._name}_{folder_name(step)}.json"
             self._log.keep(str(path), lambda: report.save(path))
             values = {f"{self._name}/{report.metric}": report.value}
+            if isinstance(left_out := report.data.get("left_out"), dict):
+                values[f"{self._name}/left_out"] = float(sum(left_out.values()))
+                for note in report.notes:
+                    self._log.say(f"{self._name}: {note}")
         return from_main(values, self._group)

@@ -54,13 +54,17 @@ def _open_checked(config: ProtocolConfig, open_data: OpenData, path: str) -> Dat
 
 
 def inline_evaluators(
-    configs: Sequence[ProtocolConfig], cached: CacheConfig, open_data: OpenData | None = None
+    configs: Sequence[ProtocolConfig],
+    cached: CacheConfig,
+    max_bad_samples: int = Extraction.max_bad_samples,
+    open_data: OpenData | None = None,
 ) -> list[AnyEvaluator]:
     """An evaluator for each entry of a recipe's `evals`, which judges in between steps; its data sets are checked.
 
     Args:
         configs: the entries.
         cached: where data behind URLs are kept.
+        max_bad_samples: of a data set that may be left out, as they cannot be used.
         open_data: opens a data set by its path; None: each time anew.
 
     Raises:
@@ -76,7 +80,8 @@ def inline_evaluators(
                 fix="Set evals_apart in the cluster file, or fine-tune a checkpoint: `pretrain eval finetune`.",
             )
     open_data = open_data or partial(open_dataset, cache=cached)
-    return [build_evaluator(config, Extraction(), open_data) for config in configs]
+    extraction = Extraction(max_bad_samples=max_bad_samples)
+    return [build_evaluator(config, extraction, open_data) for config in configs]
 
 
 def check_evaluations(
@@ -96,7 +101,7 @@ def check_evaluations(
         InputError: an entry cannot be answered.
     """
     open_once = cache(partial(open_dataset, cache=cached))
-    inline_evaluators([config for config in configs if not (apart and config.trains)], cached, open_once)
+    inline_evaluators([config for config in configs if not (apart and config.trains)], cached, open_data=open_once)
     for config in configs:
         if apart and config.trains:
             train, test = map(open_once, config.datasets)

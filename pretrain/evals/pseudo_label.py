@@ -42,6 +42,7 @@ from pretrain.evals.sources.trained import TrainedRun
 from pretrain.models.folders import weights_sha256
 from pretrain.models.seeded import seeded
 from pretrain.models.strict_loading import load_strictly
+from pretrain.monitoring.budgets import too_many_left_out
 from pretrain.objectives.contract import Classifier, Objective
 from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.recipe import Data
@@ -137,12 +138,14 @@ def label(dataset: ShardDataset, teacher: Teacher, out: Path, how: Labelling) ->
     """Writes the labels of every sample into `out`, or what is still missing there.
 
     A shard that is done is known by the hash that its file carries. With one batch size, device and number of threads,
-    what was stopped and gone on with has the bytes of what was not.
+    what was stopped and gone on with has the bytes of what was not. An image that cannot be used has the label of all
+    classes alike, which no training reads, as it cannot use the image either; it is named and counted.
 
     Raises:
-        DataError: `out` holds something else, or an image cannot be used.
+        DataError: `out` holds something else.
         InputError: `top_k` exceeds the teacher's classes.
-        RunError: another process is at work there, or the teacher says something that is not finite.
+        RunError: another process is at work there, the teacher says something that is not finite, or more images
+            cannot be used than the budget of the teacher's recipe, data.max_bad_samples.
     """
     if how.top_k is not None and how.top_k > teacher.num_classes:
         raise InputError(
@@ -152,11 +155,13 @@ def label(dataset: ShardDataset, teacher: Teacher, out: Path, how: Labelling) ->
     _check_out(out, plan)
     with claimed(out / PLAN_NAME, plan, "these labels"):
         seal = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-        missing = [shard for shard in range(len(dataset.shard_sizes)) if _finished(out, shard, dataset, seal) is None]
-        for shard, labels in _made(dataset, missing, teacher, how):
+        shards = range(len(dataset.shard_sizes))
+        missing = [shard for shard in shards if _finished(out, shard, dataset, seal) is None]
+        for shard, labels, left_out in _made(dataset, missing, teacher, how):
+            header = _header(dataset, shard, seal, labels)
             with durable_file(out / file_name(shard)) as file:
-                file.write(labels.to_bytes(_header(dataset, shard, seal, labels)))
-        digests = [_finished(out, shard, dataset, seal) for shard in range(len(dataset.shard_sizes))]
+                file.write(labels.to_bytes(header | ({"left_out": left_out} if left_out else {})))
+        digests = [_finished(out, shard, dataset, seal) for shard in shards]
         assert all(digests)
         described = Described(
             data_fingerprint=dataset.fingerprint,
@@ -166,6 +171,7 @@ def label(dataset: ShardDataset, teacher: Teacher, out: Path, how: Labelling) ->
             teacher=plan["teacher"],
             num_samples=dataset.shard_sizes.tolist(),
             sha256=[digest for digest in digests if digest],
+            left_out=[name for shard in shards for name in read_file(out / file_name(shard))[1].get("left_out", [])],
         )
         write_labels_file(out, described)
     return SoftLabels(out)
@@ -184,8 +190,8 @@ def _plan(dataset: ShardDataset, teacher: Teacher, how: Labelling) -> dict[str, 
 
 def _made(
     dataset: ShardDataset, shards: Sequence[int], teacher: Teacher, how: Labelling
-) -> Iterator[tuple[int, ShardLabels]]:
-    """(number, labels) of each of the shards."""
+) -> Iterator[tuple[int, ShardLabels, list[str]]]:
+    """(number, labels, samples that are left out) of each of the shards."""
     sizes = dataset.shard_sizes.tolist()
     starts = (np.cumsum(dataset.shard_sizes) - dataset.shard_sizes).tolist()
     pieces = [
@@ -193,23 +199,27 @@ def _made(
         for shard in shards
         for first in range(starts[shard], starts[shard] + sizes[shard], how.batch_size)
     ]
+    spec, max_pixels = BatchSpec(image_size=teacher.preprocessing.image_size), teacher.run.data.max_pixels
     batches = batches_of(
-        dataset,
-        BatchSpec(image_size=teacher.preprocessing.image_size),
-        teacher.preprocessing,
-        pieces,
-        num_workers=how.num_workers,
-        max_pixels=teacher.run.data.max_pixels,
+        dataset, spec, teacher.preprocessing, pieces, num_workers=how.num_workers, max_pixels=max_pixels
     )
     model = teacher.model.to(how.device)
     with untouched(model), full_precision():
         tracked = track(batches, label=f"labelling {len(shards)} shards", total=len(pieces))
+        num_left_out = 0
         for shard in shards:
-            yield shard, _of_shard(model, tracked, sizes[shard], teacher, how)
+            labels, left_out = _of_shard(model, tracked, sizes[shard], teacher, how)
+            num_left_out += len(left_out)
+            if num_left_out > (budget := teacher.run.data.max_bad_samples):
+                raise too_many_left_out(f"labels of {dataset.manifest.root}; {left_out[-1]}", num_left_out, budget)
+            yield shard, labels, left_out
 
 
-def _of_shard(model: Objective, batches: Iterator[Batch], size: int, teacher: Teacher, how: Labelling) -> ShardLabels:
-    """The labels of the next `size` samples."""
+def _of_shard(
+    model: Objective, batches: Iterator[Batch], size: int, teacher: Teacher, how: Labelling
+) -> tuple[ShardLabels, list[str]]:
+    """The labels of the next `size` samples, and those that are left out."""
+    left_out: list[str] = []
     width = how.top_k or teacher.num_classes
     values: NDArray[np.float16] = np.empty((size, width), np.float16)
     classes = None if how.top_k is None else np.empty((size, width), np.int32)
@@ -219,6 +229,8 @@ def _of_shard(model: Objective, batches: Iterator[Batch], size: int, teacher: Te
         batch = next(batches)
         rows = slice(done, done + len(batch))
         probabilities = _probabilities(model, batch, teacher.run.data, how)
+        probabilities[[one.row for one in batch.left_out]] = 1 / teacher.num_classes
+        left_out += [f"{one.key} in {one.file}: {one.reason}" for one in batch.left_out]
         if classes is not None:
             # Sorted whole and stably: topk takes any of equal values.
             probabilities, columns = probabilities.sort(dim=1, descending=True, stable=True)
@@ -226,7 +238,7 @@ def _of_shard(model: Objective, batches: Iterator[Batch], size: int, teacher: Te
         values[rows] = probabilities[:, :width].half().numpy()
         keys[rows] = crc32_of(batch.keys)
         done += len(batch)
-    return ShardLabels(values, classes, keys)
+    return ShardLabels(values, classes, keys), left_out
 
 
 def _probabilities(model: Objective, batch: Batch, data: Data, how: Labelling) -> Tensor:
@@ -254,6 +266,7 @@ def _finished(out: Path, shard: int, dataset: ShardDataset, seal: str) -> str | 
     except (OSError, ValueError, KeyError, TypeError):
         return None
     whole = len(labels.values) == dataset.shard_sizes[shard]
+    header.pop("left_out", None)
     return digest if whole and header == _header(dataset, shard, seal, labels) else None
 
 

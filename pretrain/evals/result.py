@@ -259,7 +259,7 @@ def classification_report(
         metric=metric,
         further=further,
         protocol={**protocol, "features": splits.protocol},
-        data=task.describe(),
+        data={**task.describe(), **splits.left_out},
         seconds={**splits.seconds, **seconds},
         seeds=seeds,
         notes=[*splits.notes, *notes],

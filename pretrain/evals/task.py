@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.errors import FieldError, InputError
 from pretrain.evals.config import Pooling
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features.extract import Extraction, Features
+from pretrain.evals.features.extract import Extraction, Features, left_out_notes
 from pretrain.evals.features.readout import OWN, Readout
 
 OpenData = Callable[[str], Dataset]  # opens a data set by its path, or by its URL through a cache
@@ -27,6 +27,7 @@ class Splits:
         train, test: each sample once.
         seconds: that each took.
         notes: what a reader of the report should know of them.
+        left_out: for the report's `data`: how many samples of each set cannot be used; empty where all can.
         protocol: how they were computed.
     """
 
@@ -35,6 +36,7 @@ class Splits:
     seconds: dict[str, float]
     notes: tuple[str, ...]
     protocol: dict[str, object]
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,12 @@ class Task:
             encoder, self.test, num_classes=self.num_classes, limit=self.max_test, label="features of test"
         )
         seconds = {"features_train": between - start, "features_test": perf_counter() - between}
-        notes = self._notes(train[0], test[0])
+        said, counts = left_out_notes(train=train[0], test=test[0])
+        notes = (*said, *self._notes(train[0], test[0]))
         return tuple(
-            Splits(*pair, seconds, notes, _protocol(encoder, extraction, readout, width=pair[0].values.shape[1]))
+            Splits(
+                *pair, seconds, notes, _protocol(encoder, extraction, readout, width=pair[0].values.shape[1]), counts
+            )
             for readout, pair in zip(extraction.readouts, zip(train, test, strict=True), strict=True)
         )
 

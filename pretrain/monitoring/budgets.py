@@ -7,13 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import RunError
+from data_pipeline.errors import DataError, PretrainError, RunError
 from data_pipeline.loader import BadSample
 from data_pipeline.messages import short_list
 from pretrain.runtime.collectives import gather_objects
 
 NUM_SHOWN = 5  # keys of samples in a message
 FILE_NAME = "skipped-samples.jsonl"  # in the run's folder: all of them, a line for each step
+
+
+def too_many_left_out(where: str, found: int, budget: int | None) -> PretrainError:
+    """The error that an evaluation would have to leave more samples of a set out than it may; None: all of them."""
+    what, fix = f"{found} that cannot be used", "Run `pretrain data verify` on the set, and write these samples again."
+    if budget is None:
+        return DataError(where, "a sample that can be used", what, fix)
+    return RunError(where, f"at most {budget} samples that an evaluation leaves out (data.max_bad_samples)", what, fix)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def draw_reconstructions(painter: Painter, dataset: Dataset, data: Data, num_ima
         max_pixels=data.max_pixels,
         limit=num_images,
     )
-    batch = normalize(next(batches), data.mean, data.std)
+    batch = normalize(next(batches).kept(), data.mean, data.std)
     shown = painter.eval().reconstruct(batch)
     columns = [
         [picture(_pixels(image, data.mean, data.std)) for image in images]

@@ -48,7 +48,9 @@ def look_at(encoder: Encoder, dataset: Dataset, num_images: int, *, max_pixels: 
     values, labels = [], []
     keys: list[str] = []
     with untouched(encoder.module), full_precision():
-        for batch in track(batches, label=label, total=len(pieces)):
+        for batch in (batch.kept() for batch in track(batches, label=label, total=len(pieces))):
+            if not len(batch):
+                continue
             images += [_thumbnail(pixels) for pixels in batch.views[0].permute(0, 2, 3, 1).numpy()]
             pixels = encoder.preprocessing
             views = normalize(batch.to(encoder.device), pixels.mean, pixels.std).views

@@ -16,7 +16,7 @@ from PIL import Image
 from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.read import ShardDataset
-from data_pipeline.errors import FieldError, SampleError
+from data_pipeline.errors import FieldError
 from data_pipeline.loader import evaluation_batches
 from tests.data_pipeline.tiny import SPEC, evaluated, rows, write_shards
 
@@ -60,10 +60,19 @@ def test_an_evaluation_is_not_random(dataset: ShardDataset) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_evaluation_leaves_no_sample_out(tmp_path: Path, num_workers: int) -> None:
-    dataset = write_shards(tmp_path, [4], replaced={2: {"jpg": b"not an image", "cls": b"0"}})
-    with pytest.raises(SampleError, match=r"0002\.jpg"):
-        list(evaluation(dataset, num_workers=num_workers))
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_a_sample_that_cannot_be_used_is_a_blank_row_and_named(tmp_path: Path, num_workers: int, world: int) -> None:
+    dataset = write_shards(tmp_path, [4, 3], replaced={2: {"jpg": b"not an image", "cls": b"0"}})
+    batches = [
+        b for rank in range(world) for b in evaluation(dataset, num_workers=num_workers, rank=rank, world_size=world)
+    ]
+    assert [key for batch in batches for key in batch.keys] == [f"{i:04d}" for i in range(7)]
+    assert [key for batch in batches for key in batch.kept().keys] == [f"{i:04d}" for i in range(7) if i != 2]
+    (batch,) = [batch for batch in batches if batch.left_out]
+    (left_out,) = batch.left_out
+    assert (left_out.key, left_out.file) == ("0002", dataset.manifest.names[0])
+    assert "0002.jpg" in left_out.reason
+    assert not batch.views[0][left_out.row].any()
 
 
 def test_data_that_lacks_what_is_needed_is_refused_by_the_call(tmp_path: Path) -> None:
@@ -76,5 +85,6 @@ def test_a_very_narrow_image_is_not_blown_up(tmp_path: Path) -> None:
     file = io.BytesIO()
     Image.new("RGB", (1, 20_000)).save(file, "PNG")
     dataset = write_shards(tmp_path, [1], replaced={0: {"png": file.getvalue(), "cls": b"0"}})
-    with pytest.raises(SampleError, match="resized 8 x 160000"):
-        list(evaluation(dataset))
+    (batch,) = evaluation(dataset)
+    assert "resized 8 x 160000" in batch.left_out[0].reason
+    assert len(batch.kept()) == 0

@@ -138,3 +138,60 @@ def test_workers_end_with_their_process(dataset: ShardDataset) -> None:
             process.wait()
     assert wait_until(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers))
     killed.stdout.close()
+
+
+class Unsendable:
+    """As a tensor for which there is no room in /dev/shm."""
+
+    def __reduce__(self) -> Any:
+        raise OSError(28, "No space left on device", "/torch_1_2")
+
+
+class Table:
+    """Entries that cannot be sent."""
+
+    def __getitem__(self, index: int) -> object:
+        return Unsendable()
+
+
+def test_a_worker_that_cannot_hand_over_ends_the_wait_with_its_words() -> None:
+    """Python's queue drops such an entry, and the other side would wait for it for ever, here for the first one."""
+    before = workers_of(os.getpid())
+    with pytest.raises(RunError, match=r"loader worker: .*could not hand a batch over .*No space left.*/dev/shm"):
+        next(entries(Table(), [0], num_workers=1))
+    assert workers_of(os.getpid()) == before
+
+
+class Stuck:
+    def __getitem__(self, index: int) -> int:
+        time.sleep(3600 * index)
+        return index
+
+
+def test_workers_that_make_nothing_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.workers.STALLED_SECONDS", 0.0)
+    before = workers_of(os.getpid())
+    with pytest.raises(RunError, match="loader workers: expected a batch, found none for"):
+        list(entries(Stuck(), [1], num_workers=1))
+    assert wait_until(lambda: workers_of(os.getpid()) == before)
+
+
+class Usage:
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+
+def test_a_small_shared_memory_is_told_before_any_process_starts(
+    dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_step = 4 * 2 * 3 * 8 * 8  # samples, views, channels, pixels
+    before = workers_of(os.getpid())
+    for free, enough in ((3 * 3 * of_step, True), (3 * 3 * of_step - 1, False)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: Usage(free))
+        stream = loader(dataset, num_workers=3)
+        if enough:
+            stream.steps(0)
+        else:
+            with pytest.raises(RunError, match=r"/dev/shm: expected .* for 9 batches of 3 loader workers"):
+                stream.steps(0)
+    assert workers_of(os.getpid()) == before

@@ -9,7 +9,7 @@ import pytest
 import webdataset
 
 from data_pipeline.datasets.read import open_dataset
-from data_pipeline.errors import DataError, InputError
+from data_pipeline.errors import DataError, InputError, RunError
 from data_pipeline.shards.scan import index_shards
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.features.store import FeatureStore
@@ -41,16 +41,51 @@ def judge(kind: str, data: Folders, store: Path | None = None) -> EvalReport:
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("kind", ["knn", "linear"])
 @pytest.mark.parametrize("damage", ["cut short", "no image", "empty"])
-def test_an_image_that_does_not_decode_is_named(
+def test_an_image_that_does_not_decode_is_left_out_named_and_counted(
     copied: Folders, tmp_path: Path, split: str, kind: str, damage: str
 ) -> None:
     victim = sorted(Path(getattr(copied, split)).rglob("*.jpg"))[7]
     content = victim.read_bytes()
     victim.write_bytes({"cut short": content[:200], "no image": b"GIF8" * 50, "empty": b""}[damage])
-    with pytest.raises(DataError, match=victim.stem):
-        judge(kind, copied, tmp_path / "features")
+    victim.unlink()
+    without = judge(kind, copied)
+    victim.write_bytes({"cut short": content[:200], "no image": b"GIF8" * 50, "empty": b""}[damage])
+    report = judge(kind, copied, tmp_path / "features")
+    assert report.data["left_out"] == {split: 1}
+    (note,) = [note for note in report.notes if "left out" in note]
+    assert f"1 of {100 if split == 'test' else 300} {split} samples" in note
+    assert victim.stem in note
+    assert victim.name in note
+    assert report.n == without.n == (99 if split == "test" else 100)
+    assert report.value == without.value
+    assert judge(kind, copied, tmp_path / "features").data["left_out"] == {split: 1}  # from the store, too
     victim.write_bytes(content)
-    assert judge(kind, copied, tmp_path / "features").n == 100
+    assert "left_out" not in judge(kind, copied, tmp_path / "features").data
+
+
+def test_more_than_the_budget_ends_the_evaluation(copied: Folders) -> None:
+    for victim in sorted(Path(copied.test).rglob("*.jpg"))[:3]:
+        victim.write_bytes(b"no image")
+    train, test = open_dataset(copied.train), open_dataset(copied.test)
+    asked = KnnConfig(train=copied.train, test=copied.test, k=5)
+    assert Knn(train, test, asked, extraction=Extraction(max_bad_samples=3)).run(small_encoder()).n == 97
+    with pytest.raises(RunError, match=r"features of test.*at most 2 samples.*found 3 that cannot be used.*verify"):
+        Knn(train, test, asked, extraction=Extraction(max_bad_samples=2)).run(small_encoder())
+
+
+def test_a_set_without_any_usable_sample_is_no_number(copied: Folders) -> None:
+    for victim in Path(copied.test).rglob("*.jpg"):
+        victim.write_bytes(b"no image")
+    with pytest.raises(DataError, match="expected a sample that can be used"):
+        judge("knn", copied)
+
+
+def test_augmented_views_are_of_the_samples_that_are_left(copied: Folders) -> None:
+    victim = sorted(Path(copied.train).rglob("*.jpg"))[0]
+    victim.write_bytes(b"no image")
+    config = LinearConfig(train="", test="", learning_rates=(0.1,), min_steps=5, augment=True)
+    report = Linear(open_dataset(copied.train), open_dataset(copied.test), config).run(small_encoder())
+    assert report.data["left_out"] == {"train": 1}
 
 
 def sharded(folder: str, out: Path, leave_out: str) -> str:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from data_pipeline.batch import Sample
 from data_pipeline.datasets.read import ShardDataset, open_dataset
 from data_pipeline.datasets.soft_labels import SoftLabels, file_name
 from data_pipeline.errors import CheckpointError, DataError, InputError, PretrainError, RunError
@@ -99,6 +100,31 @@ def test_labels_are_what_the_averaged_classifier_says(
     two = label(dataset, teacher, tmp_path / "two", replace(HOW, top_k=2, batch_size=7))
     pairs = np.array([two.row(i, dataset.origin(i)[0]) for i in range(70)])
     assert np.abs(pairs - wanted).max() < 2e-3, "of three classes the third has all of the rest"
+
+
+def test_an_image_that_cannot_be_used_is_left_out_named_and_counted(
+    dataset: ShardDataset, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ShardDataset.read
+
+    def damaged(self: ShardDataset, i: int) -> Sample:
+        sample = read(self, i)
+        return replace(sample, fields={"jpg": b"no image"}) if i in (3, 40) else sample
+
+    whole = label(dataset, teacher, tmp_path / "whole", HOW)
+    monkeypatch.setattr(ShardDataset, "read", damaged)
+    for k in (None, 2):
+        labels = label(dataset, teacher, tmp_path / f"damaged{k}", replace(HOW, top_k=k))
+        assert [name.split(":")[0] for name in labels.described.left_out] == [
+            "000003 in shard-000000.tar", "000040 in shard-000001.tar",
+        ]  # fmt: skip
+        assert np.allclose(labels.row(3, "000003"), 1 / 3, atol=1e-3)
+        assert np.allclose(labels.row(4, "000004"), whole.row(4, "000004"), atol=1e-3)
+    (labels.folder / "labels.json").unlink()  # the shards are done, and say themselves what is left out
+    assert len(label(dataset, teacher, labels.folder, replace(HOW, top_k=2)).described.left_out) == 2
+    few = replace(teacher, run=replace(teacher.run, data=teacher.run.data.model_copy(update={"max_bad_samples": 1})))
+    with pytest.raises(RunError, match=r"000040 in shard-000001.*at most 1 samples"):
+        label(dataset, few, tmp_path / "few", HOW)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

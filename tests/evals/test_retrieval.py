@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import webdataset
@@ -11,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data_pipeline.datasets.read import open_dataset
+from data_pipeline.batch import Sample
+from data_pipeline.datasets.read import ShardDataset, open_dataset
+from data_pipeline.datasets.selection import Subset
 from data_pipeline.errors import FieldError, SampleError
 from data_pipeline.shards.scan import index_shards
 from pretrain.evals.features.extract import Extraction
@@ -101,6 +105,28 @@ def test_recalls_are_those_of_a_loop(towers: Towers, shards: str, several: bool)
     assert report.data["num_captions"] == sum(map(len, captions))
     assert report.data["num_texts"] == len(order)
     assert report.outcomes.correct.mean() == pytest.approx(report.value / 100)
+
+
+def test_an_image_that_cannot_be_used_is_left_out_with_its_captions(
+    towers: Towers, shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(shards)
+    every = range(dataset.num_samples)
+    few = Subset(dataset, np.array([i for i in every if i != 2]), None)
+    expected = Retrieval(few, JSON).run(towers)
+    read = ShardDataset.read
+
+    def damaged(self: ShardDataset, i: int) -> Sample:
+        sample = read(self, i)
+        return replace(sample, fields={**sample.fields, "jpg": b"no image"}) if i == 2 else sample
+
+    monkeypatch.setattr(ShardDataset, "read", damaged)
+    report = Retrieval(dataset, JSON).run(towers)
+    assert report.data["left_out"] == {"test": 1}
+    assert "000002 in " in report.notes[0]
+    assert report.metrics == expected.metrics
+    assert report.outcomes.keys == expected.outcomes.keys
+    assert report.data["num_texts"] == expected.data["num_texts"]
 
 
 def test_the_first_samples_only(towers: Towers, shards: str) -> None:

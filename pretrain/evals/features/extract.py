@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,10 +20,12 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.readout import OWN, Reader, Readout
 from pretrain.evals.features.store import CacheEntry, FeatureStore, architecture_sha256, joined
 from pretrain.evals.features.store import Features as Features
+from pretrain.monitoring.budgets import too_many_left_out
 from pretrain.runtime.agreement import agree
 from pretrain.runtime.collectives import from_main
 from pretrain.runtime.versions import LIBRARIES, of
 
+NUM_SHOWN = 5  # samples that a note names
 DECODERS_AND_TOWERS = ("simplejpeg", "pillow", "open_clip_torch")
 
 
@@ -46,7 +48,8 @@ class Extraction:
         batch_size: images of one forward pass on this rank.
         precision: of the forward pass; bf16 is autocast. Features are fp32 either way.
         num_workers: loader processes; 0: in this one.
-        max_pixels: an image of more is an error.
+        max_pixels: an image of more cannot be used.
+        max_bad_samples: of a data set that may be left out, as they cannot be used.
         readouts: what is taken of the encoder; evaluations that take one feature take the first.
         rank, world_size: this process among those that judge together; every rank calls `extract`.
     """
@@ -55,6 +58,7 @@ class Extraction:
     precision: Literal["fp32", "bf16"] = "fp32"
     num_workers: int = 0
     max_pixels: int = 50_000_000
+    max_bad_samples: int = 100
     readouts: tuple[Readout, ...] = (OWN,)
     rank: int = 0
     world_size: int = 1
@@ -65,6 +69,8 @@ class Extraction:
     ) -> tuple[Features, ...]:
         """Features of every sample once, in the order of the data set, on the CPU; of each readout.
 
+        Samples that cannot be used are left out, and named in `left_out`.
+
         Args:
             encoder: on the device it is to run on.
             dataset: with labels in [0, num_classes).
@@ -73,9 +79,9 @@ class Extraction:
             label: of the progress line.
 
         Raises:
-            DataError: an image or a label is missing or cannot be used.
+            DataError: the data set lacks images or labels.
             CheckpointError: the encoder does not give one finite vector per image.
-            RunError: not every sample arrived exactly once.
+            RunError: not every sample arrived exactly once, or more than `max_bad_samples` cannot be used.
         """
         total = dataset.num_samples if limit is None else min(limit, dataset.num_samples)
         asked = _ExtractionRequest(encoder, dataset, num_classes, total, label)
@@ -83,7 +89,13 @@ class Extraction:
         if any(len(set(features.keys)) != total for features in found):
             num_keys = len(set(found[0].keys))
             raise RunError(where=label, expected=f"features of {total} samples, each once", found=f"{num_keys} keys")
-        return found
+        num_left_out = len(found[0].left_out)
+        if num_left_out > self.max_bad_samples or num_left_out == total:
+            budget = self.max_bad_samples if num_left_out < total else None
+            one = found[0].left_out[0] if found[0].left_out else None
+            where = f"{label}; {one.file}: {one.key}: {one.reason}" if one else label
+            raise too_many_left_out(where, num_left_out, budget)
+        return tuple(features.kept() for features in found)
 
     def _in_memory(self, asked: _ExtractionRequest) -> tuple[Features, ...]:
         if self.world_size > 1:
@@ -168,10 +180,13 @@ class Extraction:
         )
         reader = Reader(encoder.module, readouts)
         with untouched(encoder.module), full_precision():
-            for (index, _), batch in zip(pieces, track(batches, label=asked.label, total=len(pieces)), strict=True):
+            for (index, rows_of_piece), batch in zip(
+                pieces, track(batches, label=asked.label, total=len(pieces)), strict=True
+            ):
                 labels = torch.full((len(batch),), -1) if batch.labels is None else batch.labels
                 values = self.forward(encoder, reader, batch)
-                keep(index, tuple(Features(value, labels, batch.keys) for value in values))
+                left_out = tuple(replace(one, row=rows_of_piece[one.row]) for one in batch.left_out)
+                keep(index, tuple(Features(value, labels, batch.keys, left_out) for value in values))
 
     def forward(self, encoder: Encoder, reader: Reader, batch: Batch) -> tuple[Tensor, ...]:
         """Each [B, D] fp32 on the CPU."""
@@ -197,6 +212,19 @@ class Extraction:
                 fix="Check that its training did not diverge, or use fp32.",
             )
         return values
+
+
+def left_out_notes(**sets: Features) -> tuple[list[str], dict[str, dict[str, int]]]:
+    """What a report says of samples that were left out, by the name of their set: notes, and counts for its `data`."""
+    notes, counts = [], {}
+    for name, features in sets.items():
+        if found := features.left_out:
+            counts[name] = len(found)
+            shown = "; ".join(f"{one.key} in {one.file}: {one.reason}" for one in found[:NUM_SHOWN])
+            more = f"; and {len(found) - NUM_SHOWN} more" if len(found) > NUM_SHOWN else ""
+            total = len(features) + len(found)
+            notes.append(f"{len(found)} of {total} {name} samples are left out, as they cannot be used: {shown}{more}")
+    return notes, {"left_out": counts} if counts else {}
 
 
 @contextmanager

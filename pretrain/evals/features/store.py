@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.batch import LeftOut
 from data_pipeline.durable import naming, write_text
 from data_pipeline.errors import InputError, RunError
 
@@ -25,17 +26,34 @@ CHUNK = 1024  # samples that are computed, or lost by a stop, together; a store'
 
 @dataclass(frozen=True)
 class Features:
-    """N samples: values [N, D] fp32, labels [N] int64 (all -1 where none were asked for), and their keys."""
+    """N samples: values [N, D] fp32, labels [N] int64 (all -1 where none were asked for), and their keys.
+
+    Attributes:
+        left_out: samples of the data set that cannot be used, by their numbers; `extract` takes them out of the others.
+        numbers: of each sample in the data set, [N] int64; None: 0 to N - 1.
+    """
 
     values: Tensor
     labels: Tensor
     keys: tuple[str, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    numbers: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device) -> Features:
-        return Features(self.values.to(device), self.labels.to(device), self.keys)
+        return replace(self, values=self.values.to(device), labels=self.labels.to(device))
+
+    def kept(self) -> Features:
+        """Without those that are left out."""
+        if not self.left_out:
+            return self
+        mask = torch.ones(len(self), dtype=torch.bool)
+        mask[[one.row for one in self.left_out]] = False
+        numbers = mask.nonzero().flatten()
+        keys = tuple(self.keys[i] for i in numbers.tolist())
+        return Features(self.values[numbers], self.labels[numbers], keys, self.left_out, numbers)
 
 
 def joined(parts: Sequence[Features]) -> Features:
@@ -43,6 +61,7 @@ def joined(parts: Sequence[Features]) -> Features:
         torch.cat([part.values for part in parts]),
         torch.cat([part.labels for part in parts]),
         tuple(key for part in parts for key in part.keys),
+        tuple(one for part in parts for one in part.left_out),
     )
 
 
@@ -84,11 +103,19 @@ class CacheEntry:
         return tuple(range(i, min(i + CHUNK, self.total)) for i in range(0, self.total, CHUNK))
 
     def missing(self) -> list[int]:
-        """Numbers of the chunks that are still to be computed; reads all others."""
+        """Numbers of the chunks that are still to be computed; reads all others.
+
+        One of which samples were left out is tried again: a file may have been out of reach for a while.
+        """
         width, found = None, []
         for number in range(len(self.chunks)):
             record = self._record(number)
-            if record is None or (width is not None and record["width"] != width) or not self._sound(number, record):
+            if (
+                record is None
+                or "left_out" in record
+                or (width is not None and record["width"] != width)
+                or not self._sound(number, record)
+            ):
                 found.append(number)
             else:
                 width = record["width"]
@@ -122,6 +149,8 @@ class CacheEntry:
             "labels": features.labels.tolist(),
             "keys": list(features.keys),
         }
+        if features.left_out:
+            record["left_out"] = [asdict(one) for one in features.left_out]
         write_text(self._record_path(number), json.dumps(record))
 
     def features(self) -> Features:
@@ -143,6 +172,7 @@ class CacheEntry:
             mapped.view(self.total, width),
             torch.tensor([label for record in there for label in record["labels"]], dtype=torch.int64),
             tuple(key for record in there for key in record["keys"]),
+            tuple(LeftOut(**one) for record in there for one in record.get("left_out", [])),
         )
 
     def _gone(self, found: str) -> RunError:
@@ -166,7 +196,8 @@ class CacheEntry:
             record = json.loads(self._record_path(number).read_text("utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
-        return record if isinstance(record, dict) and record.keys() == {"width", "crc32", "labels", "keys"} else None
+        known = isinstance(record, dict) and record.keys() - {"left_out"} == {"width", "crc32", "labels", "keys"}
+        return record if known else None
 
     def _sound(self, number: int, record: Mapping[str, Any]) -> bool:
         rows, width = self.chunks[number], int(record["width"])

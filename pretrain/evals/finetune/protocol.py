@@ -16,7 +16,7 @@ from data_pipeline.errors import InputError, RecipeError, RunError
 from pretrain.checkpoints.checkpoint import module_state, read_state
 from pretrain.evals.classifiers.probes import topk_share
 from pretrain.evals.encoder import Encoder
-from pretrain.evals.features.extract import Extraction
+from pretrain.evals.features.extract import Extraction, left_out_notes
 from pretrain.evals.finetune.config import FinetuneConfig
 from pretrain.evals.finetune.recipe import finetune_recipe, starting_encoder
 from pretrain.evals.result import EvalReport, Evaluator, make_outcomes, make_report
@@ -134,6 +134,7 @@ class Finetune(Evaluator):
         seconds = {"test": perf_counter() - begun}
         if (goodput := read_goodput(run)) is not None:
             seconds |= {f"train_{kind}": value for kind, value in asdict(goodput).items()}
+        said, left_out = left_out_notes(test=logits)
         several = self.task.num_classes >= 10
         report = make_report(
             self.name,
@@ -142,10 +143,10 @@ class Finetune(Evaluator):
             metric="top1",
             further={"top5": 100 * topk_share(logits.values, logits.labels, 5)} if several else {},
             protocol={**self._protocol(recipe, run), "device": encoder.device.type, **start},
-            data=self.task.describe(),
+            data={**self.task.describe(), **left_out},
             seconds=seconds,
             seeds={"finetune": recipe.seed},
-            notes=[*self.task.data_notes(), *_unseen(self.task), *_watched(recipe, self.task)],
+            notes=[*said, *self.task.data_notes(), *_unseen(self.task), *_watched(recipe, self.task)],
             libraries=(*LIBRARIES, "deepspeed"),
         )
         return report, classifier

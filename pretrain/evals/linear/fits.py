@@ -52,7 +52,8 @@ def choose_fit(
 ) -> Fit:
     """The way that the configuration asks for; `splits` has the features of each readout of the extraction."""
     num_classes, device = task.num_classes, encoder.device
-    labels = splits[0].train.labels
+    labels, numbers = splits[0].train.labels, splits[0].train.numbers
+    numbers = torch.arange(len(labels)) if numbers is None else numbers  # in the data set
 
     def values(job: FitRequest) -> list[Tensor]:
         return [splits[i].train.values for i in job.readouts]
@@ -73,7 +74,7 @@ def choose_fit(
         rows = torch.arange(len(labels)) if job.rows is None else job.rows.sort().values
         examples = augmented_examples(
             encoder,
-            Subset(task.train, rows.numpy(), labels[rows].bincount(minlength=num_classes).numpy()),
+            Subset(task.train, numbers[rows].numpy(), labels[rows].bincount(minlength=num_classes).numpy()),
             replace(extraction, readouts=tuple(extraction.readouts[i] for i in job.readouts)),
             augmented_views(encoder, config.crop_scale),
             num_classes=num_classes,

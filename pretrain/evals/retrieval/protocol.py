@@ -13,7 +13,7 @@ from data_pipeline.errors import FieldError, InputError
 from data_pipeline.progress import track
 from data_pipeline.samples.captions import read_captions
 from data_pipeline.samples.config import Captions
-from pretrain.evals.features.extract import Extraction, full_precision
+from pretrain.evals.features.extract import Extraction, full_precision, left_out_notes
 from pretrain.evals.features.pairs import TOWER_LIBRARIES, embed_texts, image_side
 from pretrain.evals.result import EvalReport, make_outcomes, make_report
 from pretrain.evals.retrieval.config import RetrievalConfig
@@ -59,7 +59,7 @@ class Retrieval:
         """Judges frozen towers on the device where they are; neither they nor any random state is changed.
 
         Raises:
-            DataError: an image cannot be decoded, or has no caption.
+            DataError: an image has no caption.
         """
         start = perf_counter()
         texts, pairs = self._texts()
@@ -68,7 +68,11 @@ class Retrieval:
         (features,) = self.extraction.extract(
             image_side(towers), self.test, num_classes=None, limit=self.max_test, label="embeddings of images"
         )
+        said, left_out = left_out_notes(test=features)
         images, device = features.values, towers.device
+        if features.numbers is not None:  # texts of images that were left out go with them
+            pairs, used = _without(pairs, features.numbers)
+            vectors = vectors[used]
         text_ranks = ranks_of_own(images.to(device), vectors.to(device), pairs)
         image_ranks = ranks_of_own(vectors.to(device), images.to(device), pairs.flip(1))[pairs[:, 1]]
         seconds = {"texts": between - start, "images": perf_counter() - between}
@@ -96,9 +100,11 @@ class Retrieval:
             data={
                 "test": {"fingerprint": self.test.fingerprint, "n": len(features), "of": self.test.num_samples},
                 "num_captions": len(pairs),
-                "num_texts": len(texts),
+                "num_texts": len(vectors),
+                **left_out,
             },
             seconds=seconds,
+            notes=said,
             libraries=TOWER_LIBRARIES,
         )
 
@@ -121,6 +127,13 @@ def build(config: RetrievalConfig, extraction: Extraction, open_data: OpenData) 
     """The evaluator of a config, whose data set `open_data` opens."""
     captions = Captions(field=config.caption_field, key=config.caption_key, lines=config.caption_lines)
     return Retrieval(open_data(config.test), captions, max_test=config.max_test, extraction=extraction)
+
+
+def _without(pairs: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The (image, text) pairs of the images `numbers`, counted anew, and the texts that are left, [P', 2] and [T']."""
+    kept = pairs[torch.isin(pairs[:, 0], numbers)]
+    used, texts = torch.unique(kept[:, 1], return_inverse=True)
+    return torch.stack([torch.searchsorted(numbers, kept[:, 0].contiguous()), texts], dim=1), used
 
 
 def ranks_of_own(queries: Tensor, candidates: Tensor, pairs: Tensor, *, chunk: int | None = None) -> Tensor:

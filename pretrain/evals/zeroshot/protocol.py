@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.errors import FieldError, InputError
 from data_pipeline.text_files import read_text
-from pretrain.evals.features.extract import Extraction, full_precision
+from pretrain.evals.features.extract import Extraction, full_precision, left_out_notes
 from pretrain.evals.features.neighbors import nearest
 from pretrain.evals.features.pairs import TOWER_LIBRARIES, embed_texts, image_side
 from pretrain.evals.result import EvalReport, make_outcomes, make_report
@@ -140,6 +140,7 @@ class ZeroShot:
         seconds = {"texts": between - start, "images": perf_counter() - between}
         with full_precision():
             ranked = nearest(features.values @ classifier.T, min(5, len(classes)))[1]
+        said, left_out = left_out_notes(test=features)
         hits = ranked == features.labels.unsqueeze(1)
         top1 = hits[:, 0].double()
         further = {"mean_per_class": 100 * mean_per_class(top1, features.labels)}
@@ -170,9 +171,10 @@ class ZeroShot:
                 },
                 "num_classes": len(classes),
                 "classes": list(classes),
+                **left_out,
             },
             seconds=seconds,
-            notes=[*untested(features.labels, len(classes)), *_alike(classes)],
+            notes=[*said, *untested(features.labels, len(classes)), *_alike(classes)],
             libraries=TOWER_LIBRARIES,
         )
 
