@@ -21,11 +21,10 @@ from pretrain.engine.engine import Engine
 from pretrain.objectives.kinds import build_objective
 from pretrain.objectives.mae.config import MaeConfig
 from pretrain.optim.adamw.config import AdamW
-from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import EngineConfig, Model
 from pretrain.runtime.collectives import World, process_group
 from pretrain.runtime.state import Progress, RunState
-from tests.benchmarks.bench_step import RECIPE, blank_batch, engine_of
+from tests.benchmarks.bench_step import benched, blank_batch, engine_of
 
 STALL_GOAL = 1.5
 STEPS = 40  # of a run; one of them saves
@@ -76,8 +75,7 @@ def _stall(rounds: int) -> list[str]:
 
 def _slowdown(rounds: int) -> list[str]:
     """A run with one save against the same steps without."""
-    recipe = load_recipe(RECIPE)
-    engine = engine_of(recipe, 1, 256, World())
+    engine = engine_of(benched(), 1, 256, World())
     batch = blank_batch(engine.objective, 256)
     ratios, seconds = [], []
     with tempfile.TemporaryDirectory() as folder:

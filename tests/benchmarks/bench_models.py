@@ -60,7 +60,7 @@ def run(recipe: Recipe, batch_size: int, device: torch.device, rounds: int, step
         if recipe.objective.kind == "mae":
             contestants["timm, supervised"] = _timm(recipe, batch_size, device)
         for name, options in VARIANTS.items():
-            contestants[name] = _ours(recipe, batch_size, device, EngineConfig(**options))
+            contestants[name] = _ours(recipe, batch_size, device, EngineConfig(precision="bf16", **options))
         for contestant in contestants.values():
             for _ in range(3):
                 contestant.step()  # what is made once, and compiled

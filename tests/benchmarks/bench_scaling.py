@@ -13,10 +13,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from pretrain.recipe.files import load_recipe
 from pretrain.runtime.collectives import World
 from pretrain.runtime.state import Progress
-from tests.benchmarks.bench_step import RECIPE, blank_batch, engine_of
+from tests.benchmarks.bench_step import benched, blank_batch, engine_of
 from tests.ranks import run_ranks
 
 GOAL = 1.8
@@ -48,7 +47,7 @@ def run(rounds: int = 5) -> list[list[str]]:
 def _images_per_second(world: World, cores: list[int]) -> float:
     os.sched_setaffinity(0, {cores[world.rank]})
     torch.set_num_threads(1)
-    engine = engine_of(load_recipe(RECIPE), STAGE, BATCH, world)
+    engine = engine_of(benched(), STAGE, BATCH, world)
     batch = blank_batch(engine.objective, BATCH)
     engine.step([batch], Progress(0, 1, 0), 1e-4)
     dist.barrier()

@@ -88,6 +88,7 @@ def recipe(kind: str) -> Recipe:
             "optim": {"base_lr": 1e-3},
             "schedule": {"steps": 10},
             "batch": {"global_size": 8},
+            "engine": {"precision": "fp32"},
         }
     )  # fmt: skip
 

@@ -48,6 +48,7 @@ def recipe(kind: str = "mae") -> Recipe:
             "optim": {"base_lr": 1e-3},
             "schedule": {"steps": 10},
             "batch": {"global_size": 8},
+            "engine": {"precision": "fp32"},
         }
     )
 
