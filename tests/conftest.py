@@ -6,6 +6,7 @@ needs a browser in `tests/browser`, both for `make test-cluster`; `tests/drills`
 
 import importlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The same examples in every run, and as many of them on a slow machine: what passes does not depend on the day.
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")
+
+
+def pytest_configure() -> None:
+    """Signals do what they do to a program in the foreground: nohup and shells have those ignored that run behind them,
+    every process that a test starts would inherit it, and what stops a command would not stop it."""
+    for signum in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
