@@ -32,13 +32,13 @@ def pretrain(*words):
     print("ended:", words[0], status or 0, flush=True)
 
 for split, samples in (("train", "32"), ("test", "16")):
-    pretrain("data", "make", "fractals", f"data/fractals/{split}", "--samples", samples, "--size", "32",
-             "--classes", "4", "--split", split, "--workers", "1")
+    pretrain("data", "make", "fractals", f"data/six/{split}", "--samples", samples, "--size", "32",
+             "--classes", "6", "--split", split, "--workers", "1")
 pretrain("train", "configs/recipes/cpu/mae_fractals.yaml", "--max-steps", "2")
 pretrain("train", str(demo.RECIPE), "--max-steps", "2", "--set=batch.global_size=8", "--set=logging.tensorboard=false")
-data = ["--train", "data/fractals/train", "--test", "data/fractals/test"]
-pretrain("eval", "knn", "runs/mae_fractals", *data, "--k", "5")
-pretrain("report", "runs/mae_fractals")
+data = ["--train", "data/six/train", "--test", "data/six/test"]
+pretrain("eval", "knn", "runs/simclr_fractals", *data, "--k", "5")
+pretrain("report", "runs/simclr_fractals")
 with copied_code(Path("code")):
     pass
 modules = [module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] in PACKAGES]
@@ -101,9 +101,9 @@ def test_it_works_outside_a_checkout(wheel: Path, tmp_path: Path) -> None:
     assert lines[-2:] == ["from elsewhere: []", "commit: None"]
     installed = site / "pretrain" / "configs" / "recipes" / "cpu" / "mae_fractals.yaml"
     assert f"No such file or directory. The one that comes with pretrain is {installed}." in done.stderr
-    run = folder / "runs" / "mae_fractals"
+    run = folder / "runs" / "simclr_fractals"
     assert (run / "encoder" / "model.safetensors").is_file()
     assert len(list((run / "evals").glob("*.json"))) == 1
-    assert "mae_fractals" in (run / "report.html").read_text()
+    assert "simclr_fractals" in (run / "report.html").read_text()
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert files(folder / "code", ".py", ".j2", ".yaml", ".txt", ".md") == held, "a job's copy is all that is installed"

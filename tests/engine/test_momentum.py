@@ -255,7 +255,7 @@ def test_weights_of_init_from_are_those_that_the_target_starts_from(tmp_path: Pa
         state = {name.removeprefix("encoder."): t for name, t in given.state_dict().items() if name[:2] == "en"}
         save_file(state, file)
         objective = built("byol")
-        notes = _initialize(objective, file, World())
+        notes = _initialize(objective, file, World(), ignore=())
         found = objective.state_dict()
         for name, value in state.items():
             assert torch.equal(found[f"encoder.{name}"], value)

@@ -172,8 +172,11 @@ def test_the_ranks_are_given_the_recipe(
     recipe = finetune_recipe(encoder, FinetuneConfig(train="t", test=""), num_classes=3, start=tmp_path)
     seen: list[object] = []
 
-    def launch(arguments: list[str], num_ranks: int, threads: int | None, passed_on: dict[int, int]) -> int:
-        assert (passed_on.get(signal.SIGTERM) == signal.SIGUSR2) == in_a_job, "a job's word to every process of it"
+    def launch(
+        arguments: list[str], num_ranks: int, threads: int | None, passed_on: dict[int, int], second_ends: bool
+    ) -> int:
+        assert second_ends != in_a_job, "schedulers repeat their word"
+        assert passed_on[signal.SIGTERM] == signal.SIGUSR2, "whoever stops us may have told every process of ours"
         seen.extend([load_recipe(arguments[0]), *arguments[1:], num_ranks])
         return status
 
