@@ -42,7 +42,8 @@ class PretrainError(Exception):
         super().__init__(where, expected, found, fix)  # as given, so that it survives pickling
 
     def __str__(self) -> str:
-        text = f"{self.where}: expected {self.expected}, found {self.found}."
+        end = "" if self.found.endswith(".") else "."  # words of a library may be a sentence
+        text = f"{self.where}: expected {self.expected}, found {self.found}{end}"
         return visible(f"{text} {self.fix}" if self.fix else text, lines=True)
 
 

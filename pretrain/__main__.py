@@ -52,9 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pretrain import run  # after all that needs none of it: loading torch takes seconds
 
         out = options.out or default_out(recipe)
-        _tell(
-            f"starting: checking {recipe.name} and {out}, building the model; the first step takes longer than others"
-        )
+        folder = run.output_folder(out, options.overfit_batch)
+        _tell(f"starting: checking {recipe.name} and {folder}, building the model; the first step takes longer")
         whole = run.run(
             recipe,
             out,

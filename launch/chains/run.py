@@ -16,6 +16,7 @@ from launch.chains.check import Evaluations, check_chain
 from launch.chains.config import stage_words
 from launch.chains.folder import ChainFolder
 from launch.ranks.child import run_command
+from pretrain.monitoring.log import evaluated
 from pretrain.runtime.failure import read_failure
 from pretrain.runtime.signals import STOPPED
 
@@ -70,7 +71,7 @@ def _results(chain: ChainFolder) -> Iterator[str]:
         if stage.train is not None and (path / "metrics.jsonl").is_file():
             lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
             values = {k: v for line in lines for k, v in line.items() if k.startswith("val/")}
-            yield f"{stage.name}: " + (", ".join(f"{k} {v:.4f}" for k, v in values.items()) or "trained")
+            yield f"{stage.name}: " + (", ".join(f"{k} {evaluated(k, v)}" for k, v in values.items()) or "trained")
         elif stage.evaluate is not None:
             report = json.loads(path.read_text())
             yield f"{stage.name}: {report['metric']} {report['value']:.2f} %"

@@ -40,8 +40,8 @@ app.command(
 
 @app.command(epilog=examples("pretrain eval compare runs/a/evals/knn-encoder-1f.json runs/b/evals/knn-encoder-3c.json"))
 def compare(
-    a: Annotated[Path, typer.Argument(help="A report of `pretrain eval`.")],
-    b: Annotated[Path, typer.Argument(help="Another, on the same test samples.")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="A report of `pretrain eval`.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another, on the same test samples.")],
 ) -> None:
     """The difference A - B with its 95 % interval: over the seeds both have, else paired sample by sample."""
     from rich.table import Table

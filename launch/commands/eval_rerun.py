@@ -40,7 +40,7 @@ class OwnPlaces:
 @grouped
 def rerun(
     context: typer.Context,
-    result: Annotated[Path, typer.Argument(help="A report of `pretrain eval`; its .json alone will do.")],
+    result: Annotated[Path, typer.Argument(metavar="RESULT", help="A report of `pretrain eval`; the .json will do.")],
     places: OwnPlaces,
     out: Annotated[
         Path | None, typer.Option("--out", help="The new report (.json). Default: beside it, RESULT.rerun.json.")

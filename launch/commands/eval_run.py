@@ -105,7 +105,7 @@ def keep(report: EvalReport, run: Path | None, out: Path | None, context: typer.
 
 
 def print_report(report: EvalReport) -> None:
-    """A table of what was measured, each with what guessing gives and its 95 % interval; and the notes."""
+    """A table of what was measured, the metric that counts first, each with chance and 95 % interval; and the notes."""
     from rich.table import Table
 
     from launch.terminal import chance_text, columns, interval_text, terminal
@@ -113,7 +113,7 @@ def print_report(report: EvalReport) -> None:
     console = terminal()
     names = columns("metric", "%", "95 % interval", "chance", "n")
     table = Table(*names, title=f"{report.evaluator}: {result_label(report)}", title_justify="left")
-    for name, value in report.metrics.items():
+    for name, value in sorted(report.metrics.items(), key=lambda metric: metric[0] != report.metric):
         told = (interval_text(report, name), chance_text(report, name), str(report.n))
         table.add_row(name, f"{value:.2f}", *told, style="bold" if name == report.metric else None)
     console.print(table)

@@ -23,7 +23,8 @@ app = command_app()
     epilog=examples(
         "pretrain submit configs/recipes/mae_vit_b16.yaml --cluster configs/cluster/gpu.yaml --nodes 4",
         "pretrain submit configs/recipes/mae_vit_b16.yaml --cluster configs/cluster/gpu.yaml --dry-run",
-        "pretrain submit configs/recipes/cpu/mae_cifar10.yaml --cluster configs/cluster/two_nodes.yaml --local",
+        "pretrain submit configs/recipes/cpu/mae_cifar10.yaml --cluster configs/cluster/two_nodes.yaml --nodes 1 "
+        "--local",
     )
 )
 def submit(

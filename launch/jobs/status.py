@@ -90,8 +90,10 @@ def _runs_in(folder: Path, depth: int) -> list[Path]:
 
 def run_status(run: Path, job: JobRecord | None, queue: dict[str, str] | None) -> Status:
     """Returns the status of one run; `queue` as `job_states` gives it."""
-    state, plan, (step, rate) = find_state(run, job, queue), planned(run), _last_logged(run)
+    state, plan, (logged, rate) = find_state(run, job, queue), planned(run), _last_logged(run)
     newest = newest_checkpoint(run)
+    saved = None if newest is None else step_of(newest)
+    step = max((done for done in (logged, saved) if done is not None), default=None)
     eta = None
     if state in _LEFT_TO_DO and rate and plan.total_steps and plan.global_size:
         eta = max(0, plan.total_steps - (step or 0)) * plan.global_size / rate
@@ -103,7 +105,7 @@ def run_status(run: Path, job: JobRecord | None, queue: dict[str, str] | None) -
         samples_per_second=rate,
         goodput=productive_share(run, state),
         eta_seconds=eta,
-        checkpoint_step=None if newest is None else step_of(newest),
+        checkpoint_step=saved,
         checkpoint_age_seconds=None if newest is None else _age(newest / COMPLETE),
         requeues=None if job is None else job.requeues,
         error=_error(run, job) or _left_with_slurm(state, job),

@@ -174,7 +174,7 @@ def _initialize(objective: Objective, path: Path, world: World, ignore: Sequence
     left_out = [note_on_ignored(ignored)] if ignored else []
     return (
         f"taken from {path}: {_listed(taken)}",
-        f"new, as initialised: {_listed(own.keys() - taken)}",
+        f"new, as initialized: {_listed(own.keys() - taken)}",
         f"left behind: {_listed(stored.keys() - taken)}",
         *left_out,
         *follow,

@@ -158,12 +158,15 @@ def evaluation_line(step: int, values: Mapping[str, float]) -> str:
         values: by name. The validation set's, `val/...`, are losses and shares; those of protocols are percent.
     """
 
-    def shown(name: str, value: float) -> str:
-        if not name.startswith("val/"):
-            return f"{value:.2f}%"
-        return f"{value:.2%}" if re.search(r"(^|[/_])(top\d+|accuracy)", name) else f"{value:.4f}"
+    return "  ".join([f"step {step}", *(f"{name} {evaluated(name, value)}" for name, value in values.items())])
 
-    return "  ".join([f"step {step}", *(f"{name} {shown(name, value)}" for name, value in values.items())])
+
+def evaluated(name: str, value: float) -> str:
+    """What an evaluation found, as `evaluation_line` shows it."""
+    if not name.startswith("val/"):
+        return f"{value:.2f}%"
+    is_share = re.search(r"(^|[/_])(top\d+|accuracy|image_to_text|text_to_image)", name)
+    return f"{value:.2%}" if is_share else f"{value:.4f}"
 
 
 def _duration(seconds: float) -> str:

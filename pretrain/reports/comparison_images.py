@@ -47,10 +47,10 @@ def look(dataset: str, by_encoder: Mapping[str, EvalReport], load: Load) -> Imag
     try:
         train, test = _opened(arguments.get("train")), _opened(arguments.get("test"))
     except PretrainError as error:
-        return ImageComparison(dataset, "", skipped=[f"neighbours and features: {error}"])
+        return ImageComparison(dataset, "", skipped=[f"neighbors and features: {error}"])
     if test is None:
         return ImageComparison(
-            dataset, "", skipped=["neighbours and features: the reports do not say where their images are"]
+            dataset, "", skipped=["neighbors and features: the reports do not say where their images are"]
         )
     import torch  # only where there are images: a comparison of numbers alone needs no model
 
@@ -59,7 +59,7 @@ def look(dataset: str, by_encoder: Mapping[str, EvalReport], load: Load) -> Imag
     about = [f"Features of {min(NUM_POINTS, test.num_samples):,} of {test.num_samples:,} test images"]
     if train is not None:
         pool_size = min(BANK_SIZE, train.num_samples)
-        about.append(f"neighbours among {pool_size:,} of {train.num_samples:,} training images")
+        about.append(f"neighbors among {pool_size:,} of {train.num_samples:,} training images")
     found = ImageComparison(dataset, f"{', '.join(about)}, each from all over their order.")
     queries = np.linspace(0, min(NUM_POINTS, test.num_samples) - 1, NUM_QUERIES).round().astype(int).tolist()
     rows: list[dict[str, list[Picture]]] = [{} for _ in queries]
@@ -71,14 +71,14 @@ def look(dataset: str, by_encoder: Mapping[str, EvalReport], load: Load) -> Imag
             seen = look_at(encoder, test, NUM_POINTS, max_pixels=_MAX_PIXELS, label=told)
             found.axes.append(_axes(name, seen, test))
             if train is not None:
-                told = f"{name}: neighbours in {dataset}"
+                told = f"{name}: neighbors in {dataset}"
                 pool = look_at(encoder, train, BANK_SIZE, max_pixels=_MAX_PIXELS, label=told)
                 near_by = nearest_pictures(seen, queries, pool, train, NUM_NEIGHBOURS)
                 for row, near in zip(rows, near_by, strict=True):
                     row[name] = near
                 asked = asked or shown(seen, queries, test)
         except (PretrainError, torch.OutOfMemoryError) as error:
-            found.skipped.append(f"neighbours and features of {name}: {error}")
+            found.skipped.append(f"neighbors and features of {name}: {error}")
     found.neighbours.extend(Neighbors(query, row) for query, row in zip(asked, rows, strict=False))
     return found
 

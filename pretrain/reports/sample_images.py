@@ -121,7 +121,7 @@ def neighbours(
     rows: list[dict[str, list[Picture]]] = []
     asked: list[Picture] = []
     for name, encoder in encoders.items():
-        pool = look_at(encoder, bank, bank_size, max_pixels=max_pixels, label=f"neighbours: {name}")
+        pool = look_at(encoder, bank, bank_size, max_pixels=max_pixels, label=f"neighbors: {name}")
         seen = look_at(encoder, queries, max(num_queries, num_rated), max_pixels=max_pixels, label=f"queries: {name}")
         chosen = of_several_classes(seen.features.labels.tolist(), num_queries)
         asked, rows = shown(seen, chosen, queries), rows or [{} for _ in chosen]

@@ -11,13 +11,18 @@ import pytest
 from safetensors.numpy import save_file
 
 from data_pipeline.durable import durable_file, naming
-from data_pipeline.errors import InputError, plain, storage_error
+from data_pipeline.errors import InputError, PretrainError, plain, storage_error
 
 
 def test_error_numbers_and_addresses_are_left_out() -> None:
     told = str(InputError("x", "an image", "FileNotFoundError: [Errno 2] No such file or directory: 'y'"))
     assert told == "x: expected an image, found FileNotFoundError: No such file or directory: 'y'."
     assert plain("cannot identify image file <_io.BytesIO object at 0x7f3a1c0>") == "cannot identify image file"
+
+
+def test_a_sentence_of_a_library_ends_once() -> None:
+    assert str(PretrainError("x", "y", "No key. Log in.", "Do it.")) == "x: expected y, found No key. Log in. Do it."
+    assert str(PretrainError("x", "y", "z")) == "x: expected y, found z."
 
 
 @pytest.mark.parametrize(

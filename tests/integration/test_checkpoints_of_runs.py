@@ -226,7 +226,7 @@ def test_init_from_takes_the_encoder_and_says_so(shards: Path, finished: Path, t
     log = train(supervised, tmp_path / "run", 2, "engine.zero_stage=3")
     expected = module_state(newest, "encoder.")
     assert f"taken from {path}: {len(expected)} of encoder" in log
-    assert "new, as initialised: 2 of head" in log
+    assert "new, as initialized: 2 of head" in log
     left = "left behind: nothing" if "encoder" in source else "of decoder"
     assert left in log
     found = module_state(complete_checkpoints(tmp_path / "run" / "checkpoints")[-1], "encoder.")

@@ -75,7 +75,7 @@ def test_a_run_goes_on_to_the_bit_and_its_towers_are_whole(
     locked = recipe(tmp_path / "l.yaml", shards, kind, beside_timm, init_from=str(run / "encoder"), name="locked")
     log = train(locked, tmp_path / "locked", 1, "objective.lock_image=true", "engine.zero_stage=3", "ema=null")
     assert "left behind: nothing" in log
-    assert "new, as initialised: nothing" in log
+    assert "new, as initialized: nothing" in log
     after = load_towers(str(tmp_path / "locked")).module.state_dict()
     for name, tensor in found.module.state_dict().items():
         assert torch.equal(tensor, after[name]) == name.startswith("encoder."), name

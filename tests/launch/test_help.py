@@ -54,6 +54,20 @@ def test_no_placeholder_is_left(words: str) -> None:
 
 
 @pytest.mark.parametrize("words", ALL)
+def test_arguments_have_one_name(words: str) -> None:
+    usage, _, rest = told(words).partition("\n\n")
+    listed = rest.partition("Arguments:")[2].partition("Options:")[0]
+    for argument in usage.replace("\n", " ").split("[OPTIONS]")[1].split():
+        name = argument.strip("[].")
+        assert name in {"COMMAND", "ARGS"} or re.search(rf"^  {re.escape(name)} ", listed, re.MULTILINE), argument
+
+
+def test_the_job_that_is_run_here_is_one_of_one_node() -> None:
+    for line in (line for words in ALL for line in examples(words) if "--local" in line.split()):
+        assert "--nodes 1" in line, line
+
+
+@pytest.mark.parametrize("words", ALL)
 def test_files_of_the_configs_that_are_named_are_there(words: str) -> None:
     for path in re.findall(r"\bconfigs/[\w./*-]*[\w*]", told(words)):
         assert list(ROOT.glob(path)), path

@@ -200,6 +200,11 @@ def test_goodput_of_a_run_that_waits_falls(tmp_path: Path) -> None:
     assert 0 < waiting < 0.6 * over
 
 
+def test_steps_between_the_last_logged_one_and_a_save_count(tmp_path: Path) -> None:
+    """A run that is asked to stop saves where it is, which is seldom a step that is logged."""
+    assert run_status(make_run(tmp_path / "run", logged=20, saved=24), None, {}).step == 24
+
+
 def test_a_torn_checkpoint_does_not_count(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", logged=20, saved=15)
     (run / "checkpoints" / "step_00000020").mkdir()

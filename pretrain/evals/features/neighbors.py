@@ -166,7 +166,7 @@ def _candidates(
     asked = queries.unit(out=torch.empty(queries.values.shape, device=device))
     slices, parts = list(_parts(len(bank), tile[1])), list(_parts(len(queries), tile[0]))
     tiles = product(slices, parts)
-    for here, part in track(tiles, label="neighbours", total=len(slices) * len(parts)) if shown else tiles:
+    for here, part in track(tiles, label="neighbors", total=len(slices) * len(parts)) if shown else tiles:
         if part.start == 0:
             bank[here].unit(out=unit)
         shape = part.stop - part.start, here.stop - here.start
@@ -252,7 +252,7 @@ def _search_in_fp64(bank: Vectors, queries: Vectors, k: int, tile: tuple[int, in
     slices, parts = list(_parts(len(bank), max(1, tile[1] // 2))), list(_parts(len(queries), tile[0]))
     tiles = product(slices, parts)
     asked, unit = queries.double(), queries.norms[:0]
-    label = f"neighbours in fp64, of {len(queries)} queries"
+    label = f"neighbors in fp64, of {len(queries)} queries"
     for here, part in track(tiles, label=label, total=len(slices) * len(parts)) if shown else tiles:
         if part.start == 0:
             unit = bank[here].double()

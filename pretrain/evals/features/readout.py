@@ -159,7 +159,7 @@ def _check(trunk: nn.Module, readout: Readout) -> None:
     if readout.pooling == "mean" and not _pools_last_map(trunk):
         raise InputError(
             where="--pooling",
-            expected=f"own, as {type(trunk).__name__} makes more of its last map than a normalised mean",
+            expected=f"own, as {type(trunk).__name__} makes more of its last map than a normalized mean",
             found=readout.pooling,
         )
     if not 1 <= readout.blocks <= (count := _num_blocks(trunk)):

@@ -49,7 +49,7 @@ def from_open_clip(
     if (weights is not None and random_init) or not (weights or random_init or tag):
         raise InputError(
             where=spec,
-            expected="a local file of weights, random initialisation, or the tag of published weights",
+            expected="a local file of weights, random initialization, or the tag of published weights",
             found="the first two" if random_init else "none of them",
             fix=f"Add one of them: --weights FILE, --random-init, or {name}:TAG.",
         )
