@@ -54,7 +54,7 @@ def verify(shards: Shards, max_pixels: MaxPixels = 50_000_000, workers: Workers 
             where=shards,
             expected="a dataset without a fault",
             found=f"{len(found.faults):,} (listed above)",
-            fix="Copy the shards again, or make them again.",
+            fix="Copy the shards again; or mend the images they were made of, and make them again.",
         )
     size = f"{shards_text(found.num_shards)}, {megabytes(found.num_bytes)}"
     print(f"{shards}: sound; {found.num_samples:,} samples in {size}")

@@ -79,6 +79,8 @@ def test_the_table_and_the_report_have_them(folders: Folders, tmp_path: Path, wo
         assert low <= report.metrics[name] <= high
         row = next(line for line in said.splitlines() if re.search(rf"│ {name} ", line))
         assert f"{low:.2f} to {high:.2f} │ {told['chance'][name]:.2f}" in re.sub(" +", " ", row)
+    first = next(line for line in said.splitlines() if line.startswith("│ "))
+    assert first.split()[1] == report.metric, "what is compared stands first"
     assert told["chance"][report.metric] == 10, "of ten classes"
     compared = re.sub(" +", " ", evaluate("compare", str(out), str(out)).stdout)
     low, high = told["intervals"][report.metric]

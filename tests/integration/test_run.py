@@ -44,7 +44,8 @@ def test_torchrun_starts_the_same_run(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_overfit_batch_learns_one_batch_and_leaves_the_run_alone(recipe: Path, tmp_path: Path) -> None:
-    pretrain("train", recipe, "--out", tmp_path / "run", "--overfit-batch", "--set", "schedule.steps=60")
+    done = pretrain("train", recipe, "--out", tmp_path / "run", "--overfit-batch", "--set", "schedule.steps=60")
+    assert f"and {tmp_path / 'run-overfit'}, building" in done.stderr
     found = losses(tmp_path / "run-overfit")
     assert found[60] < 0.8 * found[1]
     assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.durable import append_line
 from data_pipeline.errors import InputError, RecipeError, RunError
 from launch import cli
 from launch.chains import check as chain_check
@@ -90,13 +91,17 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_stages_follow_one_another_once(tmp_path: Path, shards: Path, out: Path, ran: list[str]) -> None:
+def test_stages_follow_one_another_once(
+    tmp_path: Path, shards: Path, out: Path, ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_chain(tmp_path, tree_of(tmp_path, shards))
     assert run_chain(path, out, 1) == 0
     assert ran == ["few", "teacher", "labels", "chosen", "student"]
     assert sorted(losses(out / "student")) == [1, 2, 3, 4]
+    append_line(out / "student" / "metrics.jsonl", {"step": 4, "val/loss": 1.5, "val/top1": 0.25})
     ran.clear()
     assert run_chain(path, out, 2) == 0, "with another number of processes too"
+    assert "student: val/loss 1.5000, val/top1 25.00%" in capsys.readouterr().out
     assert ran == []
     (out / "chosen.select").unlink()
     with pytest.raises(InputError, match=r"chosen\.select"):
