@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from tests.drills.field import Fate, Kind, Picture
@@ -26,6 +26,10 @@ def account(
         assert (strange, missing) == (set(), set()), fates
         assert len(names) == len(expected[fates]), f"named twice: {fates}"
     assert sum(map(len, found.values())) == len(pictures)
+
+
+def without(names: Iterable[str], others: Collection[str]) -> list[str]:
+    return [name for name in names if name not in others]
 
 
 def samples(folder: Path) -> dict[str, dict[str, bytes]]:

@@ -30,6 +30,7 @@ class Fate(Enum):
 
     TAKEN = "taken"
     HALF = "half"  # its header is sound, so that only decoding it tells
+    SILENT = "without a caption"  # the picture is whole, and of use where captions are not asked for
     REFUSED = "refused"  # its first bytes say that it cannot be used
 
 
@@ -159,7 +160,8 @@ FOLDER = {
 }
 # img2dataset that is told not to resize keeps the bytes of any format under the name .jpg.
 TARS = {
-    "baseline": Kind(140, ".jpg", JPEG, loss=12),
+    "baseline": Kind(130, ".jpg", JPEG, loss=12),
+    "without a caption": Kind(10, ".jpg", JPEG, Fate.SILENT),
     "progressive": Kind(40, ".jpg", PROGRESSIVE, loss=12),
     "png": Kind(16, ".jpg", PNG),
     "webp": Kind(16, ".jpg", WEBP, loss=12),
@@ -239,7 +241,7 @@ def write_tars(folder: Path, pictures: Sequence[Picture], *, start_again: bool) 
             for i, picture in enumerate(pictures[shard::2]):
                 key = f"{i:09d}" if start_again else f"{name}{2 * i:04d}"  # a download that failed leaves a gap
                 placed[f"{name}.tar/{key}"] = picture
-                text = caption(picture.number)
+                text = "" if TARS[picture.kind].fate is Fate.SILENT else caption(picture.number)
                 record = {"key": key, "status": "success", "caption": text, "width": 128, "exif": "{}"}
                 for field, data in (
                     ("jpg", picture.data),

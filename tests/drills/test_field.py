@@ -23,13 +23,14 @@ from data_pipeline.shards.load_manifest import load_manifest
 from pretrain.evals.result import EvalReport
 from tests.commands import Done, pretrain
 from tests.drills import field
-from tests.drills.accounts import account, image, key, lines, named, samples
+from tests.drills.accounts import account, image, key, lines, named, samples, without
 from tests.drills.field import CLASSES, FOLDER, STRANGERS, TARS, Fate, Kind, Photographs, Picture
 from tests.objectives import towers
 from tests.runs import write_recipe
 from tests.test_readme import readme_commands
 
 USABLE, UNUSABLE = (Fate.TAKEN,), (Fate.HALF, Fate.REFUSED)
+UNPAIRED = (*UNUSABLE, Fate.SILENT)  # of no use where captions are learned
 SMALL = 80  # pixels, fewer than any side has
 GONE = "eft/gone.jpg"  # in the table alone
 
@@ -139,7 +140,7 @@ def test_verify_names_the_halves_and_stats_pass_them_over(place: Place, converte
     assert len(done.stdout.splitlines()) == len(faults)
     account(
         place.photos, FOLDER,
-        {(Fate.HALF,): faults, (Fate.TAKEN,): [n for n in names.values() if n not in faults],
+        {(Fate.HALF,): faults, (Fate.TAKEN,): without(names.values(), faults),
          (Fate.REFUSED,): lines(converted.stdout, LEFT_OUT)},
     )  # fmt: skip
     assert f"found {len(faults)} (listed above). The shards are whole" in done.stderr
@@ -168,8 +169,9 @@ def test_tars_are_converted_and_every_sample_accounted_for(place: Place) -> None
     laion = place("data convert laion data/laion --skip-bad --caption-field json:caption")
     for done, pictures, out in ((again, place.downloads, "again"), (laion, place.laion, "laion")):
         taken = named(pictures, TARS, place.folder / "data" / out)
-        refused = [name.replace(".tar: ", ".tar/").removesuffix(".jpg") for name in lines(done.stdout, LEFT_OUT)]
-        account(pictures, TARS, {(Fate.TAKEN, Fate.HALF): list(taken), (Fate.REFUSED,): refused})
+        left_out = lines(done.stdout, r"left out: (\d+\.tar: \d+)\.\w+: expected ")
+        refused = [name.replace(": ", "/") for name in left_out]
+        account(pictures, TARS, {(Fate.TAKEN, Fate.HALF): list(taken), (Fate.REFUSED, Fate.SILENT): refused})
         for name, sample in taken.items():
             text = field.caption(pictures[name].number)
             assert sample["txt"].decode() == (text if out == "again" else " ".join(text.split()))
@@ -223,15 +225,14 @@ def test_training_replaces_the_halves_and_evaluations_leave_them_out(place: Plac
     refused = lines(converted.stdout, LEFT_OUT)
     account(
         place.photos, FOLDER,
-        {(Fate.HALF,): half, (Fate.TAKEN,): [n for n in stands.values() if n not in half], (Fate.REFUSED,): refused},
+        {(Fate.HALF,): half, (Fate.TAKEN,): without(stands.values(), half), (Fate.REFUSED,): refused},
     )  # fmt: skip
     assert instead.isdisjoint(half)
     assert (values["bad_samples"], values["samples_seen"]) == (len(half), len(stands))
     left_out = lines(log, r"validation leaves .* in (.*) of data\.val out: ")
     assert values["val/left_out"] == len(left_out)
     assert values["knn/left_out"] == len(left_out) + len(half)
-    whole = [name for name in place.photos if name not in left_out]
-    account(place.photos, FOLDER, {USABLE: whole, UNUSABLE: left_out})
+    account(place.photos, FOLDER, {USABLE: without(place.photos, left_out), UNUSABLE: left_out})
     (inline,) = (place.folder / "runs/mae/evals").glob("knn*.json")
     check_outcomes(place, EvalReport.load(inline), len(half))
     place("eval knn runs/mae --train data/photos --test photos --nproc 2 --out knn.json")
@@ -244,7 +245,7 @@ def check_outcomes(place: Place, report: EvalReport, num_half: int) -> None:
     judged = [names[k] for k in report.outcomes.keys]
     counted = report.data["left_out"]
     assert counted == {"train": num_half, "test": len(place.photos) - len(judged)}
-    account(place.photos, FOLDER, {USABLE: judged, UNUSABLE: [name for name in place.photos if name not in judged]})
+    account(place.photos, FOLDER, {USABLE: judged, UNUSABLE: without(place.photos, judged)})
     assert [CLASSES[label] for label in report.outcomes.labels] == [place.photos[name].label for name in judged]
 
 
@@ -255,7 +256,7 @@ def test_captions_are_learned_from_tars_as_they_lie(place: Place) -> None:
     for name, pictures in (("downloads", place.downloads), ("laion", place.laion)):
         found = lines(place("data verify", name, status=2).stdout, r"(\d+\.tar, \d+): \.jpg: expected ")
         faults = [fault.replace(", ", "/") for fault in found]
-        account(pictures, TARS, {UNUSABLE: faults, USABLE: [n for n in pictures if n not in faults]})
+        account(pictures, TARS, {UNUSABLE: faults, (Fate.TAKEN, Fate.SILENT): without(pictures, faults)})
     recipe = write_recipe(
         place.folder / "clip.yaml", "",
         data={"train": "downloads", "val": "laion", "views": {"flip": 0.0}, "read_streams": 2},
@@ -267,14 +268,14 @@ def test_captions_are_learned_from_tars_as_they_lie(place: Place) -> None:
     place("train", recipe, "--nproc", 2, "--out", "runs/clip")
     log, values = log_and_metrics(place.folder / "runs/clip")
     bad = lines(log, r"bad sample (\S+) in ")
-    account(place.downloads, TARS, {UNUSABLE: bad, USABLE: [n for n in place.downloads if n not in bad]})
+    account(place.downloads, TARS, {UNPAIRED: bad, USABLE: without(place.downloads, bad)})
     assert values["bad_samples"] == len(bad)
     place("eval retrieval runs/clip --test laion --out retrieval.json")
     report = EvalReport.load(place.folder / "retrieval.json")
     names = {name.partition("/")[2]: name for name in place.laion}
     judged = [names[k] for k in report.outcomes.keys]
-    rest = [name for name in place.laion if name not in judged]
-    account(place.laion, TARS, {USABLE: judged, UNUSABLE: rest})
+    rest = without(place.laion, judged)
+    account(place.laion, TARS, {USABLE: judged, UNPAIRED: rest})
     assert report.data["left_out"] == {"test": len(rest)} == {"test": values["val/left_out"]}
     place("eval zeroshot runs/clip --test photos --out zeroshot.json")
     report = EvalReport.load(place.folder / "zeroshot.json")
