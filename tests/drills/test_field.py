@@ -54,10 +54,14 @@ class Place:
     rows: dict[str, Picture]
 
     def __call__(self, command: str, *more: object, status: int = 0) -> Done:
-        """`pretrain COMMAND MORE` to its end; a command with a path of README's must stand there."""
-        return pretrain(*command.split(), *more, status=status, folder=self.folder)
+        """`pretrain COMMAND MORE` to its end; without worker processes where none are asked for: each begins anew."""
+        words = [*command.split(), *more]
+        if command.startswith(("data convert", "data index", "data verify")) and "--workers" not in words:
+            words += ["--workers", 1]
+        return pretrain(*words, status=status, folder=self.folder)
 
     def readme(self, command: str, *more: object, status: int = 0) -> Done:
+        """Likewise, of a command that stands there."""
         assert f"pretrain {command}" in readme_commands()
         return self(command, *more, status=status)
 
@@ -114,7 +118,7 @@ def converted(place: Place) -> Done:
     num_refused = sum(kind.count for kind in FOLDER.values() if kind.fate is Fate.REFUSED)
     assert f"found {num_refused} that cannot: " in place(convert, status=2).stderr
     assert not (place.folder / "data/photos/manifest.json").exists()
-    return place(convert, "--skip-bad")
+    return place(convert, "--skip-bad", "--workers", 2)
 
 
 def test_a_folder_is_converted_and_every_file_accounted_for(place: Place, converted: Done) -> None:
