@@ -103,7 +103,7 @@ class TableProducer:
             try:
                 extension, data = self.normalizer.member(_image_bytes(self.root, row["path"]), row["path"])
             except SampleError as error:
-                yield SampleError(f"{where} ({row['path']})", error.expected, error.found)
+                yield SampleError(f"{where} ({row['path']})", error.expected, error.found, error.fix)
                 continue
             members = {extension: data}
             if "caption" in row:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.durable import durable_file
-from data_pipeline.errors import FieldError
+from data_pipeline.errors import FieldError, SampleError
 from data_pipeline.glyphs import Run, in_fonts
 from data_pipeline.order.spread import spread_over
 from data_pipeline.progress import track
@@ -37,11 +37,13 @@ class Stats:
         manifest: of the dataset.
         image_bytes: bytes of each image, [N].
         pixels: (width, height) of those on the contact sheet, [n, 2].
+        left_out: why others, which were to be on it, cannot be shown.
     """
 
     manifest: Manifest
     image_bytes: NDArray[np.int64]
     pixels: NDArray[np.int64]
+    left_out: tuple[SampleError, ...] = ()
 
 
 def stats(spec: str, sheet: Path, *, max_pixels: int = 50_000_000, cache: CacheConfig = DEFAULT) -> Stats:
@@ -54,7 +56,7 @@ def stats(spec: str, sheet: Path, *, max_pixels: int = 50_000_000, cache: CacheC
         cache: how shards behind a URL are fetched and kept.
 
     Raises:
-        DataError: no dataset there, or a damaged one; SampleError where an image of the sheet is damaged.
+        DataError: no dataset there, or a damaged one; SampleError where none of the images for the sheet can be shown.
         FieldError: it has no images.
     """
     manifest = load_manifest(spec, cache=cache)
@@ -66,10 +68,12 @@ def stats(spec: str, sheet: Path, *, max_pixels: int = 50_000_000, cache: CacheC
         )
     num_shards = len(manifest.names)
     sizes = [_image_sizes(manifest, i) for i in track(range(num_shards), label="reading indexes", total=num_shards)]
-    thumbnails, pixels = _thumbnails(manifest, max_pixels)
+    thumbnails, pixels, left_out = _thumbnails(manifest, max_pixels)
+    if not thumbnails and left_out:
+        raise left_out[0]
     with durable_file(sheet) as file:
         _sheet(thumbnails).save(file, format="PNG")
-    return Stats(manifest, np.concatenate(sizes), np.array(pixels, dtype=np.int64))
+    return Stats(manifest, np.concatenate(sizes), np.array(pixels, dtype=np.int64), tuple(left_out))
 
 
 def _image_sizes(manifest: Manifest, i: int) -> NDArray[np.int64]:
@@ -79,21 +83,28 @@ def _image_sizes(manifest: Manifest, i: int) -> NDArray[np.int64]:
     return sizes[sizes > 0]
 
 
-def _thumbnails(manifest: Manifest, max_pixels: int) -> tuple[list[tuple[Image.Image, str]], list[tuple[int, int]]]:
-    """Images from all over the dataset, each with its caption, and their sizes."""
+def _thumbnails(
+    manifest: Manifest, max_pixels: int
+) -> tuple[list[tuple[Image.Image, str]], list[tuple[int, int]], list[SampleError]]:
+    """Images from all over the dataset, each with its caption; their sizes; and what of them does not decode."""
     dataset = ShardDataset(manifest)
-    thumbnails, pixels = [], []
+    thumbnails, pixels, left_out = [], [], []
     for number in spread_over(manifest.total, SHEET_COLUMNS * SHEET_ROWS):
         sample = dataset.read(number)
         field = next((field for field in IMAGE_FIELDS if field in sample.fields), None)
         if field is None:
             continue
-        image = Image.fromarray(decode_image(sample.fields[field], max_pixels=max_pixels, where=sample.key))
+        try:
+            decoded = decode_image(sample.fields[field], max_pixels=max_pixels, where=f"{sample.key}.{field}")
+        except SampleError as error:
+            left_out.append(error)
+            continue
+        image = Image.fromarray(decoded)
         pixels.append(image.size)
         scale = THUMBNAIL / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         thumbnails.append((image.resize(size), _caption(manifest, sample.fields)))
-    return thumbnails, pixels
+    return thumbnails, pixels, left_out
 
 
 def _caption(manifest: Manifest, fields: Mapping[str, bytes]) -> str:

@@ -31,6 +31,7 @@ class Fault:
     shard: str
     key: str | None  # None: with the shard as a whole
     what: str
+    of_source: bool = False  # an image that cannot be used though its shard is as it was made
 
     def __str__(self) -> str:
         return f"{self.shard}: {self.what}" if self.key is None else f"{self.shard}, {self.key}: {self.what}"
@@ -107,16 +108,16 @@ def _check_content(
     except ManifestError as error:
         faults.append(Fault(name, None, str(error)))
     if index is not None:
-        faults += [Fault(name, key, what) for key, what in _check_samples(manifest, index, content, max_pixels)]
+        faults += _check_samples(manifest, name, index, content, max_pixels)
         if actual is not None and not _equal(index, actual):
             faults.append(Fault(name, None, "its index is not the one that its tar has"))
     return summary, faults
 
 
 def _check_samples(
-    manifest: Manifest, index: ShardIndex, content: FileBytes, max_pixels: int
-) -> Iterator[tuple[str, str]]:
-    """(key, what is wrong) of every sample that is not as its index says, or not as training needs it."""
+    manifest: Manifest, shard: str, index: ShardIndex, content: FileBytes, max_pixels: int
+) -> Iterator[Fault]:
+    """The faults of every sample that is not as its index says, or not as training needs it."""
     wanted = [field for field in manifest.fields if field not in IMAGE_FIELDS]
     num_classes = None if manifest.classes is None else len(manifest.classes)
     for row, key in enumerate(index.keys):
@@ -127,13 +128,14 @@ def _check_samples(
                 continue
             members[field] = content.read(offset, size)
             if zlib.crc32(members[field]) != index.crc32[row, column]:
-                yield key, f".{field} has other bytes than when it was indexed"
+                yield Fault(shard, key, f".{field} has other bytes than when it was indexed")
         for field in wanted:
             if field not in members:
-                yield key, f"has no .{field}, which other samples have"
+                yield Fault(shard, key, f"has no .{field}, which other samples have")
         if num_classes is not None and LABEL_FIELD in members and index.labels[row] >= num_classes:
-            yield key, f"its label {index.labels[row]} is not below {num_classes}, the number of classes"
-        yield from ((key, what) for what in _check_image(members, max_pixels))
+            what = f"its label {index.labels[row]} is not below {num_classes}, the number of classes"
+            yield Fault(shard, key, what)
+        yield from (Fault(shard, key, what, of_source=True) for what in _check_image(members, max_pixels))
 
 
 def _check_image(members: dict[str, bytes], max_pixels: int) -> Iterator[str]:

@@ -19,6 +19,10 @@ INDEX_EXAMPLES = (
     "pretrain data index '/datasets/imagenet/train-{0000..1023}.tar' --classes classes.txt",
 )
 VERIFY_EXAMPLES = ("pretrain data verify data/cifar10/train",)
+_FROM_SOURCE = (
+    "The shards are whole, and have these images as their source had them: training puts others in their place and "
+    "evaluations leave them out, up to data.max_bad_samples; to be rid of them, repair the source and convert it again."
+)
 STATS_EXAMPLES = ("pretrain data stats data/cifar10/train --out cifar10.png",)
 
 
@@ -50,11 +54,12 @@ def verify(shards: Shards, max_pixels: MaxPixels = 50_000_000, workers: Workers 
     for fault in found.faults:
         print(visible(str(fault), lines=True))
     if found.faults:
+        of_source = all(fault.of_source for fault in found.faults)
         raise ShardError(
             where=shards,
             expected="a dataset without a fault",
             found=f"{len(found.faults):,} (listed above)",
-            fix="Copy the shards again; or mend the images they were made of, and make them again.",
+            fix=_FROM_SOURCE if of_source else "Copy the shards again, or make them again.",
         )
     size = f"{shards_text(found.num_shards)}, {megabytes(found.num_bytes)}"
     print(f"{shards}: sound; {found.num_samples:,} samples in {size}")
@@ -72,6 +77,8 @@ def stats(
 
     found = look_through(shards, out, max_pixels=max_pixels)
     print("\n".join([summary(found.manifest), *_sizes(found), *_histogram(found.manifest)]))
+    for error in found.left_out:
+        print(visible(f"not on the contact sheet: {error}", lines=True))
     print(f"contact sheet: {out}")
 
 

@@ -18,7 +18,8 @@ FILE_NAME = "skipped-samples.jsonl"  # in the run's folder: all of them, a line 
 
 def too_many_left_out(where: str, found: int, budget: int | None) -> PretrainError:
     """The error that an evaluation would have to leave more samples of a set out than it may; None: all of them."""
-    what, fix = f"{found} that cannot be used", "Run `pretrain data verify` on the set, and write these samples again."
+    what = f"{found} that cannot be used"
+    fix = "`pretrain data verify` names them all, in shards; of an image folder make some: `pretrain data convert`."
     if budget is None:
         return DataError(where, "a sample that can be used", what, fix)
     return RunError(where, f"at most {budget} samples that an evaluation leaves out (data.max_bad_samples)", what, fix)

@@ -155,7 +155,8 @@ def evaluation_line(step: int, values: Mapping[str, float]) -> str:
 
     Args:
         step: steps applied.
-        values: by name. The validation set's, `val/...`, are losses and shares; those of protocols are percent.
+        values: by name. The validation set's, `val/...`, are losses and shares; those of protocols are percent; samples
+            that were left out are counted.
     """
 
     return "  ".join([f"step {step}", *(f"{name} {evaluated(name, value)}" for name, value in values.items())])
@@ -163,6 +164,8 @@ def evaluation_line(step: int, values: Mapping[str, float]) -> str:
 
 def evaluated(name: str, value: float) -> str:
     """What an evaluation found, as `evaluation_line` shows it."""
+    if name.endswith("/left_out"):
+        return f"{value:.0f}"
     if not name.startswith("val/"):
         return f"{value:.2f}%"
     is_share = re.search(r"(^|[/_])(top\d+|accuracy|image_to_text|text_to_image)", name)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.errors import FieldError, ManifestError
+from data_pipeline.errors import FieldError, ManifestError, SampleError
 from data_pipeline.ingest.convert import ConvertOptions, convert
 from data_pipeline.inspect.stats import stats
 from data_pipeline.inspect.verify import verify
@@ -146,6 +146,21 @@ def test_stats_tell_sizes_and_draw_the_images(dataset: Path, tmp_path: Path) -> 
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet[:80, :960].std() > 20
     assert sheet.shape[1] == 960
+
+
+def test_stats_leave_out_what_does_not_decode(tmp_path: Path) -> None:
+    images = {f"{i}.jpg": jpeg(i) for i in range(4)}
+    as_tar(tmp_path / "x.tar", {**images, "1.jpg": images["1.jpg"][:200]})
+    index_shards(str(tmp_path))
+    found = stats(str(tmp_path), tmp_path / "sheet.png")
+    assert (len(found.image_bytes), found.pixels.tolist()) == (4, [[12, 10]] * 3)
+    assert ["1.jpg: expected a whole image" in str(error) for error in found.left_out] == [True]
+    for name in ("x.tar", "x.idx", "manifest.json"):
+        (tmp_path / name).unlink()
+    as_tar(tmp_path / "x.tar", {"1.jpg": images["1.jpg"][:200]})
+    index_shards(str(tmp_path))
+    with pytest.raises(SampleError, match="expected a whole image"):
+        stats(str(tmp_path), tmp_path / "sheet.png")
 
 
 def test_stats_need_images(tmp_path: Path) -> None:

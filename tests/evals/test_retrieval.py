@@ -16,7 +16,7 @@ from torch import Tensor
 from data_pipeline.batch import Sample
 from data_pipeline.datasets.read import ShardDataset, open_dataset
 from data_pipeline.datasets.selection import Subset
-from data_pipeline.errors import FieldError, SampleError
+from data_pipeline.errors import FieldError, RunError, SampleError
 from data_pipeline.shards.scan import index_shards
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.features.pairs import image_side
@@ -127,6 +127,33 @@ def test_an_image_that_cannot_be_used_is_left_out_with_its_captions(
     assert report.metrics == expected.metrics
     assert report.outcomes.keys == expected.outcomes.keys
     assert report.data["num_texts"] == expected.data["num_texts"]
+
+
+@pytest.mark.parametrize("text", [b"  ", b"\xff", None])
+def test_an_image_without_a_caption_is_left_out(
+    towers: Towers, shards: str, monkeypatch: pytest.MonkeyPatch, text: bytes | None
+) -> None:
+    dataset = open_dataset(shards)
+    few = Subset(dataset, np.array([i for i in range(dataset.num_samples) if i not in (2, 9)]), None)
+    expected = Retrieval(few).run(towers)
+    read = ShardDataset.read
+
+    def silent(self: ShardDataset, i: int) -> Sample:
+        sample = read(self, i)
+        fields = {name: data for name, data in sample.fields.items() if i not in (2, 9) or name != "txt"}
+        if i == 2:
+            fields |= {"jpg": b"no image"} | ({} if text is None else {"txt": text})
+        return replace(sample, fields=fields)
+
+    monkeypatch.setattr(ShardDataset, "read", silent)
+    report = Retrieval(dataset).run(towers)
+    assert report.data["left_out"] == {"test": 2}
+    assert "2 of 20 test samples are left out" in report.notes[0]
+    assert "000009 in shard-000001.tar: 000009.txt: expected a caption, found no such member" in report.notes[0]
+    assert report.metrics == expected.metrics
+    assert report.outcomes.keys == expected.outcomes.keys
+    with pytest.raises(RunError, match=r"test set; shard-000000\.tar: 000002: .*at most 1 samples"):
+        Retrieval(dataset, extraction=Extraction(max_bad_samples=1)).run(towers)
 
 
 def test_the_first_samples_only(towers: Towers, shards: str) -> None:

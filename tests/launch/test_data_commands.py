@@ -175,6 +175,21 @@ def test_verify_lists_faults_and_ends_with_status_2(data: Run, tmp_path: Path) -
     assert err.startswith("error: out: expected a dataset without a fault")
 
 
+def test_half_pictures_in_whole_shards_are_told_from_damaged_shards(data: Run, tmp_path: Path) -> None:
+    as_folder(tmp_path / "in", {**class_folders(6), "cat/half.jpg": jpeg(7, 40, 40)[:-500]})
+    data("convert", "in", "out", "--workers", "1")
+    status, out, err = data("verify", "out", "--workers", "1")
+    assert (status, "cat/half: .jpg: expected a whole image" in out) == (2, True)
+    assert "repair the source and convert it again" in err
+    status, out, _ = data("stats", "out", "--out", "sheet.png")
+    assert (status, "not on the contact sheet: cat/half.jpg: expected a whole image" in out) == (0, True)
+    shard = tmp_path / "out/shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[512] ^= 1
+    shard.write_bytes(content)
+    assert "Copy the shards again" in data("verify", "out", "--workers", "1")[2]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -218,6 +233,9 @@ def test_convert_a_table_from_the_command_line(data: Run, tmp_path: Path) -> Non
     assert "left out 1 bad image\n" in out
     assert "out: 6 samples, 3 classes, 1 shard" in out
     assert "fields cls jpg txt" in out
+    (tmp_path / "images/cat/0000.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    status, _, err = data("convert", "birds.csv", "other", *words[3:])
+    assert (status, "(cat/0000.jpg): HEIC" in err, "with heif-convert" in err) == (2, True, True)
     status, _, err = data(*words, "--caption-column", "words")
     assert (status, "caption column: expected one column 'words', found the columns file, species, text" in err) == (
         2,

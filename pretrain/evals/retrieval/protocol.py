@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
+from data_pipeline.batch import LeftOut
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.errors import FieldError, InputError
+from data_pipeline.errors import FieldError, InputError, PretrainError, SampleError
 from data_pipeline.progress import track
 from data_pipeline.samples.captions import read_captions
 from data_pipeline.samples.config import Captions
 from pretrain.evals.features.extract import Extraction, full_precision, left_out_notes
 from pretrain.evals.features.pairs import TOWER_LIBRARIES, embed_texts, image_side
+from pretrain.evals.features.store import Features
 from pretrain.evals.result import EvalReport, make_outcomes, make_report
 from pretrain.evals.retrieval.config import RetrievalConfig
 from pretrain.evals.task import OpenData
 from pretrain.evals.uncertainty import chance_of_recall
 from pretrain.models.towers import Towers
+from pretrain.monitoring.budgets import too_many_left_out
 
 KS = (1, 5, 10)
 SIMILARITY_BYTES = 256 * 2**20  # of one chunk of queries against all candidates
@@ -58,16 +62,22 @@ class Retrieval:
     def run(self, towers: Towers) -> EvalReport:
         """Judges frozen towers on the device where they are; neither they nor any random state is changed.
 
+        Images without a caption are left out, as those are that do not decode.
+
         Raises:
-            DataError: an image has no caption.
+            RunError: more samples than `extraction.max_bad_samples` cannot be used.
+            DataError: none can.
         """
         start = perf_counter()
-        texts, pairs = self._texts()
+        texts, pairs, silent = self._texts()
         vectors = embed_texts(towers, texts, self.extraction, label="embeddings of captions")
         between = perf_counter()
         (features,) = self.extraction.extract(
             image_side(towers), self.test, num_classes=None, limit=self.max_test, label="embeddings of images"
         )
+        features = _without_silent(features, silent)
+        if len(features.left_out) > self.extraction.max_bad_samples or not len(features):
+            raise _too_many(features.left_out, self.extraction.max_bad_samples if len(features) else None)
         said, left_out = left_out_notes(test=features)
         images, device = features.values, towers.device
         if features.numbers is not None:  # texts of images that were left out go with them
@@ -108,25 +118,54 @@ class Retrieval:
             libraries=TOWER_LIBRARIES,
         )
 
-    def _texts(self) -> tuple[list[str], Tensor]:
-        """Every text once, in the order of its first image; (image, text) of each caption, [P, 2] int64."""
+    def _texts(self) -> tuple[list[str], Tensor, list[LeftOut]]:
+        """Every text once, in the order of its first image; (image, text) of each caption, [P, 2] int64; and the
+        samples that have none.
+        """
         total = min(self.test.num_samples, self.max_test or self.test.num_samples)
         numbers: dict[str, int] = {}
         pairs: list[tuple[int, int]] = []
+        silent: list[LeftOut] = []
         where = (self.captions.field, self.captions.key)
         for i in track(range(total), label="reading captions", total=total):
-            sample = self.test.read(i)
-            for caption in read_captions(sample.fields, sample.key, *where, lines=self.captions.lines):
+            try:
+                sample = self.test.read(i)
+                captions = read_captions(sample.fields, sample.key, *where, lines=self.captions.lines)
+            except SampleError as error:
+                silent.append(LeftOut(i, *self.test.origin(i), str(error)))
+                if len(silent) == total:
+                    raise
+                continue
+            for caption in captions:
                 pairs.append((i, numbers.setdefault(caption.strip(), len(numbers))))
         if not pairs:
             raise InputError(where="test set", expected="samples", found="none")
-        return list(numbers), torch.tensor(pairs)
+        if len(silent) > self.extraction.max_bad_samples:
+            raise _too_many(silent, self.extraction.max_bad_samples)
+        return list(numbers), torch.tensor(pairs), silent
 
 
 def build(config: RetrievalConfig, extraction: Extraction, open_data: OpenData) -> Retrieval:
     """The evaluator of a config, whose data set `open_data` opens."""
     captions = Captions(field=config.caption_field, key=config.caption_key, lines=config.caption_lines)
     return Retrieval(open_data(config.test), captions, max_test=config.max_test, extraction=extraction)
+
+
+def _without_silent(features: Features, silent: Sequence[LeftOut]) -> Features:
+    """Features without the images that have no caption, which are named with those that were left out before."""
+    if not silent:
+        return features
+    numbers = torch.arange(len(features)) if features.numbers is None else features.numbers
+    mask = ~torch.isin(numbers, torch.tensor([one.row for one in silent]))
+    keys = tuple(key for key, kept in zip(features.keys, mask.tolist(), strict=True) if kept)
+    left_out = {one.row: one for one in (*silent, *features.left_out)}
+    ordered = tuple(left_out[row] for row in sorted(left_out))
+    return Features(features.values[mask], features.labels[mask], keys, ordered, numbers[mask])
+
+
+def _too_many(left_out: Sequence[LeftOut], budget: int | None) -> PretrainError:
+    one = left_out[0]
+    return too_many_left_out(f"test set; {one.file}: {one.key}: {one.reason}", len(left_out), budget)
 
 
 def _without(pairs: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
