@@ -31,7 +31,7 @@ from data_pipeline.shards.manifest import PLAN_NAME
 
 FILE_NAME = "labels.json"
 
-_OPEN_FILES = 128  # per process; a step reads one shard per lane, mostly
+_OPEN_FILES = 128  # per process; a step reads one shard per stream, mostly
 _TYPES = {"F16": np.float16, "I32": np.int32, "I64": np.int64, "U32": np.uint32}
 
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]

@@ -210,7 +210,7 @@ def _check_scans(data: bytes, frame: Frame) -> None:
 def _without_cause(data: bytes, words: str) -> Iterator[bytes]:
     """The same picture without what `words`, a warning of libjpeg's, is of; nothing where data may be missing.
 
-    Stray bytes may lie before any of several markers of one code that have so many bytes before them: scan data, mostly.
+    Stray bytes may lie before each marker of that code which has as many bytes before it; most have none.
     """
     try:
         segments = list(islice(_segments(data), _MAX_MARKERS))

@@ -93,12 +93,12 @@ def test_stray_bytes_are_taken_from_where_they_lie() -> None:
     data = whole("baseline")
     comments = b"\xff\xfe\0\2" * 1000
     assert np.array_equal(decode(data[:2] + comments + b"\1\2" + comments + data[2:]), decode(data))
-    many = data[:2] + b"\0\xff\xfe\0\2" * 10_000 + data[2:]
+    many = data[:2] + b"\0\xff\xfe\0\2" * 2000 + data[2:]
     tracemalloc.start()
     try:
         with pytest.raises(SampleError, match="extraneous bytes before marker 0xfe"):
             decode(many)
-        assert tracemalloc.get_traced_memory()[1] < 30_000_000
+        assert tracemalloc.get_traced_memory()[1] < 15_000_000
     finally:
         tracemalloc.stop()
 
