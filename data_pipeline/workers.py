@@ -79,6 +79,11 @@ def entries(table: Table[Entry], indices: Iterable[int], num_workers: int) -> It
             os.close(descriptor)
 
 
+def entries_at_once(num_workers: int) -> int:
+    """Entries that lie in shared memory at once: those that workers make or hold ready, and those that were taken."""
+    return num_workers * PREFETCH + _HELD if num_workers else 0
+
+
 def check_shared_memory(num_workers: int, num_entries: int | None, bytes_of_entry: int) -> None:
     """Raises RunError where what the workers of this process hold ready does not fit into shared memory.
 
@@ -87,7 +92,7 @@ def check_shared_memory(num_workers: int, num_entries: int | None, bytes_of_entr
         num_entries: that there are; None: without end.
         bytes_of_entry: of its tensors.
     """
-    most = num_workers * PREFETCH + _HELD if num_workers else 0
+    most = entries_at_once(num_workers)
     ready = most if num_entries is None else min(most, num_entries)
     if not ready or not SHARED_MEMORY.is_dir():
         return

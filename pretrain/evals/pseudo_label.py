@@ -293,9 +293,5 @@ def _check_out(out: Path, plan: dict[str, Any]) -> None:
         raise DataError(where=str(out / PLAN_NAME), expected="the plan of labels", found=str(error)) from error
     if found != plan:
         names = [name for name in plan if not isinstance(found, dict) or found.get(name) != plan[name]]
-        raise DataError(
-            where=str(out),
-            expected=f"labels made with this {', '.join(names)}",
-            found="others there",
-            fix="Give another folder, or remove this one.",
-        )
+        expected, fix = f"labels made with this {', '.join(names)}", "Give another folder, or remove this one."
+        raise DataError(where=str(out), expected=expected, found="others there", fix=fix)
