@@ -184,9 +184,9 @@ def from_json(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
-        level = [part for one in level if isinstance(one, dict | list) for part in _parts(one)]
+        level = [part for one in level for part in _parts(one) if isinstance(part, dict | list)]
         if not level:
             return value
     raise ValueError(_TOO_DEEP)

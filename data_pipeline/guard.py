@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from data_pipeline.errors import DataError, PretrainError
-from data_pipeline.messages import reason
+from data_pipeline.messages import reason, storage_or
 
 
 @contextmanager
@@ -18,11 +18,11 @@ def told_as(error: type[DataError], where: str, expected: str, fix: str = "") ->
 
     Args:
         error: what is raised.
-        where, expected, fix: of that error.
+        where, expected, fix: of that error; where storage fails to give the file, it is not called damaged.
     """
     try:
         yield
     except PretrainError:
         raise
     except Exception as problem:
-        raise error(where, expected, reason(problem), fix) from problem
+        raise error(where, expected, reason(problem), storage_or(fix, problem)) from problem

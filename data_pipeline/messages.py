@@ -65,6 +65,9 @@ def reason(error: BaseException) -> str:
 
 
 def storage_or(fix: str, error: BaseException) -> str:
-    """What to do about a file that could not be used: `fix`, unless storage failed to give it."""
-    unread = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    """What to do about a file that could not be used: `fix`, unless storage failed to give it.
+
+    Libraries raise an OSError of bytes that they do not understand, too; it has no number of the system's.
+    """
+    unread = isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
     return "Look at the storage first: the file may well be sound." if unread else fix

@@ -75,7 +75,12 @@ def how_one_died(processes: Iterable[BaseProcess]) -> str:
         Words such as `was killed by SIGKILL`; empty: of none it is known.
     """
     processes = list(processes)
-    wait_for_sentinel([process.sentinel for process in processes], SECONDS_OF_DYING)
+    if not processes:
+        return ""
+    ready = wait_for_sentinel([process.sentinel for process in processes], SECONDS_OF_DYING)
+    for process in processes:
+        if process.sentinel in ready:  # it has closed its files, a moment before it has an exit status
+            process.join(SECONDS_OF_DYING)
     ends = [process.exitcode for process in processes]
     found = next((end for end in ends if end and end != -signal.SIGTERM), 0)
     if not found:

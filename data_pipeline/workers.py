@@ -23,6 +23,7 @@ Entry = TypeVar("Entry")
 EntryOut = TypeVar("EntryOut", covariant=True)
 
 PREFETCH = 2  # entries that each worker holds ready
+_HELD = 2  # that were taken: the one that is computed with, and the next
 SHARED_MEMORY = Path("/dev/shm")  # where torch's processes hand tensors over
 STALLED_SECONDS = 1800.0  # without an entry, of workers that live: more than the slowest of them takes
 _MOST_WORDS = 2000  # bytes, which a pipe takes at once
@@ -78,6 +79,11 @@ def entries(table: Table[Entry], indices: Iterable[int], num_workers: int) -> It
             os.close(descriptor)
 
 
+def entries_at_once(num_workers: int) -> int:
+    """Entries that lie in shared memory at once: those that workers make or hold ready, and those that were taken."""
+    return num_workers * PREFETCH + _HELD if num_workers else 0
+
+
 def check_shared_memory(num_workers: int, num_entries: int | None, bytes_of_entry: int) -> None:
     """Raises RunError where what the workers of this process hold ready does not fit into shared memory.
 
@@ -86,7 +92,7 @@ def check_shared_memory(num_workers: int, num_entries: int | None, bytes_of_entr
         num_entries: that there are; None: without end.
         bytes_of_entry: of its tensors.
     """
-    most = num_workers * (PREFETCH + 1)  # and one that is being made, or read
+    most = entries_at_once(num_workers)
     ready = most if num_entries is None else min(most, num_entries)
     if not ready or not SHARED_MEMORY.is_dir():
         return

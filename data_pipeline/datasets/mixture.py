@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.batch import Sample
-from data_pipeline.datasets.classes import check_shared_classes, share_classes
+from data_pipeline.datasets.classes import Relabeled, check_shared_classes, share_classes
 from data_pipeline.datasets.dataset import Dataset, Part
 from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.errors import DataError
@@ -26,11 +26,11 @@ def overlap_notes(dataset: Dataset) -> list[str]:
     Args:
         dataset: a mixture, or another data set, which has no sources.
     """
-    hashes = [
-        (part.name, set(part.dataset.manifest.sha256))
+    plain = [
+        (part.name, part.dataset.base if isinstance(part.dataset, Relabeled) else part.dataset)
         for part in dataset.parts
-        if isinstance(part.dataset, ShardDataset)
     ]
+    hashes = [(name, set(part.manifest.sha256)) for name, part in plain if isinstance(part, ShardDataset)]
     return [
         f"data.train: {name} shares {len(both)} of its shards with {earlier}: they are seen by the weights of both"
         for number, (name, own) in enumerate(hashes)

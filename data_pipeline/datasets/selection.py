@@ -21,8 +21,8 @@ from data_pipeline.batch import Sample
 from data_pipeline.datasets.dataset import Dataset, Single
 from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.datasets.soft_labeled import SoftLabeled
-from data_pipeline.datasets.soft_labels import map_safetensors
-from data_pipeline.durable import durable_file
+from data_pipeline.datasets.soft_labels import UNREADABLE, map_safetensors
+from data_pipeline.durable import durable_file, from_json
 from data_pipeline.errors import FieldError, ManifestError
 from data_pipeline.messages import storage_or
 from data_pipeline.order.order import Integers
@@ -89,12 +89,12 @@ class Selection:
         """The selection in a file, mapped into memory, and the SHA-256 of its bytes; raises ManifestError."""
         try:
             tensors, metadata, digest = map_safetensors(path)
-            header = json.loads(metadata["selection"])
+            header = from_json(metadata["selection"])
             if header.pop("format") != FORMAT:
                 raise ValueError("another format")
             found = cls(tensors["indices"], tensors["repeats"], tensors.get("labels"), **header)
             found._check()
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except UNREADABLE as error:
             reason = error.strerror or "" if isinstance(error, OSError) else repr(error)
             raise ManifestError(
                 where=str(path),

@@ -24,14 +24,16 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from safetensors.numpy import save
 
 from data_pipeline.datasets.read import ShardDataset
-from data_pipeline.durable import durable_file
+from data_pipeline.durable import durable_file, from_json
 from data_pipeline.errors import FieldError, ManifestError, SampleError, ShardError
 from data_pipeline.local_paths import refuse_url
 from data_pipeline.shards.manifest import PLAN_NAME
 
 FILE_NAME = "labels.json"
 
-_OPEN_FILES = 128  # per process; a step reads one shard per lane, mostly
+_OPEN_FILES = 128  # per process; a step reads one shard per stream, mostly
+# What reading such a file raises where its bytes are others: `map_safetensors`, and who looks into what it gives.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 _TYPES = {"F16": np.float16, "I32": np.int32, "I64": np.int64, "U32": np.uint32}
 
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
@@ -195,7 +197,7 @@ class SoftLabels:
         path, size = self.folder / file_name(number), self.described.num_samples[number]
         try:
             labels, _, digest = read_file(path)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise ShardError(where=str(path), expected="the labels of a shard", found=repr(error)) from error
         if digest != self.described.sha256[number] or len(labels.values) != size:
             raise ShardError(
@@ -211,10 +213,12 @@ def read_file(path: Path) -> tuple[ShardLabels, dict[str, Any], str]:
     """The labels in a file, mapped into memory, its header, and the SHA-256 of its bytes in hex.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: it cannot be read, or is none.
+        UNREADABLE: it cannot be read, or is none.
     """
     tensors, metadata, digest = map_safetensors(path)
-    header = json.loads(metadata["labels"])
+    header = from_json(metadata["labels"])
+    if not isinstance(header, dict):
+        raise ValueError("no description of the labels")
     labels = ShardLabels(tensors["values"], tensors.get("classes"), tensors["key_crc32"])
     shape = labels.values.shape
     if len(shape) != 2 or labels.key_crc32.shape != shape[:1] or labels.values.dtype != np.float16:
@@ -230,7 +234,7 @@ def map_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     digest = hashlib.sha256(content).hexdigest()
     begin = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:begin])
+    header = from_json(content[8:begin])
     metadata = header.pop("__metadata__", {})
     tensors = {}
     for name, entry in header.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from data_pipeline.ingest.layout import arrange
 from data_pipeline.ingest.reshard import are_shards, open_shards
 from data_pipeline.ingest.table_rows import is_table
 from data_pipeline.ingest.tables import Columns, open_table
+from data_pipeline.local_paths import url_scheme
 from data_pipeline.order import keyed
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.row_store import StoredRows
@@ -116,7 +116,7 @@ def convert(
 
 
 def _check_options(path: Path, options: ConvertOptions, columns: Columns | None, caption_field: str | None) -> None:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+    if url_scheme(path):
         fix = "Copy it to a local folder; lists of URLs are img2dataset's to download."
         raise SourceError(where=str(path), expected=KINDS, found="a URL", fix=fix)
     table = is_table(path)

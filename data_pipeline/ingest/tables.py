@@ -85,7 +85,7 @@ def open_table(path: Path, columns: Columns, normalizer: ImageNormalizer, tempor
 
 @dataclass(frozen=True)
 class TableProducer:
-    """StoredRows of a table -> samples: the image, its caption (`txt`) and its label (`cls`)."""
+    """Rows of a table -> samples: the image, its caption (`txt`) and its label (`cls`)."""
 
     rows: RowReader
     table: str

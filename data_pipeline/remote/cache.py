@@ -67,7 +67,8 @@ class Cache:
 
     def distrust(self, key: str) -> None:
         """The file `key` is checked again when it is opened next: bytes that were read from it were wrong."""
-        self._note(self.folder / key).unlink(missing_ok=True)
+        with self._errors_named():
+            self._note(self.folder / key).unlink(missing_ok=True)
 
     def _found_or_fetched(
         self, path: Path, num_bytes: int, fetch: Callable[[Path], object], check: Callable[[Path], object]

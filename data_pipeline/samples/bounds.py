@@ -18,6 +18,7 @@ _NETPBM = re.compile(
     rb"P(?:[14](?:%(space)s%(token)s){2}|[2356fF](?:%(space)s%(token)s){3})\s" % {b"space": _SPACE, b"token": _TOKEN}
 )
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_COMMENT, _APPLICATION = 0xFE, 0xFF  # extensions of a GIF
 _WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 322, 323
 
 
@@ -83,16 +84,23 @@ def _check_png(data: bytes) -> None:
 
 
 def _check_gif(data: bytes) -> None:
-    """What stands before its first image, in blocks of up to 255 bytes."""
+    """Looks at what stands before its first image, in blocks of up to 255 bytes, and finds its way as Pillow does.
+
+    An empty block ends an extension: of a comment the first one, of others the first one behind the block that says
+    what it is, or behind the two of a loop.
+    """
     at = 13 + (3 << (data[10] & 7) + 1 if len(data) > 10 and data[10] & 128 else 0)
     num_blocks = 0
     while at + 1 < len(data) and data[at] not in b",;":
-        at += 2 if data[at] == ord("!") else 1
-        while data[at - 1] != 0 and at < len(data) and data[at]:
-            at += 1 + data[at]
-            num_blocks += 1
-        at += 1
-        num_blocks += 1
+        label, at = (data[at + 1], at + 2) if data[at] == ord("!") else (None, at + 1)
+        looping = (
+            label == _APPLICATION and at < len(data) and data[at] >= 11 and data.startswith(b"NETSCAPE2.0", at + 1)
+        )
+        said = 0 if label == _COMMENT else 2 if looping else 1  # blocks that may be empty without ending it
+        open_, num_blocks = label is not None, num_blocks + 1
+        while open_ and at < len(data):
+            open_ = said > 0 or data[at] > 0
+            at, said, num_blocks = at + 1 + data[at], said - 1, num_blocks + 1
         if num_blocks > MAX_BLOCKS:
             raise UnboundedError(f"more than {MAX_BLOCKS:,} blocks before its first image")
 

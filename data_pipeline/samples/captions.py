@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from data_pipeline.durable import from_json
 from data_pipeline.errors import SampleError
 from data_pipeline.order import keyed
 from data_pipeline.samples.config import Captions
@@ -81,7 +81,7 @@ def read_captions(
         found = _entry(text, key) if key is not None else text.splitlines() if lines else [text]
         for caption in found:
             caption.encode()  # JSON can escape half a character, which no tokenizer could take
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         expected = "a caption in UTF-8" if key is None else f"JSON with captions under {key!r}"
         raise SampleError(where=where, expected=expected, found=str(error)) from error
     found = [caption for caption in found if caption.strip()]
@@ -101,7 +101,7 @@ def one_a_line(captions: Sequence[str]) -> str:
 
 
 def _entry(text: str, key: str) -> list[str]:
-    record = json.loads(text)
+    record = from_json(text)
     if not isinstance(record, dict) or key not in record:
         raise ValueError(f"the keys {', '.join(record) or '(none)'}" if isinstance(record, dict) else "no JSON object")
     value = record[key]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from PIL import Image
 MAX_SCANS = 64  # encoders write about ten, and every one is a pass over the whole picture
 MAX_STRAY_BYTES = 16  # before a marker; more are the rest of a scan that lost its way
 _MAX_ATTEMPTS = 12  # to decode without a cause of doubt
+_MAX_MARKERS = 4096  # among which a cause is looked for; profiles and scans take hundreds
 _ZEROS = bytes(64)  # longer than any run in a scan whose shortest codes do not mean "nothing here"
 
 _SOF, _DHT, _EOI, _SOS, _APP0, _APP14 = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}, 0xC4, 0xD9, 0xDA, 0xE0, 0xEE
@@ -114,18 +115,18 @@ def decode(data: bytes, frame: Frame) -> NDArray[np.uint8]:
         BrokenJpegError: scan data is missing, or is not as it was written.
     """
     colorspace = "CMYK" if len(frame.components) == 4 else "RGB"
-    waiting, words = [data], ""
+    waiting: Iterator[bytes] = iter([data])  # lazily, as each is a copy
+    words = ""
     for _ in range(_MAX_ATTEMPTS):
-        if not waiting:
+        if (given := next(waiting, None)) is None:
             break
-        given = waiting.pop(0)
         try:
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(given, colorspace=colorspace)
         except ValueError as error:
             words = words or str(error)
             if "subsampling" in words:
                 return _decode_rare_sampling(given, frame)
-            waiting = [*_without_cause(given, str(error)), *waiting]
+            waiting = chain(_without_cause(given, str(error)), waiting)
             continue
         if pixels.shape[:2] != (frame.height, frame.width):
             raise BrokenJpegError("it has two sizes")
@@ -209,13 +210,17 @@ def _check_scans(data: bytes, frame: Frame) -> None:
 def _without_cause(data: bytes, words: str) -> Iterator[bytes]:
     """The same picture without what `words`, a warning of libjpeg's, is of; nothing where data may be missing.
 
-    Stray bytes may lie before any of several markers of one code; all are candidates.
+    Stray bytes may lie before each marker of that code which has as many bytes before it; most have none.
     """
-    segments = list(_segments(data))
+    try:
+        segments = list(islice(_segments(data), _MAX_MARKERS))
+    except BrokenJpegError:  # of another attempt, perhaps, which took away what belongs there
+        return
     if (stray := _STRAY.search(words)) is not None:
         size, code = int(stray[1]), int(stray[2], 16)
-        for segment in segments if size <= MAX_STRAY_BYTES else ():
-            if segment.code == code and segment.at - size >= 2:
+        ends = [2, *(segment.end for segment in segments)]
+        for end, segment in zip(ends, segments, strict=False) if size <= MAX_STRAY_BYTES else ():
+            if segment.code == code and segment.at - size >= end:
                 yield data[: segment.at - size] + data[segment.at :]
         return
     for segment in segments:

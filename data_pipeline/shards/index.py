@@ -13,13 +13,14 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from data_pipeline.durable import durable_file
+from data_pipeline.durable import durable_file, from_json
 from data_pipeline.errors import ManifestError
 from data_pipeline.messages import storage_or
 
 FORMAT = "pretrain shard index 1"
 SUFFIX = ".idx"
 _MAX_HEADER = 1 << 24  # bytes; one names the columns and the fields
+_MAX_SHARD = 1 << 62  # bytes; more is no number of a file system
 NO_LABEL = -1
 MISSING = -1  # the offset of a member that a sample lacks
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff", "avif", "jfif", "jpe")
@@ -116,7 +117,7 @@ class ShardIndex:
         """The index in the bytes of a file; raises ManifestError, about `where`, if they are not one."""
         try:
             tensors = load(content)  # checks the header, which follows its length
-            header = json.loads(_metadata(content)["index"])
+            header = from_json(_metadata(content)["index"])
             if header["format"] != FORMAT:
                 raise ValueError(f"format {header['format']!r}")
             index = cls(
@@ -155,8 +156,10 @@ class ShardIndex:
             raise ValueError("fields are not strings")
         if not (isinstance(self.shard_bytes, int) and isinstance(self.shard_sha256, str)):
             raise ValueError("the shard's size or hash has another type")
+        if not 0 <= self.shard_bytes < _MAX_SHARD:
+            raise ValueError(f"a shard of {self.shard_bytes} bytes")
         present = self.offsets != MISSING
-        last_start = self.shard_bytes - self.sizes  # sizes are checked first, so this cannot overflow
+        last_start = self.shard_bytes - self.sizes  # both below 2**63, so this cannot overflow
         if (self.sizes < 0).any() or (present & ((self.offsets < 0) | (self.offsets > last_start))).any():
             raise ValueError("members lie outside the shard")
 
@@ -169,8 +172,8 @@ def is_index(path: Path) -> bool:
             size = int.from_bytes(start, "little")
             if len(start) < 8 or size > _MAX_HEADER:
                 return False
-            header = json.loads(json.loads(file.read(size))["__metadata__"]["index"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            header = from_json(from_json(file.read(size))["__metadata__"]["index"])
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     return isinstance(header, dict) and str(header.get("format")).startswith("pretrain shard index ")
 
@@ -186,6 +189,6 @@ def _no_index(where: str, found: str, error: Exception) -> ManifestError:
 
 def _metadata(content: bytes) -> dict[str, str]:
     """What safetensors calls so: strings in the header, which its reader of bytes does not give."""
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header = from_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
     metadata: dict[str, str] = header["__metadata__"]
     return metadata

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from data_pipeline.durable import durable_file
+from data_pipeline.durable import durable_file, from_json
 from data_pipeline.errors import ManifestError, ShardError
 from data_pipeline.messages import reason, storage_or
 from data_pipeline.remote.fetch import Remote
@@ -211,13 +211,13 @@ class Manifest:
     def read(cls, path: Path) -> Manifest:
         """The manifest in the file `path`; its shards are not looked at. Raises ManifestError."""
         try:
-            file = _File.model_validate(json.loads(path.read_text("utf-8")))  # less at its peak than pydantic
+            file = _File.model_validate(from_json(path.read_text("utf-8")))  # less at its peak than pydantic
             lengths = {len(column) for column in (file.names, file.num_samples, file.num_bytes, file.sha256)}
             if len(lengths) != 1 or len(set(file.names)) != len(file.names):
                 raise ValueError("the columns differ in length, or a shard is named twice")
             if bad := [name for name in file.names if not is_inside(name)]:
                 raise ValueError(f"the shard {bad[0]!r} is not a .tar inside this folder")
-        except (OSError, ValidationError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise ManifestError(
                 where=str(path),
                 expected="the manifest of a dataset",

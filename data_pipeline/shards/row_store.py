@@ -28,7 +28,7 @@ def row_path(file: BinaryIO) -> Path:
 
 
 class RowStore:
-    """StoredRows of JSON put aside, of which only the offsets stay in memory: 8 bytes a row.
+    """Rows of JSON put aside, of which only the offsets stay in memory: 8 bytes a row.
 
     Attributes:
         offsets: of the rows, in the order in which they were added.

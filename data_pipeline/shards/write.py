@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-from data_pipeline.durable import claimed, durable_file, has_other_files
+from data_pipeline.durable import claimed, durable_file, from_json, has_other_files
 from data_pipeline.errors import DataError, ManifestError, SampleError, SourceError
 from data_pipeline.parallel import run_parallel
 from data_pipeline.progress import track
@@ -185,10 +185,10 @@ def _finished(path: Path) -> ShardSummary | None:
 
 def _read_plan(out: Path) -> dict[str, Any] | None:
     try:
-        plan = json.loads((out / PLAN_NAME).read_bytes())
+        plan = from_json((out / PLAN_NAME).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(
             where=str(out / PLAN_NAME), expected="the plan of a dataset", found=f"other text ({error})"
         ) from error

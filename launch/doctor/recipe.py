@@ -17,6 +17,7 @@ from data_pipeline.remote.fetch import remote_url
 from data_pipeline.shards.keys import repeated_key
 from data_pipeline.shards.load_manifest import load_manifest
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.workers import entries_at_once
 from launch.doctor import machine
 from launch.slurm.finding import Finding, error, from_error, gigabytes, ok, warning
 from pretrain.plan import Footprint
@@ -24,7 +25,6 @@ from pretrain.preflight import Plan
 from pretrain.recipe.recipe import Data
 from pretrain.runtime.run_folder import sha256_of
 
-_PREFETCH = 3  # steps of a worker that lie in shared memory: two ready, one being made
 _HASHED_SHARDS, _HASHED_BYTES = 4, 2 * 10**9  # of a data set: as much as a doctor may read
 _SHM = Path("/dev/shm")
 
@@ -209,7 +209,7 @@ def workers(num_workers: int, plan: Plan, ranks: Ranks) -> Iterator[Finding]:
         yield from machine.open_files()
         return
     sample = needs.num_views * 3 * needs.image_size**2  # uint8; what else a batch has is small beside it
-    needed = ranks.local * num_workers * _PREFETCH * size.local_size * sample
+    needed = ranks.local * entries_at_once(num_workers) * size.local_size * sample
     free = shutil.disk_usage(_SHM).free if _SHM.is_dir() else 0
     found = f"{gigabytes(needed)} for {ranks.local} x {num_workers} workers' batches, {gigabytes(free)} free"
     fix = f"Make it larger (docker run --shm-size, mount -o remount,size=... {_SHM}), or lower runtime.num_workers."
@@ -218,7 +218,7 @@ def workers(num_workers: int, plan: Plan, ranks: Ranks) -> Iterator[Finding]:
     else:
         yield warning(str(_SHM), found, fix) if needed > 0.7 * free else ok(str(_SHM), found)
     tensors = needs.num_views + 12  # of a micro-batch, each a file to torch
-    yield from machine.open_files(512 + num_workers * _PREFETCH * size.accumulation * tensors)
+    yield from machine.open_files(512 + entries_at_once(num_workers) * size.accumulation * tensors)
 
 
 def _manifests(dataset: Dataset) -> list[Manifest]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from data_pipeline.batch import Batch, BatchSpec
 from data_pipeline.datasets.read import ShardDataset
 from data_pipeline.datasets.soft_labels import (
+    UNREADABLE,
     Described,
     ShardLabels,
     SoftLabels,
@@ -28,7 +29,7 @@ from data_pipeline.datasets.soft_labels import (
     read_file,
     write_labels_file,
 )
-from data_pipeline.durable import claimed, durable_file, has_other_files
+from data_pipeline.durable import claimed, durable_file, from_json, has_other_files
 from data_pipeline.errors import CheckpointError, DataError, InputError, RunError
 from data_pipeline.loader import batches_of
 from data_pipeline.progress import track
@@ -263,7 +264,7 @@ def _finished(out: Path, shard: int, dataset: ShardDataset, seal: str) -> str | 
     path = out / file_name(shard)
     try:
         labels, header, digest = read_file(path)
-    except (OSError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return None
     whole = len(labels.values) == dataset.shard_sizes[shard]
     header.pop("left_out", None)
@@ -278,7 +279,7 @@ def _header(dataset: ShardDataset, shard: int, seal: str, labels: ShardLabels) -
 def _check_out(out: Path, plan: dict[str, Any]) -> None:
     """Raises DataError unless `out` is new, empty, or of the same plan."""
     try:
-        found = json.loads((out / PLAN_NAME).read_bytes())
+        found = from_json((out / PLAN_NAME).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         if out.exists() and (not out.is_dir() or has_other_files(out)):
             raise DataError(
@@ -292,9 +293,5 @@ def _check_out(out: Path, plan: dict[str, Any]) -> None:
         raise DataError(where=str(out / PLAN_NAME), expected="the plan of labels", found=str(error)) from error
     if found != plan:
         names = [name for name in plan if not isinstance(found, dict) or found.get(name) != plan[name]]
-        raise DataError(
-            where=str(out),
-            expected=f"labels made with this {', '.join(names)}",
-            found="others there",
-            fix="Give another folder, or remove this one.",
-        )
+        expected, fix = f"labels made with this {', '.join(names)}", "Give another folder, or remove this one."
+        raise DataError(where=str(out), expected=expected, found="others there", fix=fix)

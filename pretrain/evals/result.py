@@ -145,7 +145,7 @@ class EvalReport:
             keys = tuple(tensors["keys"].tobytes().decode("utf-8", "surrogateescape").split("\0"))
             outcomes = Outcomes(keys, tensors["labels"], tensors["predicted"])
             return cls(**described, outcomes=outcomes)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise InputError(
                 where=str(path),
                 expected="a report of `pretrain eval`, with its .safetensors beside it",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import timm
 from torch import Tensor, nn
 
+from data_pipeline.durable import from_json
 from data_pipeline.errors import CheckpointError
 from data_pipeline.samples.preprocessing import Preprocessing, Resize
 from pretrain.models.config import Model
@@ -100,7 +100,7 @@ def load_timm_encoder(folder: Path) -> tuple[nn.Module, EncoderConfig]:
     """
     weights = next((path for path in (folder / WEIGHTS, folder / PYTORCH) if path.is_file()), folder / WEIGHTS)
     try:
-        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        raw = from_json((folder / CONFIG).read_text(encoding="utf-8"))
         pixels, digest = raw["pretrained_cfg"], sha256_of(weights)
         config = EncoderConfig(
             name=raw["architecture"],

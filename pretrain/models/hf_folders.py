@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from data_pipeline.durable import from_json
 from data_pipeline.errors import CheckpointError, InputError
 from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.models.folders import CONFIG, PYTORCH, WEIGHTS
@@ -33,8 +33,8 @@ _HARMLESS = {"do_convert_rgb"}  # images are RGB here
 def is_hf_folder(folder: Path) -> bool:
     """It has a config.json of transformers, not of timm."""
     try:
-        told = json.loads((folder / CONFIG).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        told = from_json((folder / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError):
         return False
     return isinstance(told, dict) and "model_type" in told and "pretrained_cfg" not in told
 
@@ -171,10 +171,10 @@ def _refused(path: Path, key: str, expected: str, found: object) -> CheckpointEr
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        told = json.loads(path.read_text("utf-8"))
+        told = from_json(path.read_text("utf-8"))
         if not isinstance(told, dict):
             raise ValueError(f"a {type(told).__name__}")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             where=str(path),
             expected="a JSON object, as transformers writes it",

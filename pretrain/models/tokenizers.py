@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import re
 import zlib
 from functools import cached_property
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import TokenSpec
+from data_pipeline.durable import from_json
 from data_pipeline.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class SavedTokenizer:
 
         read = Tokenizer.from_file(str(self._folder / SAVED))
         config = self._folder / SAVED_CONFIG
-        told = json.loads(config.read_bytes()) if config.is_file() else {}
+        told = from_json(config.read_bytes()) if config.is_file() else {}
         pad = told.get("pad_token") or (read.padding or {}).get("pad_token")
         pad = pad["content"] if isinstance(pad, dict) else pad
         if pad is None or (pad_id := read.token_to_id(pad)) is None:

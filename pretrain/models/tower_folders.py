@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.batch import TokenSpec
+from data_pipeline.durable import from_json
 from data_pipeline.errors import CheckpointError
 from data_pipeline.samples.preprocessing import Preprocessing, Resize
 from pretrain.models.config import Model, ModelConfig, TextTower
@@ -259,7 +259,7 @@ def _from_open_clip(name: str) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     with _read(path):
-        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        told: dict[str, Any] = from_json(path.read_text(encoding="utf-8"))
         return told
 
 
@@ -282,7 +282,7 @@ def _read(path: Path) -> Iterator[None]:
     """What a file that cannot be used raises, as one error."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             where=str(path), expected="a file of two towers, as open_clip or this program writes it",
             found=f"{type(error).__name__}: {error}",

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data_pipeline.durable import from_json
 from data_pipeline.errors import CheckpointError
 from data_pipeline.messages import short_list
 from pretrain.models.foreign.pickle_contents import entry, expressions, look_into
@@ -149,11 +150,11 @@ def read_shards(index: Path) -> dict[str, Tensor]:
         CheckpointError: a file is missing, damaged, elsewhere, or does not hold what the index says.
     """
     try:
-        weight_map = dict(json.loads(index.read_text("utf-8"))["weight_map"])
+        weight_map = dict(from_json(index.read_text("utf-8"))["weight_map"])
         files = sorted({str(name) for name in weight_map.values()})
         if elsewhere := [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]:
             raise ValueError(f"{elsewhere[0]!r} is no safetensors file beside it")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             where=str(index), expected="an index of safetensors files", found=f"{type(error).__name__}: {error}"
         ) from error

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from data_pipeline.durable import durable_file
+from data_pipeline.durable import durable_file, from_json
 from data_pipeline.errors import InputError
 from data_pipeline.messages import short_list
 
@@ -40,7 +40,7 @@ class DataRecord:
         """
         path = run / FILE_NAME
         try:
-            found = json.loads(path.read_text("utf-8"))
+            found = from_json(path.read_text("utf-8"))
             classes = None if found["classes"] is None else tuple(map(str, found["classes"]))
             measured_on = {str(name): tuple(map(str, sets)) for name, sets in found["measured_on"].items()}
             return cls(str(found["train"]), classes, measured_on)

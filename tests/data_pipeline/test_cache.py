@@ -179,3 +179,9 @@ def test_a_lock_does_not_outlive_its_holder_in_a_forked_child(tmp_path: Path) ->
     waiting.join(30)
     children[0].kill()
     assert not waiting.is_alive()
+
+
+def test_a_note_that_cannot_be_removed_is_told_with_the_folder(tmp_path: Path) -> None:
+    (tmp_path / f".{key(0)}.ok").mkdir()
+    with pytest.raises(RunError, match=r"data\.cache\.folder"):
+        Cache(tmp_path, 100).distrust(key(0))

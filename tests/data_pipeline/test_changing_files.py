@@ -16,7 +16,7 @@ import pytest
 from data_pipeline.errors import RunError, ShardError
 from data_pipeline.inspect.verify import verify
 from data_pipeline.messages import killed_by
-from data_pipeline.parallel import run_parallel
+from data_pipeline.parallel import how_one_died, run_parallel
 from data_pipeline.shards import file_bytes, strict_tar
 from data_pipeline.shards.file_bytes import FileBytes
 from data_pipeline.shards.scan import index_shards, scan_shard
@@ -87,3 +87,27 @@ def test_what_signals_mean() -> None:
     assert killed_by(signal.SIGKILL) == "SIGKILL (perhaps for want of memory)"
     assert killed_by(signal.SIGSEGV) == "SIGSEGV"
     assert killed_by(99) == "signal 99"
+
+
+class Dying:
+    """A process that has closed its files, and has no exit status before it is waited for."""
+
+    def __init__(self) -> None:
+        self.sentinel, self._other = os.pipe()
+        self.exitcode: int | None = None
+        os.close(self._other)
+
+    def join(self, timeout: float) -> None:
+        assert timeout > 0
+        self.exitcode = -signal.SIGKILL
+
+
+def test_the_end_of_a_process_is_waited_for_once_it_has_begun() -> None:
+    process = Dying()
+    assert how_one_died([process]).startswith("was killed by SIGKILL")  # type: ignore[list-item]
+    os.close(process.sentinel)
+
+
+def test_of_no_processes_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.parallel.wait_for_sentinel", lambda *_: pytest.fail("waits"))
+    assert how_one_died([]) == ""

@@ -16,7 +16,7 @@ from data_pipeline.batch import BatchSpec
 from data_pipeline.datasets.choose import confident, ranked
 from data_pipeline.datasets.classes import Relabeled, label_notes, match_classes
 from data_pipeline.datasets.dataset import Dataset, Part
-from data_pipeline.datasets.mixture import Mixture
+from data_pipeline.datasets.mixture import Mixture, overlap_notes
 from data_pipeline.datasets.read import FolderDataset, ShardDataset
 from data_pipeline.datasets.selection import Selected
 from data_pipeline.datasets.soft_labeled import SoftLabeled
@@ -192,3 +192,13 @@ def test_a_view_stays_a_view_of_the_shards(tmp_path: Path) -> None:
     mapped = match_classes(val, named(tmp_path / "train", PETS), "val", "train")
     assert isinstance(mapped, Relabeled)
     assert mapped.beneath() == (val, None)
+
+
+def test_shards_that_two_sources_share_are_told_whatever_their_classes_are_called(tmp_path: Path) -> None:
+    one = named(tmp_path / "one", PETS)
+    other = ShardDataset(replace(one.manifest, classes=("owl", "dog", "cat")))
+    mixture = Mixture([Part("one", one, 1), Part("other", other, 1)])
+    assert isinstance(mixture.parts[1].dataset, Relabeled)
+    assert overlap_notes(mixture) == [
+        "data.train: other shares 1 of its shards with one: they are seen by the weights of both"
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -85,6 +86,21 @@ def test_many_stray_bytes_are_a_scan_that_lost_its_way() -> None:
     data = whole("baseline")
     with pytest.raises(SampleError, match="extraneous bytes before marker 0xd9"):
         decode(data[:-2] + b"\1" * (jpeg.MAX_STRAY_BYTES + 9) + data[-2:])
+
+
+def test_stray_bytes_are_taken_from_where_they_lie() -> None:
+    """The file is copied for each attempt, not for each of the many markers that they might lie before."""
+    data = whole("baseline")
+    comments = b"\xff\xfe\0\2" * 1000
+    assert np.array_equal(decode(data[:2] + comments + b"\1\2" + comments + data[2:]), decode(data))
+    many = data[:2] + b"\0\xff\xfe\0\2" * 2000 + data[2:]
+    tracemalloc.start()
+    try:
+        with pytest.raises(SampleError, match="extraneous bytes before marker 0xfe"):
+            decode(many)
+        assert tracemalloc.get_traced_memory()[1] < 15_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("scans", [1, 4, 9])

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
+import io
+import os
 import struct
 import tarfile
 import tracemalloc
 import zipfile
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import pytest
 
 from data_pipeline.datasets.folders import open_source
 from data_pipeline.errors import SampleError, ShardError, SourceError
-from data_pipeline.shards import scan
+from data_pipeline.shards import scan, strict_tar
 from data_pipeline.shards.scan import scan_shard
 from data_pipeline.shards.strict_tar import MAX_HEADER
 from tests.data_pipeline.archives import as_folder, as_tar, jpeg
@@ -147,3 +152,21 @@ def test_a_whole_zip_is_not_refused(tmp_path: Path) -> None:
     assert [source.reader.read(entry) for entry in source.images] == [jpeg(0), jpeg(1)]
     as_folder(tmp_path / "f", {"a.jpg": jpeg(0)})
     assert open_source(tmp_path / "f", tmp_path).images[0].name == "a.jpg"
+
+
+class Failing(io.BytesIO):
+    """An archive on a disk that fails after its first member."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() >= 1024:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read(size)
+
+
+def test_an_archive_that_storage_does_not_give_is_not_called_damaged(tmp_path: Path) -> None:
+    content = as_tar(tmp_path / "a.tar", {f"{i}.jpg": b"0" for i in range(3)}).read_bytes()
+    with pytest.raises(ShardError, match=r"Input/output error\. Look at the storage first") as error:
+        list(strict_tar.members(Failing(content), "a.tar", error=ShardError))
+    assert "damaged" not in str(error.value)
+    with gzip.open(io.BytesIO(b"\x1f\x8b" + content)) as unpacked, pytest.raises(ShardError, match="copy or make it"):
+        list(strict_tar.members(cast(BinaryIO, unpacked), "a.tar.gz", error=ShardError))

@@ -39,6 +39,7 @@ def many_chunks(kind: bytes, content: bytes, number: int) -> bytes:
 
 
 GIF, GRAY_BMP = encode(PHOTO, "GIF"), encode(PHOTO.convert("L"), "BMP")
+MANY_BLOCKS = b"\1a" * 30_000 + b"\0"
 GREEDY = {
     "a tile": (tiff(1, 1, tiles(46_000, 46_000)), "tiles of 46,000 x 46,000"),
     "a tile of a second tag": (tiff(1, 1, tiles(16, 16), {322: (4, 1, 2**31 - 1)}), "tiles of 2,147,483,647"),
@@ -48,7 +49,13 @@ GREEDY = {
     "comments among numbers": (b"P2\n200 200\n255\n" + b"#\n" * 50_000 + b"1 " * 40_000, "comments"),
     "chunks of a PNG": (many_chunks(b"abCd", b"", 20_000), "chunks"),
     "profiles of a PNG": (many_chunks(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**6)), 300), "texts or profiles"),
-    "blocks of a GIF": (GIF[:781] + b"!\xfe" + b"\1a" * 30_000 + b"\0" + GIF[781:], "blocks"),
+    "blocks of a GIF": (GIF[:781] + b"!\xfe" + MANY_BLOCKS + GIF[781:], "blocks"),
+    "blocks of a GIF behind a zero": (GIF[:781] + b"!\xfe\1\0\1," + MANY_BLOCKS + GIF[781:], "blocks"),
+    "blocks of a GIF behind none": (GIF[:781] + b"!\xf9\0," + bytes(44) + MANY_BLOCKS + GIF[781:], "blocks"),
+    "blocks of a GIF that loops": (
+        GIF[:781] + b"!\xff\x0bNETSCAPE2.0\0," + bytes(44) + MANY_BLOCKS + GIF[781:],
+        "blocks",
+    ),
     "runs of a BMP": (
         GRAY_BMP[:18] + struct.pack("<ii", 7000, 7000) + GRAY_BMP[26:30] + struct.pack("<I", 1) + GRAY_BMP[34:],
         "pixels in runs",
@@ -75,6 +82,8 @@ def test_ordinary_ones_are_taken(compression: str, big: bool) -> None:
 def test_so_are_comments_texts_and_tiles_of_the_usual_size() -> None:
     assert decode(b"P3 # made by hand\n#again\n1 1\n255 1 # red\n 2 3\n").tolist() == [[[1, 2, 3]]]
     assert np.array_equal(decode(many_chunks(b"tEXt", b"Comment\0hello", 300)), np.asarray(PHOTO))
+    loop, comment = b"!\xff\x0bNETSCAPE2.0\3\1\0\0\0", b"!\xfe" + (b"\xff" + b"," * 254 + b"\0") * 1000 + b"\0"
+    assert np.array_equal(decode(GIF[:781] + loop + comment + GIF[781:]), decode(GIF))
     tiled = tiff(100, 60, tiles(512, 512) | {259: (3, 1, 1), 324: (4, 1, 0)})
     assert decode(tiled + bytes(512 * 512)).shape == (60, 100, 3)
 

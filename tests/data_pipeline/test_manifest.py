@@ -221,6 +221,8 @@ def test_keys_are_the_strings_they_were_made_of(keys: list[str]) -> None:
         ("crc32", np.array([[1, 1]])),
         ("keys", Keys(np.zeros(2, np.uint8), np.array([7]))),
         ("keys", Keys(np.full(1, 0xFF, np.uint8), np.array([1]))),
+        ("shard_bytes", 10**30),
+        ("shard_bytes", -1),
     ],
 )
 def test_index_that_cannot_be_is_refused(tmp_path: Path, field: str, value: object) -> None:

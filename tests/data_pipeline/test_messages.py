@@ -61,7 +61,7 @@ def test_json_that_is_nested_too_deep_is_a_value_error(tmp_path: Path, depth: in
 
 
 def test_json_of_any_lesser_depth_is_read() -> None:
-    text = "[" * (MAX_DEPTH - 1) + "1" + "]" * (MAX_DEPTH - 1)
+    text = "[" * MAX_DEPTH + "1" + "]" * MAX_DEPTH
     assert json.dumps(from_json(text)) == text
 
 

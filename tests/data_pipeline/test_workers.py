@@ -186,12 +186,12 @@ def test_a_small_shared_memory_is_told_before_any_process_starts(
 ) -> None:
     of_step = 4 * 2 * 3 * 8 * 8  # samples, views, channels, pixels
     before = workers_of(os.getpid())
-    for free, enough in ((3 * 3 * of_step, True), (3 * 3 * of_step - 1, False)):
+    for free, enough in ((8 * of_step, True), (8 * of_step - 1, False)):
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: Usage(free))
         stream = loader(dataset, num_workers=3)
         if enough:
             stream.steps(0)
         else:
-            with pytest.raises(RunError, match=r"/dev/shm: expected .* for 9 batches of 3 loader workers"):
+            with pytest.raises(RunError, match=r"/dev/shm: expected .* for 8 batches of 3 loader workers"):
                 stream.steps(0)
     assert workers_of(os.getpid()) == before

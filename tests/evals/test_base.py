@@ -63,7 +63,7 @@ def test_another_question_has_another_name(folders: Folders, encoder: Encoder) -
     assert replace(report, arguments={"out": "x"}, seconds={}).file_name == report.file_name
 
 
-@pytest.mark.parametrize("damage", ["no file", "no outcomes", "not json", "other format", "a list", "lacks n"])
+@pytest.mark.parametrize("damage", ["no file", "no outcomes", "not json", "other format", "a list", "deep", "lacks n"])
 def test_what_is_no_report_is_an_input_error(tmp_path: Path, folders: Folders, encoder: Encoder, damage: str) -> None:
     path = tmp_path / "report.json"
     knn_report(folders, encoder).save(path)
@@ -77,7 +77,9 @@ def test_what_is_no_report_is_an_input_error(tmp_path: Path, folders: Folders, e
         path.write_text(json.dumps(described))
     else:
         other = {**described, "format": 99}
-        path.write_text({"not json": "{", "other format": json.dumps(other), "a list": "[]"}[damage])
+        path.write_text(
+            {"not json": "{", "other format": json.dumps(other), "a list": "[]", "deep": "[" * 10**5}[damage]
+        )
     with pytest.raises(InputError, match="a report of"):
         EvalReport.load(path)
 

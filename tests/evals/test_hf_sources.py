@@ -21,7 +21,7 @@ from pretrain.evals.result import EvalReport
 from pretrain.evals.sources.load import load_source
 from pretrain.evals.sources.timm_names import Architecture
 from pretrain.evals.sources.towers import load_towers
-from pretrain.models.hf_folders import read_preprocessing
+from pretrain.models.hf_folders import is_hf_folder, read_preprocessing
 from tests.evals.conftest import Folders
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -234,6 +234,9 @@ def test_files_that_are_missing_or_elsewhere_are_told(tmp_path: Path) -> None:
     weights.rename(tmp_path / "one.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*none of them"):
         load_source(str(tmp_path))
+    index.write_text("[" * 10**5)
+    with pytest.raises(CheckpointError, match=r"an index of safetensors files, found .* more than 100 deep"):
+        load_source(str(tmp_path))
     index.write_text(json.dumps({"weight_map": dict.fromkeys(state, "../one.safetensors")}))
     with pytest.raises(CheckpointError, match="no safetensors file beside it"):
         load_source(str(tmp_path))
@@ -283,6 +286,9 @@ def test_a_tokenizer_is_clip_s_or_is_named(tmp_path: Path) -> None:
     folder = save_clip(tmp_path)
     with pytest.raises(CheckpointError, match="--tokenizer clip"):
         load_towers(str(folder))
+    (folder / "vocab.json").write_text("[" * 10**5)
+    with pytest.raises(CheckpointError, match=r"vocab\.json or tokenizer\.json, found .* more than 100 deep"):
+        load_towers(str(folder))
     (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1}))
     with pytest.raises(CheckpointError, match="another one, of 2 tokens"):
         load_towers(str(folder))
@@ -330,3 +336,12 @@ def test_a_size_that_is_no_multiple_of_the_patch_is_refused(tmp_path: Path) -> N
     for folder in (save_vit(tmp_path / "vit"), save_clip(tmp_path / "clip")):
         with pytest.raises(InputError, match=r"multiple of the patch size 8, found 20.*above: 24"):
             load_source(str(folder), architecture=Architecture(str(folder), 20))
+
+
+def test_a_configuration_that_is_too_deep_is_told(tmp_path: Path) -> None:
+    folder = save_vit(tmp_path)
+    (folder / "preprocessor_config.json").write_text("[" * 10**5)
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: .* more than 100 deep"):
+        load_source(str(folder))
+    (folder / "config.json").write_text("[" * 10**5)
+    assert not is_hf_folder(folder)

@@ -125,7 +125,7 @@ def test_a_stop_loses_the_chunk_it_was_in(folders: Folders, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "damage", ["a bit of the values", "values cut short", "no values", "a torn record", "no record"]
+    "damage", ["a bit of the values", "values cut short", "no values", "a torn record", "a deep record", "no record"]
 )
 def test_what_is_damaged_is_computed_again_and_nothing_else(folders: Folders, tmp_path: Path, damage: str) -> None:
     encoder, count = counting()
@@ -143,6 +143,8 @@ def test_what_is_damaged_is_computed_again_and_nothing_else(folders: Folders, tm
         values.unlink()
     elif damage == "a torn record":
         record.write_text(record.read_text()[:-20])
+    elif damage == "a deep record":
+        record.write_text("[" * 10**5)
     else:
         record.unlink()
     count.images = 0

@@ -270,7 +270,7 @@ def test_shared_memory_and_open_files_of_workers(
     many = with_groups(recipe, runtime={"num_workers": 4})
     plan, _ = checks.fits(many.name, partial(preflight, many, 2, tmp_path / "run", 2))
     assert plan is not None
-    bytes_of_batches = 2 * 4 * 3 * 4 * 3 * 16 * 16  # ranks, workers, steps of each, samples, channels, pixels
+    bytes_of_batches = 2 * (4 * 2 + 2) * 4 * 3 * 16 * 16  # ranks, steps of workers and taken, samples, channels, pixels
     for free, level in ((bytes_of_batches - 1, "error"), (bytes_of_batches, "warning"), (10**9, "ok")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(free))
         assert levels(checks.workers(4, plan, Ranks(2, 2)))[0] == (level, "/dev/shm")

@@ -141,7 +141,8 @@ def test_a_save_cut_off_between_its_files_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"architecture": "no_such_model", "num_classes": 0}', '{"pretrained_cfg": 3}']
+    "text",
+    ["", "[]", "{}", '{"architecture": "no_such_model", "num_classes": 0}', '{"pretrained_cfg": 3}', "[" * 10**5],
 )
 def test_a_damaged_config_is_one_error(text: str, tmp_path: Path) -> None:
     saved(tmp_path)

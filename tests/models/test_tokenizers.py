@@ -164,6 +164,7 @@ def test_a_folders_fingerprint_follows_all_that_decides_its_rows(folder: Path, t
         ({SAVED: "{"}, r"expected a tokenizer as transformers saves it"),
         ({SAVED: '{"model": {"type": "Pickle"}}'}, r"expected a tokenizer as transformers saves it"),
         ({"tokenizer_config.json": "{}"}, r"no pad_token"),
+        ({"tokenizer_config.json": "[" * 10**5}, r"more than 100 deep"),
         ({"tokenizer_config.json": '{"pad_token": "<nowhere>"}'}, r"no pad_token"),
     ],
 )

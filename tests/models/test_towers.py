@@ -168,6 +168,14 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, fault: str) -> None
         load_towers(str(tmp_path))
 
 
+def test_a_configuration_that_is_none_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "clip")
+    for text in ("", "[]", "[" * 10**5):
+        (tmp_path / "open_clip_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"open_clip_config\.json"):
+            load_towers(str(tmp_path))
+
+
 def test_an_image_tower_of_another_save_is_refused(tmp_path: Path) -> None:
     """As where a process was killed between the two."""
     saved(tmp_path / "a", "clip", beside_timm=True)

@@ -137,3 +137,10 @@ def test_a_batch_larger_than_the_data_set_is_said(folder: Path) -> None:
     assert note.startswith(
         "batch.global_size 30 is larger than the data set of 12 samples: each step takes samples 2.5 "
     )
+
+
+def test_a_record_of_a_runs_data_that_is_none_is_told(tmp_path: Path) -> None:
+    for text in ("", "3", "[" * 10**5):
+        (tmp_path / "data.json").write_text(text)
+        with pytest.raises(InputError, match=r"data\.json: expected the record of a run's data"):
+            DataRecord.load(tmp_path)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import LeftOut
-from data_pipeline.durable import naming, write_text
+from data_pipeline.durable import from_json, naming, write_text
 from data_pipeline.errors import InputError, RunError
 
 FORMAT = 2  # raised where other features would come out of the same question: by another readout, other views
@@ -193,8 +193,8 @@ class CacheEntry:
 
     def _record(self, number: int) -> dict[str, Any] | None:
         try:
-            record = json.loads(self._record_path(number).read_text("utf-8"))
-        except (OSError, ValueError, RecursionError):
+            record = from_json(self._record_path(number).read_text("utf-8"))
+        except (OSError, ValueError):
             return None
         known = isinstance(record, dict) and record.keys() - {"left_out"} == {"width", "crc32", "labels", "keys"}
         return record if known else None

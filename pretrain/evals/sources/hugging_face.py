@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from data_pipeline.batch import TokenSpec
+from data_pipeline.durable import from_json
 from data_pipeline.errors import CheckpointError
 from data_pipeline.samples.preprocessing import Preprocessing
 from pretrain.evals.encoder import Encoder
@@ -142,12 +142,12 @@ def _tokenizer(folder: Path, context_length: int) -> str:
     """The name of CLIP's, if the files in the folder are of that one."""
     try:
         if (path := folder / "vocab.json").is_file():
-            vocabulary = json.loads(path.read_text("utf-8"))
+            vocabulary = from_json(path.read_text("utf-8"))
         else:
             path = folder / "tokenizer.json"
-            vocabulary = json.loads(path.read_text("utf-8"))["model"]["vocab"]
+            vocabulary = from_json(path.read_text("utf-8"))["model"]["vocab"]
         words = sorted(vocabulary, key=vocabulary.__getitem__)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             where=str(folder),
             expected="the tokenizer's vocab.json or tokenizer.json",
