@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.datasets.dataset import Dataset
-from data_pipeline.errors import FieldError, InputError
+from data_pipeline.errors import FieldError, InputError, RunError, SampleError
 from data_pipeline.progress import track
 from data_pipeline.samples.captions import read_captions
 from data_pipeline.samples.config import Captions
@@ -73,6 +73,11 @@ class Retrieval:
         if features.numbers is not None:  # texts of images that were left out go with them
             pairs, used = _without(pairs, features.numbers)
             vectors = vectors[used]
+        if alone := sorted(set(range(len(features))) - set(pairs[:, 0].tolist())):
+            raise RunError(
+                where=f"{features.keys[alone[0]]} of the test set", expected="its captions, as its image was read",
+                found="no bytes a moment before", fix="Check the storage, and start the evaluation again.",
+            )  # fmt: skip
         text_ranks = ranks_of_own(images.to(device), vectors.to(device), pairs)
         image_ranks = ranks_of_own(vectors.to(device), images.to(device), pairs.flip(1))[pairs[:, 1]]
         seconds = {"texts": between - start, "images": perf_counter() - between}
@@ -84,7 +89,7 @@ class Retrieval:
             make_outcomes(features.keys, torch.ones_like(text_ranks), (text_ranks < 1).long()),
             metric="image_to_text_r1",
             further=further,
-            chance=chance(pairs, len(features), len(texts)),
+            chance=chance(pairs, len(features), len(vectors)),
             other_means=[name for name in further if name.startswith("text_to_image")],
             protocol={
                 "captions": self.captions.model_dump(),
@@ -109,17 +114,23 @@ class Retrieval:
         )
 
     def _texts(self) -> tuple[list[str], Tensor]:
-        """Every text once, in the order of its first image; (image, text) of each caption, [P, 2] int64."""
+        """Every text once, in the order of its first image; (image, text) of each caption, [P, 2] int64.
+
+        Of a sample that cannot be read there are none: its image is left out as well.
+        """
         total = min(self.test.num_samples, self.max_test or self.test.num_samples)
         numbers: dict[str, int] = {}
         pairs: list[tuple[int, int]] = []
         where = (self.captions.field, self.captions.key)
         for i in track(range(total), label="reading captions", total=total):
-            sample = self.test.read(i)
+            try:
+                sample = self.test.read(i)
+            except SampleError:
+                continue
             for caption in read_captions(sample.fields, sample.key, *where, lines=self.captions.lines):
                 pairs.append((i, numbers.setdefault(caption.strip(), len(numbers))))
         if not pairs:
-            raise InputError(where="test set", expected="samples", found="none")
+            raise InputError(where="test set", expected="samples that can be read", found="none")
         return list(numbers), torch.tensor(pairs)
 
 
