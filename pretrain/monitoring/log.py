@@ -155,10 +155,13 @@ def evaluation_line(step: int, values: Mapping[str, float]) -> str:
 
     Args:
         step: steps applied.
-        values: by name. The validation set's, `val/...`, are losses and shares; those of protocols are percent.
+        values: by name. The validation set's, `val/...`, are losses and shares; those of protocols are percent;
+            `.../left_out` counts samples.
     """
 
     def shown(name: str, value: float) -> str:
+        if name.endswith("/left_out"):
+            return f"{value:.0f}"
         if not name.startswith("val/"):
             return f"{value:.2f}%"
         return f"{value:.2%}" if re.search(r"(^|[/_])(top\d+|accuracy)", name) else f"{value:.4f}"

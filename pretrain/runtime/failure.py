@@ -24,7 +24,7 @@ def note_failure(run: Path, words: str, *, rank: int = 0, trace: str = "") -> No
         trace: where it happened, for the log; empty: the message says all.
     """
     with suppress(OSError):
-        os.close(os.open(run / FAILURE, os.O_CREAT | os.O_EXCL))
+        os.close(os.open(run / FAILURE, os.O_CREAT | os.O_EXCL, 0o666))
         append_line(run / FAILURE, {"at": time.time(), "rank": rank, "why": words})
         with (run / LOG).open("a") as log:
             log.write(f"{trace}error: {words}\n")
