@@ -206,7 +206,8 @@ def test_what_is_right_is_shown_in_percent_whoever_measured_it() -> None:
     values = {"val/loss": 1.5, "val/top1": 0.25, "val/probe_top1": 0.5, "knn/top1_k20": 33.3333}
     values |= {"val/left_out": 2.0, "knn/left_out": 1.0}
     assert evaluation_line(4, values) == (
-        "step 4  val/loss 1.5000  val/top1 25.00%  val/probe_top1 50.00%  knn/top1_k20 33.33%  val/left_out 2  knn/left_out 1"
+        "step 4  val/loss 1.5000  val/top1 25.00%  val/probe_top1 50.00%  knn/top1_k20 33.33%  "
+        "val/left_out 2  knn/left_out 1"
     )
 
 
