@@ -38,8 +38,8 @@ def settle_precision(
 ) -> EngineConfig:
     """Returns the settings with `precision` settled. Every rank calls it, and all settle the same.
 
-    `auto` is the precision of the run that is gone on with, wherever that began; else bf16 where the devices of all
-    ranks have instructions for it, else fp32.
+    `auto` is the precision of the run that is resumed, on whatever machine that began; for a new run it is bf16 where
+    the devices of all ranks have instructions for it, else fp32.
 
     Args:
         config: `engine` of the recipe.
@@ -79,7 +79,7 @@ def cpu_has_bf16(cpuinfo: str) -> bool:
 
 
 def kept_precision(resume_from: str | None, out: Path) -> Precision | None:
-    """The precision of the run whose state is gone on with; None: a new run begins."""
+    """The precision of the run that is resumed; None: a new run begins."""
     runs = [out] if newest_checkpoint(out) is not None else []
     if resume_from is not None:
         given = Path(resume_from)

@@ -151,7 +151,7 @@ def progress_line(step: int, total_steps: int, left_seconds: float, values: Mapp
 
 
 def evaluation_line(step: int, values: Mapping[str, float]) -> str:
-    """An evaluation in a line: what is right is a percentage, as its sign says, whoever measured it.
+    """An evaluation as a line of the log: accuracies in percent, with the sign, whoever measured them.
 
     Args:
         step: steps applied.
