@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline.assemble import check
 from data_pipeline.batch import BatchSpec
-from data_pipeline.datasets.classes import label_notes, match_classes
+from data_pipeline.datasets.classes import label_notes, match_classes, taken_by_number
 from data_pipeline.datasets.dataset import Dataset
 from data_pipeline.datasets.mixture import overlap_notes
 from data_pipeline.datasets.read import open_dataset
@@ -32,7 +32,7 @@ from pretrain.plan import build_on_meta
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.resolve import Resolved, resolve
 from pretrain.record import refuse_other_run
-from pretrain.runtime.data_record import DataRecord
+from pretrain.runtime.data_record import DataRecord, goes_by_number
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def preflight(
         InputError: one of them is wrong.
     """
     refuse_wrong_inputs(recipe)
-    data, cache = recipe.data, recipe.data.cache
-    train_data = open_training(data.train, cache)
+    data, cache, by_number = recipe.data, recipe.data.cache, goes_by_number(out)
+    train_data = open_training(data.train, cache, by_number=by_number)
     resolved = resolve(recipe, world_size, train_data.num_samples)
     objective = build_on_meta(recipe.model, recipe.objective)
     needs = objective.needs
@@ -100,7 +100,7 @@ def preflight(
     val = open_dataset(data.val, cache) if data.val else None
     if val is not None:
         if needs.num_classes is not None or recipe.online_probe is not None:
-            val = match_classes(val, train_data, "data.val", "data.train")
+            val = match_classes(val, train_data, "data.val", "data.train", by_number=by_number)
         check(val, needs, captions)
         if val.num_samples < world_size:
             problem = f"data.val: expected a sample for each of {world_size} processes, found {val.num_samples}."
@@ -115,7 +115,8 @@ def preflight(
         measured_on["data.val"] = (val.fingerprint,)
     refuse_missing_wandb(recipe.logging, recipe.name)
     with_labels = needs.num_classes is not None
-    record = DataRecord(train_data.fingerprint, train_data.classes if with_labels else None, measured_on)
+    classes, bare = (train_data.classes, taken_by_number(train_data, val)) if with_labels else (None, [])
+    record = DataRecord(train_data.fingerprint, classes, measured_on, bool(bare))
     notes = [
         *refuse_other_run(recipe, record, resolved.total_steps, out),
         *(label_notes(train_data, val) if with_labels else ()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_pipeline.durable import durable_file
-from data_pipeline.errors import InputError, PretrainError, RecipeError, RunError
+from data_pipeline.errors import InputError, PretrainError, RecipeError, RunError, storage_error
 from pretrain.checkpoints.checkpoint import read_state
 from pretrain.checkpoints.start import length_problems
 from pretrain.recipe.files import dump, load_recipe, resolved_yaml
@@ -102,7 +103,7 @@ def claimed(out: Path, world: World, check: Callable[[], object]) -> Iterator[No
             raise
         return file
 
-    lock = agree(lambda: take() if world.is_main else None)
+    lock, began = agree(lambda: take() if world.is_main else None), time.time()
     try:
         yield
     except InputError:  # nothing was begun
@@ -110,9 +111,10 @@ def claimed(out: Path, world: World, check: Callable[[], object]) -> Iterator[No
             _leave_if_empty(out)
         raise
     except Exception as error:
-        known = isinstance(error, PretrainError)
-        words = str(error) if known else f"{type(error).__name__}: {error}"
-        note_failure(out, words, rank=world.rank, trace="" if known else traceback.format_exc())
+        known = error if isinstance(error, PretrainError) else storage_error(error)
+        words = f"{type(error).__name__}: {error}" if known is None else str(known)
+        trace = traceback.format_exc() if known is None else ""
+        note_failure(out, words, rank=world.rank, trace=trace, since=began)
         raise
     finally:
         if lock is not None:

@@ -82,7 +82,7 @@ class Relabeled(Single):
         return self.base.origin(i)
 
 
-def match_classes(dataset: Dataset, reference: Dataset, where: str, like: str) -> Dataset:
+def match_classes(dataset: Dataset, reference: Dataset, where: str, like: str, *, by_number: bool = False) -> Dataset:
     """Returns the data set with its labels numbered as `reference` has its classes; itself, where they are so already.
 
     Of two sets without names the numbers are taken for the same. Soft labels that were written without names are taken
@@ -92,6 +92,7 @@ def match_classes(dataset: Dataset, reference: Dataset, where: str, like: str) -
         dataset: what is validated or tested on.
         reference: what is learned from.
         where, like: what messages call the two.
+        by_number: whether labels without names are taken for the named ones of the same numbers.
 
     Raises:
         FieldError: classes that `reference` has not, or names on one side alone.
@@ -102,6 +103,8 @@ def match_classes(dataset: Dataset, reference: Dataset, where: str, like: str) -
     ours, theirs = reference.classes, dataset.classes
     if ours is not None and theirs is not None:
         return dataset if ours == theirs else Relabeled(dataset, ours, where, like)
+    if by_number:
+        return dataset
     if ours is None and theirs is not None and _has_bare_numbers(reference):
         raise _names_on_one_side(where, theirs, like)
     if theirs is None and ours is not None and _has_bare_numbers(dataset):
@@ -127,8 +130,10 @@ def share_classes(parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def check_shared_classes(parts: Sequence[Part]) -> None:
-    """Raises FieldError where a label means two things: no source has the classes of all, or one has numbers alone."""
+def check_shared_classes(parts: Sequence[Part], *, by_number: bool = False) -> None:
+    """Raises FieldError where a label means two things: no source has the classes of all, or one has numbers alone,
+    unless these are taken `by_number`.
+    """
     known = [part for part in parts if part.dataset.classes is not None]
     lists = {part.dataset.classes for part in known}
     if len(lists) > 1:
@@ -144,22 +149,40 @@ def check_shared_classes(parts: Sequence[Part]) -> None:
             "without online_probe.",
         )
     bare = [part for part in parts if _has_labels(part.dataset) and _has_bare_numbers(part.dataset)]
-    if known and bare:
+    if known and bare and not by_number:
         raise _names_on_one_side(known[0].name, known[0].dataset.classes or (), bare[0].name)
 
 
 def label_notes(train: Dataset, val: Dataset | None) -> list[str]:
-    """Sentences on labels that were numbered anew, and on soft ones that meet names and have none themselves."""
-    named = [(part.name, part.dataset) for part in train.parts] or [("data.train", train)]
-    named += [] if val is None else [("data.val", val)]
-    notes = [dataset.note for _, dataset in named if isinstance(dataset, Relabeled)]
-    if any(dataset.classes is not None and _has_labels(dataset) for _, dataset in named):
+    """Sentences on labels that were numbered anew, and on those that meet names and have none themselves."""
+    sets = _labeled_sets(train, val)
+    notes = [dataset.note for dataset in sets.values() if isinstance(dataset, Relabeled)]
+    if any(dataset.classes is not None for dataset in sets.values()):
         notes += [
             f"the soft labels of {name} do not name their classes: they are taken by number for those of the others"
-            for name, dataset in named
+            for name, dataset in sets.items()
             if dataset.classes is None and dataset.num_soft_classes is not None
         ]
-    return notes
+    return notes + [
+        f"the labels of {name} have no names: this run, begun when names did not decide, goes on taking them by number "
+        "for those of the others"
+        for name in taken_by_number(train, val)
+    ]
+
+
+def taken_by_number(train: Dataset, val: Dataset | None) -> list[str]:
+    """What messages call the sets whose labels have no names where others' have: a new run refuses them."""
+    sets = _labeled_sets(train, val)
+    if all(dataset.classes is None for dataset in sets.values()):
+        return []
+    return [name for name, dataset in sets.items() if dataset.classes is None and _has_bare_numbers(dataset)]
+
+
+def _labeled_sets(train: Dataset, val: Dataset | None) -> dict[str, Dataset]:
+    """Each source of the training data, or that itself, and the validation data, as far as they have labels."""
+    sets: dict[str, Dataset] = {part.name: part.dataset for part in train.parts} or {"data.train": train}
+    sets |= {} if val is None else {"data.val": val}
+    return {name: dataset for name, dataset in sets.items() if _has_labels(dataset)}
 
 
 def _own_label(sample: Sample) -> int | NDArray[np.float32] | None:

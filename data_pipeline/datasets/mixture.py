@@ -48,12 +48,16 @@ class Mixture:
     A sample's key is `SOURCE:KEY`, SOURCE counted from 0 on: equal keys of two sources stay apart, and nothing
     that is drawn by key depends on where the data lie.
 
+    Args:
+        parts: the sources.
+        by_number: whether labels without names are taken for the named ones of the same numbers.
+
     Raises:
         DataError: no source, or a weight that is too small a part of the whole to get a slot.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = share_classes(parts)
+    def __init__(self, parts: Sequence[Part], *, by_number: bool = False) -> None:
+        self.parts, self._by_number = share_classes(parts), by_number
         self.slots = slots_of_pattern([part.weight for part in parts], [part.name for part in parts])
         datasets = [part.dataset for part in parts]
         self.shard_sizes = np.concatenate([dataset.shard_sizes for dataset in datasets])
@@ -69,7 +73,7 @@ class Mixture:
 
     def check_classes(self) -> None:
         """Raises FieldError where a label means two things, or may."""
-        check_shared_classes(self.parts)
+        check_shared_classes(self.parts, by_number=self._by_number)
 
     @property
     def label_counts(self) -> NDArray[np.int64] | None:

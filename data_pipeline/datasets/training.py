@@ -15,8 +15,10 @@ from data_pipeline.datasets.soft_labels import open_labels
 from data_pipeline.remote.config import DEFAULT, CacheConfig
 
 
-def open_training(train: str | Sequence[Source], cache: CacheConfig = DEFAULT) -> Dataset:
-    """The data set at a path, as `open_dataset` takes it, or a mixture of several. One alone is itself.
+def open_training(train: str | Sequence[Source], cache: CacheConfig = DEFAULT, *, by_number: bool = False) -> Dataset:
+    """The data set at a path, as `open_dataset` takes it, or a mixture of several, which `by_number` is passed on to.
+
+    One source alone is itself.
 
     Raises:
         DataError: as `open_dataset` and `Mixture` say; soft labels or a selection are not of the data beside them.
@@ -26,7 +28,8 @@ def open_training(train: str | Sequence[Source], cache: CacheConfig = DEFAULT) -
     if len(train) == 1:
         return _open_source(train[0], 0, cache)
     opened = [_open_source(source, number, cache) for number, source in enumerate(train)]
-    return Mixture([Part(source.path, data, source.weight) for source, data in zip(train, opened, strict=True)])
+    parts = [Part(source.path, data, source.weight) for source, data in zip(train, opened, strict=True)]
+    return Mixture(parts, by_number=by_number)
 
 
 def _open_source(source: Source, number: int, cache: CacheConfig) -> Dataset:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.batch import Batch, BatchSpec, LeftOut
 from data_pipeline.datasets.dataset import Dataset
@@ -28,6 +28,7 @@ from pretrain.evals.sources.trained import TrainedRun
 from pretrain.monitoring.budgets import too_many_left_out
 from pretrain.monitoring.log import MetricLog
 from pretrain.recipe.recipe import Data
+from pretrain.runtime.agreement import agree
 from pretrain.runtime.collectives import from_main, gather_objects, side_group, sum_over_ranks
 from pretrain.runtime.run_folder import eval_name, folder_name
 from pretrain.runtime.state import RunState
@@ -189,24 +190,26 @@ class ProtocolEvaluation(Periodic):
         self._group = side_group()  # rank 0 may take long, and NCCL's patience is short
 
     def evaluate(self, state: RunState) -> dict[str, float]:
-        """The reported value by name, on every rank; every rank calls it."""
+        """The reported value by name, on every rank; every rank calls it, and raises what rank 0 does."""
         step, objective = state.progress.step, self._engine.objective
         module = self._engine.whole_copy(
             objective.encoder if self._judges == "encoder" else objective,
             partial(build_copy, self._run, self._judges),
             where=f"the {self._judges} at step {step}",
         )
-        values: dict[str, float] = {}
-        if module is not None:
-            for part in (module, *module.children()):  # of two towers each is called by itself
-                part.register_forward_pre_hook(lambda *_: self._alive())
-            judged = judged_copy(self._run, self._judges, module, tag=folder_name(step), description={"step": step})
-            report = self._evaluator.run(judged)
-            path = self._run.folder / "evals" / f"{self._name}_{folder_name(step)}.json"
-            self._log.keep(str(path), lambda: report.save(path))
-            values = {f"{self._name}/{report.metric}": report.value}
-            if isinstance(left_out := report.data.get("left_out"), dict):
-                values[f"{self._name}/left_out"] = float(sum(left_out.values()))
-                for note in report.notes:
-                    self._log.say(f"{self._name}: {note}")
+        values = agree(lambda: self._judge(module, step) if module is not None else {}, self._group)
         return from_main(values, self._group)
+
+    def _judge(self, module: nn.Module, step: int) -> dict[str, float]:
+        for part in (module, *module.children()):  # of two towers each is called by itself
+            part.register_forward_pre_hook(lambda *_: self._alive())
+        judged = judged_copy(self._run, self._judges, module, tag=folder_name(step), description={"step": step})
+        report = self._evaluator.run(judged)
+        path = self._run.folder / "evals" / f"{self._name}_{folder_name(step)}.json"
+        self._log.keep(str(path), lambda: report.save(path))
+        values = {f"{self._name}/{report.metric}": report.value}
+        if isinstance(left_out := report.data.get("left_out"), dict):
+            values[f"{self._name}/left_out"] = float(sum(left_out.values()))
+            for note in report.notes:
+                self._log.say(f"{self._name}: {note}")
+        return values

@@ -19,7 +19,7 @@ from pretrain.objectives.contract import Objective
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.agreement import agree
-from pretrain.runtime.collectives import from_main, gather_objects
+from pretrain.runtime.collectives import from_main, gather_objects, rank_and_size
 from pretrain.runtime.run_folder import newest_checkpoint
 from pretrain.runtime.state import Progress
 
@@ -38,8 +38,8 @@ def settle_precision(
 ) -> EngineConfig:
     """Returns the settings with `precision` settled. Every rank calls it, and all settle the same.
 
-    `auto` is the precision of the run that is gone on with, wherever that began; else bf16 where the devices of all
-    ranks have instructions for it, else fp32.
+    `auto` is the precision of the run that is resumed, on whatever machine that began; for a new run it is bf16 where
+    the devices of all ranks have instructions for it, else fp32.
 
     Args:
         config: `engine` of the recipe.
@@ -53,7 +53,9 @@ def settle_precision(
     """
     if config.precision == "auto":
         native = set(gather_objects(native_precision(device)))
-        settled = from_main(kept_precision(resume_from, out)) or ("bf16" if native == {"bf16"} else "fp32")
+        is_main = rank_and_size()[0] == 0
+        kept = from_main(agree(lambda: kept_precision(resume_from, out) if is_main else None))
+        settled = kept or ("bf16" if native == {"bf16"} else "fp32")
         config = config.model_copy(update={"precision": settled})
     if config.precision == "bf16" and device.type == "cpu":
         agree(lambda: refuse_wrong_bf16(objective))
@@ -77,7 +79,7 @@ def cpu_has_bf16(cpuinfo: str) -> bool:
 
 
 def kept_precision(resume_from: str | None, out: Path) -> Precision | None:
-    """The precision of the run whose state is gone on with; None: a new run begins."""
+    """The precision of the run that is resumed; None: a new run begins."""
     runs = [out] if newest_checkpoint(out) is not None else []
     if resume_from is not None:
         given = Path(resume_from)

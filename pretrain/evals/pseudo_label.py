@@ -158,7 +158,11 @@ def label(dataset: ShardDataset, teacher: Teacher, out: Path, how: Labelling) ->
         seal = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
         shards = range(len(dataset.shard_sizes))
         missing = [shard for shard in shards if _finished(out, shard, dataset, seal) is None]
+        all_left_out = [name for shard in shards if shard not in missing for name in _left_out(out, shard)]
         for shard, labels, left_out in _made(dataset, missing, teacher, how):
+            all_left_out += left_out
+            if len(all_left_out) > (budget := teacher.run.data.max_bad_samples):
+                raise too_many_left_out(f"labels for {all_left_out[-1]}", len(all_left_out), budget)
             header = _header(dataset, shard, seal, labels)
             with durable_file(out / file_name(shard)) as file:
                 file.write(labels.to_bytes(header | ({"left_out": left_out} if left_out else {})))
@@ -172,7 +176,7 @@ def label(dataset: ShardDataset, teacher: Teacher, out: Path, how: Labelling) ->
             teacher=plan["teacher"],
             num_samples=dataset.shard_sizes.tolist(),
             sha256=[digest for digest in digests if digest],
-            left_out=[name for shard in shards for name in read_file(out / file_name(shard))[1].get("left_out", [])],
+            left_out=[name for shard in shards for name in _left_out(out, shard)],
         )
         write_labels_file(out, described)
     return SoftLabels(out)
@@ -207,13 +211,13 @@ def _made(
     model = teacher.model.to(how.device)
     with untouched(model), full_precision():
         tracked = track(batches, label=f"labelling {len(shards)} shards", total=len(pieces))
-        num_left_out = 0
         for shard in shards:
-            labels, left_out = _of_shard(model, tracked, sizes[shard], teacher, how)
-            num_left_out += len(left_out)
-            if num_left_out > (budget := teacher.run.data.max_bad_samples):
-                raise too_many_left_out(f"labels of {dataset.manifest.root}; {left_out[-1]}", num_left_out, budget)
-            yield shard, labels, left_out
+            yield shard, *_of_shard(model, tracked, sizes[shard], teacher, how)
+
+
+def _left_out(out: Path, shard: int) -> list[str]:
+    """The samples that the file of a shard says were left out."""
+    return list(read_file(out / file_name(shard))[1].get("left_out", []))
 
 
 def _of_shard(
@@ -283,11 +287,9 @@ def _check_out(out: Path, plan: dict[str, Any]) -> None:
     except (FileNotFoundError, NotADirectoryError):
         if out.exists() and (not out.is_dir() or has_other_files(out)):
             raise DataError(
-                where=str(out),
-                expected="a new or empty folder, or labels to go on with",
-                found="other files",
+                where=str(out), expected="a new or empty folder, or labels to go on with", found="other files",
                 fix="Give another folder.",
-            ) from None
+            ) from None  # fmt: skip
         return
     except ValueError as error:
         raise DataError(where=str(out / PLAN_NAME), expected="the plan of labels", found=str(error)) from error

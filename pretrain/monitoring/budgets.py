@@ -17,7 +17,13 @@ FILE_NAME = "skipped-samples.jsonl"  # in the run's folder: all of them, a line 
 
 
 def too_many_left_out(where: str, found: int, budget: int | None) -> PretrainError:
-    """The error that an evaluation would have to leave more samples of a set out than it may; None: all of them."""
+    """Makes the error of an evaluation that may not leave out as many samples as cannot be used.
+
+    Args:
+        where: the data set.
+        found: how many cannot be used.
+        budget: how many may be left out; None: there is no usable sample at all.
+    """
     what = f"{found} that cannot be used"
     fix = "`pretrain data verify` names them all, in shards; of an image folder make some: `pretrain data convert`."
     if budget is None:

@@ -151,14 +151,13 @@ def progress_line(step: int, total_steps: int, left_seconds: float, values: Mapp
 
 
 def evaluation_line(step: int, values: Mapping[str, float]) -> str:
-    """An evaluation in a line: what is right is a percentage, as its sign says, whoever measured it.
+    """An evaluation as a line of the log: accuracies in percent, with the sign, whoever measured them.
 
     Args:
         step: steps applied.
-        values: by name. The validation set's, `val/...`, are losses and shares; those of protocols are percent; samples
-            that were left out are counted.
+        values: by name. The validation set's, `val/...`, are losses and shares; those of protocols are percent;
+            `.../left_out` counts samples.
     """
-
     return "  ".join([f"step {step}", *(f"{name} {evaluated(name, value)}" for name, value in values.items())])
 
 

@@ -62,7 +62,7 @@ class Comparison:
     warnings: tuple[str, ...] = ()
 
     def best(self, column: Column) -> str | None:
-        """The encoder whose interval of the difference from each other one of the column excludes zero."""
+        """The encoder that is better than every other of the column, by intervals above zero; None: none is."""
         reports = {name: result.report for (name, own), result in self.results.items() if own == column}
         first = max(reports, key=lambda name: reports[name].value)
         others = [report for name, report in reports.items() if name != first]

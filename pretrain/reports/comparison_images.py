@@ -54,15 +54,14 @@ def look(dataset: str, by_encoder: Mapping[str, EvalReport], load: Load) -> Imag
         )
     import torch  # only where there are images: a comparison of numbers alone needs no model
 
-    from pretrain.reports.sample_images import look_at, nearest_pictures, shown
+    from pretrain.reports.sample_images import look_at, nearest_pictures, numbered_as, shown
 
     about = [f"Features of {min(NUM_POINTS, test.num_samples):,} of {test.num_samples:,} test images"]
     if train is not None:
         pool_size = min(BANK_SIZE, train.num_samples)
         about.append(f"neighbors among {pool_size:,} of {train.num_samples:,} training images")
     found = ImageComparison(dataset, f"{', '.join(about)}, each from all over their order.")
-    queries = np.linspace(0, min(NUM_POINTS, test.num_samples) - 1, NUM_QUERIES).round().astype(int).tolist()
-    rows: list[dict[str, list[Picture]]] = [{} for _ in queries]
+    rows: list[dict[str, list[Picture]]] = [{} for _ in range(NUM_QUERIES)]
     asked: list[Picture] = []
     for name, report in by_encoder.items():
         try:
@@ -73,7 +72,8 @@ def look(dataset: str, by_encoder: Mapping[str, EvalReport], load: Load) -> Imag
             if train is not None:
                 told = f"{name}: neighbors in {dataset}"
                 pool = look_at(encoder, train, BANK_SIZE, max_pixels=_MAX_PIXELS, label=told)
-                near_by = nearest_pictures(seen, queries, pool, train, NUM_NEIGHBOURS)
+                queries = np.linspace(0, len(seen.images) - 1, NUM_QUERIES).round().astype(int).tolist()
+                near_by = nearest_pictures(numbered_as(seen, test, train), queries, pool, train, NUM_NEIGHBOURS)
                 for row, near in zip(rows, near_by, strict=True):
                     row[name] = near
                 asked = asked or shown(seen, queries, test)

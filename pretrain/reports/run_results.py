@@ -106,7 +106,11 @@ def find_protocol_results(kept: Sequence[KeptResult], weights: Collection[str]) 
 
 
 def chance_level(report: EvalReport) -> float | None:
-    """What guessing would reach, percent; None: it is not known."""
+    """What guessing would reach, percent, as the report says; of an older one, which did not, by its counts; None: it
+    is not known.
+    """
+    if report.chance:
+        return report.chance.get(report.metric)
     data = report.data
     num_classes, num_captions, num_texts = (data.get(name) for name in ("num_classes", "num_captions", "num_texts"))
     if isinstance(num_classes, int) and num_classes:

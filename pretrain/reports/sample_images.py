@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,10 +60,30 @@ def look_at(encoder: Encoder, dataset: Dataset, num_images: int, *, max_pixels: 
     return SampleImages(images, Features(torch.cat(values), torch.cat(labels), tuple(keys)))
 
 
+def numbered_as(seen: SampleImages, dataset: Dataset, bank: Dataset) -> SampleImages:
+    """The same images of `dataset` with their labels as `bank` numbers its classes, by the names of these.
+
+    A class that `bank` lacks has a number of none of its own; where one of the two sets alone has names, nobody knows
+    which numbers mean the same, and there are no labels (-1).
+    """
+    labels, names, known = seen.features.labels, dataset.classes, bank.classes
+    if names == known:
+        return seen
+    if not names or not known:
+        return replace(seen, features=replace(seen.features, labels=torch.full_like(labels, -1)))
+    place = {name: number for number, name in enumerate(known)}
+    numbers = torch.tensor([place.get(name, len(known) + number) for number, name in enumerate(names)])
+    renumbered = torch.where(labels < 0, labels, numbers[labels.clamp(min=0)])
+    return replace(seen, features=replace(seen.features, labels=renumbered))
+
+
 def nearest_pictures(
     seen: SampleImages, queries: Sequence[int], pool: SampleImages, bank: Dataset, k: int
 ) -> list[list[Picture]]:
-    """For each query, a row of `seen`, the k of `pool`, images of `bank`, that are nearest by cosine, nearest first."""
+    """For each query, a row of `seen`, the k of `pool`, images of `bank`, that are nearest by cosine, nearest first.
+
+    Labels of `seen` are numbered as those of `bank` (`numbered_as`).
+    """
     _, columns = search(pool.features.values, seen.features.values[queries], min(k, len(pool.images)))
     labels, known = seen.features.labels[queries].tolist(), pool.features.labels.tolist()
     return [
@@ -125,6 +145,7 @@ def neighbours(
         seen = look_at(encoder, queries, max(num_queries, num_rated), max_pixels=max_pixels, label=f"queries: {name}")
         chosen = of_several_classes(seen.features.labels.tolist(), num_queries)
         asked, rows = shown(seen, chosen, queries), rows or [{} for _ in chosen]
+        seen = numbered_as(seen, queries, bank)
         for row, near in zip(rows, nearest_pictures(seen, chosen, pool, bank, k), strict=True):
             row[name] = near
         same = _same_class(seen, pool)

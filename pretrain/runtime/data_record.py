@@ -25,11 +25,14 @@ class DataRecord:
         train: fingerprint of the training data.
         classes: names of its labels, by number; None: not known, or no label is learned from.
         measured_on: fingerprints of the sets of each curve, by its name: `data.val`, or that of an evaluation.
+        by_number: whether labels without names are taken for the named ones of the same numbers, as they were when the
+            run began; a run that begins now refuses them.
     """
 
     train: str
     classes: tuple[str, ...] | None = None
     measured_on: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    by_number: bool = False
 
     @classmethod
     def load(cls, run: Path) -> DataRecord | None:
@@ -43,7 +46,7 @@ class DataRecord:
             found = from_json(path.read_text("utf-8"))
             classes = None if found["classes"] is None else tuple(map(str, found["classes"]))
             measured_on = {str(name): tuple(map(str, sets)) for name, sets in found["measured_on"].items()}
-            return cls(str(found["train"]), classes, measured_on)
+            return cls(str(found["train"]), classes, measured_on, bool(found.get("by_number", False)))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -54,8 +57,10 @@ class DataRecord:
 
     def save(self, run: Path) -> None:
         """Writes the file; curves that are not measured this time keep their sets, as they may go on one day."""
-        kept = DataRecord.load(run)
-        whole = self if kept is None else replace(self, measured_on={**kept.measured_on, **self.measured_on})
+        kept, whole = DataRecord.load(run), self
+        if kept is not None:
+            measured_on = {**kept.measured_on, **self.measured_on}
+            whole = replace(self, measured_on=measured_on, by_number=self.by_number or kept.by_number)
         with durable_file(run / FILE_NAME) as file:
             file.write(json.dumps(asdict(whole), indent=1).encode() + b"\n")
 
@@ -75,6 +80,12 @@ class DataRecord:
                     f"--out FOLDER --set resume_from={run}"
                 )
         return found
+
+
+def goes_by_number(run: Path) -> bool:
+    """Whether a run in this folder takes labels without names by number: it is of an older version, or was then."""
+    kept = DataRecord.load(run)
+    return (run / "recipe.yaml").is_file() if kept is None else kept.by_number
 
 
 def _shown(fingerprints: tuple[str, ...]) -> str:

@@ -13,7 +13,10 @@ from data_pipeline.durable import append_line
 FAILURE, LOG = "failure.json", "log-rank0.txt"
 
 
-def note_failure(run: Path, words: str, *, rank: int = 0, trace: str = "") -> None:
+_SLACK_SECONDS = 1.0  # by which a file system's times may be coarse; attempts are further apart
+
+
+def note_failure(run: Path, words: str, *, rank: int = 0, trace: str = "", since: float = 0.0) -> None:
     """Keeps the reason of a failure, unless another rank has: the others then fail because of that one.
 
     The failure itself is told elsewhere, so that a disk which takes no more words changes nothing.
@@ -22,11 +25,15 @@ def note_failure(run: Path, words: str, *, rank: int = 0, trace: str = "") -> No
         words: the message, as it is printed.
         rank: that failed.
         trace: where it happened, for the log; empty: the message says all.
+        since: Unix seconds when this attempt took the folder; the reason of one before gives way.
     """
     with suppress(OSError):
-        os.close(os.open(run / FAILURE, os.O_CREAT | os.O_EXCL))
+        if os.stat(run / FAILURE).st_mtime < since - _SLACK_SECONDS:
+            forget_failure(run)
+    with suppress(OSError):
+        os.close(os.open(run / FAILURE, os.O_CREAT | os.O_EXCL, 0o666))
         append_line(run / FAILURE, {"at": time.time(), "rank": rank, "why": words})
-        with (run / LOG).open("a") as log:
+        with (run / LOG).open("a", encoding="utf-8", errors="backslashreplace") as log:
             log.write(f"{trace}error: {words}\n")
 
 

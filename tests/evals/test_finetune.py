@@ -23,7 +23,7 @@ from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import Extraction
 from pretrain.evals.finetune.config import FinetuneConfig
 from pretrain.evals.finetune.protocol import Finetune, _unseen, _watched
-from pretrain.evals.finetune.recipe import finetune_recipe, finetuned_model, starting_encoder
+from pretrain.evals.finetune.recipe import finetune_recipe, finetuned_model, starting_encoder, usual_precision
 from pretrain.evals.pseudo_label import load_teacher
 from pretrain.evals.result import EvalReport
 from pretrain.evals.sources.load import load_source
@@ -132,6 +132,16 @@ def test_the_paper_s_recipe_is_the_paper_s(tmp_path: Path) -> None:
         finetune_recipe(resnet, FinetuneConfig(train="t", test="", paper="mae"), num_classes=3, start=tmp_path)
 
 
+@pytest.mark.parametrize("native", ["bf16", "fp32"])
+def test_a_gpu_trains_in_bf16_where_it_has_instructions_for_it(monkeypatch: pytest.MonkeyPatch, native: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native == "bf16")
+    assert usual_precision("auto") == usual_precision("cuda") == native
+    assert usual_precision("cpu") == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert usual_precision("auto") == "fp32"
+
+
 def test_training_starts_from_the_encoder_but_for_the_norm_of_the_mean(encoder: Encoder) -> None:
     module, new, left = starting_encoder(encoder, MODEL, seed=1)
     assert (weights_sha256(module), new, left) == (encoder.weights_sha256(), (), ())
@@ -231,6 +241,9 @@ def test_the_last_step_is_tested_once(folders: Folders, tmp_path: Path, monkeypa
     assert "steps 6 to 6" in (out / "finetune-run" / "log-rank0.txt").read_text()
     again = EvalReport.load(out.with_suffix(".json"))
     assert np.array_equal(again.outcomes.predicted, report.outcomes.predicted)
+    evaluate("finetune", str(source), *data, *SMALL, "--set", "engine.precision=auto")  # is what the run settled on
+    again = EvalReport.load(out.with_suffix(".json"))
+    assert again.protocol["precision"] == report.protocol["precision"] == {"training": "fp32", "test": "fp32"}
 
     other = saved(tmp_path / "other", seed=1)
     with pytest.raises(InputError, match="Choose another folder"):  # the same question of another encoder

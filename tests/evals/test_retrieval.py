@@ -29,6 +29,7 @@ from tests.shards import jpeg
 
 TEXTS = ["a red star", "a blue cross", "two pink circles", "a green square", "a cyan diamond", "nothing at all"]
 CAPTIONS = [[TEXTS[i % 5], TEXTS[(i * 3 + 1) % 6], TEXTS[i % 5]][: 1 + i % 3] for i in range(20)]
+CAPTIONS[2][2] = TEXTS[5]  # which no other image has
 JSON = Captions(field="json", key="captions")
 
 
@@ -107,8 +108,9 @@ def test_recalls_are_those_of_a_loop(towers: Towers, shards: str, several: bool)
     assert report.outcomes.correct.mean() == pytest.approx(report.value / 100)
 
 
+@pytest.mark.parametrize("what", ["the image", "the bytes"])
 def test_an_image_that_cannot_be_used_is_left_out_with_its_captions(
-    towers: Towers, shards: str, monkeypatch: pytest.MonkeyPatch
+    towers: Towers, shards: str, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     dataset = open_dataset(shards)
     every = range(dataset.num_samples)
@@ -117,6 +119,8 @@ def test_an_image_that_cannot_be_used_is_left_out_with_its_captions(
     read = ShardDataset.read
 
     def damaged(self: ShardDataset, i: int) -> Sample:
+        if i == 2 and what == "the bytes":
+            raise SampleError("a shard", "the bytes of the index", "others")
         sample = read(self, i)
         return replace(sample, fields={**sample.fields, "jpg": b"no image"}) if i == 2 else sample
 
@@ -125,6 +129,7 @@ def test_an_image_that_cannot_be_used_is_left_out_with_its_captions(
     assert report.data["left_out"] == {"test": 1}
     assert "000002 in " in report.notes[0]
     assert report.metrics == expected.metrics
+    assert report.chance == expected.chance
     assert report.outcomes.keys == expected.outcomes.keys
     assert report.data["num_texts"] == expected.data["num_texts"]
 

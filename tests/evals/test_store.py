@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data_pipeline.datasets.read import open_dataset
-from data_pipeline.errors import InputError, RunError
+from data_pipeline.errors import InputError, RunError, StorageError
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features import store as store_module
 from pretrain.evals.features.extract import Extraction, Features
@@ -259,6 +260,42 @@ def test_ranks_share_what_is_missing_and_each_has_all(folders: Folders, tmp_path
     for record in tmp_path.glob("*/chunk_00000[13].json"):
         record.unlink()
     check(2, [16, 16])
+
+
+def _left_out(world: World, folder: str, store: str) -> tuple[Features, str]:
+    """What is left of the features, and the words of a disk that fails as rank 0 looks at what is there."""
+    store_module.CHUNK = 16
+    extraction = Extraction(batch_size=10, rank=world.rank, world_size=world.size, store=FeatureStore(Path(store)))
+    (found,) = extraction.extract(vit_encoder(), open_dataset(folder), num_classes=10, label="test")
+    found = replace(found, values=found.values.clone())
+
+    def failing(_: CacheEntry) -> list[int]:
+        raise OSError(errno.EIO, "Input/output error", store)
+
+    CacheEntry.missing = failing  # type: ignore[method-assign]
+    try:
+        extraction.extract(vit_encoder(), open_dataset(folder), num_classes=10, label="test")
+    except StorageError as error:
+        return found, str(error)
+    return found, "nothing was raised"
+
+
+def test_ranks_leave_out_the_same_samples_and_fail_with_the_same_words(folders: Folders, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folders.test, tmp_path / "test"))
+    for victim in sorted(copied.rglob("*.jpg"))[3:90:40]:
+        victim.write_bytes(b"no image")
+    (expected,) = Extraction().extract(vit_encoder(), open_dataset(str(copied)), num_classes=10, label="test")
+    assert len(expected) == 97
+    assert expected.numbers is not None
+    (tmp_path / "store").mkdir()
+    for found, said in run_ranks(_left_out, 2, str(copied), str(tmp_path / "store")):
+        same(found, expected)
+        assert found.left_out == expected.left_out
+        assert found.numbers is not None
+        assert found.numbers.equal(expected.numbers)
+        assert said.startswith(
+            f"{tmp_path / 'store'}: expected to be read and written, found rank 0: Input/output error"
+        )
 
 
 def test_a_readout_more_computes_that_one_alone(folders: Folders, tmp_path: Path) -> None:

@@ -116,6 +116,35 @@ class TestData:
         assert kept == found.data
         assert not any("does not say" in note for note in plan(folder).notes)
 
+    @pytest.mark.parametrize("where", ["data.val", "a source of data.train"])
+    def test_labels_without_names_go_on_by_number_in_an_older_run_alone(self, folder: Path, where: str) -> None:
+        """It began when no names decided; one that begins now, or began since, is refused."""
+        train, bare = folder / "train", write_shards(folder / "bare", 12)
+        replace(load_manifest(str(bare)), classes=None).save()
+        sources = ", ".join(f"{{path: {path}, weight: 1}}" for path in (train, bare))
+        override = f"data.val={bare}" if where == "data.val" else f"data.train=[{sources}]"
+        with pytest.raises(InputError, match=r"names in .* alone: class0, class1, class2\. Name those of "):
+            plan(folder, override)
+        started(folder, "data.val=null")
+        with pytest.raises(InputError, match=r"names in .* alone"):
+            plan(folder, override)
+        (folder / "run" / "data.json").unlink()
+        if where != "data.val":  # its own record says which data it trained on
+            path = folder / "run" / "resolved.yaml"
+            path.write_text("".join(line for line in path.read_text().splitlines(True) if "fingerprint" not in line))
+        for _ in range(2):  # the second time the run has a record, which says so
+            found = started(folder, override)
+            assert [note for note in found.notes if "by number" in note] == [
+                f"the labels of {bare if where != 'data.val' else where} have no names: this run, begun when names did "
+                "not decide, goes on taking them by number for those of the others"
+            ]
+        if where == "data.val":
+            assert val_labels(found) == [0, 1, 2] * 4
+            started(folder, "data.val=null")
+            plan(folder, override)
+            replace(load_manifest(str(bare)), classes=("class2", "class1", "class0")).save()
+            assert val_labels(plan(folder, override)) == [2, 1, 0] * 4, "names decide as soon as there are some"
+
     def test_classes_in_another_order_are_other_data(self, folder: Path) -> None:
         started(folder)
         manifest = load_manifest(str(folder / "train"))

@@ -269,6 +269,23 @@ def test_neighbours_are_the_nearest_of_images_from_all_over_the_training_set(sui
         assert item.found["first"][0].good
 
 
+def test_neighbours_are_of_a_query_s_class_by_its_name_and_unusable_images_are_passed_over(
+    suite: Path, tmp_path: Path
+) -> None:
+    """The last test image is none, and the first class has the number of another in the training set."""
+    own = load(suite, "first")
+    test = Path(shutil.copytree(str(own.arguments["test"]), tmp_path / "test"))
+    (test / "class0").rename(test / "zebra")
+    sorted(test.rglob("*.jpg"))[-1].write_bytes(b"no image")
+    shown = look("colours", {"first": replace(own, arguments={**own.arguments, "test": str(test)})}, load_judged)
+    assert shown.skipped == []
+    assert {item.query.caption for item in shown.neighbours} == {"class1", "class2", "zebra"}
+    for item in shown.neighbours:
+        assert [near.good for near in item.found["first"]] == [
+            near.caption == item.query.caption for near in item.found["first"]
+        ]
+
+
 def test_images_are_taken_from_all_over_a_set_that_is_sorted_by_class(
     suite: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

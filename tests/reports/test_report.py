@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from data_pipeline.messages import visible
 from data_pipeline.order.spread import spread_over
 from data_pipeline.samples.decode import decode_image
 from data_pipeline.samples.preprocessing import Preprocessing
+from data_pipeline.shards.load_manifest import load_manifest
 from pretrain.checkpoints.checkpoint import complete_checkpoints, module_state
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.knn.config import KnnConfig
@@ -254,6 +256,25 @@ def test_neighbours_are_the_nearest_by_cosine(data: Path) -> None:
     assert sample.hits == {"colour": pytest.approx(100 * np.mean(same))}
     assert sample.chance == pytest.approx(100 * np.mean([[j % 3 == i % 3 for j in chosen] for i in rated]))
     assert sample.num_queries == 20
+
+
+@pytest.mark.parametrize("classes", [("emu", "class0", "class1"), None])
+def test_neighbours_are_of_a_query_s_class_by_its_name(tmp_path: Path, classes: tuple[str, ...] | None) -> None:
+    """The same images in both sets, whose labels 0, 1, 2 have other names in one of them, or none."""
+    bank, queries = (write_shards(tmp_path / name, 12, size=SIZE) for name in ("bank", "queries"))
+    replace(load_manifest(str(queries)), classes=classes).save()
+    encoder = Encoder(Colour(), Preprocessing(SIZE, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), tag="colour")
+    sample = neighbours(
+        {"colour": encoder}, open_dataset(str(bank)), open_dataset(str(queries)),
+        num_queries=3, num_rated=12, bank_size=12, k=1, max_pixels=10**6,
+    )  # fmt: skip
+    good = {shown.good for item in sample.shown for shown in item.found["colour"]}
+    if classes is None:
+        assert (sample.num_queries, sample.hits, good) == (0, {}, {None}), "nobody knows which names the numbers mean"
+    else:
+        assert [item.query.caption for item in sample.shown] == list(classes)
+        assert (sample.num_queries, sample.hits, good) == (12, {"colour": 0.0}, {False})
+        assert sample.chance == pytest.approx(100 * 2 / 9), "an emu has none, the others have a third"
 
 
 def test_images_without_labels_have_neighbours_without_a_verdict(tmp_path: Path) -> None:

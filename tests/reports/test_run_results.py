@@ -23,7 +23,13 @@ from pretrain.reports import report
 from pretrain.reports.comparison_figures import draw_class_accuracy, draw_confusion, draw_principal_axes
 from pretrain.reports.report_figures import curve
 from pretrain.reports.run_facts import environment_rows, learned_from, shown_data
-from pretrain.reports.run_results import curves_over_steps, find_protocol_results, kept_results, verdict
+from pretrain.reports.run_results import (
+    chance_level,
+    curves_over_steps,
+    find_protocol_results,
+    kept_results,
+    verdict,
+)
 from pretrain.reports.sample_images import of_several_classes
 from tests import runs
 from tests.integration.test_image_text_run import recipe as image_text_recipe
@@ -127,6 +133,15 @@ def test_one_question_is_one_row_whoever_asked_it(tmp_path: Path) -> None:
     assert first.random is not None
     assert first.random.value == 40
     assert (second.protocol, second.random, second.chance) == ("kNN, k = 20, letters", None, pytest.approx(100 / 9))
+
+
+def test_chance_is_the_report_s_own_where_it_says_it() -> None:
+    counts = {"num_captions": 40, "num_texts": 20}
+    assert chance_level(result(50, chance={"top1_k20": 12.5, "top5": 50})) == 12.5
+    assert chance_level(result(50, chance={"top5": 50})) is None
+    assert chance_level(result(50)) == 25, "an older one"
+    assert chance_level(result(50, data=counts)) == 2
+    assert chance_level(result(50, data={})) is None
 
 
 @pytest.mark.parametrize(("value", "word"), [(90, "better"), (10, "worse"), (52, "not told apart")])

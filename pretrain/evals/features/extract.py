@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from pretrain.monitoring.budgets import too_many_left_out
 from pretrain.runtime.agreement import agree
 from pretrain.runtime.collectives import from_main
 from pretrain.runtime.versions import LIBRARIES, of
+
+T = TypeVar("T")
 
 NUM_SHOWN = 5  # samples that a note names
 DECODERS_AND_TOWERS = ("simplejpeg", "pillow", "open_clip_torch")
@@ -118,7 +120,7 @@ class Extraction:
         }
         shelves = [store.shelf({**common, "readout": str(readout)}, asked.total) for readout in self.readouts]
         # Rank 0 alone reads what is there: all of it, and others may have put something by the time the next one looks.
-        missing = [tuple(shelf.missing()) for shelf in shelves] if self.rank == 0 else []
+        missing = self._shared(lambda: [tuple(shelf.missing()) for shelf in shelves] if self.rank == 0 else [])
         if self.world_size > 1:
             missing = from_main(missing)
 
@@ -127,11 +129,12 @@ class Extraction:
                 chosen = [i for i, found in enumerate(missing) if found == numbers]
                 self._fill([shelves[i] for i in chosen], asked, [self.readouts[i] for i in chosen], numbers)
 
-        if self.world_size > 1:
-            agree(fill)
-        else:
-            fill()
-        return tuple(shelf.features() for shelf in shelves)
+        self._shared(fill)
+        return self._shared(lambda: tuple(shelf.features() for shelf in shelves))
+
+    def _shared(self, work: Callable[[], T]) -> T:
+        """Does this rank's part of some work; where there are several ranks, all raise what goes wrong on one."""
+        return agree(work) if self.world_size > 1 else work()
 
     def _fill(
         self,

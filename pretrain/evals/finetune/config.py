@@ -42,9 +42,10 @@ class FinetuneConfig(ClassificationConfig):
     ] = ()
     num_ranks: Annotated[Count, Option("Processes on this machine, to train.", name="nproc")] = 1
     num_workers: Annotated[int, Option("Loader processes; 0: in this one.")] = Field(0, ge=0)
-    precision: Annotated[Literal["fp32", "bf16"] | None, Option("Of training. Default: bf16 on CUDA, else fp32.")] = (
-        None
-    )
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None,
+        Option("Of training. Default: bf16 on GPUs that have it, else fp32."),
+    ] = None
     seed: Annotated[int, Option(shared=True)] = Field(0, ge=0)
     device: Annotated[Literal["auto", "cpu", "cuda"], Option(shared=True)] = "auto"
 

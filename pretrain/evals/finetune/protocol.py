@@ -158,7 +158,10 @@ class Finetune(Evaluator):
             "preset": self.config.preset,
             "recipe": settings,
             "resolved": read_yaml((run / "resolved.yaml").read_text("utf-8"))[0]["resolved"],
-            "precision": {"training": recipe.engine.precision, "test": self.extraction.precision},
+            "precision": {
+                "training": load_recipe(run / "recipe.yaml").engine.settled_precision,
+                "test": self.extraction.precision,
+            },
             "tested": f"the {'moving averages' if recipe.ema else 'weights'} of the last step, once",
             "chosen_on_test": "nothing",
         }
@@ -178,7 +181,7 @@ def _refuse_other(recipe: Recipe, run: Path) -> None:
         return
     kept = load_recipe(run / "recipe.yaml")
     problems = differences(recipe, kept)
-    if recipe.engine.precision != kept.engine.precision:  # of which the report tells, too
+    if recipe.engine.precision not in ("auto", kept.engine.precision):  # of which the report tells, too
         problems.append(f"engine.precision: {recipe.engine.precision} given, {kept.engine.precision} kept")
     if problems:
         raise RecipeError(f"{run} holds another fine-tuning", [*problems, "Choose another folder with --out."])

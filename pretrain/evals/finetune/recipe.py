@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, InputError, RecipeError
+from pretrain.engine.precision import Precision, native_precision
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import full_precision, untouched
 from pretrain.evals.finetune.config import FinetuneConfig, PresetName
@@ -99,7 +100,6 @@ def finetune_recipe(encoder: Encoder, config: FinetuneConfig, *, num_classes: in
         )  # fmt: skip
     own = encoder.preprocessing
     views = {"interpolation": own.interpolation, "eval_crop": own.eval_crop}
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
     schedule = {**preset["schedule"], **({"epochs": config.epochs} if config.epochs is not None else {})}
     tree: dict[str, Any] = {
         "name": "finetune-run",
@@ -118,7 +118,7 @@ def finetune_recipe(encoder: Encoder, config: FinetuneConfig, *, num_classes: in
         "batch": {"global_size": config.batch_size or preset["batch"]["global_size"]},
         "ema": preset.get("ema"),
         "init_from": str(start),
-        "engine": {"precision": config.precision or ("bf16" if on_gpu else "fp32")},
+        "engine": {"precision": config.precision or usual_precision(config.device)},
         "runtime": {"device": config.device, "num_workers": config.num_workers},
     }
     recipe = make_recipe(tree, list(config.overrides), where="the fine-tuning's recipe")
@@ -137,6 +137,12 @@ def finetune_recipe(encoder: Encoder, config: FinetuneConfig, *, num_classes: in
     if problems:
         raise RecipeError("the fine-tuning's recipe", problems)
     return recipe
+
+
+def usual_precision(device: str) -> Precision:
+    """The precision of a training that is not told one: on a GPU what it has instructions for, on a CPU fp32."""
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    return native_precision(torch.device("cuda")) if on_gpu else "fp32"
 
 
 def finetuned_model(encoder: Encoder) -> Model:

@@ -94,7 +94,7 @@ class Retrieval:
             make_outcomes(features.keys, torch.ones_like(text_ranks), (text_ranks < 1).long()),
             metric="image_to_text_r1",
             further=further,
-            chance=chance(pairs, len(features), len(texts)),
+            chance=chance(pairs, len(features), len(vectors)),
             other_means=[name for name in further if name.startswith("text_to_image")],
             protocol={
                 "captions": self.captions.model_dump(),
@@ -120,7 +120,7 @@ class Retrieval:
 
     def _texts(self) -> tuple[list[str], Tensor, list[LeftOut]]:
         """Every text once, in the order of its first image; (image, text) of each caption, [P, 2] int64; and the
-        samples that have none.
+        samples that have none, or that cannot be read.
         """
         total = min(self.test.num_samples, self.max_test or self.test.num_samples)
         numbers: dict[str, int] = {}
