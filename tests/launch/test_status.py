@@ -133,11 +133,44 @@ def test_a_cancel_that_slurm_does_not_hear_is_remembered(tmp_path: Path, command
     run = submit(make_run(tmp_path / "run", logged=2))
     event(run, "start")
     commands.says("scontrol", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)", status=1)
-    with pytest.raises(RunError, match=r"connect failure.* not queued again when they end"):
+    with pytest.raises(RunError, match=r"connect failure.* what runs is not queued again"):
         cancel(run, now=False)
     job = load_job(run)
     assert job is not None
     assert job.unwanted
+
+
+@pytest.mark.parametrize(
+    ("job_id", "reason", "expected"),
+    [
+        (None, "", ("failed", "its submission was interrupted; submit it again")),
+        (
+            "7",
+            "JobHeldUser",
+            ("pending", "job 7 is held: the submission that queued it is at work, or was interrupted"),
+        ),
+        ("7", "Priority", ("pending", "-")),  # it was killed after the release
+        ("7", "Nonsense", ("pending", "-")),
+    ],
+)
+def test_a_submission_that_was_interrupted_is_told(
+    tmp_path: Path, commands: Commands, job_id: str | None, reason: str, expected: tuple[str, str]
+) -> None:
+    run = submit(make_run(tmp_path / "run"), at=time.time() - 3600)
+    path = run / "job" / "submitted.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "job_id": job_id, "released": False}))
+    commands.says("squeue", "7 PENDING")
+    commands.says("scontrol", f"JobId=7 JobState=PENDING Reason={reason} Dependency=(null)", when="show*7")
+    if reason == "Nonsense":
+        commands.says("scontrol", "no", status=1)
+    job = load_job(run)
+    assert job is not None
+    found = run_status(run, job, job_states([job.job_id] if job.job_id else []))
+    assert (found.state, (found.error or "-")[: len(expected[1])]) == expected
+    event(run, "start")
+    commands.says("scontrol", "JobId=7 JobState=PENDING Reason=JobHeldUser Dependency=(null)", when="show*7")
+    if job_id:
+        assert run_status(run, load_job(run), job_states(["7"])).error is None, "it is its user who holds it"
 
 
 def test_clocks_of_two_machines_may_differ(tmp_path: Path, commands: Commands) -> None:
