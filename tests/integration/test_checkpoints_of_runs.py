@@ -101,6 +101,8 @@ def test_ctrl_c_and_sigterm_save_and_stop(shards: Path, tmp_path: Path, nproc: i
     out = tmp_path / "run"
     with begun(program("launch.cli", "train", recipe, "--out", out, "--nproc", nproc)) as command:
         until(lambda: max(losses(out), default=0) >= 2, meanwhile=command.running, said=command.said)
+        os.kill(command.pid, signal.SIGUSR1)  # saves, and goes on
+        until(lambda: complete_checkpoints(out / "checkpoints"), meanwhile=command.running, said=command.said)
         os.kill(command.pid, signum)
         done = command.wait()
     assert done.status == STOPPED
