@@ -283,11 +283,9 @@ def _check_out(out: Path, plan: dict[str, Any]) -> None:
     except (FileNotFoundError, NotADirectoryError):
         if strange:
             raise DataError(
-                where=str(out),
-                expected="a new or empty folder, or labels to go on with",
-                found="other files",
+                where=str(out), expected="a new or empty folder, or labels to go on with", found="other files",
                 fix="Give another folder.",
-            ) from None
+            ) from None  # fmt: skip
         return
     except ValueError as error:
         raise DataError(where=str(out / PLAN_NAME), expected="the plan of labels", found=str(error)) from error
