@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -141,8 +142,7 @@ def _write_first(path: Path, content: bytes) -> None:
 
 def has_other_files(folder: Path) -> bool:
     """Whether there is anything in a folder that is more than what a killed, or another, process is writing."""
-    left = {path.name for path in folder.glob(TEMPORARY_PATTERN)}
-    return any(name not in left for name in os.listdir(folder))
+    return any(not fnmatch(name, TEMPORARY_PATTERN) for name in os.listdir(folder))  # one look: others write just now
 
 
 def write_text(path: Path, text: str) -> None:

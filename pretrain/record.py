@@ -101,6 +101,7 @@ def claimed(out: Path, world: World, check: Callable[[], object]) -> Iterator[No
         except InputError:
             _leave_if_empty(out)
             raise
+        forget_failure(out)  # of the attempt before
         return file
 
     lock, began = agree(lambda: take() if world.is_main else None), time.time()
@@ -162,7 +163,6 @@ def record_run(out: Path, recipe: Recipe, resolved: Resolved, data: DataRecord, 
         data: of the run.
         environment: JSON that describes the hardware and software.
     """
-    forget_failure(out)
     _keep_the_shorter(out, recipe)
     data.save(out)
     # The recipe last: it is what makes the folder this run's.

@@ -76,3 +76,9 @@ class Gate:
                 yield data
 
         TrainLoader.steps = held  # type: ignore[method-assign]
+
+
+def behind(gate: Gate, function: Callable[[], object]) -> None:
+    """Calls a function in a process that trains behind the gate, with all that is forked from it."""
+    gate.hold()
+    function()

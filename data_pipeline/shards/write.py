@@ -56,9 +56,10 @@ class Shard:
 
 def check_output(out: Path, plan: Plan) -> None:
     """Raises DataError unless `out` is new, empty, or of the same plan. Changes nothing."""
+    strange = out.exists() and (not out.is_dir() or has_other_files(out))  # first: another may write its plan just now
     found = _read_plan(out)
     if found is None:
-        if out.exists() and (not out.is_dir() or has_other_files(out)):
+        if strange:
             raise DataError(
                 where=str(out),
                 expected="a new or empty folder, or one to go on with",

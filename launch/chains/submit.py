@@ -8,7 +8,7 @@ from launch.chains.check import Evaluations, check_chain
 from launch.chains.config import Stage, stage_words
 from launch.chains.folder import ChainFolder
 from launch.chains.stage_job import StageJob, stage_record
-from launch.jobs.queue import PlannedJob, refuse_running
+from launch.jobs.queue import PlannedJob
 from launch.jobs.submission import submit_jobs
 from launch.slurm.cluster import Cluster, load_cluster
 from pretrain.recipe.files import dump
@@ -35,8 +35,6 @@ def submit_chain(
     given, cluster = ChainFolder.open(path, out), load_cluster(cluster_path)
     chain = ChainFolder(given.chain, given.folder, given.out.resolve())
     check_chain(chain, cluster.world_size, evaluations)
-    for submitted in chain.out.glob("*/job/submitted.json"):  # also of stages that the file no longer has
-        refuse_running(submitted.parent.parent)
     left = _left(chain)
     jobs = [_planned(chain, chain.stage(name), cluster, left) for name in left]
 
@@ -46,7 +44,8 @@ def submit_chain(
         waits = f", after {', '.join(after)}" if after else ""
         print(f"{name}: job {job_id}{waits}: {job.folder}")
 
-    submit_jobs(jobs, cluster_path, chain.out, dry_run=dry_run, prepare=chain.freeze, tell=tell)
+    others = [path.parent.parent for path in chain.out.glob("*/job/submitted.json")]  # of stages that were taken out
+    submit_jobs(jobs, cluster_path, chain.out, beside=others, dry_run=dry_run, prepare=chain.freeze, tell=tell)
     if left and not dry_run:
         print(f"follow it: pretrain status {chain.out}; stop it: pretrain cancel {chain.out}")
 

@@ -83,10 +83,11 @@ def train(recipe_path: RecipePath, num_ranks: NumRanks = 1, **given: Any) -> Non
     from pretrain.preflight import preflight
     from pretrain.run import output_folder
     from pretrain.runtime.failure import note_failure
-    from pretrain.runtime.run_folder import is_run
+    from pretrain.runtime.run_folder import is_claimed, is_run
 
-    preflight(recipe, num_ranks, output_folder(out, options.overfit_batch))  # one message, before anything is started
+    run = output_folder(out, options.overfit_batch)
+    preflight(recipe, num_ranks, run)  # one message, before anything is started
     status = launch(arguments, num_ranks, threads=recipe.runtime.threads, passed_on=SAVING)
-    if status > 128 and status - 128 not in STOP_SIGNALS and is_run(out):
-        note_failure(out, f"a rank was killed by {killed_by(status - 128)}")  # which could not say so
+    if status > 128 and status - 128 not in STOP_SIGNALS and is_run(run) and not is_claimed(run):
+        note_failure(run, f"a rank was killed by {killed_by(status - 128)}")  # which could not say so
     raise typer.Exit(status)

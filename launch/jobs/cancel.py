@@ -53,7 +53,7 @@ def _remembered(jobs: Sequence[JobFolder]) -> Iterator[None]:
     except RunError as error:
         for job in jobs:
             job.canceled.touch()
-        fix = "They are not queued again when they end. Give the command again once SLURM answers, to end them now."
+        fix = "What waits ends as it starts, what runs is not queued again. To end it now, give the command once more."
         raise RunError(error.where, error.expected, error.found, fix) from None
 
 
@@ -72,7 +72,7 @@ def _cancel(job: JobFolder, now: bool, state: str | None) -> None:
         raise InputError(
             where=str(job.run),
             expected="a job that runs or waits",
-            found=f"job {job_id}, {(state or 'unknown').lower()}",
+            found=f"job {job_id}, {(state or 'unknown').lower()}" if job_id is not None else "one that was not queued",
             fix=f"See `pretrain status {job.run}`.",
         )
     job.canceled.touch()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pretrain.runtime.versions import COPIED_COMMIT, commit
@@ -25,30 +25,40 @@ def code_folder(out: Path) -> Path:
 
 
 @contextmanager
-def copied_code(code: Path) -> Iterator[None]:
+def copied_code(code: Path) -> Iterator[Callable[[], object]]:
     """Copies the packages, and the commit that they are of; what is there already is kept. A copy that this call has
-    made is removed where the block fails, and what a killed process left of one at any time.
+    made is removed where the block fails, unless the block has called what it is given, as jobs may run the copy from
+    then on. What a killed process left of one is removed at any time.
     """
     for left in code.parent.glob(f".*{UNFINISHED}"):
         shutil.rmtree(left, ignore_errors=True)
-    if code.is_dir():
-        yield
-        return
-    unfinished = code.with_name(f".{code.name}{UNFINISHED}")
-    try:
-        for path in _files():
-            target = unfinished / path.relative_to(_ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-        (unfinished / COPIED_COMMIT).write_text(commit() or "")
-        os.rename(unfinished, code)
-        yield
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(code, ignore_errors=True)
-        with suppress(OSError):
-            code.parent.rmdir()  # unless other code is there
-        raise
+    with ExitStack() as undo:
+        if not code.is_dir():
+            undo.callback(_remove, code)
+            _copy(code)
+        yield undo.pop_all
+        undo.pop_all()
+
+
+def _copy(code: Path) -> None:
+    unfinished = _unfinished(code)
+    for path in _files():
+        target = unfinished / path.relative_to(_ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    (unfinished / COPIED_COMMIT).write_text(commit() or "")
+    os.rename(unfinished, code)
+
+
+def _remove(code: Path) -> None:
+    shutil.rmtree(_unfinished(code), ignore_errors=True)
+    shutil.rmtree(code, ignore_errors=True)
+    with suppress(OSError):
+        code.parent.rmdir()  # unless other code is there
+
+
+def _unfinished(code: Path) -> Path:
+    return code.with_name(f".{code.name}{UNFINISHED}")
 
 
 def _files() -> Iterator[Path]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from data_pipeline.errors import RunError
 from launch.jobs.folder import JobFolder
+from launch.jobs.record import load_job
 from launch.ranks.child import child_environment, python_command
 from launch.slurm.cluster import Cluster
 from launch.slurm.commands import AT_WORK, WAITING, job_states
@@ -82,6 +83,8 @@ class EvalJobs:
                 int(path.stem.rpartition("_")[2]): path for path in _queued(self._run, f"{self._names[index]}_step_*")
             }
             last = max(jobs, default=0)
+            if last in jobs and (job := load_job(jobs[last])) is not None and not job.released:
+                last = max(jobs.keys() - {last}, default=0)  # what queued it was killed
             waits = last in jobs and not JobFolder(jobs[last]).events()
             if step > last and (step >= self._total or (step // every > last // every and not waits)):
                 found.append((index, step))

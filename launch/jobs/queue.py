@@ -1,7 +1,8 @@
 """Planned jobs are queued: all of them or none, and whatever kills a submission in between is mended by the next one.
 
-Each job is queued held, its number is made durable in its folder, and only then may it start. A submission that was
-killed so leaves jobs that never run, and the next one of the same folder takes them out of the queue.
+Each job is queued held, its number is made durable in its folder, and only then is it released, which is when it may
+start. A submission that is killed before leaves jobs that never run: `pretrain status` says so, and the next submission
+of the same folder takes them out of the queue.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from data_pipeline.errors import InputError, PretrainError, RunError
 from launch.jobs.batch import local_executor, slurm_executor
 from launch.jobs.folder import JobFolder
 from launch.jobs.job import SubmittedJob
+from launch.jobs.record import load_job
 from launch.slurm.cluster import Cluster
-from launch.slurm.commands import AT_WORK, WAITING, from_outside, job_fields, slurm
+from launch.slurm.commands import AT_WORK, HELD, WAITING, from_outside, job_fields, slurm
 from pretrain.recipe.strict_yaml import write_yaml
 from pretrain.runtime.versions import installed
 
 LOCK = ".submit.lock"
-_HELD = "JobHeldUser"
+_RELEASE_SECONDS = 30  # and one more for each job: a busy controller takes its time over many
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def only_submission(out: Path) -> Iterator[None]:
     """Lets one process at a time submit jobs of a folder, which is there.
 
     Raises:
-        InputError: another process submits jobs of it just now.
+        InputError: another process submits jobs of it just now, or the storage has no locks.
     """
     with (out / LOCK).open("ab") as lock:
         try:
@@ -67,6 +69,11 @@ def only_submission(out: Path) -> Iterator[None]:
             raise InputError(
                 where=str(out), expected="one submission at a time", found="another that is at work",
                 fix=f"Wait for it, then see `pretrain status {out}`.",
+            ) from None  # fmt: skip
+        except OSError as error:
+            raise InputError(
+                where=str(out), expected="storage on which a file can be locked", found=error.strerror or str(error),
+                fix="Choose another with --out: a run there could not lock its folder either.",
             ) from None  # fmt: skip
         yield
 
@@ -77,8 +84,14 @@ def queue_jobs(
     *,
     local: bool = False,
     tell: Callable[[PlannedJob, str], None] = lambda job, job_id: None,
+    may_start: Callable[[], object] = lambda: None,
 ) -> None:
-    """Queues all jobs, or none of them: the last part of `submit_jobs`, for code that was copied before."""
+    """Queues all jobs, or none of them: the last part of `submit_jobs`, for code that was copied before.
+
+    Args:
+        may_start: called before the jobs are released. From then on they may run, whatever fails here, so that what was
+            made for them has to stay.
+    """
     queued: dict[Path, str] = {}
     records: dict[Path, dict[str, Any]] = {}
     try:
@@ -86,16 +99,20 @@ def queue_jobs(
             records[job.folder] = record = _begin(job, code, [queued[folder] for folder in job.after], local)
             queued[job.folder] = record["job_id"] = _queue(job, code, record)
             _write(job.folder, record)
-        if not local:
-            slurm("scontrol", "release", ",".join(queued.values()))
+        may_start()
+        if queued and not local:
+            slurm("scontrol", "release", ",".join(queued.values()), seconds=_RELEASE_SECONDS + len(queued))
     except BaseException:  # such as a full disk, or Ctrl-C
         if queued and not local:
             with suppress(PretrainError):  # held jobs never run; the next submission takes them out of the queue
                 slurm("scancel", *queued.values())
         raise
-    for job in jobs:
-        _write(job.folder, {**records[job.folder], "released": True})
-        tell(job, queued[job.folder])
+    try:
+        for job in jobs:
+            tell(job, queued[job.folder])
+    finally:  # whoever reads what is told may have gone
+        for job in jobs:
+            _write(job.folder, {**records[job.folder], "released": True})
 
 
 def _begin(planned: PlannedJob, code: Path, after: Sequence[str], local: bool) -> dict[str, Any]:
@@ -135,35 +152,44 @@ def _queue(planned: PlannedJob, code: Path, record: Mapping[str, Any]) -> str:
 
 
 def refuse_running(run: Path) -> None:
-    """Checks that no job is at work in a folder: there is one at a time. What a submission that was killed left held in
-    the queue is taken out of it.
+    """Checks that no job is at work in a folder: there is one at a time.
 
     Raises:
         InputError: a job of it waits or runs.
     """
-    try:
-        submitted = JobFolder(run).submitted()
-    except InputError:
+    job = load_job(run)
+    if job is None or job.is_local or job.job_id is None:
         return
-    if submitted["executor"] != "slurm":
-        return
-    job_id = submitted["job_id"]
-    if not submitted.get("released", job_id is not None):
-        for left in _held_jobs(run):
-            slurm("scancel", left)
-            print(f"job {left}, which a submission that was interrupted left held, is taken out of the queue")
-    fields = job_fields(job_id) if job_id is not None else None
-    if fields is not None and fields.get("JobState") in (*WAITING, *AT_WORK):
+    if (state := _state(job.job_id)) in (*WAITING, *AT_WORK):
         raise InputError(
-            where=str(run), expected="a run without a job", found=f"job {job_id}, {fields['JobState'].lower()}",
+            where=str(run), expected="a run without a job", found=f"job {job.job_id}, {state.lower()}",
             fix=f"Follow it with `pretrain status {run}`, end it with `pretrain cancel`, or choose another --out.",
         )  # fmt: skip
 
 
+def mend_submission(run: Path) -> None:
+    """Takes a job out of the queue that a submission which was killed has left there held; one that it had released is
+    left alone, and known as that. For whoever submits in its place: a job of a submission at work is held as well.
+    """
+    job = load_job(run)
+    if job is None or job.is_local or job.released:
+        return
+    for left in _held_jobs(run):
+        slurm("scancel", left)
+        print(f"job {left}, which a submission that was interrupted left held, is taken out of the queue")
+    if job.job_id is not None and _state(job.job_id) in (*WAITING, *AT_WORK):
+        _write(run, {**job.submitted, "released": True})
+
+
+def _state(job_id: str) -> str:
+    """Returns SLURM's word for the state of a job; empty: it does not know the job."""
+    return (job_fields(job_id) or {}).get("JobState", "")
+
+
 def _held_jobs(run: Path) -> list[str]:
     """Returns the jobs that are held in the queue and would write their logs into the folder."""
-    logs = re.escape(str(JobFolder(run).logs))
+    logs = re.escape(str(JobFolder(run).logs.absolute()))
     lines = slurm("scontrol", "show", "job", "-o").splitlines()
-    held = [line for line in lines if " JobState=PENDING " in line and f" Reason={_HELD} " in line]
+    held = [line for line in lines if " JobState=PENDING " in line and f" Reason={HELD} " in line]
     found = [re.match(r"JobId=(\d+) ", line) for line in held if re.search(rf" StdOut={logs}/", line)]
     return [match[1] for match in found if match is not None]

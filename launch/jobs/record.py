@@ -38,6 +38,13 @@ class JobRecord:
         return job_id
 
     @property
+    def released(self) -> bool:
+        """Whether its job may start. It is queued held, and released once its number is written down; a submission
+        that was killed in between leaves it held. Earlier code held none.
+        """
+        return bool(self.submitted.get("released", self.job_id is not None)) or self.started
+
+    @property
     def is_local(self) -> bool:
         return bool(self.submitted.get("executor") == "local")
 

@@ -61,13 +61,15 @@ def host_rendezvous(folder: JobFolder, node: Node, done: bool) -> Rendezvous:
         done: there is nothing left to do.
 
     Raises:
-        InputError: a node does not see the folder, or SLURM queued the job again too often.
+        InputError: a node does not see the folder, SLURM queued the job again too often, or nobody wants it any more.
     """
     names = _node_names(node)
     rendezvous = Rendezvous(_address(node), free_port(), folder.num_attempts(), done)
     step = folder.newest_step()
     folder.note("start", attempt=rendezvous.attempt, job_id=node.job_id, nodes=names, restart=node.restart, step=step)
-    refuse_more_requeues(folder, node)
+    if not done:
+        refuse_canceled(folder, node)
+        refuse_more_requeues(folder, node)
     _wait_for_nodes(folder, node, names)
     write_text(_file(folder.run, node), json.dumps(asdict(rendezvous)))
     return rendezvous
@@ -91,6 +93,19 @@ def join_rendezvous(folder: JobFolder, node: Node) -> Rendezvous:
         expected=f"word of the job's first node within {node.patience_seconds:g} s",
         fix="See the log for what became of it; the run's folder must be on storage that all nodes share.",
     )  # fmt: skip
+
+
+def refuse_canceled(folder: JobFolder, node: Node) -> None:
+    """Ends a job that starts although it was canceled: SLURM did not hear of it, or has queued the job again by itself.
+
+    Raises:
+        InputError: `pretrain cancel` was given since it was submitted.
+    """
+    if folder.canceled.exists():
+        raise InputError(
+            where=f"job {node.job_id}", expected="a job that is wanted", found="`pretrain cancel` since it was queued",
+            fix="Submitted again, it goes on.",
+        )  # fmt: skip
 
 
 def refuse_more_requeues(folder: JobFolder, node: Node) -> None:

@@ -6,16 +6,18 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import PretrainError
 from data_pipeline.messages import visible
 from launch.jobs.logs import last_lines, log_files, refuse_no_run
 from launch.jobs.record import JobRecord, load_job
 from launch.jobs.run_state import OVER, State, find_state, planned
 from launch.jobs.telling import COMMENT
-from launch.slurm.commands import job_comment, job_states
+from launch.slurm.commands import HELD, job_comment, job_fields, job_states
 from pretrain.runtime.failure import read_failure
 from pretrain.runtime.run_folder import COMPLETE, is_run, newest_checkpoint, step_of
 
@@ -33,7 +35,7 @@ class Status:
         goodput: share of the wall time that trained, in [0, 1].
         eta_seconds: of training that is left, at the latest rate; None of a run that is over.
         requeues: starts that no submission asked for; None: it was never submitted.
-        error: the last line of its job's logs that tells of one, or why it was stopped, or failed.
+        error: the last line of its job's logs that tells of one, or why it was stopped, failed, or does not start.
     """
 
     run: str
@@ -108,7 +110,7 @@ def run_status(run: Path, job: JobRecord | None, queue: dict[str, str] | None) -
         checkpoint_step=saved,
         checkpoint_age_seconds=None if newest is None else _age(newest / COMPLETE),
         requeues=None if job is None else job.requeues,
-        error=_error(run, job) or _left_with_slurm(state, job),
+        error=_interrupted(state, job) or _error(run, job) or _left_with_slurm(state, job),
     )
 
 
@@ -179,6 +181,21 @@ def _last_logged(run: Path) -> tuple[int | None, float | None]:
         if (rate := values.get("images_per_second")) is not None:
             return step, rate
     return step, None
+
+
+def _interrupted(state: State, job: JobRecord | None) -> str | None:
+    """Returns what a submission that was killed has left; None: it was not, or its job may start all the same."""
+    if job is None or job.is_local or job.released or state not in ("pending", "failed"):
+        return None
+    if job.job_id is None:
+        return "its submission was interrupted; submit it again" if state == "failed" else None
+    with suppress(PretrainError):
+        if (job_fields(job.job_id) or {}).get("Reason") == HELD:
+            return (
+                f"job {job.job_id} is held: the submission that queued it is at work, or was interrupted; if so, "
+                "submit again"
+            )
+    return None
 
 
 def _left_with_slurm(state: State, job: JobRecord | None) -> str | None:

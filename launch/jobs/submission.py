@@ -14,7 +14,7 @@ from data_pipeline.durable import durable_file
 from data_pipeline.errors import InputError, RecipeError
 from launch.jobs.batch import batch_script
 from launch.jobs.code_copy import code_folder, copied_code
-from launch.jobs.queue import PlannedJob, only_submission, queue_jobs, refuse_running
+from launch.jobs.queue import PlannedJob, mend_submission, only_submission, queue_jobs, refuse_running
 from launch.slurm.checks import check_folder_name, check_script, check_slurm
 from launch.slurm.cluster import Cluster
 from pretrain.recipe.strict_yaml import write_yaml
@@ -26,6 +26,7 @@ def submit_jobs(
     out: Path,
     *,
     code_in: Path | None = None,
+    beside: Sequence[Path] = (),
     dry_run: bool = False,
     local: bool = False,
     prepare: Callable[[], object] = lambda: None,
@@ -38,6 +39,7 @@ def submit_jobs(
         cluster_path: the cluster file, for messages.
         out: the folder that is written to, on storage that all nodes see.
         code_in: the folder in which the copy of the code is kept; None: `out`.
+        beside: folders of further jobs, none of which may be at work.
         dry_run: print the batch scripts; write and start nothing.
         local: run the one job here, by submitit's local executor.
         prepare: called once nothing was found wrong, before the first job is queued.
@@ -61,11 +63,12 @@ def submit_jobs(
         return
     check_folder(out)
     with only_submission(out):
-        for job in [] if local else jobs:
-            refuse_running(job.folder)
-        with copied_code(code):
+        for folder in [] if local else dict.fromkeys((*beside, *(job.folder for job in jobs))):
+            mend_submission(folder)
+            refuse_running(folder)
+        with copied_code(code) as keep:
             prepare()
-            queue_jobs(jobs, code, local=local, tell=tell)
+            queue_jobs(jobs, code, local=local, tell=tell, may_start=keep)
 
 
 def check_cluster(cluster: Cluster, path: Path, dry_run: bool = False) -> None:

@@ -130,10 +130,13 @@ def run_command(words: Sequence[str]) -> int:
 
 @contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Gives signals that stop or ask to the handler, except those that this process was told to ignore (nohup)."""
-    before = {
-        s: signal.getsignal(s) for s in (*STOP_SIGNALS, *REQUEST_SIGNALS) if signal.getsignal(s) is not signal.SIG_IGN
-    }
+    """Gives signals that stop or ask to the handler, except those that stop and that this process was told to ignore
+    (nohup). A request that it ignored until now, as there was nobody to pass it on to, is heard.
+    """
+    before = {signum: signal.getsignal(signum) for signum in (*STOP_SIGNALS, *REQUEST_SIGNALS)}
+    for signum in STOP_SIGNALS:
+        if before[signum] is signal.SIG_IGN:
+            del before[signum]
     for signum in before:
         signal.signal(signum, handler)
     try:

@@ -17,6 +17,7 @@ _OWN = {
 }  # fmt: skip
 _DECIDED = {"requeue", "no-requeue", "output", "error", "open-mode", "array", "job-name", "dependency", "chdir", "wrap"}
 _DECIDED |= {"parsable", "quiet", "wait", "test-only"}  # submitit reads what sbatch says
+_DECIDED |= {"hold"}  # each job is queued held, and released
 
 
 class Cluster(Group):

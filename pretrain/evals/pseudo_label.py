@@ -282,10 +282,11 @@ def _header(dataset: ShardDataset, shard: int, seal: str, labels: ShardLabels) -
 
 def _check_out(out: Path, plan: dict[str, Any]) -> None:
     """Raises DataError unless `out` is new, empty, or of the same plan."""
+    strange = out.exists() and (not out.is_dir() or has_other_files(out))  # first: another may write its plan just now
     try:
         found = from_json((out / PLAN_NAME).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        if out.exists() and (not out.is_dir() or has_other_files(out)):
+        if strange:
             raise DataError(
                 where=str(out), expected="a new or empty folder, or labels to go on with", found="other files",
                 fix="Give another folder.",

@@ -69,6 +69,13 @@ class _Attempt:
     def last_seen(self) -> float:
         return max((line["at"] for line in self.lines), default=self.begin)
 
+    def later(self, seconds: float) -> _Attempt:
+        """The same attempt by a clock that is so many seconds ahead."""
+        if not seconds:
+            return self
+        lines = tuple({**line, "at": line["at"] + seconds} for line in self.lines)
+        return _Attempt(self.begin + seconds, None if self.end is None else self.end + seconds, lines)
+
     @property
     def done(self) -> bool:
         """Whether it left nothing to do."""
@@ -98,26 +105,33 @@ def book(
     tried = _tried(list(timeline), [event for event in attempts if event.get("event") in ("start", "end")])
     if not tried:
         return Goodput()
-    reached = min(attempt.submitted for attempt in tried)
-    total, done = Goodput(), False
+    first = next((i for i, attempt in enumerate(tried) if attempt.lines), 0)
+    reached = min(attempt.submitted for attempt in tried[: first + 1])
+    total, done, behind = Goodput(), False, 0.0  # seconds that the clock of an attempt, and of `now`, is behind
     for i, attempt in enumerate(tried):
+        if attempt.lines:  # one at a time has the folder: what was written before the end of the one before was not
+            behind = 0.0 if attempt.lines[0]["at"] >= reached else max(behind, reached - attempt.begin)
+        attempt = attempt.later(behind)
         if done:
             reached = max(reached, attempt.submitted)  # before, nothing was asked
         later = [other.lines[0]["step"] for other in tried[i + 1 :] if other.lines]
-        at_work = now if i == len(tried) - 1 else None
+        at_work = now + behind if now is not None and i == len(tried) - 1 else None
         begin = max(reached, attempt.begin)  # clocks of different machines, or a stale PRETRAIN_STARTED
         spent, end = _spent(attempt, min(later, default=None), at_work, skipped=begin - attempt.begin)
         total += spent + Goodput(waiting=begin - reached)
         reached, done = max(end, begin), attempt.done
     if now is None:
         return total
+    now += behind
     if done:
         reached = max(reached, submitted or now)
     return total + Goodput(waiting=max(0.0, now - reached))
 
 
 def _tried(timeline: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> list[_Attempt]:
-    """Attempts by the run's own lines, their ends and those that wrote none by the cluster's events."""
+    """Attempts by the run's own lines, in whose order they were, whatever the clock said; their ends, and those that
+    wrote none, by the cluster's events.
+    """
     groups: list[list[Mapping[str, Any]]] = []
     for line in timeline:
         if line["event"] == "start":
@@ -132,13 +146,14 @@ def _tried(timeline: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, 
         elif spans and spans[-1][1] is None:
             spans[-1] = (spans[-1][0], event["at"])
     for i, (begin, end) in enumerate(spans):
-        until = min([end or float("inf"), *(other for other, _ in spans[i + 1 : i + 2])])
+        until = min([end or float("inf"), *(other for other, _ in spans[i + 1 : i + 2] if other >= begin)])
         mine = [k for k, attempt in enumerate(found) if attempt.lines and begin <= attempt.lines[0]["at"] <= until]
         if not mine:
-            found.append(_Attempt(begin, end))
+            at = next((k for k, attempt in enumerate(found) if attempt.begin > begin), len(found))
+            found.insert(at, _Attempt(begin, end))
         elif found[mine[-1]].end is None:
             found[mine[-1]] = replace(found[mine[-1]], end=end)
-    return _that_had_work(sorted(found, key=lambda attempt: attempt.begin))
+    return _that_had_work(found)
 
 
 def _that_had_work(attempts: Iterable[_Attempt]) -> list[_Attempt]:

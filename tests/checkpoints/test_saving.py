@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -50,6 +51,24 @@ def test_a_run_that_could_not_save_in_time_is_not_started(tmp_path: Path) -> Non
     assert status == 2, said
     assert "signal_lead_seconds" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_training_goes_on_while_a_disk_takes_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the next save that waits for the one before, which claims nothing until the disk has it."""
+    fsync, goes_on = os.fsync, threading.Event()
+
+    def slow(descriptor: int) -> None:
+        assert goes_on.wait(60), "training waited for the disk"
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    writer = CheckpointWriter(tmp_path, Held(), world=World(), keep_last=2, say=lambda _: None)
+    writer.save(RunState(Progress(1, 30, 8)))
+    assert not complete_checkpoints(tmp_path)
+    goes_on.set()
+    writer.save(RunState(Progress(2, 30, 16)))
+    assert [path.name for path in complete_checkpoints(tmp_path)][:1] == ["step_00000001"]
+    writer.finish()
 
 
 def test_an_old_checkpoint_that_is_open_elsewhere_goes_after_a_later_save(

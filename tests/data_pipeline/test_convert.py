@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from PIL import Image
 from data_pipeline.durable import durable_file
 from data_pipeline.errors import DataError, RunError, SourceError
 from data_pipeline.ingest.convert import Conversion, ConvertOptions, convert
+from data_pipeline.shards import write
 from data_pipeline.shards.load_manifest import load_manifest
 from data_pipeline.shards.write import split_evenly
 from tests.data_pipeline.archives import PACKINGS, as_folder, as_tar_gz, class_folders, contents, jpeg
@@ -308,6 +310,51 @@ def test_two_processes_cannot_make_one_dataset(tmp_path: Path) -> None:
         with pytest.raises(RunError, match="another at work"):
             convert(source, out, SMALL)
     convert(source, out, SMALL)
+
+
+def _convert_when_all_are_there(source: Path, out: Path, ready: Any, said: Any) -> None:
+    ready.wait(300)
+    try:
+        convert(source, out, SMALL)
+    except RunError as error:
+        said.put(str(error))
+    else:
+        said.put("made")
+
+
+def test_of_ten_processes_at_once_one_makes_a_dataset_and_it_is_whole(tmp_path: Path) -> None:
+    """The others are told so, or find it made."""
+    source = as_folder(tmp_path / "s", class_folders(12))
+    convert(source, tmp_path / "alone", SMALL)
+    context = multiprocessing.get_context("fork")
+    ready, said = context.Barrier(10), context.Queue()
+    arguments = (source, tmp_path / "out", ready, said)
+    processes = [context.Process(target=_convert_when_all_are_there, args=arguments) for _ in range(10)]
+    for process in processes:
+        process.start()
+    answers = [said.get(timeout=300) for _ in processes]
+    for process in processes:
+        process.join()
+    assert "made" in answers
+    assert all(answer == "made" or "another at work" in answer for answer in answers), answers
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_a_folder_that_another_begins_meanwhile_is_no_folder_with_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out, read_plan = as_folder(tmp_path / "s", class_folders(12)), tmp_path / "out", write._read_plan
+
+    def and_then_another_begins(folder: Path) -> Any:
+        found = read_plan(folder)
+        monkeypatch.setattr(write, "_read_plan", read_plan)
+        convert(source, out, SMALL)
+        return found
+
+    out.mkdir()
+    monkeypatch.setattr(write, "_read_plan", and_then_another_begins)
+    convert(source, out, SMALL)
+    assert load_manifest(str(out)).total == 12
 
 
 def test_photographs_keep_their_bytes(shared_data: Path, tmp_path: Path) -> None:

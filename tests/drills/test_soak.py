@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Command, begun, program
-from tests.gate import until
+from tests.gate import Gate, behind, until
 from tests.soak import judge
 from tests.soak.__main__ import soak
-from tests.soak.local import Killer, Settings, prepared
+from tests.soak.local import Attempt, Killer, Settings, prepared
 from tests.soak.sampler import LAUNCHER, Held, Sample, Sampler, newest_step
 
 PERIOD, STEPS = 200, 20_000
@@ -172,25 +172,47 @@ class Forked:
 
 
 @pytest.fixture
-def start_forked() -> Iterator[Callable[[Sequence[str], Mapping[str, str], Path], Forked]]:
+def gate(tmp_path: Path) -> Gate:
+    """The last step that a run of the soak may take: of the one that is to be killed, two after its first save."""
+    return Gate(tmp_path / "gate")
+
+
+@pytest.fixture
+def start_forked(gate: Gate) -> Iterator[Callable[[Sequence[str], Mapping[str, str], Path], Forked]]:
+    last_steps = iter([12, 6, 12])
     with ExitStack() as stack:
 
         def start(words: Sequence[str], environment: Mapping[str, str], log: Path) -> Forked:
-            command = stack.enter_context(begun(program("launch.cli", *words), environment=environment))
-            return Forked(command, log)
+            gate.open(next(last_steps))
+            program_behind = partial(behind, gate, program("launch.cli", *words))
+            return Forked(stack.enter_context(begun(program_behind, environment=environment)), log)
 
         yield start
 
 
+class OpeningKiller(Killer):
+    """Opens the gate when it has killed: the rank that is left then finds that the other is gone."""
+
+    def __init__(self, settings: Settings, gate: Gate) -> None:
+        super().__init__(settings)
+        self._gate = gate
+
+    def kill_once(self, attempt: Attempt, run: Path) -> bool:
+        killed = super().kill_once(attempt, run)
+        self._gate.open(12)
+        return killed
+
+
 def test_both_phases(
     tmp_path: Path,
+    gate: Gate,
     start_forked: Callable[[Sequence[str], Mapping[str, str], Path], Forked],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Twelve steps with a save and two evaluations every four; the second run is killed once, and ends as the first."""
     settings = Settings(steps=12, every=4, kill_seconds=0, max_kills=1, sample_seconds=0.1, log_every=1)
     with prepared(tmp_path / "soak", settings, start_forked) as bench:
-        killer = Killer(settings)
+        killer = OpeningKiller(settings, gate)
         wrong = soak(bench, killer)
         assert any(bench.faults)
     said = capsys.readouterr().out
@@ -198,7 +220,7 @@ def test_both_phases(
     assert "growth cannot be judged" in wrong[0]  # too few periods; all else is right
     assert "the same to the bit" in said
     assert len(killer.kills) == 1
-    assert 4 <= killer.kills[0][0] < 12
+    assert 4 <= killer.kills[0][0] <= 6
     for name in ("undisturbed", "killed"):
         assert newest_step(tmp_path / "soak" / name) == 12
         assert (tmp_path / "soak" / f"{name}.png").is_file()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_pipeline.errors import RecipeError
+from data_pipeline.errors import RecipeError, RunError
 from pretrain.checkpoints.checkpoint import complete_checkpoints, digests, module_state
 from pretrain.record import claimed
 from pretrain.runtime.collectives import World
+from pretrain.runtime.failure import read_failure
 from pretrain.runtime.run_folder import is_claimed, step_of
 from pretrain.runtime.signals import STOPPED
 from tests.commands import begun, program
@@ -101,6 +103,8 @@ def test_ctrl_c_and_sigterm_save_and_stop(shards: Path, tmp_path: Path, nproc: i
     out = tmp_path / "run"
     with begun(program("launch.cli", "train", recipe, "--out", out, "--nproc", nproc)) as command:
         until(lambda: max(losses(out), default=0) >= 2, meanwhile=command.running, said=command.said)
+        os.kill(command.pid, signal.SIGUSR1)  # saves, and goes on
+        until(lambda: complete_checkpoints(out / "checkpoints"), meanwhile=command.running, said=command.said)
         os.kill(command.pid, signum)
         done = command.wait()
     assert done.status == STOPPED
@@ -137,19 +141,31 @@ def test_a_folder_is_taken_before_its_start_is_looked_up(recipe: Path, finished:
     assert losses(out) == losses(finished)
 
 
-def test_what_came_into_a_folder_meanwhile_is_looked_at_under_its_lock(tmp_path: Path) -> None:
-    def check() -> None:
-        raise RecipeError("r", ["another run."])
+def refuse(problem: str) -> None:
+    raise RecipeError("r", [problem])
 
+
+def test_what_came_into_a_folder_meanwhile_is_looked_at_under_its_lock(tmp_path: Path) -> None:
     for out in (tmp_path / "new", tmp_path / "old"):
         kept = out.name == "old"
         if kept:
             out.mkdir()
             (out / "recipe.yaml").touch()
-        with pytest.raises(RecipeError), claimed(out, World(), check):
+        with pytest.raises(RecipeError), claimed(out, World(), partial(refuse, "another run.")):
             raise AssertionError("it was not looked at")
         assert out.exists() == kept, "a folder that is new is left as it was"
         assert not is_claimed(out)
+
+
+def test_the_reason_that_is_kept_is_that_of_the_last_attempt(tmp_path: Path) -> None:
+    """Also of one that failed before its first step, which is when a run used to forget the one before."""
+    for words in ("no room", "no driver"):
+        with pytest.raises(RunError), claimed(tmp_path, World(), lambda: None):
+            raise RunError("the device", "to be there", words)
+        assert words in (read_failure(tmp_path) or "")
+    with pytest.raises(RecipeError), claimed(tmp_path, World(), partial(refuse, "another run.")):
+        raise AssertionError("it was not looked at")
+    assert "no driver" in (read_failure(tmp_path) or ""), "a command that was refused is no attempt"
 
 
 def test_a_damaged_one_is_named_and_the_one_before_goes_on_to_the_bit(

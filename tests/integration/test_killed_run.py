@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from pretrain.checkpoints.checkpoint import complete_checkpoints, digests
 from pretrain.monitoring.goodput import read_goodput
 from pretrain.monitoring.timeline import FILE_NAME
 from tests.commands import Done, begun, pretrain, program
-from tests.gate import Gate, until
+from tests.gate import Gate, behind, until
 from tests.runs import logged, losses, train, write_recipe
 from tests.shards import write_shards
 
@@ -40,11 +39,6 @@ class Killed:
     submitted: float
     killed: float
     ended: float
-
-
-def behind(gate: Gate, function: Callable[[], object]) -> None:
-    gate.hold()
-    function()
 
 
 def ranks_of(launcher: int) -> list[int]:

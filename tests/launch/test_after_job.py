@@ -16,7 +16,7 @@ from launch.jobs import after_job, job
 from launch.jobs.after_job import Ending, decide, ending, is_canceled, is_queued
 from launch.jobs.folder import JobFolder
 from launch.jobs.node import MAX_ATTEMPTS_WITHOUT_CHECKPOINT, Node, attempt_folder
-from launch.jobs.rendezvous import refuse_more_requeues
+from launch.jobs.rendezvous import host_rendezvous, refuse_more_requeues
 from pretrain.runtime.run_folder import COMPLETE, folder_name
 from pretrain.runtime.signals import HUNG, STOPPED
 from tests.launch.run_folders import Commands, submit
@@ -247,6 +247,18 @@ def attempt(run: Path, restart: int) -> None:
     folder = JobFolder(run)
     folder.note("start", attempt=restart, job_id="7", nodes=["n0"], restart=restart, step=folder.newest_step())
     refuse_more_requeues(folder, Node("n0", 0, 1, "7", restart))
+
+
+def test_a_job_that_starts_although_it_was_canceled_ends_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM did not hear of it, or has queued the job again by itself."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    JobFolder(run).canceled.touch()
+    assert job.run_node(run, JobFolder(run).submitted().get("token")) == 2
+    assert "a job that is wanted" in json.loads((attempt_folder(run, "7", 1) / "n0.json").read_text())["why"]
+    assert after_job.main(run, 1) == 2
+    assert said(run)[-1] == ("cancel", "canceled at step 20")
+    JobFolder(run).canceled.unlink()  # as the next submission does
+    assert not host_rendezvous(JobFolder(run), Node("n0", 0, 1, "7", 1), done=False).done
 
 
 def test_what_slurm_itself_queues_again_is_bounded(run: Path) -> None:

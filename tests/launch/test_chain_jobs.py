@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import RunError
+from data_pipeline.errors import InputError, RunError
 from launch.chains.stage_job import StageJob, keep_stage
 from launch.chains.submit import submit_chain
 from launch.commands.chain import evaluation_commands
@@ -19,6 +19,7 @@ from launch.jobs.folder import JobFolder
 from launch.jobs.node import attempt_folder
 from launch.jobs.queue import PlannedJob
 from tests.launch.run_folders import Commands
+from tests.launch.run_folders import submit as submit_run
 from tests.runs import write_recipe
 from tests.shards import write_shards
 
@@ -113,6 +114,16 @@ def test_a_stage_that_slurm_refuses_takes_back_those_before(
     with pytest.raises(RunError, match="QOSMax"):
         submit(chain)
     assert said == [("scancel", "11")]
+
+
+def test_a_job_of_a_stage_that_the_file_no_longer_has_is_still_the_chains(
+    chain: Path, executor: Executor, cluster: Commands
+) -> None:
+    submit_run(chain.parent / "out" / "taken-out", "99")
+    cluster.says("scontrol", "JobId=99 JobState=RUNNING", when="show*99")
+    with pytest.raises(InputError, match="job 99, running"):
+        submit(chain)
+    assert not executor.taken
 
 
 def test_a_stage_is_done_when_its_job_has_written_that_down(

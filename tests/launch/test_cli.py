@@ -24,6 +24,7 @@ from data_pipeline.shards.scan import index_shards
 from launch import cli
 from pretrain.recipe.files import dump, load_recipe
 from pretrain.recipe.strict_yaml import read_yaml
+from pretrain.runtime.failure import read_failure
 from pretrain.train_options import TrainOptions, add_arguments, options_from
 from tests.commands import begun, program
 from tests.data_pipeline.test_changing_files import read_beyond_the_end
@@ -305,3 +306,24 @@ def test_a_command_that_a_mapped_file_ends_says_where_it_was(tmp_path: Path) -> 
     assert done.status == -signal.SIGBUS
     assert "Bus error" in done.stderr
     assert "in read_beyond_the_end" in done.stderr
+
+
+@pytest.mark.parametrize("overfit", [(), ("--overfit-batch",)])
+def test_a_rank_that_was_killed_is_the_reason_that_its_run_keeps(
+    workplace: Path, pretrain: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, overfit: tuple[str, ...]
+) -> None:
+    """Of a trial on one batch it is the trial's folder that says so."""
+    folders = [workplace / "run", workplace / "run-overfit"]
+
+    def killed(*_: object, **__: object) -> int:
+        for folder in folders:
+            folder.mkdir()
+            (folder / "recipe.yaml").touch()
+        return 128 + signal.SIGKILL
+
+    monkeypatch.setattr("launch.ranks.launcher.launch", killed)
+    status, _, err = pretrain("train", "recipe.yaml", "--nproc", "2", "--out", "run", *overfit)
+    assert status == 128 + signal.SIGKILL, err
+    reasons = [read_failure(folder) for folder in folders]
+    assert [reason is not None for reason in reasons] == [not overfit, bool(overfit)]
+    assert "a rank was killed by SIGKILL" in next(filter(None, reasons))

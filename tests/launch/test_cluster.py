@@ -36,6 +36,7 @@ def test_those_that_are_here_are_valid(path: Path) -> None:
         ("sbatch: {cpus_per_task: 3}", "expected `cpus_per_rank` for what sbatch.cpus_per_task says"),
         ("sbatch: {array: 1-3}", "expected no sbatch.array"),
         ("sbatch: {parsable: true}", "expected no sbatch.parsable"),
+        ("sbatch: {hold: true}", "expected no sbatch.hold"),
         ("sbatch: {gres: 'lscratch:100,gpu:a100:4'}", "expected `gpus_per_node` and `gpu_type` for GPUs"),
         ("gpu_type: a100", "expected gpus_per_node with gpu_type a100, found 0"),
         ("nodes: 1\nnodes: 2", "nodes"),

@@ -18,6 +18,7 @@ from launch.slurm.cluster import Cluster
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.resolve import resolve
 from pretrain.runtime.run_folder import COMPLETE, eval_name, folder_name
+from tests.launch.run_folders import Commands
 from tests.runs import write_recipe
 from tests.shards import write_shards
 
@@ -130,7 +131,11 @@ def test_one_entry_that_slurm_does_not_take_leaves_the_others_their_turn(
     assert asked == ["0", "1", "0", "0"]
 
 
-def test_a_submission_that_fails_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_submission_that_fails_holds_nothing(
+    tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands.says("scontrol", when="show*job*-o")  # no job of an earlier one is held
+
     def refuse(*_: object, **__: object) -> str:
         raise RunError("sbatch", "SLURM to take the job", "QOSMaxSubmitJobPerUserLimit")
 

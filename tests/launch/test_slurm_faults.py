@@ -14,7 +14,7 @@ from launch.jobs.status import show_status
 from launch.slurm import commands as slurm_commands
 from launch.slurm.checks import check_slurm
 from launch.slurm.commands import job_states, kill_wait_seconds, shorten_requeue_delay, slurm
-from tests.launch.findings import asked
+from tests.launch.findings import asked, levels
 from tests.launch.run_folders import Commands, event, make_run, submit
 
 NAMES = ("squeue", "sacct", "sinfo", "sacctmgr", "scontrol")
@@ -76,6 +76,11 @@ def test_what_asks_slurm_says_what_is_wrong_and_goes_on(
     assert shown["step"] == 3
     if broken != "squeue":
         assert states == {}
+
+
+def test_what_is_no_list_of_nodes_refuses_no_job(cluster: Commands) -> None:
+    cluster.says("sinfo", "7 64\n6 x y gpu\nsinfo: bad")
+    assert ("warning", "nodes") in levels(check_slurm(asked()))
 
 
 def test_a_time_that_is_none_shortens_no_delay(commands: Commands) -> None:

@@ -17,10 +17,14 @@ from launch.jobs.record import load_job
 from launch.jobs.run_state import find_state
 from launch.jobs.status import find_runs, productive_share, run_status, show_status
 from launch.slurm.commands import job_states
+from pretrain.checkpoints.checkpoint import newest_sound
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.monitoring.timeline import Timeline
+from pretrain.runtime.collectives import World
 from pretrain.runtime.failure import forget_failure, note_failure
-from pretrain.runtime.run_folder import is_claimed
-from tests.launch.run_folders import TOTAL_STEPS, Commands, claimed, event, make_run, submit
+from pretrain.runtime.run_folder import complete_checkpoints, is_claimed
+from pretrain.runtime.state import Progress, RunState
+from tests.launch.run_folders import TOTAL_STEPS, Commands, Held, claimed, event, make_run, submit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -133,11 +137,44 @@ def test_a_cancel_that_slurm_does_not_hear_is_remembered(tmp_path: Path, command
     run = submit(make_run(tmp_path / "run", logged=2))
     event(run, "start")
     commands.says("scontrol", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)", status=1)
-    with pytest.raises(RunError, match=r"connect failure.* not queued again when they end"):
+    with pytest.raises(RunError, match=r"connect failure.* what runs is not queued again"):
         cancel(run, now=False)
     job = load_job(run)
     assert job is not None
     assert job.unwanted
+
+
+@pytest.mark.parametrize(
+    ("job_id", "reason", "expected"),
+    [
+        (None, "", ("failed", "its submission was interrupted; submit it again")),
+        (
+            "7",
+            "JobHeldUser",
+            ("pending", "job 7 is held: the submission that queued it is at work, or was interrupted"),
+        ),
+        ("7", "Priority", ("pending", "-")),  # it was killed after the release
+        ("7", "Nonsense", ("pending", "-")),
+    ],
+)
+def test_a_submission_that_was_interrupted_is_told(
+    tmp_path: Path, commands: Commands, job_id: str | None, reason: str, expected: tuple[str, str]
+) -> None:
+    run = submit(make_run(tmp_path / "run"), at=time.time() - 3600)
+    path = run / "job" / "submitted.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "job_id": job_id, "released": False}))
+    commands.says("squeue", "7 PENDING")
+    commands.says("scontrol", f"JobId=7 JobState=PENDING Reason={reason} Dependency=(null)", when="show*7")
+    if reason == "Nonsense":
+        commands.says("scontrol", "no", status=1)
+    job = load_job(run)
+    assert job is not None
+    found = run_status(run, job, job_states([job.job_id] if job.job_id else []))
+    assert (found.state, (found.error or "-")[: len(expected[1])]) == expected
+    event(run, "start")
+    commands.says("scontrol", "JobId=7 JobState=PENDING Reason=JobHeldUser Dependency=(null)", when="show*7")
+    if job_id:
+        assert run_status(run, load_job(run), job_states(["7"])).error is None, "it is its user who holds it"
 
 
 def test_clocks_of_two_machines_may_differ(tmp_path: Path, commands: Commands) -> None:
@@ -147,6 +184,31 @@ def test_clocks_of_two_machines_may_differ(tmp_path: Path, commands: Commands) -
     assert state(run) == "requeued"
     event(run, "stop")
     assert state(run) == "stopped"
+
+
+def test_a_clock_that_goes_back_between_attempts_changes_no_choice(tmp_path: Path, commands: Commands) -> None:
+    """Checkpoints go by their steps, attempts by their order: what the first attempt wrote seems to be of later."""
+    run = submit(make_run(tmp_path / "run", logged=20, saved=15), at=time.time() + 7200)
+    later = time.time() + 3600
+    for path in (run / "checkpoints").rglob("*"):
+        os.utime(path, (later, later))
+    event(run, "start", job_id="7", at=later)
+    event(run, "end", at=later, job_id="7")
+    event(run, "requeue", at=later, job_id="7")
+    event(run, "start", 1, job_id="7")
+    commands.says("squeue", "7 RUNNING")
+    writer = CheckpointWriter(run / "checkpoints", Held(), world=World(), keep_last=2, say=lambda _: None)
+    for step in (18, 20):
+        writer.save(RunState(Progress(step, TOTAL_STEPS, 8 * step)))
+        writer.finish()
+    found = run_status(run, load_job(run), job_states(["7"]))
+    assert (found.state, found.checkpoint_step, found.requeues) == ("running", 20, 1)
+    assert found.checkpoint_age_seconds is not None
+    assert found.checkpoint_age_seconds >= 0
+    assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step_00000018", "step_00000020"]
+    newest, unsound = newest_sound(run / "checkpoints", World())
+    assert newest is not None
+    assert (newest.path.name, unsound) == ("step_00000020", [])
 
 
 def test_a_job_that_is_canceled_before_it_starts(tmp_path: Path, commands: Commands) -> None:

@@ -192,6 +192,30 @@ def attempt(folder: Path, begin: float, steps: range, *, done: bool) -> None:
     line.end(finished=True, done=done)
 
 
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("killed", [None, 7.0])
+def test_a_clock_that_goes_back_between_attempts_takes_nothing(
+    tmp_path: Path, told: bool, killed: float | None
+) -> None:
+    """As where a node's clock is wrong, or was before: what was done is that of a run with a sound clock."""
+    steps = [Step(1.0, 10.0, 5.0, 2.0), Step(1.0, 10.0, None, None)]
+    found = []
+    for jumps in ([0.0, 0.0, 0.0], [-3600.0, 0.0, 0.0], [-3600.0, 3600.0, -7200.0]):
+        run = Run(tmp_path / str(len(found)))
+        run.folder.mkdir()
+        for jump in (0.0, *jumps):
+            run.now += jump
+            run.live(Attempt(0.5, 20.0, steps, killed, told=told, torn=False, lost_saves=0), 1.0)
+        events = run.events if told else []
+        found.append(book(read_lines(run.folder / FILE_NAME), events, run.now + 30.0))
+    sound, *others = found
+    for other in others:
+        for kind in ("start_up", "productive", "saving", "lost"):
+            assert getattr(other, kind) == pytest.approx(getattr(sound, kind), abs=0.1), kind
+        corrected = 3600 if other is others[1] else 0  # a clock that is put right looks like a wait
+        assert other.total == pytest.approx(sound.total, abs=corrected + 10), "but for the time in between"
+
+
 @pytest.mark.parametrize(("done", "waited"), [(True, 0.0), (False, 10_000.0)])
 def test_a_run_that_was_done_waits_for_nothing(tmp_path: Path, done: bool, waited: float) -> None:
     """It is given again, which finds nothing to do, and then for ten more steps; one that was stopped did wait."""

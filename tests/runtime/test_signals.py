@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from pretrain.checkpoints.schedule import CheckpointSchedule
 from pretrain.runtime.collectives import World
 from pretrain.runtime.signals import SignalRequests, stop_while_starting
 from pretrain.runtime.state import Progress, RunState
-from tests.commands import begun
+from tests.commands import Command, begun
 from tests.gate import until
 from tests.ranks import run_ranks
 
@@ -21,9 +22,10 @@ STOPPERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 def at_work() -> None:
-    """A step that never ends."""
-    with SignalRequests().listening():
-        ready()
+    """Steps without an end; each request that one of them takes is counted in `taken`."""
+    requests = SignalRequests()
+    with requests.listening():
+        ready(requests.take)
 
 
 def starting() -> None:
@@ -39,20 +41,30 @@ def ignoring() -> None:
         ready()
 
 
-def ready() -> None:
+def ready(take: Callable[[], object] = lambda: None) -> None:
+    taken = 0
     Path("ready").touch()
     while True:
+        if take():
+            taken += 1
+            Path("taken").write_text(str(taken))
         time.sleep(0.01)
+
+
+def send(process: Command, folder: Path, signum: int, nth: int) -> None:
+    """Sends a signal, which is the nth, and waits until it is taken: of those that wait the kernel makes one."""
+    os.kill(process.pid, signum)
+    path = folder / "taken"
+    until(lambda: path.exists() and path.read_text() == str(nth), meanwhile=process.running, said=process.said)
 
 
 @pytest.mark.parametrize("signum", STOPPERS)
 def test_the_first_is_answered_at_once_and_the_second_ends_at_once(tmp_path: Path, signum: int) -> None:
     with begun(at_work, tmp_path) as process:
         until((tmp_path / "ready").exists, meanwhile=process.running, seconds=60)
-        os.kill(process.pid, signal.SIGUSR2)  # as a launcher passes on what was sent to the rank as well
-        os.kill(process.pid, signum)
-        until(lambda: "a second Ctrl-C or SIGTERM ends it at once" in process.said(), said=process.said, seconds=60)
-        assert process.running()
+        send(process, tmp_path, signal.SIGUSR2, 1)  # as a launcher passes on what was sent to the rank as well
+        assert "a second Ctrl-C or SIGTERM ends it at once" in process.said()
+        send(process, tmp_path, signum, 2)
         os.kill(process.pid, signum)
         assert process.wait().status == 128 + signum
         assert process.said().count("asked to stop") == 1
@@ -61,12 +73,9 @@ def test_the_first_is_answered_at_once_and_the_second_ends_at_once(tmp_path: Pat
 def test_in_a_job_the_scheduler_may_send_as_many_as_it_likes(tmp_path: Path) -> None:
     with begun(at_work, tmp_path, {**os.environ, "PRETRAIN_ATTEMPT": "0"}) as process:
         until((tmp_path / "ready").exists, meanwhile=process.running, seconds=60)
-        for _ in range(3):
-            os.kill(process.pid, signal.SIGTERM)
-        until(lambda: "asked to stop" in process.said(), seconds=60)
-        os.kill(process.pid, signal.SIGTERM)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait().status == -signal.SIGKILL
+        for nth in (1, 2, 3):
+            send(process, tmp_path, signal.SIGTERM, nth)
+        assert "asked to stop" in process.said()
         assert "a second" not in process.said()
 
 

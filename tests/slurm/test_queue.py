@@ -65,6 +65,7 @@ def test_a_submission_that_was_killed_is_mended_by_the_next(
         patch.setenv("PATH", f"{killers}:{os.environ['PATH']}")
         assert place.pretrain(*words, check=False).returncode == -9
     released = (program, when) == ("scontrol", "after")
+    assert (" is held: " in place.pretrain("status", "run").stdout) == ((program, when) == ("scontrol", "before"))
     assert [reason == "JobHeldUser" for _, _, reason in queued(place)] == [not released] * left
     again = place.pretrain(*words, check=False)
     if released:
