@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_pipeline.durable import append_line
+from data_pipeline.url_secrets import without_secrets
 
 FAILURE, LOG = "failure.json", "log-rank0.txt"
 
@@ -23,6 +24,7 @@ def note_failure(run: Path, words: str, *, rank: int = 0, trace: str = "") -> No
         rank: that failed.
         trace: where it happened, for the log; empty: the message says all.
     """
+    words, trace = without_secrets(words), without_secrets(trace)
     with suppress(OSError):
         os.close(os.open(run / FAILURE, os.O_CREAT | os.O_EXCL))
         append_line(run / FAILURE, {"at": time.time(), "rank": rank, "why": words})
