@@ -25,6 +25,7 @@ from data_pipeline.errors import RecipeError
 from launch import cli
 from launch.chains.config import Chain
 from launch.jobs.batch import batch_script
+from launch.jobs.telling import comment, tell
 from launch.slurm.cluster import Cluster, load_cluster
 from pretrain import __main__ as rank
 from pretrain.evals.suite import Suite
@@ -269,6 +270,20 @@ def test_what_a_run_keeps_of_its_end_holds_no_secret(tmp_path: Path, url: str) -
     assert {"failure.json", "log-rank0.txt"} <= kept.keys()
     assert "reading " in kept["log-rank0.txt"]
     assert SECRET not in "".join(kept.values())
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_an_agent_of_a_job_tells_no_secret(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("launch.jobs.telling.slurm", lambda *words: told.extend(words))
+    assert tell(f"error: of {url}")
+    comment("7", f"of {url}")  # which every user of the cluster can read
+    assert told[-1].startswith("Comment=pretrain: of ")
+    said = "".join(capsys.readouterr())
+    assert said.startswith("error: of ")
+    assert SECRET not in said + "".join(told)
 
 
 def assert_hidden(done: Done, *, found: str = "") -> None:
