@@ -8,6 +8,7 @@ file. So all of them, on their way to a terminal, a log, a message or a page, go
 from __future__ import annotations
 
 import re
+from typing import Any
 
 EXPECTED = "a URL without user, password, query or fragment"
 FOUND = "one with them (not shown here)"
@@ -26,6 +27,15 @@ def without_secrets(text: str) -> str:
     A password in which a slash follows digits alone cannot be told from a port and a path.
     """
     return _RUN.sub(lambda found: hidden(found[0]), text) if ":/" in text else text
+
+
+def tree_without_secrets(value: Any) -> Any:
+    """Returns what JSON holds with every text in it as `without_secrets` gives it; keys are left alone."""
+    if isinstance(value, dict):
+        return {key: tree_without_secrets(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [tree_without_secrets(inner) for inner in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def holds_secrets(place: str) -> bool:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.errors import InputError
-from data_pipeline.local_paths import refuse_secrets
 from launch.commands.eval_options import Device, check_out
 from launch.commands.option_groups import grouped
 from launch.suites.words import command_words
@@ -105,8 +104,6 @@ def _arguments(before: EvalReport, command: Any, result: Path, given: dict[str, 
     Raises:
         InputError: the command has no such argument, or a place of the report is not here and none was given for it.
     """
-    for key, value in before.arguments.items():
-        refuse_secrets(f"{result}: {key}", value)
     known = {parameter.name: parameter for parameter in command.params}
     asked = {key: value for key, value in before.arguments.items() if key != "command"}
     unknown = {key: asked.pop(key) for key in sorted(asked.keys() - known.keys())}

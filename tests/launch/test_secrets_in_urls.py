@@ -87,6 +87,8 @@ def test_a_command_takes_no_url_with_a_secret(tmp_path: Path, name: str) -> None
         done = command.wait()
     assert_hidden(done)
     assert done.stdout.splitlines() == ["status 2"] * len(lines), done.stdout + done.stderr
+    refusals = ("expected a URL without user", "expected a path of this machine", "Error: ")
+    assert sum(done.stderr.count(refusal) for refusal in refusals) == len(lines), done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -146,7 +148,7 @@ FILES: dict[str, tuple[tuple[str, ...], str]] = {
     "data label": (("shards", "new", "--teacher", "run"), ""),
     "data select": (("shards", "new", "--per-class", "1"), ""),
     "eval suite": (("suite.yaml", "--out", "new"), "datasets.d.test: expected a URL without"),
-    "eval rerun": (("report.json",), "report.json: test: expected a URL without"),
+    "eval rerun": (("report.json",), f"{HIDDEN}: expected a URL without"),
     "eval compare": (("report.json", "report.json"), HIDDEN),
     "eval knn": (("run", *EVAL, "--k", "2", "--out", "new.json"), "report: new.json"),
     "eval fewshot": (("bad", *EVAL, "--shots", "1"), IN_RECIPE),
@@ -196,16 +198,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report |= {"encoder": {**report["encoder"], "source": URLS[0]}, "notes": [f"a note on {URLS[0]}"]}
     report["arguments"]["test"] = URLS[0]
     (folder / "report.json").write_text(json.dumps(report))
+    shutil.copy(folder / "report.safetensors", folder / "other.safetensors")
+    other = {**report, "weights_sha256": "a", "encoder": {**report["encoder"], "source": URLS[1]}}
+    (folder / "other.json").write_text(json.dumps(other))
     return folder
 
 
-@pytest.mark.parametrize("name", FILES)
+# Further files of a command.
+MORE = {"report of reports": (("report", "report.json", "other.json", "--out", "new"), "000.tar?...")}
+
+
+@pytest.mark.parametrize("name", [*FILES, *MORE])
 def test_a_command_shows_no_secret_of_a_file(place: Path, cluster: Commands, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "place"
     shutil.copytree(place, folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    words, found = FILES[name]
-    with begun(program("launch.cli", *name.split(), *words), folder) as command:
+    words, found = MORE[name] if name in MORE else ((*name.split(), *FILES[name][0]), FILES[name][1])
+    with begun(program("launch.cli", *words), folder) as command:
         done = command.wait()
     assert done.status in (0, 1, 2)
     assert_hidden(done, found=found)
