@@ -1,4 +1,4 @@
-"""Paths of this machine. Only data are read from URLs; nothing is written to one.
+"""What a user may name a place by: a path of this machine, or, for data that are read, a URL without secrets.
 
 Taken for a path, `s3://bucket/run` is a folder `s3:` in the working folder, which fills unseen.
 """
@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+from data_pipeline import url_secrets
 from data_pipeline.errors import InputError
 
 EXPECTED = "a path of this machine"
@@ -32,6 +33,12 @@ def refuse_url(where: str, path: str | Path) -> None:
     """Raises InputError, about `where`, for a URL."""
     if found := told_url(path):
         raise InputError(where=where, expected=EXPECTED, found=found, fix=FIX)
+
+
+def refuse_secrets(where: str, place: object) -> None:
+    """Raises InputError, about `where`, for a text that is or holds a URL with a password or a query."""
+    if isinstance(place, str) and url_secrets.holds_secrets(place):
+        raise InputError(where, url_secrets.EXPECTED, url_secrets.FOUND, url_secrets.FIX)
 
 
 def path_text(text: str) -> str:

@@ -6,6 +6,8 @@ import re
 import signal
 from collections.abc import Iterable, Sequence
 
+from data_pipeline.url_secrets import without_secrets
+
 # What a terminal or a browser does not show but obeys: control characters, marks that turn the direction of reading,
 # separators of lines, and the halves of pairs by which Python holds the bytes of a name that is no UTF-8.
 _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -44,12 +46,14 @@ def killed_by(signum: int) -> str:
 
 
 def visible(text: str, *, lines: bool = False) -> str:
-    """Text from outside as text: what would be obeyed instead of shown becomes an escape such as `\\x1b`.
+    """Text from outside as text: what would be obeyed instead of shown becomes an escape such as `\\x1b`, and what
+    could be secret in a URL becomes `...`.
 
     Args:
         text: a name out of data, a path, or a message that holds some.
         lines: whether its line breaks and tabs are kept, as in a message of several lines.
     """
+    text = without_secrets(text)
     return _OBEYED.sub(lambda found: found[0] if lines and found[0] in "\n\t" else ascii(found[0])[1:-1], text)
 
 

@@ -18,9 +18,11 @@ from importlib import import_module
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from data_pipeline.errors import PretrainError, storage_error
 from launch.commands.arguments import command_app, examples
+from pretrain.monitoring.outlets import hide_secrets
 from pretrain.recipe.home import expand_words
 from pretrain.runtime import lean_imports
 
@@ -57,6 +59,7 @@ def main() -> int:
     """The entry point, and the one place where an error becomes a message and an exit status."""
     lean_imports.install()
     faulthandler.enable(2)  # where a file got smaller that is mapped into memory, the process says where it was
+    hide_secrets()
     for stream in (sys.stdout, sys.stderr):  # names of files and classes may hold what a terminal's encoding does not
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -94,6 +97,7 @@ def _mount(name: str, text: str) -> None:
 
     @app.command(
         name,
+        cls=TyperCommand,  # of its words none is looked at here
         help=text,
         add_help_option=False,
         context_settings={

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from data_pipeline.errors import InputError, PretrainError, storage_error
 from pretrain.inputs import refuse_wrong_inputs
-from pretrain.monitoring.outlets import flush_streams, write_stderr
+from pretrain.monitoring.outlets import flush_streams, hide_secrets, write_stderr
 from pretrain.recipe.files import load_recipe, print_note
 from pretrain.recipe.home import expand_words
 from pretrain.recipe.recipe import Recipe
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     lean_imports.install()
     faulthandler.enable(2)  # where a file got smaller that is mapped into memory, the process says where it was
+    hide_secrets()
     join_step()
     recipe_path, options = _parse(arguments)
     stop_while_starting(speaks=_is_first())

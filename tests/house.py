@@ -17,6 +17,7 @@ PACKAGES = ("data_pipeline", "pretrain", "launch")
 # entry that it lies under. CONFIG stands for every `config.py` in pretrain (no torch), of which recipes are made.
 CONFIG = "config.py"
 ORDER = (
+    "data_pipeline.url_secrets",
     "data_pipeline.messages", "data_pipeline.errors", "data_pipeline.local_paths", "data_pipeline.settings",
     "data_pipeline.durable",
     "data_pipeline.batch", "data_pipeline.parallel", "data_pipeline.progress", "data_pipeline",

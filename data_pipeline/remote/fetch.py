@@ -24,6 +24,7 @@ from data_pipeline.errors import DataError, ManifestError, PretrainError, RunErr
 from data_pipeline.remote.backends import FailedError, RefusedError, backend, explained
 from data_pipeline.remote.cache import Cache
 from data_pipeline.remote.config import CacheConfig
+from data_pipeline.url_secrets import EXPECTED, FIX, FOUND, hidden, holds_secrets
 
 T = TypeVar("T")
 
@@ -47,14 +48,8 @@ def remote_url(spec: str) -> str | None:
     if not separator or scheme.lower() not in SCHEMES:
         return None
     host = rest.partition("/")[0]
-    shown = f"{scheme}://{host.rpartition('@')[2]}"
-    if "@" in host or "?" in rest or "#" in rest:
-        raise DataError(
-            where=shown,
-            expected="a URL without user, password, query or fragment",
-            found="one with them (not shown here)",
-            fix="Give credentials in the environment: AWS_* variables or ~/.aws for s3://, ~/.netrc for https://.",
-        )
+    if holds_secrets(spec) or "@" in host or "?" in rest or "#" in rest:
+        raise DataError(where=hidden(spec), expected=EXPECTED, found=FOUND, fix=FIX)
     try:
         parts = urlsplit(f"{scheme}://{host}")
         named = bool(parts.hostname) and parts.port != 0  # reading the port checks it
@@ -62,7 +57,7 @@ def remote_url(spec: str) -> str | None:
         named = False
     if not named or any(character.isspace() or not character.isprintable() for character in spec):
         expected = "a URL such as s3://bucket/folder or https://host/folder"
-        raise DataError(where=shown, expected=expected, found="another host, or a space in it")
+        raise DataError(where=spec, expected=expected, found="another host, or a space in it")
     return f"{scheme.lower()}://{rest}".rstrip("/")
 
 

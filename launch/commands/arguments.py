@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
 
-from data_pipeline.local_paths import refuse_url
+from data_pipeline.local_paths import refuse_secrets, refuse_url
 
 
 def examples(*lines: str) -> str:
@@ -19,7 +20,17 @@ def examples(*lines: str) -> str:
 
 
 class Command(TyperCommand):
-    """A command whose usage names its arguments plainly: RECIPE, [RUN]... where several or none may be given."""
+    """A command whose usage names its arguments plainly: RECIPE, [RUN]... where several or none may be given.
+
+    None of its values is a URL with a password or a signature: from here they would get into reports and records.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            for value in _listed(ctx.params.get(parameter.name)):
+                refuse_secrets(_name(parameter), value)
+        return rest
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         pieces = [self.options_metavar] if self.options_metavar else []
@@ -61,11 +72,20 @@ def _holds_paths(kind: Any) -> bool:
 
 
 def _refuse_urls(parameter: typer.CallbackParam, value: Any) -> Any:
-    name = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar or str(parameter.name).upper()
-    for path in value if isinstance(value, list | tuple) else [value]:
+    for path in _listed(value):
         if path is not None:
-            refuse_url(name.removesuffix("..."), path)
+            refuse_url(_name(parameter), path)
     return value
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _name(parameter: Any) -> str:
+    """Returns what a user calls an option or argument."""
+    name = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar or str(parameter.name).upper()
+    return str(name).removesuffix("...")
 
 
 def command_app(help: str | None = None, epilog: str | None = None, *, is_group: bool = False) -> typer.Typer:

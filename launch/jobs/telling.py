@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from data_pipeline.errors import PretrainError
+from data_pipeline.messages import visible
 from launch.jobs.folder import JobFolder
 from launch.slurm.commands import slurm
 
@@ -21,7 +22,7 @@ def tell(text: str, *, error: bool = False) -> bool:
     """
     stream = sys.stderr if error else sys.stdout
     try:
-        print(text, file=stream, flush=True)
+        print(visible(text, lines=True), file=stream, flush=True)
     except OSError:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -41,6 +42,6 @@ def note(folder: JobFolder, event: str, **values: Any) -> bool:
 
 def comment(job_id: str, text: str) -> None:
     """Leaves a word with SLURM, as the comment of a job whose folder takes none."""
-    words = " ".join(f"{COMMENT}{text}".split())[:_LONGEST_COMMENT]
+    words = " ".join(f"{COMMENT}{visible(text, lines=True)}".split())[:_LONGEST_COMMENT]
     with suppress(PretrainError):
         slurm("scontrol", "update", f"JobId={job_id}", f"Comment={words}")

@@ -90,4 +90,4 @@ def load_cluster(path: Path) -> Cluster:
     Raises:
         RecipeError: with every problem found, each naming its path, what was expected and what was found.
     """
-    return load_typed(path, Cluster)
+    return load_typed(path, Cluster, shell=("setup", "sbatch"))

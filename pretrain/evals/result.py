@@ -18,6 +18,7 @@ from safetensors.numpy import load, save
 
 from data_pipeline.durable import durable_file, from_json
 from data_pipeline.errors import InputError
+from data_pipeline.url_secrets import tree_without_secrets
 from pretrain.evals.uncertainty import (
     OVER_SAMPLES,
     Bounds,
@@ -124,7 +125,7 @@ class EvalReport:
 
     @classmethod
     def load(cls, path: Path, *, alone: bool = False) -> EvalReport:
-        """Reads a report.
+        """Reads a report. Secrets of URLs are left out, as parts of what it says get into names and tables.
 
         Args:
             path: of the JSON file.
@@ -135,7 +136,7 @@ class EvalReport:
         """
         beside = path.with_suffix(".safetensors")
         try:
-            described = from_json(path.read_text("utf-8"))
+            described = tree_without_secrets(from_json(path.read_text("utf-8")))
             if described.pop("format") != FORMAT:
                 raise ValueError(f"another format than {FORMAT}")
             if alone and not beside.exists():

@@ -6,11 +6,15 @@ exports) goes by none of this: there a failure is the run's.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+from data_pipeline.url_secrets import without_secrets
 
 
 class Outlet:
@@ -143,6 +147,26 @@ def write_stderr(text: str) -> None:
     """Writes a line to stderr; where that fails there is nobody left to tell."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
+
+
+def hide_secrets() -> None:
+    """From now on, whatever this process prints shows no secret of a URL: also a traceback, a warning of a library, or
+    an answer to a wrong command line.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream.write, _Hiding):
+            stream.write = _Hiding(stream.write)  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class _Hiding:
+    """The `write` of a stream, in its place."""
+
+    write: Callable[[str], int]
+
+    def __call__(self, text: str) -> int:
+        self.write(without_secrets(text))
+        return len(text)
 
 
 def flush_streams() -> None:

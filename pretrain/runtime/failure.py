@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_pipeline.durable import append_line
+from data_pipeline.url_secrets import without_secrets
 
 FAILURE, LOG = "failure.json", "log-rank0.txt"
 
@@ -27,6 +28,7 @@ def note_failure(run: Path, words: str, *, rank: int = 0, trace: str = "", since
         trace: where it happened, for the log; empty: the message says all.
         since: Unix seconds when this attempt took the folder; the reason of one before gives way.
     """
+    words, trace = without_secrets(words), without_secrets(trace)
     with suppress(OSError):
         if os.stat(run / FAILURE).st_mtime < since - _SLACK_SECONDS:
             forget_failure(run)
