@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -104,7 +103,7 @@ def claimed(out: Path, world: World, check: Callable[[], object]) -> Iterator[No
         forget_failure(out)  # of the attempt before
         return file
 
-    lock, began = agree(lambda: take() if world.is_main else None), time.time()
+    lock = agree(lambda: take() if world.is_main else None)
     try:
         yield
     except InputError:  # nothing was begun
@@ -115,7 +114,7 @@ def claimed(out: Path, world: World, check: Callable[[], object]) -> Iterator[No
         known = error if isinstance(error, PretrainError) else storage_error(error)
         words = f"{type(error).__name__}: {error}" if known is None else str(known)
         trace = traceback.format_exc() if known is None else ""
-        note_failure(out, words, rank=world.rank, trace=trace, since=began)
+        note_failure(out, words, rank=world.rank, trace=trace)
         raise
     finally:
         if lock is not None:

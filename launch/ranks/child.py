@@ -12,13 +12,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from pretrain.runtime.signals import STOP_SIGNALS, STOPPED
 
 REQUEST_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # a rank answers: it saves, and goes on or stops
+# How long a process that waits for others may be deaf: a signal that comes in the moment before it begins to wait, or
+# to another of its threads, does not wake it, and Python answers in the main thread alone.
+HEARING_SECONDS = 1.0
 ROOT = Path(__file__).resolve().parents[2]  # the folder that holds our packages
 
 
@@ -94,7 +97,7 @@ class Command:
         """Returns the exit status: STOPPED where a signal stopped this process, 128 + N where a second one, N, ended
         the child; 1 where the child was killed.
         """
-        status = self.process.wait()
+        status = _ended(self.process)
         if self._stopped_by:
             return STOPPED if len(self._stopped_by) == 1 else 128 + self._stopped_by[1]
         return status if status >= 0 else 1
@@ -119,7 +122,14 @@ def started_command(words: Sequence[str]) -> Iterator[Command]:
         finally:
             if command.process.poll() is None:
                 command.process.terminate()
-            command.process.wait()
+            _ended(command.process)
+
+
+def _ended(process: subprocess.Popen[str]) -> int:
+    """Waits for a process to end, and hears signals meanwhile."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(HEARING_SECONDS)
 
 
 def run_command(words: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 
 from data_pipeline.errors import RunError
 from data_pipeline.messages import killed_by
-from launch.ranks.child import handled_by, start_child
+from launch.ranks.child import HEARING_SECONDS, handled_by, start_child
 from pretrain.runtime.signals import STOP_SIGNALS, STOPPED
 
 
@@ -144,8 +144,10 @@ def _supervise(
     to_stop = overdue = False
     while running:
         try:
-            event = events.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            event = events.get(timeout=HEARING_SECONDS if deadline is None else _until(deadline))
         except Empty:
+            if deadline is None or _until(deadline) > 0:
+                continue
             deadline, overdue = None, to_stop and (failed is None or failed.status == STOPPED)
             for rank in running:
                 _kill(ranks[rank])
@@ -174,6 +176,10 @@ def _supervise(
     if asked:
         return 128 + asked.sent
     return _verdict(failed, first_rank) if failed else 0
+
+
+def _until(deadline: float) -> float:
+    return min(HEARING_SECONDS, max(0.0, deadline - time.monotonic()))
 
 
 def _verdict(failed: Ended, first_rank: int) -> int:

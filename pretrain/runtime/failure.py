@@ -14,10 +14,7 @@ from data_pipeline.url_secrets import without_secrets
 FAILURE, LOG = "failure.json", "log-rank0.txt"
 
 
-_SLACK_SECONDS = 1.0  # by which a file system's times may be coarse; attempts are further apart
-
-
-def note_failure(run: Path, words: str, *, rank: int = 0, trace: str = "", since: float = 0.0) -> None:
+def note_failure(run: Path, words: str, *, rank: int = 0, trace: str = "") -> None:
     """Keeps the reason of a failure, unless another rank has: the others then fail because of that one.
 
     The failure itself is told elsewhere, so that a disk which takes no more words changes nothing.
@@ -26,12 +23,8 @@ def note_failure(run: Path, words: str, *, rank: int = 0, trace: str = "", since
         words: the message, as it is printed.
         rank: that failed.
         trace: where it happened, for the log; empty: the message says all.
-        since: Unix seconds when this attempt took the folder; the reason of one before gives way.
     """
     words, trace = without_secrets(words), without_secrets(trace)
-    with suppress(OSError):
-        if os.stat(run / FAILURE).st_mtime < since - _SLACK_SECONDS:
-            forget_failure(run)
     with suppress(OSError):
         os.close(os.open(run / FAILURE, os.O_CREAT | os.O_EXCL, 0o666))
         append_line(run / FAILURE, {"at": time.time(), "rank": rank, "why": words})

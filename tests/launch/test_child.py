@@ -15,6 +15,7 @@ import pytest
 from launch.ranks.child import start_child
 from pretrain.runtime.signals import STOPPED
 from tests.gate import until
+from tests.launch.test_local import GIVEN_TO_ANOTHER_THREAD
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,6 +76,16 @@ def test_a_command_gets_the_signals_that_it_knows(tmp_path: Path, command: str, 
     assert (tmp_path / "SIGTERM").exists() != heard, "a training would take a second one for the end"
     assert (tmp_path / "SIGUSR2").exists() == heard
     assert (tmp_path / "SIGUSR1").exists() == heard
+
+
+def test_a_signal_that_does_not_wake_the_main_thread_is_heard(tmp_path: Path) -> None:
+    (tmp_path / "part.py").write_text(PART.replace('"ready"', '"0.json"'))
+    (tmp_path / "1.json").touch()
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    program = GIVEN_TO_ANOTHER_THREAD + COMMAND
+    parent = subprocess.Popen([sys.executable, "-c", program, "train", str(tmp_path)], env=environment)
+    assert parent.wait(timeout=60) == STOPPED
+    assert (tmp_path / "SIGUSR2").exists()
 
 
 def test_a_second_signal_ends_the_command_at_once(tmp_path: Path) -> None:

@@ -25,6 +25,20 @@ LAUNCH = (
 SAVES = LAUNCH.replace("import launch;", "import SAVING, launch;").replace("grace", "passed_on=SAVING, grace")
 PATIENT = LAUNCH.replace("grace_seconds=1.0", "grace_seconds=30.0")
 
+# Python's handlers run in the main thread, which a signal to another one does not wake; one that comes in the moment
+# before it begins to wait is the same, and cannot be timed.
+GIVEN_TO_ANOTHER_THREAD = """
+import pathlib, signal, sys, threading, time
+
+def given():
+    while not all(pathlib.Path(sys.argv[-1], name).exists() for name in ("0.json", "1.json")):
+        time.sleep(0.01)
+    time.sleep(0.5)  # until the main thread waits
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=given, daemon=True).start()
+"""
+
 PART = """
 import json, os, pathlib, signal, subprocess, sys, time
 
@@ -162,6 +176,11 @@ def test_ranks_that_are_asked_to_stop_are_waited_for(
     assert launcher.wait(timeout=60) == 75
     assert all((tmp_path / f"saved{rank}").exists() for rank in (first, first + 1))
     assert all_gone(ranks)
+
+
+def test_a_signal_that_does_not_wake_the_main_thread_is_heard(tmp_path: Path, environment: dict[str, str]) -> None:
+    assert start("asked", tmp_path, environment, program=GIVEN_TO_ANOTHER_THREAD + SAVES).wait(timeout=60) == 75
+    assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
 
 
 def test_ranks_of_a_command_in_a_job_save_too(tmp_path: Path, environment: dict[str, str]) -> None:
