@@ -21,7 +21,7 @@ from pretrain.recipe.strict_yaml import read_yaml
 from pretrain.runtime.agreement import agree
 from pretrain.runtime.collectives import World
 from pretrain.runtime.data_record import DataRecord
-from pretrain.runtime.failure import forget_failure, note_failure
+from pretrain.runtime.failure import forget_failure, note_failure, restore_failure
 from pretrain.runtime.run_folder import LOCK, newest_checkpoint
 
 
@@ -93,14 +93,17 @@ def claimed(out: Path, world: World, check: Callable[[], object]) -> Iterator[No
         RunError: another job has the folder; as what `check` raises, the same on every rank.
     """
 
+    kept: bytes | None = None  # why the attempt before failed
+
     def take() -> BinaryIO:
+        nonlocal kept
         file = _locked(out)
         try:
             check()
         except InputError:
             _leave_if_empty(out)
             raise
-        forget_failure(out)  # of the attempt before
+        kept = forget_failure(out)
         return file
 
     lock = agree(lambda: take() if world.is_main else None)
@@ -108,6 +111,7 @@ def claimed(out: Path, world: World, check: Callable[[], object]) -> Iterator[No
         yield
     except InputError:  # nothing was begun
         if world.is_main:
+            restore_failure(out, kept)
             _leave_if_empty(out)
         raise
     except Exception as error:

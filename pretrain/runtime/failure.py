@@ -32,9 +32,20 @@ def note_failure(run: Path, words: str, *, rank: int = 0, trace: str = "") -> No
             log.write(f"{trace}error: {words}\n")
 
 
-def forget_failure(run: Path) -> None:
-    """The run is begun again."""
-    (run / FAILURE).unlink(missing_ok=True)
+def forget_failure(run: Path) -> bytes | None:
+    """Removes the reason, as the run is begun again. Returns the file, for `restore_failure`; None: there was none."""
+    with suppress(OSError):
+        kept = (run / FAILURE).read_bytes()
+        (run / FAILURE).unlink()
+        return kept
+    return None
+
+
+def restore_failure(run: Path, kept: bytes | None) -> None:
+    """Puts a reason back that was forgotten, where the run was not begun again after all."""
+    if kept is not None:
+        with suppress(OSError):
+            (run / FAILURE).write_bytes(kept)
 
 
 def read_failure(run: Path) -> str | None:
