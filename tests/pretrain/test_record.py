@@ -45,9 +45,13 @@ def test_the_words_are_those_of_the_last_attempt_and_of_its_first_rank_to_fail(t
     failed_before(tmp_path / "run")
     assert fail(tmp_path / "run", RunError("a", "b", "c")) == "a: expected b, found c."
 
-    with pytest.raises(RunError), claimed(tmp_path / "other", World(), lambda: None):
-        note_failure(tmp_path / "other", "another rank was first", rank=1)
-        raise RunError("a", "b", "c")
+    def second() -> None:
+        with claimed(tmp_path / "other", World(), lambda: None):
+            note_failure(tmp_path / "other", "another rank was first", rank=1)
+            raise RunError("a", "b", "c")
+
+    with pytest.raises(RunError):
+        second()
     assert read_failure(tmp_path / "other") == "another rank was first"
 
 
