@@ -9,9 +9,10 @@ import torch
 
 from data_pipeline.errors import PretrainError
 from launch.slurm.finding import Finding, from_error, ok, warning
-from pretrain.engine.precision import kept_precision, native_precision, refuse_wrong_bf16
+from pretrain.engine.precision import kept_precision, refuse_wrong_bf16
 from pretrain.models.seeded import seeded
 from pretrain.objectives.contract import Objective
+from pretrain.runtime.native_precision import native_precision
 
 
 def precision(

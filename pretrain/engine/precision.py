@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +19,10 @@ from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import EngineConfig
 from pretrain.runtime.agreement import agree
 from pretrain.runtime.collectives import from_main, gather_objects, rank_and_size
+from pretrain.runtime.native_precision import Precision, native_precision
 from pretrain.runtime.run_folder import newest_checkpoint
 from pretrain.runtime.state import Progress
 
-Precision = Literal["fp32", "bf16"]
-
-_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of /proc/cpuinfo: two of x86, one of ARM
 _SAMPLES = 2
 _BLOCKS = 12  # of memory of each size that are stained: with two, one of three wrong kernels went unseen
 # Of a gradient's norm, by which bf16 may be off. Of all objectives and encoders that were tried the worst tensor was
@@ -60,22 +57,6 @@ def settle_precision(
     if config.precision == "bf16" and device.type == "cpu":
         agree(lambda: refuse_wrong_bf16(objective))
     return config
-
-
-def native_precision(device: torch.device) -> Precision:
-    """bf16 where a device has instructions for it; elsewhere it is emulated, several times slower than fp32."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    try:
-        return "bf16" if cpu_has_bf16(Path("/proc/cpuinfo").read_text()) else "fp32"
-    except OSError:
-        return "fp32"
-
-
-def cpu_has_bf16(cpuinfo: str) -> bool:
-    """Whether every processor that `/proc/cpuinfo` lists has instructions for products in bf16."""
-    lines = [line.split(":", 1)[1].split() for line in cpuinfo.splitlines() if line.startswith(("flags", "Features"))]
-    return bool(lines) and all(not _FLAGS.isdisjoint(flags) for flags in lines)
 
 
 def kept_precision(resume_from: str | None, out: Path) -> Precision | None:

@@ -19,7 +19,6 @@ import torch
 from data_pipeline.batch import Batch
 from pretrain.engine.attention import choose_attention
 from pretrain.engine.engine import Engine
-from pretrain.engine.precision import native_precision
 from pretrain.objectives.blank import blank_batch as flops_batch
 from pretrain.objectives.contract import Objective
 from pretrain.objectives.kinds import build_objective
@@ -27,6 +26,7 @@ from pretrain.optim.optimizers import build_optimizer
 from pretrain.recipe import recipe
 from pretrain.recipe.files import load_recipe
 from pretrain.runtime.collectives import World, process_group
+from pretrain.runtime.native_precision import native_precision
 from pretrain.runtime.state import Progress
 
 RECIPE = "configs/recipes/cpu/mae_cifar10.yaml"

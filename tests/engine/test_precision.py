@@ -15,9 +15,7 @@ from data_pipeline.errors import InputError
 from launch.doctor import precision as doctor
 from pretrain.engine import precision
 from pretrain.engine.precision import (
-    cpu_has_bf16,
     kept_precision,
-    native_precision,
     refuse_wrong_bf16,
     settle_precision,
     wrong_bf16_gradients,
@@ -26,6 +24,7 @@ from pretrain.objectives.contract import LossOutput, Objective
 from pretrain.objectives.kinds import build_objective
 from pretrain.recipe.files import load_recipe
 from pretrain.recipe.recipe import EngineConfig, Recipe
+from pretrain.runtime.native_precision import cpu_has_bf16, native_precision
 from pretrain.runtime.state import Progress
 from tests.objectives.cases import module_of
 from tests.runs import train, write_recipe

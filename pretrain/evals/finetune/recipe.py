@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import CheckpointError, InputError, RecipeError
-from pretrain.engine.precision import Precision, native_precision
 from pretrain.evals.encoder import Encoder
 from pretrain.evals.features.extract import full_precision, untouched
 from pretrain.evals.finetune.config import FinetuneConfig, PresetName
@@ -23,6 +22,7 @@ from pretrain.models.strict_loading import load_strictly
 from pretrain.recipe.files import load_recipe, make_recipe, merge
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.typed import as_tuples
+from pretrain.runtime.native_precision import Precision, native_precision
 
 PRESETS: dict[PresetName, dict[str, Any]] = {
     # For data sets of some thousands to some hundred thousand images.
