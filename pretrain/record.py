@@ -24,6 +24,8 @@ from pretrain.runtime.data_record import DataRecord
 from pretrain.runtime.failure import forget_failure, note_failure, restore_failure
 from pretrain.runtime.run_folder import LOCK, newest_checkpoint
 
+_TRIES = 10  # to take a lock in a folder that whoever had it may remove at the same moment
+
 
 def refuse_other_run(recipe: Recipe, data: DataRecord, total_steps: int, out: Path) -> list[str]:
     """A folder goes on with its own run only: what changes results must be what it was, the data included, and what it
@@ -127,7 +129,7 @@ def claimed(out: Path, world: World, check: Callable[[], object]) -> Iterator[No
 
 def _locked(out: Path) -> BinaryIO:
     """Takes the lock of a folder, which is made where there is none; raises RunError where another process has it."""
-    while True:
+    for tries_left in reversed(range(_TRIES)):
         out.mkdir(parents=True, exist_ok=True)
         try:
             file = (out / LOCK).open("ab")
@@ -143,9 +145,11 @@ def _locked(out: Path) -> BinaryIO:
                 fix="Wait for it or stop it, or choose another folder with --out.",
             ) from None  # fmt: skip
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(out / LOCK), os.fstat(file.fileno())):
+            # Some storage numbers a file anew at each look: there, the lock is all that can be had.
+            if os.path.samestat(os.stat(out / LOCK), os.fstat(file.fileno())) or not tries_left:
                 return file
         file.close()  # of a folder that was removed while this waited
+    raise RunError(str(out), "a folder that stays once it is made", "one that others remove at once", "Choose another.")
 
 
 def _leave_if_empty(out: Path) -> None:

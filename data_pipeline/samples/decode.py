@@ -26,7 +26,7 @@ from data_pipeline.samples.unread import unread
 # What Pillow and libjpeg-turbo raise of bytes that are no image; of some damage also what a slip of their own raises.
 UNDECODABLE = (
     OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, EOFError, AttributeError,
-    struct.error, zlib.error, MemoryError, RecursionError, Image.DecompressionBombError,
+    struct.error, zlib.error, MemoryError, RecursionError, RuntimeError, Image.DecompressionBombError,
 )  # fmt: skip
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # or each loader process would start one for every core
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF")  # Pillow tries no others: some run programs

@@ -33,6 +33,16 @@ def test_an_avif_is_decoded_as_pillow_decodes_it() -> None:
     assert AvifImagePlugin.DEFAULT_MAX_THREADS == 1
 
 
+def test_an_avif_with_a_changed_byte_is_taken_or_refused() -> None:
+    data, refused = avif(PHOTO, quality=90), 0
+    for at in range(len(data)):
+        try:
+            decode_image(data[:at] + bytes([data[at] ^ 0x80]) + data[at + 1 :], max_pixels=10_000, where="sample")
+        except SampleError:
+            refused += 1
+    assert 0 < refused < len(data)
+
+
 def test_a_cut_avif_is_refused_at_every_length() -> None:
     data = avif(PHOTO, quality=90)
     for length in range(0, len(data), 17):

@@ -16,6 +16,7 @@ import pytest
 from launch.chains.run import run_chain
 from launch.commands.chain import evaluation_commands
 from pretrain.checkpoints.checkpoint import complete_checkpoints
+from pretrain.runtime.signals import STOPPED
 from tests.launch.test_chain import out, ran, shards, tree_of, write_chain
 from tests.launch.test_local import all_gone
 from tests.runs import losses
@@ -53,7 +54,7 @@ def test_a_chain_that_is_stopped_goes_on_in_its_stage(
             time.sleep(0.05)
         started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signum)
-        assert process.wait(100) == (-9 if signum == signal.SIGKILL else 130)
+        assert process.wait(100) == (-9 if signum == signal.SIGKILL else STOPPED)
     finally:
         process.kill()
         process.wait()

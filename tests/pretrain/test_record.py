@@ -11,6 +11,7 @@ from data_pipeline.errors import InputError, RunError
 from pretrain.record import claimed
 from pretrain.runtime.collectives import World
 from pretrain.runtime.failure import LOG, note_failure, read_failure
+from pretrain.runtime.run_folder import LOCK
 
 
 def fail(out: Path, error: Exception) -> str | None:
@@ -53,6 +54,14 @@ def test_the_words_are_those_of_the_last_attempt_and_of_its_first_rank_to_fail(t
     with pytest.raises(RunError):
         second()
     assert read_failure(tmp_path / "other") == "another rank was first"
+
+
+def test_storage_that_numbers_a_file_anew_at_each_look_is_locked_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.path.samestat", lambda one, other: False)
+    with claimed(tmp_path / "run", World(), lambda: None):
+        assert (tmp_path / "run" / LOCK).is_file()
 
 
 def test_wrong_input_changes_no_word(tmp_path: Path) -> None:
