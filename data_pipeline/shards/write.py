@@ -14,6 +14,7 @@ import itertools
 import json
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,7 +99,7 @@ def write_dataset(
         producer: makes their samples.
         classes: names of the labels.
         skip_bad: leave bad samples out; else the first pass ends with all of them in an error, nothing
-            finished.
+            finished; where no shard has a sample, nothing stays in the folder.
         workers: processes.
 
     Raises:
@@ -117,6 +118,8 @@ def write_dataset(
         bad = [error for name in names for error in made[name].bad]
         summaries = [summary for name in names if (summary := made[name].summary)]
         if (bad and not skip_bad) or not any(summary.num_samples for summary in summaries):
+            if not any(summary.num_samples for summary in summaries):
+                _take_back(out, names)
             raise _bad_samples(out, bad)
         manifest = Manifest.of(out, names, summaries, classes, "unique")
         manifest.save()
@@ -182,6 +185,19 @@ def _finished(path: Path) -> ShardSummary | None:
     except (ManifestError, FileNotFoundError):
         return None
     return ShardSummary.of(index) if digest == index.shard_sha256 else None
+
+
+def _take_back(out: Path, names: Sequence[str]) -> None:
+    """Removes the plan and the shards without a sample, so that other options may be tried in the same folder.
+
+    The folder is this process's; the plan goes last, as whoever comes next begins with it.
+    """
+    for name in names:
+        for path in (out / name, (out / name).with_suffix(SUFFIX)):
+            path.unlink(missing_ok=True)
+    (out / PLAN_NAME).unlink()
+    with suppress(OSError):  # where there is something else in it
+        out.rmdir()
 
 
 def _read_plan(out: Path) -> dict[str, Any] | None:

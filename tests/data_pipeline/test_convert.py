@@ -138,6 +138,18 @@ def test_bad_images_are_told_all_at_once_and_may_be_skipped(tmp_path: Path) -> N
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_refusal_that_keeps_no_sample_leaves_the_folder_to_other_options(tmp_path: Path, skip_bad: bool) -> None:
+    bad = {"cat/x.jpg": b"no image"}
+    source = as_folder(tmp_path / "s", bad if skip_bad else class_folders(3) | bad)
+    with pytest.raises(SourceError, match="1 that cannot"):
+        convert(source, tmp_path / "out", SMALL, skip_bad=skip_bad)
+    assert not (tmp_path / "out").exists()
+    as_folder(source, class_folders(3))
+    other = ConvertOptions(shard_size=5, short_side=8)
+    assert convert(source, tmp_path / "out", other, skip_bad=True).manifests[tmp_path / "out"].total == 3
+
+
 def test_skipped_images_do_not_pass_as_whole_later(tmp_path: Path) -> None:
     source = as_folder(tmp_path / "s", class_folders(6) | {"cat/x.jpg": b"no image"})
     convert(source, tmp_path / "out", SMALL, skip_bad=True)
