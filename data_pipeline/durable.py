@@ -116,6 +116,8 @@ def claimed(plan: Path, content: object, what: str) -> Iterator[None]:
                 where=str(plan.parent), expected=f"one plan of {what}", found="another one, written just now",
                 fix="Give another folder.",
             )  # fmt: skip
+        if not os.fstat(lock.fileno()).st_nlink:
+            raise RunError(str(plan), f"the plan of {what}", "one that was taken back just now", "Start it again.")
         for left in plan.parent.glob(TEMPORARY_PATTERN):
             left.unlink()
         yield

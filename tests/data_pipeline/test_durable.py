@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +66,19 @@ class TestManyAtOnce:
         with claimed(plan, {"a": 1}, "this"):
             pass
         with pytest.raises(RunError, match="another one, written just now"), claimed(plan, {"a": 2}, "this"):
+            pass
+
+    def test_a_plan_that_its_holder_took_back_meanwhile_is_told(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plan, flock = tmp_path / "plan.json", fcntl.flock
+
+        def late(file: Any, how: int) -> None:
+            plan.unlink()
+            flock(file, how)
+
+        monkeypatch.setattr(fcntl, "flock", late)
+        with pytest.raises(RunError, match="taken back just now"), claimed(plan, {"a": 1}, "this"):
             pass
 
     def test_its_holder_may_clear_away_what_others_are_writing(
