@@ -167,7 +167,7 @@ def evaluated(name: str, value: float) -> str:
         return f"{value:.0f}"
     if not name.startswith("val/"):
         return f"{value:.2f}%"
-    is_share = re.search(r"(^|[/_])(top\d+|accuracy|image_to_text|text_to_image)", name)
+    is_share = re.search(r"(^|[/_])(top\d+|accuracy|\w+_to_\w+)", name)
     return f"{value:.2%}" if is_share else f"{value:.4f}"
 
 

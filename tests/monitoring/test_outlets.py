@@ -207,6 +207,7 @@ def test_what_is_right_is_shown_in_percent_whoever_measured_it() -> None:
     assert evaluation_line(4, values) == (
         "step 4  val/loss 1.5000  val/top1 25.00%  val/image_to_text 12.50%  knn/top1_k20 33.33%"
     )
+    assert evaluation_line(4, {"val/view_to_view": 1.0}) == "step 4  val/view_to_view 100.00%"
     left_out = {"val/left_out": 90.0, "knn/left_out": 7.0}
     assert evaluation_line(4, left_out) == "step 4  val/left_out 90  knn/left_out 7"
 
