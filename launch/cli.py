@@ -37,7 +37,7 @@ COMMANDS = {
     "status": "Shows a table of runs: state, progress, speed, time left, last checkpoint, requeues, last error.",
     "logs": "Prints what a run's newest job wrote.",
     "doctor": "Looks at machine, cluster, storage, data and memory, before anything is started.",
-    "demo": "Makes images and shards, trains SimCLR on two processes, judges it, writes a report: about two minutes.",
+    "demo": "Makes images and shards, trains SimCLR on two processes, judges it, writes a report: one to two minutes.",
     "report": "Writes report.html: a page about a run, or tables, figures and differences of several encoders.",
     "data": "Makes, converts, checks, describes and labels shards.",
     "eval": "Judges encoders: kNN, probes, few-shot, fine-tuning, zero-shot, retrieval.",

@@ -16,7 +16,7 @@ app = command_app()
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where all of it is written.")] = Path("runs/demo"),
 ) -> None:
-    """Makes images and shards, trains SimCLR on two processes, judges it, writes a report: about two minutes."""
+    """Makes images and shards, trains SimCLR on two processes, judges it, writes a report: one to two minutes."""
     from launch.demo import main as run_demo
 
     run_demo(out)

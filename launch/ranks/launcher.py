@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from queue import Empty, SimpleQueue
 
 from data_pipeline.errors import RunError
@@ -140,15 +141,15 @@ def _supervise(
     running = set(range(len(ranks)))
     failed: Ended | None = None
     asked: SignalReceived | None = None
-    deadline: float | None = None
+    deadline = inf
     to_stop = overdue = False
     while running:
         try:
-            event = events.get(timeout=HEARING_SECONDS if deadline is None else _until(deadline))
+            event = events.get(timeout=min(HEARING_SECONDS, max(0.0, deadline - time.monotonic())))
         except Empty:
-            if deadline is None or _until(deadline) > 0:
+            if time.monotonic() < deadline:
                 continue
-            deadline, overdue = None, to_stop and (failed is None or failed.status == STOPPED)
+            deadline, overdue = inf, to_stop and (failed is None or failed.status == STOPPED)
             for rank in running:
                 _kill(ranks[rank])
             continue
@@ -159,7 +160,7 @@ def _supervise(
                 _kill(ranks[rank]) if ends else ranks[rank].send_signal(event.signum)
             if ends or event.signum in STOP_SIGNALS:
                 asked = asked or event
-            elif (left := seconds_left(event.sent)) is not None and deadline is None:
+            elif (left := seconds_left(event.sent)) is not None and deadline == inf:
                 deadline = time.monotonic() + left
             continue
         running.discard(event.rank)
@@ -171,15 +172,11 @@ def _supervise(
             for rank in running if event.status != STOPPED else ():
                 ranks[rank].terminate()
         stopped = failed is not None and failed.status == STOPPED  # the others are at their last save
-        if (failed or asked) and not stopped and deadline is None:
+        if (failed or asked) and not stopped and deadline == inf:
             deadline = time.monotonic() + grace_seconds
     if asked:
         return 128 + asked.sent
     return _verdict(failed, first_rank) if failed else 0
-
-
-def _until(deadline: float) -> float:
-    return min(HEARING_SECONDS, max(0.0, deadline - time.monotonic()))
 
 
 def _verdict(failed: Ended, first_rank: int) -> int:

@@ -9,7 +9,7 @@ import pytest
 from tests.faulty_folders import FAULTS
 from tests.launch.conftest import cluster, commands  # noqa: F401
 from tests.launch.run_folders import Commands
-from tests.launch.test_faulty_folders import CASES, place, tell_of_fault  # noqa: F401
+from tests.launch.test_faulty_folders import CASES, assert_fault_is_told, place  # noqa: F401
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -23,4 +23,4 @@ def test_a_fault_is_told_in_a_sentence(
     fault: str,
 ) -> None:
     monkeypatch.chdir(place)
-    tell_of_fault(tmp_path / "faulty", fault, name)
+    assert_fault_is_told(tmp_path / "faulty", fault, name)

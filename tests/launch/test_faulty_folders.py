@@ -97,10 +97,10 @@ def test_a_fault_is_told_in_a_sentence(
     place: Path, cluster: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(place)
-    tell_of_fault(tmp_path / "faulty", drawn(name), name)
+    assert_fault_is_told(tmp_path / "faulty", drawn(name), name)
 
 
-def tell_of_fault(folder: Path, fault: str, name: str) -> None:
+def assert_fault_is_told(folder: Path, fault: str, name: str) -> None:
     """In the current folder, a command's own words are tried on `folder`, which is filled before it gets its fault."""
     folder.mkdir()
     for source in ("recipe.yaml", "report.json", "report.safetensors"):

@@ -84,8 +84,12 @@ def test_what_is_no_list_of_nodes_refuses_no_job(cluster: Commands) -> None:
 
 
 def test_a_time_that_is_none_shortens_no_delay(commands: Commands) -> None:
-    commands.says("scontrol", "no", status=1)
-    shorten_requeue_delay({"JobId": "7", "Reason": "BeginTime", "EligibleTime": "N/A"})
+    commands.says("scontrol", "it was asked", status=1)
+    job = {"JobId": "7", "Reason": "BeginTime"}
+    with pytest.raises(RunError, match="it was asked"):
+        shorten_requeue_delay({**job, "EligibleTime": "2999-01-01T00:00:00"})
+    for begin in ("N/A", "Unknown", ""):
+        shorten_requeue_delay({**job, "EligibleTime": begin})
 
 
 def test_a_command_that_does_not_end_is_ended(commands: Commands) -> None:

@@ -104,25 +104,15 @@ def test_without_an_answer_nothing_is_made_up(tmp_path: Path, commands: Commands
     assert state(run) == "stopped"
 
 
-def test_a_new_submission_opens_a_run_that_was_stopped(tmp_path: Path, commands: Commands) -> None:
+def test_a_new_submission_opens_a_stopped_run_and_late_words_of_the_earlier_job_are_not_its_own(
+    tmp_path: Path, commands: Commands
+) -> None:
     run = submit(make_run(tmp_path / "run", logged=2))
     event(run, "start")
     event(run, "stop", why="no progress")
     submit(run, "8")
     commands.says("squeue", "8 PENDING")
     assert state(run) == "pending"
-    event(run, "start", job_id="8")
-    commands.says("squeue", "8 RUNNING")
-    assert state(run) == "running"
-    event(run, "done")
-    assert state(run) == "done"
-
-
-def test_a_late_word_of_an_earlier_job_is_not_one_of_the_new_job(tmp_path: Path, commands: Commands) -> None:
-    run = submit(make_run(tmp_path / "run", logged=2))
-    event(run, "start")
-    submit(run, "8")
-    commands.says("squeue", "8 PENDING")
     event(run, "stop", job_id="7", why="n0 did not see the run's folder")
     assert state(run) == "pending"
     event(run, "start", job_id="8")

@@ -56,7 +56,11 @@ def test_one_alone_is_told_as_it_is(tmp_path: Path) -> None:
 def test_nothing_is_wrong_with_what_can_be_trained(tmp_path: Path) -> None:
     shards = str(write_shards(tmp_path / "train", 8))
     evals = [{"kind": "knn", "train": shards, "test": shards}]
-    refuse_wrong_inputs(load(tmp_path, {**TREE, "data": {"train": shards, "val": shards}, "evals": evals}))
+    recipe = load(tmp_path, {**TREE, "data": {"train": shards, "val": shards}, "evals": evals})
+    refuse_wrong_inputs(recipe)
+    (tmp_path / "train" / "manifest.json").unlink()
+    with pytest.raises(InputError):
+        refuse_wrong_inputs(recipe)
 
 
 def test_names_read_in_files_are_those_that_can_be_built() -> None:

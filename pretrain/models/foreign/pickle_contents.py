@@ -20,12 +20,17 @@ _PICKLES_BEFORE = 3
 
 
 class StandIn:
-    """In place of whatever the pickle would make; takes all that pickles do to objects, and does nothing."""
+    """In place of whatever the pickle would make; takes all that pickles do to objects, and keeps none of it."""
 
     is_module = False  # of torch's, which has its state by name
 
     def __init__(self, *_: object, **__: object) -> None:
-        pass
+        """Keeps nothing of what the pickle would make the object of."""
+
+    def append(self, *_: object) -> None:
+        """Keeps no member, whichever way the pickle adds it."""
+
+    __setitem__ = extend = add = update = append
 
     def __call__(self, *_: object, **__: object) -> StandIn:
         return StandIn()
@@ -33,24 +38,14 @@ class StandIn:
     def __setstate__(self, state: object) -> None:
         self.is_module = isinstance(state, dict) and "_modules" in state
 
-    def __setitem__(self, key: object, value: object) -> None:
-        pass
-
-    def append(self, value: object) -> None:
-        pass
-
-    extend = add = update = append
-
 
 class TensorStandIn(StandIn):
     """In place of a tensor."""
 
 
 class _Dictionary(OrderedDict[Any, Any]):
-    """May have attributes, as state dicts do."""
-
     def __setstate__(self, state: object) -> None:
-        pass
+        """Drops the attributes that a state dict may have: its entries alone are looked at."""
 
 
 class _Reader(pickle.Unpickler):
